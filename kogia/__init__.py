@@ -1,0 +1,32 @@
+"""The DeepSeek-R1 system in readable PyTorch. The names below are imported when they are first used."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kogia.checkpoint.hf import load_model
+    from kogia.engine.llm import LLM
+    from kogia.engine.request import SamplingParams
+    from kogia.model.config import ModelConfig
+    from kogia.model.transformer import Transformer
+    from kogia.tasks.task import Task, load_task
+
+__version__ = "0.1.0.dev0"
+__all__ = ["LLM", "ModelConfig", "SamplingParams", "Task", "Transformer", "load_model", "load_task"]
+
+_HOMES = {
+    "LLM": "kogia.engine.llm",
+    "SamplingParams": "kogia.engine.request",
+    "ModelConfig": "kogia.model.config",
+    "Transformer": "kogia.model.transformer",
+    "load_model": "kogia.checkpoint.hf",
+    "Task": "kogia.tasks.task",
+    "load_task": "kogia.tasks.task",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kogia' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

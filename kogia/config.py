@@ -1,0 +1,351 @@
+"""Configuration as frozen dataclasses: strict reading, exact round trips, and one command line for all of them.
+
+A value comes from the first of: flag, recipe (one TOML file), default. Reading is strict: an unknown key, a value of the
+wrong type and a missing required key are each a `ValueError` that names the place. Nested tables overlay the default
+they replace, key by key. TOML has no null, so `None` is left out where it is the default and written `"none"` elsewhere.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+C = TypeVar("C")
+_RAISE: Any = object()  # the `missing` of _read_*: a required key that is not there is an error
+_NO_VALUE = dataclasses.MISSING
+
+
+def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
+    """Build `cls` from nested mappings as TOML gives them. `where` is the table's own name, for messages.
+
+    Ints are taken for floats, bools never for numbers; strings become paths, lists become tuples. A union of
+    dataclasses is told apart by its `kind`; without `kind` the default's applies. Raises ValueError as the module says.
+    """
+    return _read_table(cls, data, where, None, _RAISE)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`: plain TOML values, every field written except a `None` that is the default."""
+    return _write_table(config, None, "")
+
+
+def load_toml(path: str | Path, cls: type[C]) -> C:
+    """Read `cls` from a TOML file. Raises ValueError that begins with the path, or FileNotFoundError."""
+    data = _load(Path(path))
+    with _naming(path):
+        return from_dict(cls, data)
+
+
+def save_toml(config: Any, path: str | Path) -> None:
+    """Write `config` so that `load_toml` gives an equal value. Replaces the file at once or not at all."""
+    import tomli_w
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def resolve(spec: str) -> Any:
+    """The object that `"package.module:Name"` names. The current directory is importable, after everything installed."""
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{spec!r}: write it as 'module:Name', for example 'my_package.sudoku:Sudoku'")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{spec!r}: cannot import {module_name!r} ({reason}); the current directory {here} is searched, "
+            "so run from the directory that holds the module, or install it"
+        ) from error
+    if not hasattr(module, name):
+        hint = _suggestion(name, [n for n in vars(module) if not n.startswith("_")])
+        raise ValueError(f"{spec!r}: {module_name!r} ({getattr(module, '__file__', None)}) has no {name!r}{hint}")
+    return getattr(module, name)
+
+
+def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:
+    """Parse `[RECIPE.toml] [--flags]`: defaults, then the recipe, then the flags.
+
+    Beside one flag per field: `--part.kind gqa` picks the member of a union, `--part none` switches an optional part
+    off, naming a field of an absent part switches it on, and `--table.key value` sets an entry of a free table.
+    A mistake in a flag prints a suggestion and exits with 2, as `--help` prints and exits with 0.
+    """
+    import tyro
+
+    argv, recipe = list(argv), None
+    if argv and argv[0].endswith(".toml"):
+        recipe = Path(argv.pop(0))
+    data = _load(recipe) if recipe else {}
+    flags = _absorb_structure(cls, argv, data)
+    with _naming(recipe):
+        default = _read_table(cls, data, "", None, tyro.MISSING)
+    return tyro.cli(
+        cls, default=default, args=flags, prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+# Reading ---------------------------------------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file, _naming(path):
+        return tomllib.load(file)
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path | None) -> Iterator[None]:
+    """Puts the file's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if path is None:
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, tuple[Any, Any]]:
+    """Field name -> (type, default or _NO_VALUE), of the fields that the constructor takes."""
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not _NO_VALUE:
+            default = field.default_factory()
+        if field.init:
+            found[field.name] = (hints[field.name], default)
+    return found
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""
+
+
+def _wrong(where: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{where} = {value!r} ({type(value).__name__}): expected {expected}")
+
+
+def _read_table(cls: type, data: Any, where: str, base: Any, missing: Any) -> Any:
+    """`cls` from `data` over `base` (an instance, or None: the class's own defaults).
+
+    With a `missing` other than _RAISE the result is a form for flags to fill in: required values that are not there
+    are `missing`, and no `__post_init__` has checked it.
+    """
+    if not isinstance(data, Mapping):
+        raise _wrong(where or cls.__name__, data, f"a table ({cls.__name__})")
+    known = _fields(cls)
+    for key in data:
+        if key not in known:
+            place = f"in [{where}]" if where else "at the top level"
+            raise ValueError(f"unknown key {key!r} {place}{_suggestion(str(key), known)}")
+    values = {}
+    for name, (hint, default) in known.items():
+        here = f"{where}.{name}" if where else name
+        fallback = default if base is None else getattr(base, name)
+        if name in data:
+            values[name] = _read(hint, data[name], here, fallback, missing)
+        elif fallback is not _NO_VALUE:
+            values[name] = fallback
+        elif missing is _RAISE:
+            raise ValueError(f"{here} is missing: it is required and has no default")
+        else:
+            values[name] = missing
+    if missing is _RAISE:
+        return cls(**values)
+    form = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(form, name, value)
+    return form
+
+
+def _read(hint: Any, value: Any, where: str, base: Any, missing: Any) -> Any:
+    """`value` as the type `hint`; `base` is the default that a table overlays."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _read_table(hint, value, where, base if type(base) is hint else None, missing)
+    if origin in (Union, types.UnionType):
+        return _read_union(args, value, where, base, missing)
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in args):
+            return value
+        hint_text = _suggestion(value, map(str, args)) if isinstance(value, str) else ""
+        raise _wrong(where, value, "one of " + ", ".join(map(repr, args)) + hint_text.partition("; known")[0])
+    if origin is tuple or origin is list or hint in (tuple, list):
+        return _read_sequence(origin or hint, args, value, where, missing)
+    if hint is dict or (origin is not None and issubclass(origin, Mapping)):
+        if not isinstance(value, Mapping):
+            raise _wrong(where, value, "a table")
+        item = args[1] if args else Any
+        return {str(k): _read(item, v, f"{where}.{k}", None, missing) for k, v in value.items()}
+    return _read_scalar(hint, value, where)
+
+
+def _read_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint in (bool, int, float, str):
+        if type(value) is hint:
+            return value
+        raise _wrong(where, value, {bool: "true or false", int: "an int", float: "a number", str: "a string"}[hint])
+    if hint is Path:
+        raise _wrong(where, value, "a path")
+    raise AssertionError(f"{where}: configurations do not hold {hint!r}")
+
+
+def _read_sequence(kind: type, args: tuple[Any, ...], value: Any, where: str, missing: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, value, "a list")
+    if kind is list or not args or args[-1] is Ellipsis:
+        hints = [args[0] if args else Any] * len(value)
+    else:
+        hints = list(args)
+    if len(hints) != len(value):
+        raise _wrong(where, value, f"a list of {len(hints)} values")
+    return kind(_read(h, v, f"{where}[{i}]", None, missing) for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+
+
+def _read_union(args: tuple[Any, ...], value: Any, where: str, base: Any, missing: Any) -> Any:
+    if types.NoneType in args and (value is None or value == "none"):
+        return None
+    members = [a for a in args if a is not types.NoneType]
+    tables = [m for m in members if dataclasses.is_dataclass(m)]
+    if len(tables) > 1 and isinstance(value, Mapping):
+        members = [_pick_kind(tables, value, where, base)]
+    if len(members) == 1:
+        return _read(members[0], value, where, base, missing)
+    for member in sorted(members, key=lambda m: type(value) is not m):
+        try:
+            return _read(member, value, where, base, missing)
+        except ValueError:
+            continue
+    raise _wrong(where, value, " or ".join(getattr(m, "__name__", str(m)) for m in members))
+
+
+def _kind_of(cls: Any) -> str:
+    kind = _fields(cls)["kind"][1]
+    assert isinstance(kind, str), f"{cls}: a member of a union needs kind: Literal['...'] = '...'"
+    return kind
+
+
+def _pick_kind(tables: Sequence[Any], value: Mapping[str, Any], where: str, base: Any) -> Any:
+    kinds = {_kind_of(t): t for t in tables}
+    kind = value.get("kind", getattr(base, "kind", None))
+    if kind is None:
+        raise ValueError(f"{where}.kind is missing: write one of {', '.join(map(repr, kinds))}")
+    if kind not in kinds:
+        raise _wrong(f"{where}.kind", kind, "one of " + ", ".join(map(repr, kinds)))
+    return kinds[kind]
+
+
+# Writing ---------------------------------------------------------------------------------------------------------------
+
+
+def _write_table(config: Any, base: Any, where: str) -> dict[str, Any]:
+    """`config` as a table; `base` is what `_read_table` will overlay it on."""
+    table = {}
+    for name, (hint, default) in _fields(type(config)).items():
+        value, here = getattr(config, name), f"{where}.{name}" if where else name
+        fallback = default if base is None else getattr(base, name)
+        if value is None and fallback is None:
+            continue
+        if value == "none" and types.NoneType in typing.get_args(hint):
+            raise ValueError(f"{here} = 'none': this word stands for no value; choose another")
+        table[name] = _write(value, fallback, here)
+    return table
+
+
+def _write(value: Any, base: Any, where: str) -> Any:
+    if value is None:
+        return "none"
+    if dataclasses.is_dataclass(value):
+        return _write_table(value, base if type(base) is type(value) else None, where)
+    if isinstance(value, list | tuple):
+        return [_write(v, None, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {k: _write(v, None, f"{where}.{k}") for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+# Flags that decide which flags there are -------------------------------------------------------------------------------
+
+
+def _absorb_structure(cls: type, argv: list[str], data: dict[str, Any]) -> list[str]:
+    """Move the structural flags of `parse_args` from `argv` into `data`; returns the other words, in order."""
+    rest, position = [], 0
+    while position < len(argv):
+        word = argv[position]
+        flag, equals, value = word.partition("=")
+        if not equals:
+            value = argv[position + 1] if position + 1 < len(argv) else ""
+        path = flag[2:].replace("-", "_").split(".") if flag.startswith("--") else []
+        if path and _absorb(cls, None, data, path, value):
+            position += 1 if equals else 2
+        else:
+            rest.append(word)
+            position += 1
+    return rest
+
+
+def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: str) -> bool:
+    """Apply one flag to `table` if it is structural; says whether it was used up."""
+    name, inner = path[0], path[1:]
+    if name not in _fields(cls):
+        return False
+    hint, default = _fields(cls)[name]
+    fallback = default if base is None else getattr(base, name)
+    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    tables = [m for m in members if dataclasses.is_dataclass(m)]
+    if not inner:
+        off = bool(tables) and types.NoneType in members and value.lower() == "none"
+        return off and table.update({name: "none"}) is None
+    if len(inner) == 1 and any(typing.get_origin(m) in (dict, Mapping) or m is dict for m in members):
+        table.setdefault(name, dict(fallback) if isinstance(fallback, Mapping) else {})[inner[0]] = _toml_value(value)
+        return True
+    if not tables or table.get(name, {}) == "none" or not isinstance(table.get(name, {}), dict):
+        return False
+    given = table.get(name, {})
+    kind = given.get("kind", getattr(fallback, "kind", None))
+    if len(tables) > 1 and inner == ["kind"]:
+        table[name] = given if kind == value else {"kind": value}
+        return True
+    if fallback is None:
+        table[name] = given
+    chosen = next((t for t in tables if len(tables) > 1 and _kind_of(t) == kind), tables[0])
+    used = _absorb(chosen, fallback if type(fallback) is chosen else None, given, inner, value)
+    if used:
+        table[name] = given
+    return used
+
+
+def _toml_value(text: str) -> Any:
+    """`4` -> 4, `true` -> True, `[1, 2]` -> list; anything that is no TOML value is the string itself."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+Main = Callable[[Any], int | None]
+"""What every command's `main` is: configuration in, exit status out (None is 0)."""

@@ -1,0 +1,162 @@
+"""What a run tells: one JSON line per step on disk, one live line on the terminal, plain messages on stderr."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = ("loss", "val_loss", "reward", "accuracy", "completion_tokens", "truncated", "max_vio", "tokens_per_second")
+"""The metrics of the live line, in this order, as far as a step has them."""
+PLAIN_INTERVAL = 10.0
+"""Seconds between progress lines where stderr is no terminal."""
+
+_console = Console(stderr=True, highlight=False)
+
+
+def info(message: str) -> None:
+    """Print a line to stderr, above the live line where there is one."""
+    _console.print(message, markup=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Print a line that asks for attention to stderr."""
+    _console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON; the file has the old or the new content at any time, also after a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The metric lines of a run, in order; none where there is no file. A line cut short by a crash is left out.
+
+    Values that were not finite come back as NaN.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines.append({key: math.nan if value is None else value for key, value in line.items()})
+    return lines
+
+
+class MetricLog:
+    """Appends metrics to `run_dir/metrics.jsonl` and shows progress. A context manager.
+
+    With `resume_step`, the lines after that step are dropped and time goes on from the last line kept; without it an
+    existing file is started over.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        total_steps: int,
+        description: str,
+        quiet: bool = False,
+        resume_step: int | None = None,
+    ) -> None:
+        self.path = Path(run_dir) / METRICS_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resume_step is None else [m for m in read_metrics(run_dir) if m["step"] <= resume_step]
+        _replace(self.path, "".join(_json_line(m) for m in kept))
+        self.total_steps, self.description, self.quiet = total_steps, description, quiet
+        self._first_step = resume_step or 0
+        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self._start = self._last_print = time.monotonic()
+        self._last_line = ""
+        self._file = self.path.open("a", encoding="utf-8")
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> "MetricLog":
+        if _console.is_terminal and not self.quiet:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[text]}"))
+            self._live = Progress(*columns, console=_console, refresh_per_second=4)
+            self._task = self._live.add_task(
+                self.description, total=self.total_steps, completed=self._first_step, text=""
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        elif self._last_line and not self.quiet:
+            info(self._last_line)
+        self._file.close()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of `step` (1-based: the number of steps done). One line on disk, flushed."""
+        seconds = self._seconds_before + time.monotonic() - self._start
+        self._file.write(_json_line({"step": step, "seconds": round(seconds, 3), **metrics}))
+        self._file.flush()
+        if self.quiet:
+            return
+        text = f"{step}/{self.total_steps}  {_shown(metrics)}  {self._eta(step)}"
+        if self._live is not None:
+            self._live.update(self._task, completed=step, text=text)
+            return
+        self._last_line = f"{self.description}  {text}"
+        if time.monotonic() - self._last_print >= PLAIN_INTERVAL or step == self._first_step + 1:
+            info(self._last_line)
+            self._last_line, self._last_print = "", time.monotonic()
+
+    def _eta(self, step: int) -> str:
+        done = max(step - self._first_step, 1)
+        return f"eta {_duration((time.monotonic() - self._start) / done * max(self.total_steps - step, 0))}"
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself must survive a power cut
+    finally:
+        os.close(directory)
+
+
+def _json_line(metrics: Mapping[str, Any]) -> str:
+    """JSON has no NaN or infinity: they are written null."""
+    return json.dumps({key: _number(value) for key, value in metrics.items()}) + "\n"
+
+
+def _number(value: Any) -> int | float | None:
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {float(metrics[name]):.4g}" for name in SHOWN if name in metrics)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"
