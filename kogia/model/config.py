@@ -1,0 +1,223 @@
+"""What a model is, as frozen values. Torch-free, so `kogia plan` and `--help` never pay for importing it.
+
+One `ModelConfig` describes every model of the family: DeepSeek-V3 (MLA + DeepSeekMoE + MTP), and the dense
+grouped-query students it is distilled into. Sizes follow the papers: DeepSeek-V2 section 2.1 (MLA), DeepSeekMoE
+section 3, DeepSeek-V3 sections 2.1 and 2.2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension of the rotary part (DeepSeek-V2 section 3.1.4).
+
+    `mscale_all_dim` enters the softmax scale as (0.1 * mscale_all_dim * ln(factor) + 1)^2 at every position, because
+    only the rotary part of a head carries the rotation; cos and sin stay unscaled when both mscales are equal.
+    """
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention. The cache holds `kv_lora_rank + qk_rope_head_dim` numbers per token and layer."""
+
+    kind: Literal["mla"] = "mla"
+    num_heads: int = 4
+    q_lora_rank: int | None = None
+    """Rank of the query compression; None projects queries directly, as DeepSeek-V2-Lite does."""
+    kv_lora_rank: int = 32
+    qk_nope_head_dim: int = 16
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    rope_theta: float = 10000.0
+    yarn: YarnConfig | None = None
+
+    @property
+    def cache_row(self) -> int:
+        """Numbers cached per token and layer: the normed latent and the rotated shared key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class GQAConfig:
+    """Grouped-query attention of the dense students (Llama, Qwen2); `num_kv_heads == num_heads` is MHA, 1 is MQA."""
+
+    kind: Literal["gqa"] = "gqa"
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    """Qwen2 carries a bias on the query, key and value projections; Llama does not."""
+
+    @property
+    def cache_row(self) -> int:
+        """Numbers cached per token and layer: one key and one value per key/value head."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """DeepSeekMoE feed-forward (DeepSeekMoE section 3; DeepSeek-V3 section 2.1.2)."""
+
+    num_experts: int = 16
+    """Routed experts."""
+    num_shared_experts: int = 1
+    topk: int = 4
+    """Routed experts per token."""
+    expert_dim: int = 64
+    """Hidden width of one expert; the shared experts together are `num_shared_experts * expert_dim` wide."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    num_groups: int = 1
+    """Experts are split into this many groups, of which a token may use `topk_groups` (node-limited routing)."""
+    topk_groups: int = 1
+    normalize_topk: bool = True
+    routed_scale: float = 1.0
+    num_dense_layers: int = 1
+    """The first layers use a dense feed-forward (HF `first_k_dense_replace`)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer of the DeepSeek family. `moe=None` is a dense model."""
+
+    vocab_size: int = 512
+    dim: int = 128
+    num_layers: int = 4
+    ffn_dim: int = 256
+    """Hidden width of the dense SwiGLU layers."""
+    attention: MLAConfig | GQAConfig = MLAConfig()
+    moe: MoEConfig | None = MoEConfig()
+    num_mtp_layers: int = 0
+    """Depth of multi-token prediction (DeepSeek-V3 section 2.2)."""
+    norm_eps: float = 1e-6
+    max_position: int = 4096
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    bos_id: int = 0
+    eos_id: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "ffn_dim", "max_position"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        moe = self.moe
+        if moe is None:
+            return
+        if not 1 <= moe.topk <= moe.num_experts:
+            raise ValueError(f"model.moe.topk = {moe.topk}: must lie in 1..num_experts = {moe.num_experts}")
+        if moe.num_experts % moe.num_groups or not 1 <= moe.topk_groups <= moe.num_groups:
+            raise ValueError(
+                f"model.moe: num_experts = {moe.num_experts}, num_groups = {moe.num_groups}, topk_groups = "
+                f"{moe.topk_groups}: groups must divide the experts and 1 <= topk_groups <= num_groups"
+            )
+        if moe.topk > moe.num_experts // moe.num_groups * moe.topk_groups:
+            raise ValueError(f"model.moe.topk = {moe.topk}: more than the experts of {moe.topk_groups} groups")
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer `layer` is a mixture; MTP layers count on from `num_layers` and are mixtures."""
+        return self.moe is not None and layer >= self.moe.num_dense_layers
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers that hold cache rows: the decoder layers and the MTP layers."""
+        return self.num_layers + self.num_mtp_layers
+
+    def num_params(self) -> int:
+        """Parameters of the main model, MTP modules left out, router bias left out (as the papers count)."""
+        return sum(_layer_params(self, layer) for layer in range(self.num_layers)) + _vocab_params(self) + self.dim
+
+    def num_mtp_params(self) -> int:
+        """Parameters of the MTP modules beyond the shared embedding and head."""
+        per_module = 2 * self.dim * self.dim + 3 * self.dim
+        return sum(per_module + _layer_params(self, self.num_layers + k) for k in range(self.num_mtp_layers))
+
+    def num_active_params(self, *, input_embedding: bool = True) -> int:
+        """Parameters that one token touches in the main model (both vocabulary matrices unless told otherwise)."""
+        total = self.num_params()
+        if self.moe is not None:
+            idle = (self.moe.num_experts - self.moe.topk) * 3 * self.dim * self.moe.expert_dim
+            total -= idle * sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
+        if not input_embedding and not self.tie_embeddings:
+            total -= self.vocab_size * self.dim
+        return total
+
+    def flops_per_token(self, context: int) -> float:
+        """Training FLOPs (forward and backward) per token at sequence length `context`, MTP left out.
+
+        6 per active matrix weight, and causal attention counted once: 3 * heads * (qk + v dims) * context per layer.
+        """
+        matrices = self.num_active_params(input_embedding=False) - _norm_params(self)
+        attention = self.attention
+        if attention.kind == "mla":
+            widths = attention.num_heads * (attention.qk_head_dim + attention.v_head_dim)
+        else:
+            widths = 2 * attention.num_heads * attention.head_dim
+        return 6.0 * matrices + 3.0 * self.num_layers * widths * context
+
+    def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Cache bytes per token over all decoder layers, without the MTP layers."""
+        return self.num_layers * self.attention.cache_row * bytes_per_element
+
+    def parts(self) -> Iterator[tuple[str, int]]:
+        """(part, parameters) of the main model and the MTP modules, for tables."""
+        layers = range(self.num_layers)
+        moe = self.moe
+        routed = 0
+        if moe is not None:
+            routed = moe.num_experts * 3 * self.dim * moe.expert_dim * sum(self.is_moe_layer(i) for i in layers)
+        attention = self.num_layers * _attention_params(self)
+        norms = _norm_params(self)
+        yield "embedding and head", _vocab_params(self)
+        yield "attention", attention - self.num_layers * _attention_norm_params(self)
+        yield "routed experts", routed
+        rest = self.num_params() - _vocab_params(self) - attention - routed - norms
+        yield "dense, shared experts and router", rest + self.num_layers * _attention_norm_params(self)
+        yield "norms", norms
+        yield "multi-token prediction", self.num_mtp_params()
+
+
+def _vocab_params(config: ModelConfig) -> int:
+    return config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+
+
+def _attention_norm_params(config: ModelConfig) -> int:
+    attention = config.attention
+    return (attention.q_lora_rank or 0) + attention.kv_lora_rank if attention.kind == "mla" else 0
+
+
+def _norm_params(config: ModelConfig) -> int:
+    return config.num_layers * (2 * config.dim + _attention_norm_params(config)) + config.dim
+
+
+def _attention_params(config: ModelConfig) -> int:
+    a, dim = config.attention, config.dim
+    if a.kind == "gqa":
+        qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+        return dim * qkv + (qkv if a.qkv_bias else 0) + a.num_heads * a.head_dim * dim
+    q_out = a.num_heads * a.qk_head_dim
+    query = dim * q_out if a.q_lora_rank is None else a.q_lora_rank * (dim + q_out)
+    kv = dim * a.cache_row + a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    return query + kv + a.num_heads * a.v_head_dim * dim + _attention_norm_params(config)
+
+
+def _layer_params(config: ModelConfig, layer: int) -> int:
+    dim, moe = config.dim, config.moe
+    total = _attention_params(config) + 2 * dim
+    if moe is None or not config.is_moe_layer(layer):
+        return total + 3 * dim * config.ffn_dim
+    experts = moe.num_experts + moe.num_shared_experts
+    return total + experts * 3 * dim * moe.expert_dim + moe.num_experts * dim

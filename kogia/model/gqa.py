@@ -1,0 +1,51 @@
+"""Grouped-query attention, the dense students' attention. Multi-head and multi-query attention are its two ends."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kogia.model.config import GQAConfig
+from kogia.model.layers import StepContext
+from kogia.ops.attention import paged_attention, varlen_attention
+from kogia.ops.rope import rotate_half_split
+
+
+class GQA(nn.Module):
+    def __init__(self, dim: int, config: GQAConfig, layer: int) -> None:
+        super().__init__()
+        if config.num_heads % config.num_kv_heads:
+            raise ValueError(
+                f"attention.num_heads = {config.num_heads} must be a multiple of num_kv_heads = {config.num_kv_heads}"
+            )
+        self.config, self.layer, self.scale = config, layer, config.head_dim**-0.5
+        kv_width = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(dim, config.num_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(dim, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(dim, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
+        c = self.config
+        q = rotate_half_split(self.q_proj(x).view(-1, c.num_heads, c.head_dim), step.cos, step.sin)
+        k = rotate_half_split(self.k_proj(x).view(-1, c.num_kv_heads, c.head_dim), step.cos, step.sin)
+        v = self.v_proj(x).view(-1, c.num_kv_heads, c.head_dim)
+        cache = step.cache
+        if cache is None:
+            return self.o_proj(varlen_attention(q, k, v, step.buckets, self.scale).flatten(1))
+        rows = cache.pool.rows[self.layer]
+        rows.index_copy_(0, cache.slots, torch.cat((k.flatten(1), v.flatten(1)), -1).to(rows.dtype))
+        mixed = paged_attention(
+            q,
+            rows,
+            cache.block_tables,
+            cache.context_lens,
+            step.batch.cu_seqlens,
+            step.buckets,
+            block_size=cache.pool.block_size,
+            max_context=cache.max_context,
+            num_kv_heads=c.num_kv_heads,
+            value_offset=c.num_kv_heads * c.head_dim,
+            value_dim=c.head_dim,
+            scale=self.scale,
+        )
+        return self.o_proj(mixed.flatten(1))

@@ -1,0 +1,51 @@
+"""Small modules every part of the model shares."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kogia.model.cache import StepCache
+from kogia.model.packed import PackedTokens
+from kogia.ops.attention import _Bucket, buckets_by_length
+from kogia.ops.moe import swiglu
+from kogia.ops.norm import rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What one forward pass shares between its layers: computed once, passed as an argument."""
+
+    batch: PackedTokens
+    cos: Tensor
+    sin: Tensor
+    buckets: list[_Bucket]
+    cache: StepCache | None
+
+
+def step_context(batch: PackedTokens, cos: Tensor, sin: Tensor, cache: StepCache | None) -> StepContext:
+    return StepContext(batch, cos, sin, buckets_by_length(batch.cu_seqlens, batch.max_seqlen), cache)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Also the shared experts, fused into one of their total width."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+        return self.down_proj(swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)))

@@ -1,0 +1,98 @@
+"""Multi-head latent attention (DeepSeek-V2 section 2.1 and appendix C).
+
+    c_q  = RMSNorm(W_DQ h)           q_i = [W_UQ_i c_q ; RoPE(W_QR_i c_q)]
+    c_kv = RMSNorm(W_DKV h)          k_i = [W_UK_i c_kv ; RoPE(W_KR h)]        v_i = W_UV_i c_kv
+    o_i  = softmax(q_i . k_i * scale) v_i,    scale = (nope + rope)^-0.5 * mscale^2
+
+Only c_kv and the one shared rotary key are cached. Two forms of the same function:
+
+*expanded* (training, no cache): build k_i and v_i for every head and run ordinary attention.
+*absorbed* (with a cache): W_UK moves to the query and W_UV behind the sum, so attention runs on the latents themselves
+as multi-query attention with one key [c_kv ; k_rope] and value c_kv (section 2.1.2):
+    score = (W_UK_i^T q_nope_i) . c_kv + q_rope_i . k_rope;      o_i = W_UV_i sum_j p_j c_kv_j
+The rotary part is decoupled because a rotation between W_UQ and W_UK would block that move.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kogia.model.cache import StepCache
+from kogia.model.config import MLAConfig
+from kogia.model.layers import RMSNorm, StepContext
+from kogia.ops.attention import paged_attention, varlen_attention
+from kogia.ops.rope import rotate_interleaved, yarn_mscale
+
+
+def softmax_scale(config: MLAConfig) -> float:
+    """(nope + rope)^-0.5, times YaRN's mscale squared when the context is extended (never the latent width)."""
+    scale = config.qk_head_dim**-0.5
+    if config.yarn is not None:
+        scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+class MLA(nn.Module):
+    def __init__(self, dim: int, config: MLAConfig, norm_eps: float, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer, self.scale = config, layer, softmax_scale(config)
+        heads, rank = config.num_heads, config.kv_lora_rank
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(dim, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(dim, rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(rank, norm_eps)
+        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
+        c = self.config
+        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_rope = q.view(-1, c.num_heads, c.qk_head_dim).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = self.kv_a_layernorm(latent)
+        q_rope = rotate_interleaved(q_rope, step.cos, step.sin)
+        k_rope = rotate_interleaved(k_rope[:, None], step.cos, step.sin)[:, 0]
+        if step.cache is None:
+            mixed = self._expanded(q_nope, q_rope, latent, k_rope, step)
+        else:
+            mixed = self._absorbed(q_nope, q_rope, latent, k_rope, step, step.cache)
+        return self.o_proj(mixed.flatten(1))
+
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: StepContext
+    ) -> Float[Tensor, "tokens heads v"]:
+        c = self.config
+        kv = self.kv_b_proj(latent).view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        q = torch.cat((q_nope, q_rope), -1)
+        k = torch.cat((k_nope, k_rope[:, None].expand(-1, c.num_heads, -1)), -1)
+        return varlen_attention(q, k, v, step.buckets, self.scale)
+
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: StepContext, cache: StepCache
+    ) -> Float[Tensor, "tokens heads v"]:
+        c = self.config
+        rows = cache.pool.rows[self.layer]
+        rows.index_copy_(0, cache.slots, torch.cat((latent, k_rope), -1).to(rows.dtype))
+        up = self.kv_b_proj.weight.view(c.num_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+        w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+        mixed = paged_attention(
+            torch.cat((q_latent, q_rope), -1),
+            rows,
+            cache.block_tables,
+            cache.context_lens,
+            step.batch.cu_seqlens,
+            step.buckets,
+            block_size=cache.pool.block_size,
+            max_context=cache.max_context,
+            num_kv_heads=1,
+            value_offset=0,
+            value_dim=c.kv_lora_rank,
+            scale=self.scale,
+        )
+        return torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)

@@ -1,0 +1,62 @@
+"""Log-probabilities of given tokens without ever holding [tokens, vocab].
+
+The output head is applied to a chunk of rows at a time, forward and again backward, so memory is one chunk of logits.
+With l = h W^T / temperature:  log p(t) = l_t - logsumexp(l),  d log p(t) / dl = onehot(t) - softmax(l).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 20  # logits held at a time: 4 MiB in float32
+
+
+def _chunks(rows: int, vocab: int) -> range:
+    return range(0, rows, max(1, CHUNK_ELEMENTS // vocab))
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        rows, vocab = hidden.shape[0], weight.shape[0]
+        logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        entropy, lse = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        step = _chunks(rows, vocab).step
+        for start in _chunks(rows, vocab):
+            part = slice(start, start + step)
+            logits = (hidden[part] @ weight.T).float().div_(temperature)
+            lse[part] = logits.logsumexp(-1)
+            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse[part]
+            expected = logits.sub(lse[part, None]).exp_().mul_(logits).sum(-1)
+            entropy[part] = lse[part] - expected
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, targets, lse = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        step = _chunks(hidden.shape[0], weight.shape[0]).step
+        for start in _chunks(hidden.shape[0], weight.shape[0]):
+            part = slice(start, start + step)
+            grad = grads[0][part, None] / ctx.temperature
+            logits = (hidden[part] @ weight.T).float().div_(ctx.temperature)
+            d_logits = logits.sub_(lse[part, None]).exp_().mul_(-grad)
+            d_logits.scatter_add_(-1, targets[part, None], grad)
+            d_logits = d_logits.to(weight.dtype)
+            grad_hidden[part] = d_logits @ weight
+            grad_weight += (d_logits.T @ hidden[part]).float()
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def linear_logprob(
+    hidden: Float[Tensor, "rows dim"],
+    weight: Float[Tensor, "vocab dim"],
+    targets: Int[Tensor, " rows"],
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """(log p(target), entropy) per row in nats, float32. The entropy is for monitoring and carries no gradient."""
+    return _LinearLogprob.apply(hidden, weight, targets, temperature)  # pyright: ignore[reportReturnType]
