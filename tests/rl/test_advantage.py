@@ -1,0 +1,66 @@
+"""Advantages against plain arithmetic, and the shaping and control rewards."""
+
+from statistics import fmean, stdev
+
+import pytest
+import torch
+
+from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
+
+
+def test_advantages_are_standard_scores_with_the_sample_deviation():
+    groups = [[1.0, 0.0, 0.0, -0.3], [0.1, 0.9, 1.1, 1.1]]
+    scored = group_advantages(torch.tensor(groups), normalize_std=True)
+    plain = group_advantages(torch.tensor(groups), normalize_std=False)
+    for row, group in enumerate(groups):
+        expected = [(r - fmean(group)) / (stdev(group) + 1e-6) for r in group]
+        assert scored[row].tolist() == pytest.approx(expected, abs=1e-5)
+        assert plain[row].tolist() == pytest.approx([r - fmean(group) for r in group], abs=1e-6)
+
+
+def test_a_group_with_one_reward_has_exactly_zero_advantage_despite_rounding():
+    rewards = torch.full((1, 7), 0.1)
+    assert (rewards - rewards.mean()).abs().max() > 0.0  # the float32 mean of seven 0.1 is not 0.1
+    for normalize in (True, False):
+        assert group_advantages(rewards, normalize_std=normalize).tolist() == [[0.0] * 7]
+
+
+def test_zero_variance_groups_are_told_apart():
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [-0.3, -0.3]])
+    assert is_zero_variance(rewards).tolist() == [True, True, False, True]
+
+
+def test_advantages_ignore_shift_and_scale_when_normalised():
+    rewards = torch.tensor([[1.0, 0.0, 2.0, 0.5]], dtype=torch.float64)
+    base = group_advantages(rewards, normalize_std=True)
+    moved = group_advantages(100 * rewards + 7, normalize_std=True)
+    torch.testing.assert_close(base, moved, atol=1e-5, rtol=0)
+    assert base.sum().abs() < 1e-12
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match="group_size = 1"):
+        group_advantages(torch.ones(3, 1), normalize_std=True)
+
+
+def test_the_overlong_penalty_follows_dapo_equation_13():
+    lengths = torch.tensor([0, 16384, 18432, 20480, 30000])
+    assert overlong_penalty(lengths, 20480, 4096).tolist() == pytest.approx([0.0, 0.0, -0.5, -1.0, -1.0])
+    with pytest.raises(ValueError, match="overlong_buffer = 300"):
+        overlong_penalty(lengths, 200, 300)
+
+
+def test_permuted_rewards_keep_each_group_and_lose_the_order():
+    rewards = torch.arange(40.0).reshape(5, 8)
+    shuffled = random_rewards(rewards, "permute", torch.Generator().manual_seed(0))
+    assert torch.equal(shuffled.sort(dim=1).values, rewards) and not torch.equal(shuffled, rewards)
+    again = random_rewards(rewards, "permute", torch.Generator().manual_seed(0))
+    assert torch.equal(shuffled, again)
+
+
+def test_bernoulli_rewards_are_fair_coins_independent_of_the_samples():
+    rewards = torch.cat([torch.ones(200, 16), torch.zeros(200, 16)])
+    coins = random_rewards(rewards, "bernoulli", torch.Generator().manual_seed(1))
+    assert set(coins.unique().tolist()) == {0.0, 1.0}
+    assert coins[:200].mean().item() == pytest.approx(0.5, abs=0.03)
+    assert coins[200:].mean().item() == pytest.approx(0.5, abs=0.03)
