@@ -23,7 +23,7 @@ check: .venv/.installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/basedpyright
-	.venv/bin/lint-imports
+	.venv/bin/lint-imports --no-logo
 
 format: .venv/.installed-dev
 	.venv/bin/ruff format .

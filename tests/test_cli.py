@@ -1,0 +1,113 @@
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kogia import cli
+from kogia.cli import COMMANDS, Command, main
+from kogia.config import resolve
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The configuration of the commands below."""
+
+    size: int = 1
+
+
+def say(config: Settings) -> int | None:
+    print("size", config.size)
+    return None if config.size else 7
+
+
+def misuse(config: Settings) -> None:
+    resolve("countdown")
+
+
+def miss(config: Settings) -> None:
+    Path("no/such/file").read_text()
+
+
+def stop(config: Settings) -> None:
+    raise KeyboardInterrupt
+
+
+def stumble(config: Settings) -> None:
+    json.loads("{")
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = sys.modules[__name__]
+    monkeypatch.setitem(sys.modules, "cli_commands", here)
+    for name in ("say", "misuse", "miss", "stop", "stumble"):
+        monkeypatch.setitem(cli.COMMANDS, name, Command("cli_commands:Settings", f"cli_commands:{name}", "A test."))
+
+
+def test_a_command_gets_its_configuration_and_gives_the_exit_status(commands: None, capsys: Any):
+    assert main(["say", "--size", "4"]) == 0
+    assert capsys.readouterr().out == "size 4\n"
+    assert main(["say", "--size", "0"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (
+            ["misuse"],
+            2,
+            "kogia: error: 'countdown': write it as 'module:Name', for example 'my_package.sudoku:Sudoku'\n",
+        ),
+        (["miss"], 2, "kogia: error: [Errno 2] No such file or directory: 'no/such/file'\n"),
+        (["stop"], 130, "kogia: interrupted\n"),
+        (["pretrian"], 2, "kogia: error: unknown command 'pretrian'; did you mean 'pretrain'?\n"),
+        (["say", "absent.toml"], 2, "kogia: error: [Errno 2] No such file or directory: 'absent.toml'\n"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_status(
+    commands: None, argv: list[str], status: int, message: str, capsys: Any
+):
+    assert main(argv) == status
+    assert capsys.readouterr().err == message
+
+
+def test_an_error_that_is_not_ours_says_how_to_see_where(commands: None, capsys: Any):
+    assert main(["stumble"]) == 2
+    assert "--traceback shows where" in capsys.readouterr().err
+    assert main(["stumble", "--traceback"]) == 2
+    assert 'json.loads("{")' in capsys.readouterr().err
+
+
+def run(code: str) -> tuple[set[str], float]:
+    """Modules loaded by `code` in a new process, and the seconds it took."""
+    script = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint('MODULES', *sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    return set(done.stdout.split("MODULES")[1].split()), seconds
+
+
+def test_help_is_instant_and_loads_nothing_heavy():
+    runs = [run("from kogia.cli import main; main(['--help'])") for _ in range(3)]
+    assert not runs[0][0] & {"torch", "tyro", "rich", "numpy", "jinja2"}
+    assert min(seconds for _, seconds in runs) < 0.5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_each_command_does_not_load_torch(name: str):
+    modules, _ = run(f"from kogia.cli import main; main(['{name}', '--help'])")
+    assert "kogia.config" in modules
+    assert "torch" not in modules
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_a_main_that_takes_its_configuration(name: str):
+    command = COMMANDS[name]
+    config_type, run_command = cli._load(command.config), cli._load(command.main)
+    assert isinstance(config_type, type)
+    assert callable(run_command)

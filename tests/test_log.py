@@ -1,0 +1,93 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kogia import log
+from kogia.log import MetricLog, read_metrics, write_json
+
+
+def test_each_step_is_one_json_line_in_order(tmp_path: Path):
+    with MetricLog(tmp_path, total_steps=3, description="train") as metrics:
+        for step in (1, 2, 3):
+            metrics.log(step, {"loss": 1 / step})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["loss"] for line in lines] == [1.0, 0.5, 1 / 3]
+    assert 0 <= lines[0]["seconds"] <= lines[2]["seconds"]
+
+
+def test_a_new_run_starts_its_file_over(tmp_path: Path):
+    for _ in range(2):
+        with MetricLog(tmp_path, total_steps=1, description="train", quiet=True) as metrics:
+            metrics.log(1, {})
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_resuming_drops_later_lines_and_a_torn_last_line(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(f'{{"step": {s}, "seconds": {s}0.5, "loss": {s}}}\n' for s in (1, 2, 3)) + '{"step": 4, "lo'
+    )
+    with MetricLog(tmp_path, total_steps=5, description="train", quiet=True, resume_step=2) as metrics:
+        metrics.log(3, {"loss": 33})
+    lines = read_metrics(tmp_path)
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 33)]
+    assert 20.5 <= lines[-1]["seconds"] < 25, "time goes on from the last line kept"
+
+
+def test_values_that_are_not_finite_are_null_on_disk_and_nan_in_memory(tmp_path: Path):
+    with MetricLog(tmp_path, total_steps=1, description="train", quiet=True) as metrics:
+        metrics.log(1, {"loss": math.nan, "grad_norm": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
+
+
+def test_without_a_terminal_the_first_and_the_last_step_are_printed(tmp_path: Path, capsys: Any):
+    with MetricLog(tmp_path, total_steps=500, description="train") as metrics:
+        for step in range(1, 501):
+            metrics.log(step, {"loss": 2.5, "obscure": 1.0})
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2
+    assert "train  1/500  loss 2.5" in printed[0]
+    assert "500/500" in printed[1]
+    assert "eta 0m00s" in printed[1]
+
+
+def test_quiet_prints_nothing(tmp_path: Path, capsys: Any):
+    with MetricLog(tmp_path, total_steps=1, description="train", quiet=True) as metrics:
+        metrics.log(1, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_without_metrics_reads_as_empty(tmp_path: Path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_messages_go_to_stderr_and_are_not_taken_for_markup(capsys: Any):
+    log.info("[bold]kept[/bold] as it is")
+    log.warn("beware")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "[bold]kept[/bold] as it is" in printed.err
+    assert "warning: beware" in printed.err
+
+
+def test_a_failed_write_keeps_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": "ä"})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": "ä"}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
