@@ -1,0 +1,151 @@
+"""Checkpoints of a running training: a model directory any tool can load, and `train_state/` to go on from exactly.
+
+    RUN/checkpoints/step-000123/    config.json, model.safetensors, tokenizer files
+        train_state/state.json        counters, loader position, Python and NumPy random states
+        train_state/tensors.safetensors   optimiser moments by parameter name, PyTorch random states
+
+Everything is written under a hidden temporary name, fsynced and renamed, so a name `step-*` is a complete checkpoint at
+any time. Older checkpoints are deleted only after that.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kogia.checkpoint.hf import write_model_files
+from kogia.model.transformer import Transformer
+from kogia.text.tokenizer import Tokenizer
+
+RANDOM = "random/"  # prefix of the random states among the tensors
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """What a loop needs beside the weights to continue exactly; the random states are added when it is saved."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """JSON values."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    run_dir: str | Path, step: int, model: Transformer, tokenizer: Tokenizer, state: ResumeState, *, keep: int = 2
+) -> Path:
+    """Write RUN/checkpoints/step-NNNNNN and return it; then delete all but the newest `keep`.
+
+    Raises OSError with the place and the fix when it cannot be written (disk full); what was there is then untouched.
+    """
+    parent = Path(run_dir) / "checkpoints"
+    final, draft = parent / f"step-{step:06d}", parent / f".step-{step:06d}.tmp"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for stale in parent.glob(".step-*.tmp"):  # of a killed process
+            shutil.rmtree(stale)
+        draft.mkdir()
+        write_model_files(model, draft, tokenizer)
+        _save_train_state(draft / "train_state", step, state)
+        _sync_tree(draft)
+        if final.exists():
+            shutil.rmtree(final)
+        draft.rename(final)
+        _sync(parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(getattr(error, "errno", None) or 0, _cannot_save(final, error)) from error
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in (Path(run_dir) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def load_train_state(checkpoint: str | Path) -> ResumeState:
+    """What `save_checkpoint` stored beside the model. Raises ValueError if it is missing or damaged."""
+    directory = Path(checkpoint) / "train_state"
+    try:
+        values = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        return ResumeState(values, load_file(directory / "tensors.safetensors"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{checkpoint}: no {error.filename}; it is a model without training state: use it as `init`, not to resume"
+        ) from error
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"{directory}: damaged or truncated ({error}); delete {checkpoint} to resume from the checkpoint before it"
+        ) from error
+
+
+def restore_random(state: ResumeState) -> None:
+    """Set the random states of Python, NumPy and PyTorch to those of the checkpoint."""
+    version, internal, gauss = state.values["random"]["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = state.values["random"]["numpy"]
+    np.random.set_state((*numpy_state[:1], np.array(numpy_state[1], "uint32"), *numpy_state[2:]))
+    torch.set_rng_state(state.tensors[RANDOM + "torch"])
+    for index in range(torch.cuda.device_count()):
+        if (saved := state.tensors.get(f"{RANDOM}cuda{index}")) is not None:
+            torch.cuda.set_rng_state(saved, index)
+
+
+def _save_train_state(directory: Path, step: int, state: ResumeState) -> None:
+    directory.mkdir()
+    kind, keys, *rest = np.random.get_state()
+    assert isinstance(keys, np.ndarray)
+    values = {
+        **state.values,
+        "step": step,
+        "random": {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]},
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    tensors[RANDOM + "torch"] = torch.get_rng_state()
+    for index in range(torch.cuda.device_count()):
+        tensors[f"{RANDOM}cuda{index}"] = torch.cuda.get_rng_state(index)
+    (directory / "state.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    save_file(tensors, directory / "tensors.safetensors")
+
+
+def _sync_tree(directory: Path) -> None:
+    for root, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_save(final: Path, error: Exception) -> str:
+    older = latest_checkpoint(final.parent.parent)
+    kept = f"{older} is intact: continue from it with --resume" if older else "there is no older checkpoint"
+    free = shutil.disk_usage(final.parent).free / 2**20 if final.parent.exists() else 0.0
+    return f"cannot save {final}: {error} ({free:.0f} MiB free there). Free some space; {kept}"

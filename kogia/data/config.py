@@ -1,0 +1,67 @@
+"""What to train on, as frozen values. Torch-free."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One place documents come from."""
+
+    spec: str
+    """A file (.txt, .jsonl, each also .gz), or a generator `module:function`, called with `options`, and with `num` and
+    `seed` where it takes them.
+
+    A jsonl row is {"text"} or {"prompt", "completion"} or {"messages"[, "completion"]}. A generator yields strings,
+    such rows, or (problem, completion) pairs.
+    """
+    num: int | None = None
+    """At most this many documents; passed on to a generator."""
+    weight: float = 1.0
+    """How often one epoch visits each document: 2 is twice, 0.5 is another random half in each epoch."""
+    seed: int = 0
+    """Passed to a generator; a file ignores it."""
+    text_key: str = "text"
+    """The column of a jsonl row that holds a plain document."""
+    separator: str | None = None
+    """Splits a .txt file into documents; None takes the file as one document."""
+    options: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """Keyword arguments of a generator."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"data source {self.spec!r}: weight = {self.weight}: must be above 0; delete the source")
+        if self.num is not None and self.num < 1:
+            raise ValueError(f"data source {self.spec!r}: num = {self.num}: must be at least 1; leave it out for all")
+        if self.options and is_file_spec(self.spec):
+            raise ValueError(f"data source {self.spec!r}: options belong to a generator `module:function`, not a file")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training documents and how they are cut into batches."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    batch_tokens: int = 16384
+    """Most tokens in one micro-batch; whole documents are packed up to it."""
+    max_seqlen: int = 1024
+    """A longer plain document is cut into pieces of this length; a longer chat example is left out and counted."""
+    val_share: float = 0.0
+    """Share of documents held out for the validation loss, chosen by a hash of the document (of a chat's prompt)."""
+    cache_dir: str | None = None
+    """Folder for tokenised shards that several runs share; None keeps them in the run directory."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.val_share < 1.0:
+            raise ValueError(f"data.val_share = {self.val_share}: must lie in [0, 1)")
+        if self.max_seqlen < 2:
+            raise ValueError(f"data.max_seqlen = {self.max_seqlen}: must be at least 2, one token to predict from")
+        if self.batch_tokens < self.max_seqlen:
+            raise ValueError(
+                f"data.batch_tokens = {self.batch_tokens}: must hold one sequence of data.max_seqlen = "
+                f"{self.max_seqlen}; raise batch_tokens or lower max_seqlen"
+            )
+
+
+def is_file_spec(spec: str) -> bool:
+    """Whether a source names a file rather than a generator `module:function`."""
+    return spec.removesuffix(".gz").endswith((".txt", ".jsonl"))

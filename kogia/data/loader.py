@@ -1,0 +1,129 @@
+"""Batches in an order that is a pure function of (seed, epoch), so that a resume needs two integers and no replay.
+
+In every epoch all sequences are permuted; batches take whole sequences in that order up to the token budget, and the
+batch at an epoch's end continues into the next epoch, so every batch is full. A source of weight w contributes each of
+its sequences floor(w) times and a fresh random subset of share w - floor(w).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from kogia.data.packing import fill, gather_rows, pack_arrays
+from kogia.data.shards import Shard
+from kogia.model.packed import PackedTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packed sequences and the tokens whose log-probability counts (never the first of a sequence)."""
+
+    tokens: PackedTokens
+    loss_mask: Bool[Tensor, " tokens"]
+    num_loss_tokens: int
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(self.tokens.to(device), self.loss_mask.to(device), self.num_loss_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderState:
+    """Where the next batch starts: sequence `cursor` of the order of `epoch`."""
+
+    epoch: int = 0
+    cursor: int = 0
+
+
+def epoch_order(shard: Shard, weights: tuple[float, ...], seed: int, epoch: int) -> np.ndarray:
+    """Sequence numbers of one epoch in visiting order; the same for the same arguments, on any machine."""
+    rng = np.random.Generator(np.random.PCG64([seed, epoch]))
+    parts, begin = [], 0
+    for end, weight in zip(shard.source_ends, weights, strict=True):
+        members = np.arange(begin, end)
+        parts += [members] * int(weight)
+        extra = round((weight % 1) * len(members))
+        parts.append(rng.permutation(members)[:extra])
+        begin = end
+    return rng.permutation(np.concatenate(parts))
+
+
+class Loader:
+    """Endless batches over a shard. `state` may be read after any batch and set before any."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        *,
+        weights: tuple[float, ...],
+        batch_tokens: int,
+        seed: int,
+        state: LoaderState | None = None,
+    ) -> None:
+        self.shard, self.weights, self.batch_tokens, self.seed = shard, weights, batch_tokens, seed
+        self.state = state or LoaderState()
+        self._epoch = -1
+        self._order = self._cumulative = np.zeros(0, "int64")
+
+    @property
+    def tokens_per_epoch(self) -> float:
+        """Expected tokens of one epoch."""
+        bounds = self.shard.offsets[[0, *self.shard.source_ends]]
+        return float(np.dot(np.diff(bounds), self.weights))
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.next_batch()
+
+    def next_batch(self) -> Batch:
+        """The next batch, at most `batch_tokens` long, and the state moved past it."""
+        parts, budget = [], self.batch_tokens
+        epoch, cursor = self.state.epoch, self.state.cursor
+        while True:
+            self._load_epoch(epoch)
+            end = fill(self._cumulative, cursor, budget)
+            parts.append(self._order[cursor:end])
+            budget -= int(self._cumulative[end] - self._cumulative[cursor])
+            if end < len(self._order):
+                break
+            epoch, cursor = epoch + 1, 0
+            end = 0
+        self.state = LoaderState(epoch, end)
+        return gather_batch(self.shard, np.concatenate(parts))
+
+    def _load_epoch(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        self._order = epoch_order(self.shard, self.weights, self.seed, epoch)
+        lengths = np.diff(self.shard.offsets)[self._order]
+        if len(lengths) == 0 or lengths.max() > self.batch_tokens:
+            raise ValueError(
+                f"data: epoch {epoch} has {len(lengths)} sequences of up to {lengths.max(initial=0)} tokens, "
+                f"batch_tokens = {self.batch_tokens}; raise batch_tokens or the source weights {self.weights}"
+            )
+        self._cumulative = np.concatenate([[0], np.cumsum(lengths)])
+        self._epoch = epoch
+
+
+def validation_batches(shard: Shard, *, batch_tokens: int, max_tokens: int) -> Iterator[Batch]:
+    """All sequences of a shard once, in a fixed mixed order, until `max_tokens` are reached."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(shard.num_sequences)
+    cumulative = np.concatenate([[0], np.cumsum(np.diff(shard.offsets)[order])])
+    cursor = 0
+    while cursor < len(order) and cumulative[cursor] < max_tokens:
+        end = fill(cumulative, cursor, batch_tokens)
+        yield gather_batch(shard, order[cursor:end])
+        cursor = end
+
+
+def gather_batch(shard: Shard, sequences: np.ndarray) -> Batch:
+    """The given sequences of a shard, end to end."""
+    starts = shard.offsets[sequences]
+    lengths = shard.offsets[sequences + 1] - starts
+    rows = gather_rows(starts, lengths)
+    mask = torch.from_numpy(shard.mask[rows].astype(bool))
+    tokens = pack_arrays(shard.tokens[rows].astype("int64"), lengths)
+    return Batch(tokens, mask, int(mask.sum()))

@@ -1,0 +1,136 @@
+"""How to train, as frozen values. Torch-free."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kogia.data.config import DataConfig
+from kogia.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule (DeepSeek-V3 section 4.2). Shared by every stage, GRPO included."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only: norms and biases are not decayed."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "step"] = "cosine"
+    warmup_steps: int = 20
+    min_lr_ratio: float = 0.1
+    """Final over peak rate of linear, cosine and wsd."""
+    decay_share: float = 0.2
+    """Share of the steps after warm-up in which wsd decays."""
+    step_at: tuple[float, ...] = (0.6, 0.9)
+    """Shares of the steps after warm-up at which `step` multiplies the rate by 0.316."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optim.{name} = {getattr(self, name)}: must be above 0")
+        for name in ("weight_decay", "clip", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} = {getattr(self, name)}: must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas = {self.betas}: each must lie in [0, 1)")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optim.min_lr_ratio = {self.min_lr_ratio}: must lie in [0, 1]")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"optim.decay_share = {self.decay_share}: must lie in (0, 1]")
+        if list(self.step_at) != sorted(self.step_at) or not all(0 < at < 1 for at in self.step_at):
+            raise ValueError(f"optim.step_at = {self.step_at}: shares in (0, 1), rising")
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """One supervised stage: pretraining, cold-start SFT, rejection-sampled SFT or distillation."""
+
+    out: str
+    """Run directory to create."""
+    init: str | None = None
+    """Model or run directory to start from; exactly one of `init` and `model`."""
+    model: ModelConfig | None = None
+    """Architecture to initialise at random; its vocab_size is also that of a tokenizer trained here."""
+    tokenizer: str | None = None
+    """Directory with tokenizer.json. None takes that of `init`, or trains one on the data."""
+    tokenizer_documents: int = 20000
+    """A tokenizer is trained on at most this many documents of each source, the first ones."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int | None = None
+    """Optimiser steps; exactly one of `steps` and `epochs`."""
+    epochs: float | None = None
+    """Passes over the training documents instead of `steps`."""
+    micro_batches: int = 1
+    """Batches of data.batch_tokens per optimiser step (gradient accumulation)."""
+    mtp_weight: float = 0.3
+    """Weight of the multi-token-prediction loss (lambda, DeepSeek-V3 eq 25)."""
+    mtp_weight_late: float = 0.1
+    """The weight from share `mtp_late_at` of the steps on."""
+    mtp_late_at: float = 0.67
+    balance_weight: float = 1e-4
+    """Weight of the sequence-wise balance loss (alpha, DeepSeek-V3 eq 17)."""
+    bias_update_speed: float = 1e-3
+    """Change of a router bias per step (gamma, DeepSeek-V3 section 2.1.2); 0 freezes the biases."""
+    bias_freeze_at: float = 1.0
+    """Share of the steps after which the biases stay fixed (DeepSeek-V3: 0.97)."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    """Steps between validation losses, each after a save where one is due; 0 evaluates only at the end."""
+    eval_tokens: int = 131072
+    """Most held-out tokens per validation loss."""
+    seed: int = 0
+    """Of the weights and of the data order."""
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads for PyTorch; None leaves its choice."""
+    resume: bool = False
+    """Continue the run in `out` from its newest checkpoint, exactly."""
+    overwrite: bool = False
+    """Delete the run in `out` first."""
+    dry_run: bool = False
+    """Print the resolved configuration, parameter count and memory estimate, and stop."""
+    quiet: bool = False
+    """No progress line."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batches", "keep_checkpoints", "eval_tokens", "tokenizer_documents"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in (
+            "save_every",
+            "eval_every",
+            "mtp_weight",
+            "mtp_weight_late",
+            "balance_weight",
+            "bias_update_speed",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if (self.steps is not None and self.steps < 1) or (self.epochs is not None and self.epochs <= 0):
+            raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: must be above 0")
+
+    def check_complete(self) -> None:
+        """Raise ValueError if a choice that has no default is missing or given twice."""
+        if (self.init is None) == (self.model is None):
+            raise ValueError(
+                "exactly one of `init` (a model or run directory to start from) and a [model] table (an architecture "
+                f"to train from scratch) must be given; got init = {self.init!r} and {'a' if self.model else 'no'} "
+                "[model] table"
+            )
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"exactly one of steps = {self.steps} and epochs = {self.epochs} must be given")
+        if not self.data.sources:
+            raise ValueError(
+                "data.sources is empty: add [[data.sources]] with spec = a .jsonl/.txt file or module:function"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "resume and overwrite are both set: resume continues the run, overwrite deletes it; drop one"
+            )

@@ -1,0 +1,289 @@
+"""The supervised loop: pretraining, context extension, cold-start and rejection-sampled SFT, distillation.
+
+They differ in data and loss mask only. A run directory holds run.toml, metrics.jsonl, checkpoints/ and data/ (the
+tokens). Each step: loader -> train_step -> metrics -> every N steps save, then evaluate.
+"""
+
+import itertools
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import tomli_w
+import torch
+
+from kogia import log
+from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
+from kogia.checkpoint.resume import (
+    ResumeState,
+    latest_checkpoint,
+    load_train_state,
+    restore_random,
+    save_checkpoint,
+)
+from kogia.config import load_toml, save_toml, to_dict
+from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
+from kogia.data.shards import Shard, build_shards
+from kogia.data.sources import read_source
+from kogia.model.config import ModelConfig
+from kogia.model.transformer import Transformer, build_model
+from kogia.text.chat import render_text
+from kogia.text.tokenizer import Tokenizer, train_bpe
+from kogia.train.config import SupervisedConfig
+from kogia.train.estimate import train_memory
+from kogia.train.interrupt import GracefulStop
+from kogia.train.loss import supervised_loss, validation_loss
+from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from kogia.train.step import LossFn, TrainState, train_step
+
+
+@dataclass
+class Run:
+    """All that one supervised run is made of."""
+
+    config: SupervisedConfig
+    out: Path
+    tokenizer: Tokenizer
+    state: TrainState
+    loader: Loader
+    validation: list[Batch]
+
+
+def main(config: SupervisedConfig) -> None:
+    """Run the stage to its end. Raises KeyboardInterrupt, with everything saved, after SIGINT or SIGTERM."""
+    config.check_complete()
+    if config.dry_run:
+        return print_plan(config)
+    run = build_run(config)
+    if run.state.step >= run.state.num_steps:
+        log.info(f"{run.out} is complete: {run.state.step} of {run.state.num_steps} steps are done")
+        return
+    train(run)
+
+
+def build_run(config: SupervisedConfig) -> Run:
+    """Everything in order: directory, tokenizer, tokens, model, optimiser, loader, resume."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    out = Path(config.out)
+    checkpoint = _open_run_dir(config, out)
+    tokenizer = build_tokenizer(config, checkpoint)
+    shards = build_shards(config.data, tokenizer, out / "data")
+    model = _build_model(config, tokenizer, checkpoint, device)
+    optimizer = build_optimizer(model, config.optim)
+    weights = tuple(source.weight for source in config.data.sources)
+    loader = Loader(shards["train"], weights=weights, batch_tokens=config.data.batch_tokens, seed=config.seed)
+    num_steps = config.steps or ceil(
+        (config.epochs or 0) * loader.tokens_per_epoch / (config.data.batch_tokens * config.micro_batches)
+    )
+    state = TrainState(model.train(), optimizer, config.optim, num_steps, last_checkpoint=checkpoint)
+    run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]))
+    _describe_data(shards, loader, num_steps)
+    if checkpoint is not None:
+        restore(run, checkpoint)
+    return run
+
+
+def train(run: Run) -> None:
+    """The loop. Leaves a checkpoint of the last step in every way it can end but by an error."""
+    config, state = run.config, run.state
+    title = run.out.name
+    with (
+        log.MetricLog(
+            run.out, total_steps=state.num_steps, description=title, quiet=config.quiet, resume_step=state.step
+        ) as metric_log,
+        GracefulStop() as stop,
+    ):
+        while state.step < state.num_steps:
+            start = time.perf_counter()
+            batches = [run.loader.next_batch() for _ in range(config.micro_batches)]
+            num_tokens = sum(batch.tokens.num_tokens for batch in batches)
+            batches = [batch.to(state.model.device) for batch in batches]
+            metrics = train_step(state, batches, loss_for_step(config, state))
+            metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - start)
+            metric_log.log(state.step, metrics)
+            last = state.step == state.num_steps
+            if last or stop.requested or _is_due(config.save_every, state.step):
+                save(run)
+            if run.validation and not stop.requested and (last or _is_due(config.eval_every, state.step)):
+                metric_log.log(state.step, validation_loss(state.model, run.validation))
+            if stop.requested and not last:
+                log.info(f"stopped after step {state.step}, saved as {state.last_checkpoint}; --resume continues")
+                raise KeyboardInterrupt
+
+
+def loss_for_step(config: SupervisedConfig, state: TrainState) -> LossFn[Batch]:
+    """The loss function of the next step; also sets the step's bias speed. Both change late in a run."""
+    done = state.step / state.num_steps
+    state.bias_update_speed = config.bias_update_speed if done < config.bias_freeze_at else 0.0
+    mtp_weight = config.mtp_weight if done < config.mtp_late_at else config.mtp_weight_late
+    return partial(supervised_loss, mtp_weight=mtp_weight, balance_weight=config.balance_weight)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the current step and remember it as the last good one."""
+    state = run.state
+    resume = ResumeState({"loader": asdict(run.loader.state)}, optimizer_tensors(state.model, state.optimizer))
+    state.last_checkpoint = save_checkpoint(
+        run.out, state.step, state.model, run.tokenizer, resume, keep=run.config.keep_checkpoints
+    )
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """Put step, data position, optimiser and random states back; the weights are already the checkpoint's."""
+    resume = load_train_state(checkpoint)
+    run.state.step = resume.values["step"]
+    run.loader.state = LoaderState(**resume.values["loader"])
+    load_optimizer_tensors(run.state.model, run.state.optimizer, resume.tensors)
+    restore_random(resume)
+    log.info(f"resuming {checkpoint} at step {run.state.step} of {run.state.num_steps}")
+
+
+def build_tokenizer(config: SupervisedConfig, checkpoint: Path | None = None) -> Tokenizer:
+    """The checkpoint's, else `tokenizer`, else that of `init`, else one trained on the first documents of each source.
+
+    A trained one is kept in RUN/tokenizer, so that a run killed before its first checkpoint finds it again.
+    """
+    trained = Path(config.out) / "tokenizer"
+    for directory in (checkpoint, config.tokenizer, config.init and resolve_model_dir(config.init)):
+        if directory:
+            return Tokenizer.load(Path(directory).expanduser())
+    assert config.model is not None
+    if not trained.exists():
+        tokenizer = train_bpe(_tokenizer_texts(config), config.model.vocab_size)
+        draft = trained.with_name(".tokenizer.tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        tokenizer.save(draft)
+        draft.rename(trained)
+        log.info(f"trained a tokenizer of {tokenizer.vocab_size} tokens")
+    return Tokenizer.load(trained)
+
+
+def print_plan(config: SupervisedConfig) -> None:
+    """The resolved configuration, parameter counts and memory estimate on stdout; writes and trains nothing."""
+    model = _model_config(config)
+    memory = train_memory(model, config.data.batch_tokens)
+    print(tomli_w.dumps(to_dict(config)))
+    print(f"# parameters  {model.num_params():,} ({model.num_active_params():,} active per token)")
+    print(f"#             {model.num_mtp_params():,} more in {model.num_mtp_layers} multi-token prediction module(s)")
+    for part, number in model.parts():
+        print(f"#             {number:>14,}  {part}")
+    parts = ", ".join(f"{name} {_mib(getattr(memory, name))}" for name in asdict(memory))
+    print(f"# memory      about {_mib(memory.total)} beside the libraries: {parts}")
+    per_step = config.data.batch_tokens * config.micro_batches
+    length = (
+        f"{config.steps:,} steps = {config.steps * per_step:,} tokens" if config.steps else f"{config.epochs} epochs"
+    )
+    print(f"# length      {length}, up to {per_step:,} tokens per step")
+
+
+def _open_run_dir(config: SupervisedConfig, out: Path) -> Path | None:
+    """Make the run directory ready; the checkpoint to resume from, if any. Writes run.toml."""
+    recipe = out / "run.toml"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out = {config.out!r}: is a file; name a directory")
+    if out.exists() and any(out.iterdir()) and not recipe.exists():
+        raise ValueError(f"out = {config.out!r}: holds other files and no run.toml; name a new directory")
+    checkpoint = latest_checkpoint(out)
+    if recipe.exists() and config.overwrite:
+        shutil.rmtree(out)
+        checkpoint = None
+    elif recipe.exists() and not config.resume:
+        found = f"a run up to {checkpoint.name}" if checkpoint else "a run without checkpoint"
+        raise ValueError(
+            f"out = {config.out!r}: already holds {found}; add --resume to continue it, --overwrite to delete it, or "
+            "name another --out"
+        )
+    elif recipe.exists():
+        _warn_of_changes(load_toml(recipe, SupervisedConfig), config)
+    save_toml(replace(config, resume=False, overwrite=False), recipe)
+    return checkpoint
+
+
+def _warn_of_changes(before: SupervisedConfig, now: SupervisedConfig) -> None:
+    """A resume is exact only under the same settings; say which ones differ."""
+    old, new = to_dict(before), to_dict(now)
+    harmless = {"resume", "overwrite", "quiet", "threads"}
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in harmless)
+    if changed:
+        log.warn(
+            f"resuming with other settings than the run began with ({', '.join(changed)}): not an exact continuation"
+        )
+
+
+def _model_config(config: SupervisedConfig) -> ModelConfig:
+    if config.model is not None:
+        return config.model
+    assert config.init is not None
+    return load_config(config.init)
+
+
+def _build_model(
+    config: SupervisedConfig, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device
+) -> Transformer:
+    source = checkpoint or config.init
+    model_config = load_config(source) if source else _model_config(config)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size = {model_config.vocab_size}: raise "
+            "vocab_size, or use the tokenizer the model was trained with"
+        )
+    if config.data.max_seqlen > model_config.max_position:
+        raise ValueError(
+            f"data.max_seqlen = {config.data.max_seqlen}: above model.max_position = {model_config.max_position}; "
+            "lower it or raise max_position"
+        )
+    if source:
+        return load_model(source, device=device)
+    model_config = replace(model_config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    return build_model(model_config, device=device, seed=config.seed)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {name!r}: this PyTorch sees no GPU; use --device cpu or auto")
+    return device
+
+
+def _validation(config: SupervisedConfig, shard: Shard) -> list[Batch]:
+    if shard.counts.loss_tokens == 0:
+        if config.data.val_share:
+            log.warn(f"no document fell into data.val_share = {config.data.val_share}: no validation loss; raise it")
+        return []
+    batches = validation_batches(shard, batch_tokens=config.data.batch_tokens, max_tokens=config.eval_tokens)
+    return [batch for batch in batches if batch.num_loss_tokens]
+
+
+def _describe_data(shards: dict[str, Shard], loader: Loader, num_steps: int) -> None:
+    counts = shards["train"].counts
+    held_out = shards["val"].counts
+    log.info(
+        f"data: {counts.sequences:,} sequences, {counts.tokens:,} tokens ({counts.loss_tokens:,} count in the loss); "
+        f"{held_out.documents:,} documents held out; {num_steps} steps"
+    )
+    if left_out := counts.too_long + held_out.too_long:
+        log.warn(f"data: {left_out:,} chat examples longer than data.max_seqlen were left out")
+
+
+def _tokenizer_texts(config: SupervisedConfig) -> Iterator[str]:
+    for source in config.data.sources:
+        for document in itertools.islice(read_source(source), config.tokenizer_documents):
+            if document.prompt:
+                yield render_text(document.prompt)
+            yield document.text
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _mib(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB"
