@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def load_config(path: str | Path) -> ModelConfig:
         data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON ({error}); the file is damaged, restore it") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: holds a JSON {type(data).__name__}, not an object; restore the file")
     return config_from_hf(data)
 
 
@@ -67,10 +70,11 @@ def load_model(
     directory = resolve_model_dir(path)
     config = load_config(directory)
     files = _weight_files(directory)
+    stored = _stored_dtype(files)
     config = _without_absent_mtp(config, files)
     with torch.device("meta"):
         model = Transformer(config)
-    model = model.to(dtype or _stored_dtype(files[0])).to_empty(device=device)
+    model = model.to(dtype or stored).to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
     for router in model.routers():
@@ -100,17 +104,22 @@ def load_model(
 def save_model(model: Transformer, directory: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """Write a complete model directory that other tools can serve. Appears under its name only when complete."""
     directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
+    partial, replaced = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         write_model_files(model, partial, tokenizer)
-        replaced = directory.with_name(directory.name + ".old")
         if directory.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # left by a process that died below; rename wants it gone
             os.replace(directory, replaced)
-        os.replace(partial, directory)
+        try:
+            os.replace(partial, directory)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, directory)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return directory
@@ -129,13 +138,13 @@ def write_model_files(model: Transformer, directory: Path, tokenizer: Tokenizer 
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    # safetensors refuses tensors that share storage; the MTP copies do
-    separate = {name: tensor.clone() if tensor._is_view() else tensor for name, tensor in tensors.items()}
+    # safetensors refuses tensors that share storage; the experts and the MTP copies do
     seen: set[int] = set()
-    for name, tensor in separate.items():
-        if tensor.data_ptr() in seen:
-            separate[name] = tensor.clone()
-        seen.add(separate[name].data_ptr())
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
     try:
         save_file(separate, file, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -172,7 +181,7 @@ def _disk_views(model: Transformer, *, copies: bool = False) -> Iterator[tuple[s
 
 def _is_known_copy(name: str, config: ModelConfig) -> bool:
     """MTP copies of shared tensors, a stored tied head, and rotary tables of old exports carry nothing new."""
-    if name == "lm_head.weight" and config.tie_embeddings or name.endswith("rotary_emb.inv_freq"):
+    if (name == "lm_head.weight" and config.tie_embeddings) or name.endswith("rotary_emb.inv_freq"):
         return True
     layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
     return any(
@@ -197,13 +206,19 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
+@contextmanager
+def _open(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, handle.get_tensor(name)
+            yield handle
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged or truncated ({error}); copy or download it again") from None
+
+
+def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with _open(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+            yield name, handle.get_tensor(name)
 
 
 def _without_absent_mtp(config: ModelConfig, files: list[Path]) -> ModelConfig:
@@ -216,13 +231,26 @@ def _without_absent_mtp(config: ModelConfig, files: list[Path]) -> ModelConfig:
 
 
 def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or truncated ({error}); copy or download it again") from None
+    with _open(file) as handle:
+        return list(handle.keys())
 
 
-def _stored_dtype(file: Path) -> torch.dtype:
-    """Dtype of the matrices; norms and router biases may be wider."""
-    return next((tensor.dtype for name, tensor in _read(file) if name.endswith("_proj.weight")), torch.float32)
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+def _stored_dtype(files: list[Path]) -> torch.dtype:
+    """Dtype of the matrices, from the file headers alone; norms and router biases may be wider."""
+    found = None
+    for file in files:
+        with _open(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                if not name.endswith("_proj.weight"):
+                    continue
+                stored = handle.get_slice(name).get_dtype()
+                if stored not in _DTYPES:
+                    what = "FP8 weights are" if stored.startswith("F8") else f"weights of type {stored} are"
+                    raise ValueError(
+                        f"{file}: {what} not supported yet ({name}); convert the checkpoint to bfloat16 first"
+                    )
+                found = found or _DTYPES[stored]
+    return found or torch.float32

@@ -9,13 +9,14 @@ from typing import Any
 
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 
-# Fields that say nothing about what the forward pass computes.
+# Fields that say nothing about what the forward pass computes, or that the functions below check. How the weights are
+# stored (`quantization_config`) is a matter for the loader.
 _NEUTRAL = frozenset(
     "architectures auto_map model_type torch_dtype dtype transformers_version use_cache pad_token_id attention_dropout "
     "pretraining_tp ep_size aux_loss_alpha seq_aux output_router_logits bos_token_id eos_token_id initializer_range "
     "_name_or_path is_moe num_key_value_heads head_dim qk_head_dim hidden_act attention_bias mlp_bias return_dict "
     "output_hidden_states chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder "
-    "output_attentions max_window_layers tokenizer_class layer_types default_theta".split()
+    "output_attentions max_window_layers tokenizer_class layer_types default_theta quantization_config".split()
 )
 
 _SHARED = frozenset(
@@ -51,7 +52,8 @@ def config_from_hf(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def _common(data: Mapping[str, Any]) -> dict[str, Any]:
-    eos = data.get("eos_token_id", 1)
+    eos = data.get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) else eos
     return {
         "vocab_size": data["vocab_size"],
         "dim": data["hidden_size"],
@@ -62,7 +64,7 @@ def _common(data: Mapping[str, Any]) -> dict[str, Any]:
         "tie_embeddings": data.get("tie_word_embeddings", False),
         "init_std": data.get("initializer_range", 0.02),
         "bos_id": data.get("bos_token_id") or 0,
-        "eos_id": eos[0] if isinstance(eos, list) else eos,
+        "eos_id": 1 if eos is None else eos,
     }
 
 
@@ -81,7 +83,15 @@ def _rope(data: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
     return theta, scaling
 
 
+_YARN = frozenset("factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim".split())
+
+
 def _yarn(scaling: Mapping[str, Any]) -> YarnConfig:
+    unknown = sorted(set(scaling) - _YARN)
+    if unknown:
+        raise ValueError(
+            f"config.json: unknown field(s) of yarn: {', '.join(f'{k} = {scaling[k]!r}' for k in unknown)}"
+        )
     return YarnConfig(
         factor=float(scaling["factor"]),
         original_max_position=scaling["original_max_position_embeddings"],
@@ -97,11 +107,16 @@ def _deepseek(data: Mapping[str, Any]) -> ModelConfig:
     for key, value in rules.items():
         if data.get(key, value) != value:
             raise ValueError(f"config.json: {key} = {data[key]!r}; deepseek_v3 has {value!r}")
+    heads, kv_heads = data["num_attention_heads"], data.get("num_key_value_heads")
+    if kv_heads not in (None, heads):
+        raise ValueError(
+            f"config.json: num_key_value_heads = {kv_heads} must equal num_attention_heads = {heads} in MLA"
+        )
     if data.get("attention_bias"):
         raise ValueError("config.json: attention_bias = true is not supported; released DeepSeek models have none")
     theta, scaling = _rope(data)
     attention = MLAConfig(
-        num_heads=data["num_attention_heads"],
+        num_heads=heads,
         q_lora_rank=data.get("q_lora_rank"),
         kv_lora_rank=data["kv_lora_rank"],
         qk_nope_head_dim=data["qk_nope_head_dim"],
@@ -128,6 +143,8 @@ def _deepseek(data: Mapping[str, Any]) -> ModelConfig:
 def _dense(kind: str, data: Mapping[str, Any]) -> ModelConfig:
     if data.get("use_sliding_window"):
         raise ValueError("config.json: use_sliding_window = true is not supported")
+    if set(data.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"config.json: layer_types = {data['layer_types']!r}; only full_attention is supported")
     if kind == "llama" and (data.get("attention_bias") or data.get("mlp_bias")):
         raise ValueError("config.json of llama: attention_bias and mlp_bias are not supported")
     theta, scaling = _rope(data)

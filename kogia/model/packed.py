@@ -32,7 +32,7 @@ class PackedTokens:
 def pack(sequences: Sequence[Sequence[int]]) -> PackedTokens:
     """Lay whole sequences end to end, positions starting at 0 in each. Empty sequences are a caller's bug."""
     lengths = [len(s) for s in sequences]
-    assert lengths and min(lengths) > 0, f"pack needs non-empty sequences, got lengths {lengths}"
+    assert min(lengths, default=0) > 0, f"pack needs non-empty sequences, got lengths {lengths}"
     ends = torch.tensor([0, *lengths]).cumsum(0)
     ids = torch.tensor([t for s in sequences for t in s], dtype=torch.long)
     positions = torch.arange(len(ids)) - torch.repeat_interleave(ends[:-1], torch.tensor(lengths))

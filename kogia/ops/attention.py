@@ -146,7 +146,9 @@ def paged_attention(
     out = q.new_empty(q.shape[0], heads, value_dim)
     for bucket in buckets:
         some = bucket.seqs is not None
-        tables, contexts = (block_tables[bucket.seqs], context_lens[bucket.seqs]) if some else (block_tables, context_lens)
+        tables, contexts = (
+            (block_tables[bucket.seqs], context_lens[bucket.seqs]) if some else (block_tables, context_lens)
+        )
         lens = q_lens[bucket.seqs] if some else q_lens
         longest = int(contexts.max()) if some else max_context
         context = gather_context(rows, tables, block_size, longest)

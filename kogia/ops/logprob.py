@@ -15,16 +15,22 @@ def _chunks(rows: int, vocab: int) -> range:
     return range(0, rows, max(1, CHUNK_ELEMENTS // vocab))
 
 
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = hidden @ weight.T
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         rows, vocab = hidden.shape[0], weight.shape[0]
-        logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(rows, dtype=wide, device=hidden.device)
         entropy, lse = torch.empty_like(logprobs), torch.empty_like(logprobs)
         step = _chunks(rows, vocab).step
         for start in _chunks(rows, vocab):
             part = slice(start, start + step)
-            logits = (hidden[part] @ weight.T).float().div_(temperature)
+            logits = _logits(hidden[part], weight, temperature)
             lse[part] = logits.logsumexp(-1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse[part]
             expected = logits.sub(lse[part, None]).exp_().mul_(logits).sum(-1)
@@ -38,17 +44,17 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
         step = _chunks(hidden.shape[0], weight.shape[0]).step
         for start in _chunks(hidden.shape[0], weight.shape[0]):
             part = slice(start, start + step)
             grad = grads[0][part, None] / ctx.temperature
-            logits = (hidden[part] @ weight.T).float().div_(ctx.temperature)
+            logits = _logits(hidden[part], weight, ctx.temperature)
             d_logits = logits.sub_(lse[part, None]).exp_().mul_(-grad)
             d_logits.scatter_add_(-1, targets[part, None], grad)
             d_logits = d_logits.to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
-            grad_weight += (d_logits.T @ hidden[part]).float()
+            grad_weight += d_logits.T @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
@@ -58,5 +64,5 @@ def linear_logprob(
     targets: Int[Tensor, " rows"],
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """(log p(target), entropy) per row in nats, float32. The entropy is for monitoring and carries no gradient."""
+    """(log p(target), entropy) per row in nats, at least float32. The entropy is for monitoring, without gradient."""
     return _LinearLogprob.apply(hidden, weight, targets, temperature)  # pyright: ignore[reportReturnType]

@@ -1,8 +1,8 @@
 """Mixture-of-experts pieces: routing, permutation to expert order, grouped linear, balance loss.
 
-    s_i = sigmoid(u . e_i)  (DeepSeek-V3 eq 15)   or   softmax_i(u . e_i)  (DeepSeekMoE eq 5)
-    choose topk of s_i + b_i                      (eq 16: the bias only selects)
-    g_i = scale * s_i / sum of chosen s           (unbiased affinities weigh)
+s_i = sigmoid(u . e_i)  (DeepSeek-V3 eq 15)   or   softmax_i(u . e_i)  (DeepSeekMoE eq 5)
+choose topk of s_i + b_i                      (eq 16: the bias only selects)
+g_i = scale * s_i / sum of chosen s           (unbiased affinities weigh)
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ def select_experts(
     choice = scores if bias is None else scores + bias
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))
-        group_scores = grouped.amax(-1) if bias is None else grouped.topk(2, dim=-1).values.sum(-1)
+        group_scores = (
+            grouped.amax(-1) if bias is None else grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        )
         kept = group_scores.topk(topk_groups, dim=-1, sorted=False).indices
         closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
         choice = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)

@@ -1,8 +1,12 @@
-"""Root-mean-square normalisation: y = x / sqrt(mean(x^2) + eps) * weight, statistics in float32."""
+"""Root-mean-square normalisation: y = x / sqrt(mean(x^2) + eps) * weight, statistics in at least float32."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -10,18 +14,18 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
+        wide = _wide(x)
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight) if x.dtype != weight.dtype else (wide * scale).mul_(weight)
+        return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        grad = grads[0].float()
-        grad_weight = torch.einsum("...d,...d->d", grad.reshape(-1, x.shape[-1]), normed.reshape(-1, x.shape[-1]))
-        weighted = grad * weight.float()
+        normed = _wide(x) * scale
+        grad = _wide(grads[0])
+        grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0)
+        weighted = grad * _wide(weight)
         inner = (weighted * normed).mean(-1, keepdim=True)
         grad_x = weighted.sub_(normed.mul_(inner)).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
