@@ -1,0 +1,90 @@
+"""Settings of the engine and of the two commands that stand on it alone. Torch-free."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much the engine may run at once."""
+
+    block_size: int = 16
+    """Tokens per cache block: the unit of allocation and of prefix sharing."""
+    num_blocks: int | None = None
+    """Cache blocks; None derives them from `cache_memory_bytes`."""
+    cache_memory_bytes: int = 1 << 30
+    """Most memory that the cache may take when `num_blocks` is not given."""
+    max_batch_tokens: int = 2048
+    """Token budget of one step, shared by prefill chunks, decodes and draft verification."""
+    max_sequences: int = 256
+    """Sequences that run at once; the rest wait."""
+    num_draft_tokens: int = 0
+    """Tokens drafted per step by the model's MTP module; 0 turns speculative decoding off."""
+    prefix_cache: bool = True
+    """Share the blocks of equal prefixes between sequences, and keep them after a sequence ends."""
+
+    def __post_init__(self) -> None:
+        least = {"block_size": 1, "max_batch_tokens": 1, "max_sequences": 1, "num_draft_tokens": 0, "num_blocks": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"engine.{name} = {value}: must be at least {bound}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answer prompts with a model: from --prompt, from --file (one prompt per line, or JSONL), or from stdin."""
+
+    path: Positional[str]
+    """Model directory or run directory."""
+    prompt: tuple[str, ...] = ()
+    """Prompts; each is one user message unless --raw."""
+    file: str | None = None
+    """Text file with one prompt per line, or .jsonl with {"prompt": ...} lines."""
+    out: str | None = None
+    """JSONL file for the completions; printed to the terminal when left out."""
+    raw: bool = False
+    """Continue the text itself instead of answering it as a chat message."""
+    system: str | None = None
+    """System message put before every prompt."""
+    n: int = 1
+    """Completions per prompt."""
+    max_tokens: int = 512
+    temperature: float = 0.6
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 0.95
+    """1 is off."""
+    min_p: float = 0.0
+    """0 is off."""
+    seed: int | None = None
+    """Makes sampling repeatable; None draws a new seed."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; they are cut off."""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    engine: EngineConfig = EngineConfig()
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal."""
+
+    path: Positional[str]
+    """Model directory or run directory."""
+    system: str | None = None
+    """System message of the conversation."""
+    max_tokens: int = 2048
+    temperature: float = 0.6
+    """0 is greedy."""
+    top_p: float = 0.95
+    """1 is off."""
+    seed: int | None = None
+    """Makes the conversation repeatable; None draws a new seed."""
+    draft_tokens: int | None = None
+    """Tokens drafted per step by the MTP module; None uses 1 where the model has one."""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

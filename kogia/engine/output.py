@@ -1,0 +1,47 @@
+"""Text of a growing completion: complete characters only, cut at a stop string."""
+
+from collections.abc import Sequence
+
+from kogia.text.tokenizer import IncrementalDecoder, Tokenizer
+
+
+class TextStream:
+    """Decodes one completion token by token and watches for its stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.text = ""
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._stop = tuple(stop)
+        self._num_sent = 0
+
+    def push(self, token_ids: Sequence[int]) -> int | None:
+        """Append tokens. At the first stop string, cut the text before it and return how many tokens that took."""
+        if not self._stop:
+            self.text += self._decoder.push(token_ids)
+            return None
+        longest = max(map(len, self._stop))
+        for count, token_id in enumerate(token_ids, start=1):
+            since = max(0, len(self.text) - longest + 1)
+            self.text += self._decoder.push([token_id])
+            found = [place for stop in self._stop if (place := self.text.find(stop, since)) >= 0]
+            if found:
+                self.text = self.text[: min(found)]
+                return count
+        return None
+
+    def finish(self) -> str:
+        """The whole text, closed."""
+        self.text += self._decoder.flush()
+        return self.text
+
+    def take(self, *, final: bool) -> str:
+        """Text not taken yet. Before the end, what may still become a stop string is held back."""
+        end = len(self.text) if final else len(self.text) - self._held_back()
+        fresh = self.text[self._num_sent : end]
+        self._num_sent = max(self._num_sent, end)
+        return fresh
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        lengths = range(max(map(len, self._stop), default=1) - 1, 0, -1)
+        return next((k for k in lengths if any(self.text.endswith(s[:k]) for s in self._stop if len(s) > k)), 0)

@@ -1,0 +1,130 @@
+"""What goes into the engine and what comes out. Torch-free."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from kogia.engine.output import TextStream
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one prompt is continued. Filters apply after the temperature: top-k, then top-p, then min-p."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens with at least this probability; 1 is off."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one; 0 is off."""
+    max_tokens: int = 256
+    n: int = 1
+    """Completions of the same prompt; they share its cache blocks."""
+    seed: int | None = None
+    """None draws one. The same seed, prompt and model give the same tokens, whatever else the engine is running."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion. `text` is cut before the match, `token_ids` are not."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+    """Return the log-probability of each token under softmax(logits / temperature), no filter applied."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1] (1 is off)"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "n": (self.n >= 1, "at least 1"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"SamplingParams.{name} = {getattr(self, name)}: must be {rule}")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise ValueError(f"SamplingParams.stop = {self.stop!r}: must be a tuple of non-empty strings")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished continuation."""
+
+    token_ids: list[int]
+    """Every sampled token, the stop token included when one ended it."""
+    text: str
+    """Decoded text without the stop token or stop string."""
+    logprobs: list[float] | None
+    """One per token of `token_ids`, if asked for."""
+    finish_reason: FinishReason
+    """"stop": a stop token or string; "length": max_tokens or the context is full; "abort": the caller gave up."""
+    weights_version: int
+    """Version of the weights that sampled the first token."""
+    num_cached_tokens: int
+    """Prompt tokens found in the prefix cache."""
+    num_drafted: int
+    num_accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """News of one request after one step."""
+
+    request_id: int
+    token_ids: list[int]
+    """New tokens."""
+    text: str
+    """New text that can no longer change; a possible beginning of a stop string is held back."""
+    completion: Completion | None
+    """Set once, when the request is done."""
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence on its way through the engine. While it runs, its counters live in a `SequenceTable` row."""
+
+    id: int
+    prompt: NDArray[np.int64]
+    params: SamplingParams
+    seed: int
+    max_length: int
+    """Prompt and completion tokens may not exceed this."""
+    output: "TextStream | None" = None
+    """Text as it grows, for requests with stop strings or a listener; None decodes once, at the end."""
+    stream: bool = False
+    """Whether `Engine.step` reports every token or only the end."""
+    token_ids: NDArray[np.int64] = field(init=False)
+    """Prompt and the tokens sampled before the last preemption."""
+    logprobs: NDArray[np.float32] = field(init=False)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of the full blocks of known tokens, as far as computed."""
+    weights_version: int | None = None
+    """Set when the weights change after the first token; None means the current ones."""
+    num_cached_tokens: int | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = self.prompt
+        self.logprobs = np.zeros(len(self.prompt), dtype=np.float32)
+
+
+def derive_seed(seed: int | None, prompt: Sequence[int], index: int) -> int:
+    """Signed 64-bit seed of sample `index` of a prompt.
+
+    The prompt is folded in so that different prompts of one batch do not move together; the place in the batch is
+    not, so that a prompt samples the same tokens alone and in company.
+    """
+    if seed is None:
+        return int.from_bytes(os.urandom(8), "little", signed=True)
+    content = np.asarray([seed & (2**63 - 1), index, *prompt], dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

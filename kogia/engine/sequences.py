@@ -1,0 +1,99 @@
+"""State of the running sequences as numpy columns, one row each, so that a step costs no Python per token.
+
+Counters of a row, all in tokens: `num_computed` have valid cache rows, `num_known` are prompt or accepted, and
+`num_drafts` guesses follow them in `token_ids` without being known. num_computed < num_known always: at least the last
+known token is still to be run.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kogia.engine.request import Request
+
+
+class SequenceTable:
+    """Rows for `max_sequences` sequences. Token and block columns grow to the longest sequence seen."""
+
+    def __init__(self, max_sequences: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.requests: list[Request | None] = [None] * max_sequences
+        self._free = list(range(max_sequences - 1, -1, -1))
+        self.token_ids = np.zeros((max_sequences, 0), dtype=np.int64)
+        self.logprobs = np.zeros((max_sequences, 0), dtype=np.float32)
+        self.blocks = np.zeros((max_sequences, 0), dtype=np.int64)
+        self.num_blocks = np.zeros(max_sequences, dtype=np.int64)
+        self.num_named = np.zeros(max_sequences, dtype=np.int64)
+        """Full blocks that are in the prefix index."""
+        self.num_known = np.zeros(max_sequences, dtype=np.int64)
+        self.num_computed = np.zeros(max_sequences, dtype=np.int64)
+        self.num_drafts = np.zeros(max_sequences, dtype=np.int64)
+        self.num_drafted = np.zeros(max_sequences, dtype=np.int64)
+        self.num_accepted = np.zeros(max_sequences, dtype=np.int64)
+        self.max_length = np.zeros(max_sequences, dtype=np.int64)
+        self.temperature = np.zeros(max_sequences, dtype=np.float32)
+        self.top_k = np.zeros(max_sequences, dtype=np.int64)
+        self.top_p = np.zeros(max_sequences, dtype=np.float32)
+        self.min_p = np.zeros(max_sequences, dtype=np.float32)
+        self.seed = np.zeros(max_sequences, dtype=np.int64)
+        self.stop_ids = np.full((max_sequences, 1), -1, dtype=np.int64)
+        self.watched = np.zeros(max_sequences, dtype=bool)
+        """Text is wanted at every step: stop strings, or a listener."""
+
+    @property
+    def num_rows_free(self) -> int:
+        return len(self._free)
+
+    def open(self, request: Request, stop_ids: list[int]) -> int:
+        """Give `request` a row with nothing computed and no blocks."""
+        row = self._free.pop()
+        self._grow(request.max_length, len(stop_ids))
+        known, params = len(request.token_ids), request.params
+        self.requests[row] = request
+        self.token_ids[row, :known] = request.token_ids
+        self.logprobs[row, :known] = request.logprobs
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(stop_ids)] = stop_ids
+        self.num_known[row] = known
+        self.num_computed[row] = self.num_drafts[row] = self.num_blocks[row] = self.num_named[row] = 0
+        self.num_drafted[row], self.num_accepted[row] = request.num_drafted, request.num_accepted
+        self.max_length[row], self.seed[row] = request.max_length, request.seed
+        self.temperature[row], self.top_k[row] = params.temperature, params.top_k
+        self.top_p[row], self.min_p[row] = params.top_p, params.min_p
+        self.watched[row] = request.stream or request.output is not None
+        return row
+
+    def close(self, row: int) -> Request:
+        """Empty a row, writing its tokens and counters back into its request."""
+        request = self.requests[row]
+        assert request is not None, f"row {row} is empty"
+        known = self.num_known[row]
+        request.token_ids = self.token_ids[row, :known].copy()
+        request.logprobs = self.logprobs[row, :known].copy()
+        request.num_drafted, request.num_accepted = int(self.num_drafted[row]), int(self.num_accepted[row])
+        self.requests[row] = None
+        self._free.append(row)
+        return request
+
+    def row_blocks(self, row: int) -> list[int]:
+        return self.blocks[row, : self.num_blocks[row]].tolist()
+
+    def append_blocks(self, row: int, blocks: list[int]) -> None:
+        start = self.num_blocks[row]
+        self.blocks[row, start : start + len(blocks)] = blocks
+        self.num_blocks[row] += len(blocks)
+
+    def _grow(self, length: int, num_stops: int) -> None:
+        width = self.token_ids.shape[1]
+        if length > width:
+            width = max(length, 2 * width)
+            self.token_ids, self.logprobs = _widen(self.token_ids, width), _widen(self.logprobs, width)
+            self.blocks = _widen(self.blocks, -(-width // self.block_size))
+        if num_stops > self.stop_ids.shape[1]:
+            added = num_stops - self.stop_ids.shape[1]
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, added)), constant_values=-1)
+
+
+def _widen(columns: NDArray, width: int) -> NDArray:
+    wider = np.zeros((columns.shape[0], width), dtype=columns.dtype)  # untouched pages of a long context cost nothing
+    wider[:, : columns.shape[1]] = columns
+    return wider
