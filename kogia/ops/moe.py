@@ -95,7 +95,7 @@ def combine(
 ) -> Float[Tensor, "tokens dim"]:
     """Weighted sum of each token's expert outputs."""
     by_token: Tensor = _PermuteRows.apply(y, order.inverse, order.order)  # pyright: ignore[reportAssignmentType]
-    return torch.bmm(weights.to(y.dtype)[:, None], by_token.view(*weights.shape, -1)).squeeze(1)
+    return torch.bmm(weights.to(y.dtype)[:, None], by_token.view(*weights.shape, y.shape[1])).squeeze(1)
 
 
 def grouped_linear(

@@ -1,0 +1,226 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kogia.ops.moe import (
+    affinities,
+    combine,
+    dispatch,
+    gate_weights,
+    grouped_linear,
+    order_by_expert,
+    select_experts,
+    sequence_balance_loss,
+    swiglu,
+)
+
+
+def choose(scores: list[float], bias: list[float] | None, topk: int, num_groups: int, topk_groups: int) -> set[int]:
+    """One token, as DeepSeek-V3 section 2.1.2 (bias given) or DeepSeek-V2 section 2.2.2 (none) write it."""
+    choice = [s + b for s, b in zip(scores, bias or [0.0] * len(scores), strict=True)]
+    size = len(choice) // num_groups
+    groups = [choice[g * size : (g + 1) * size] for g in range(num_groups)]
+    rank = [sum(sorted(g)[-2:]) if bias is not None else max(g) for g in groups]
+    kept = sorted(range(num_groups), key=lambda g: -rank[g])[:topk_groups]
+    open_experts = [e for e in range(len(choice)) if e // size in kept]
+    return set(sorted(open_experts, key=lambda e: -choice[e])[:topk])
+
+
+@given(
+    seed=st.integers(0, 10_000), groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4), (8, 3)]), biased=st.booleans()
+)
+def test_selection_is_the_loop_of_the_paper(seed, groups, biased):
+    torch.manual_seed(seed)
+    logits = torch.randn(6, 16)
+    scores = affinities(logits, "sigmoid" if biased else "softmax")
+    bias = torch.randn(16) if biased else None
+    got = select_experts(scores, bias, topk=3, num_groups=groups[0], topk_groups=groups[1])
+    for t in range(6):
+        want = choose(scores[t].tolist(), bias.tolist() if biased else None, 3, *groups)
+        assert set(got[t].tolist()) == want
+    assert got.unique(dim=1).shape[1] == 3
+
+
+def test_affinities_are_sigmoid_or_softmax_over_all_experts_in_float32():
+    logits = torch.tensor([[0.0, 1.0, -2.0]], dtype=torch.bfloat16)
+    sigmoid, softmax = affinities(logits, "sigmoid"), affinities(logits, "softmax")
+    torch.testing.assert_close(sigmoid, 1 / (1 + torch.tensor([[0.0, -1.0, 2.0]]).exp()))
+    torch.testing.assert_close(softmax, torch.tensor([[0.259496, 0.705385, 0.035119]]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_closed_group_stays_closed_when_every_open_score_is_negative():
+    # biases make all of group 0 negative; masking group 1 with 0 instead of -inf would choose from it
+    scores = torch.tensor([[0.3, 0.2, 0.1, 0.4]])
+    bias = torch.tensor([-0.5, -0.5, -9.0, -9.0])
+    got = select_experts(scores, bias, topk=2, num_groups=2, topk_groups=1)
+    assert set(got[0].tolist()) == {0, 1}
+
+
+def test_two_good_experts_beat_one_excellent_one_only_when_a_bias_is_given():
+    scores = torch.tensor([[0.9, 0.0, 0.6, 0.5]])
+    assert set(select_experts(scores, torch.zeros(4), topk=2, num_groups=2, topk_groups=1)[0].tolist()) == {2, 3}
+    assert set(select_experts(scores, None, topk=2, num_groups=2, topk_groups=1)[0].tolist()) == {0, 1}
+
+
+def test_groups_of_a_single_expert_work():
+    scores = torch.tensor([[0.1, 0.9, 0.5]])
+    got = select_experts(scores, torch.tensor([1.0, 0.0, 0.0]), topk=2, num_groups=3, topk_groups=2)
+    assert set(got[0].tolist()) == {0, 1}
+
+
+def test_gates_come_from_unbiased_scores():
+    scores, ids = torch.tensor([[0.2, 0.8, 0.4, 0.1]]), torch.tensor([[3, 1]])
+    got = gate_weights(scores, ids, normalize=True, scale=2.5)
+    torch.testing.assert_close(got, torch.tensor([[2.5 * 0.1 / 0.9, 2.5 * 0.8 / 0.9]]))
+    got = gate_weights(scores, ids, normalize=False, scale=16.0)
+    torch.testing.assert_close(got, torch.tensor([[1.6, 12.8]]))
+
+
+def test_gates_of_vanishing_scores_are_finite():
+    got = gate_weights(torch.zeros(1, 4), torch.tensor([[0, 1]]), normalize=True, scale=1.0)
+    assert got.tolist() == [[0.0, 0.0]]
+
+
+def pick(tokens: int, topk: int, experts: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :topk]
+
+
+def test_rows_come_in_expert_order_and_tokens_keep_their_order_inside_an_expert():
+    order = order_by_expert(torch.tensor([[2, 0], [0, 3], [2, 3]]), 5)
+    assert order.order.tolist() == [1, 2, 0, 4, 3, 5]
+    assert order.counts.tolist() == [2, 0, 2, 2, 0]
+    assert order.order[order.inverse].tolist() == list(range(6))
+
+
+@given(tokens=st.integers(0, 9), topk=st.integers(1, 4), seed=st.integers(0, 99))
+def test_dispatch_and_combine_are_the_weighted_sum_over_chosen_experts(tokens, topk, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    weights = torch.rand(tokens, topk, generator=generator, dtype=torch.float64).requires_grad_()
+    ids = pick(tokens, topk, 6, seed)
+    order = order_by_expert(ids, 6)
+    factor = torch.arange(1.0, 7.0, dtype=torch.float64)  # expert e multiplies by e + 1
+    rows = dispatch(x, topk, order) * factor.repeat_interleave(order.counts)[:, None]
+    got = combine(rows, weights, order)
+    want = (
+        torch.stack([sum(weights[t, j] * factor[ids[t, j]] * x[t] for j in range(topk)) for t in range(tokens)])
+        if tokens
+        else x * 1
+    )
+    torch.testing.assert_close(got, want)
+    if tokens:
+        upstream = torch.randn(tokens, 3, generator=generator, dtype=torch.float64)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, (x, weights), upstream), torch.autograd.grad(want, (x, weights), upstream)
+        )
+
+
+def loop_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return torch.stack([weight[e] @ row for e, row in zip(owner, x, strict=True)]) if len(x) else x @ weight[0].T
+
+
+@pytest.mark.parametrize("widths", [(8, 12), (7, 12), (8, 5), (3, 1)], ids=str)
+@pytest.mark.parametrize(
+    "counts", [[3, 0, 2, 0], [0, 0, 5, 0], [0, 0, 0, 4], [1, 1, 1, 1], [9, 4, 0, 1], [0, 0, 0, 0]], ids=str
+)
+def test_grouped_linear_is_the_loop_over_rows(widths, counts):
+    torch.manual_seed(0)
+    x = torch.randn(sum(counts), widths[0], requires_grad=True)
+    weight = torch.randn(4, widths[1], widths[0], requires_grad=True)
+    upstream = torch.randn(sum(counts), widths[1])
+    got = grouped_linear(x, weight, torch.tensor(counts))
+    wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    want = loop_linear(wide_x, wide_weight, torch.tensor(counts))
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    got_grads = torch.autograd.grad(got, (x, weight), upstream)
+    want_grads = torch.autograd.grad(want, (wide_x, wide_weight), upstream.double())
+    for ours, theirs in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_grouped_linear_is_close_to_float64():
+    torch.manual_seed(1)
+    x, weight = torch.randn(6, 16).bfloat16(), torch.randn(3, 8, 16).bfloat16()
+    counts = torch.tensor([4, 0, 2])
+    want = loop_linear(x.double(), weight.double(), counts)
+    torch.testing.assert_close(grouped_linear(x, weight, counts).double(), want, rtol=0.02, atol=0.05)
+
+
+def poison(sizes: list[int]) -> None:
+    """Hand the allocator freed blocks full of NaN, so that uninitialised memory shows."""
+    for size in sizes:
+        blocks = [torch.full((size,), float("nan")) for _ in range(8)]
+        del blocks
+
+
+def expert_pass(x: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (x, gate_up, down)]
+    order = order_by_expert(ids, gate_up.shape[0])
+    rows = dispatch(leaves[0], ids.shape[1], order)
+    y = grouped_linear(swiglu(grouped_linear(rows, leaves[1], order.counts)), leaves[2], order.counts)
+    out = combine(y, torch.full(ids.shape, 0.5), order)
+    return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("width", [8, 6])
+def test_poisoned_memory_never_shows_and_two_runs_are_bitwise_equal(width):
+    torch.manual_seed(2)
+    x, gate_up, down = torch.randn(5, 8), torch.randn(9, 2 * width, 8), torch.randn(9, 8, width)
+    ids = torch.tensor([[0, 3], [3, 4], [4, 0], [0, 4], [3, 0]])  # six of nine experts idle, the last ones among them
+    sizes = [10 * 2 * width, 10 * 8, 10 * width, gate_up.numel(), down.numel(), 40]
+    runs = []
+    for _ in range(3):
+        poison(sizes)
+        runs.append(expert_pass(x, ids, gate_up, down))
+    for first, second in zip(runs[0], runs[1], strict=True):
+        assert first.isfinite().all()
+        assert torch.equal(first, second)
+    idle = [1, 2, 5, 6, 7, 8]
+    assert runs[2][2][idle].eq(0).all()
+    assert runs[2][3][idle].eq(0).all()
+
+
+def test_swiglu_takes_the_gate_first():
+    got = swiglu(torch.tensor([[1.0, -2.0, 3.0, 5.0]]))
+    torch.testing.assert_close(got, F.silu(torch.tensor([[1.0, -2.0]])) * torch.tensor([[3.0, 5.0]]))
+
+
+def balance_loop(scores: Tensor, ids: Tensor, lengths: list[int]) -> Tensor:
+    """DeepSeek-V3 equations 17 to 20 for each sequence, times its length."""
+    experts, topk, total, start = scores.shape[1], ids.shape[1], 0.0, 0
+    for length in lengths:
+        span = range(start, start + length)
+        loss = 0.0
+        for i in range(experts):
+            chosen = sum(int(i in ids[t].tolist()) for t in span)
+            f = experts / (topk * length) * chosen
+            p = sum(scores[t, i] / scores[t].sum() for t in span) / length
+            loss = loss + f * p
+        total = total + length * loss
+        start += length
+    return total
+
+
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3), topk=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=30)
+def test_balance_loss_is_the_loop_of_the_paper_in_value_and_gradient(lengths, topk, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(sum(lengths), 4, generator=generator, dtype=torch.float64).requires_grad_()
+    ids = pick(sum(lengths), topk, 4, seed)
+    got = sequence_balance_loss(scores, ids, torch.tensor([0, *lengths]).cumsum(0))
+    want = balance_loop(scores, ids, lengths)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, scores), torch.autograd.grad(want, scores))
+
+
+def test_perfect_balance_costs_one_per_token_and_collapse_costs_more():
+    ids = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]])
+    ends = torch.tensor([0, 2, 4])
+    assert sequence_balance_loss(torch.full((4, 4), 0.3), ids, ends).item() == pytest.approx(4.0)
+    collapsed = torch.tensor([[0.9, 0.9, 0.0, 0.0]] * 4)
+    assert sequence_balance_loss(collapsed, torch.tensor([[0, 1]] * 4), ends).item() == pytest.approx(8.0)
