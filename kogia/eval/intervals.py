@@ -1,8 +1,8 @@
 """95% intervals with the question as the unit: samples of one question are not independent evidence.
 
-The mean over questions x_1..x_n of per-question scores has standard error s / sqrt(n), s the sample deviation (Miller 2024,
-"Adding error bars to evals"); Student's t covers small n. Scores that are all 0 or 1 take the Wilson interval, and no
-failure or no success at all takes the exact one-sided bound 1 - 0.05^(1/n), the "rule of three" 3/n.
+The mean over questions x_1..x_n of per-question scores has standard error s / sqrt(n), s the sample deviation (Miller
+2024, "Adding error bars to evals"); Student's t covers small n. Scores that are all 0 or 1 take the Wilson interval,
+and no failure or no success at all takes the exact one-sided bound 1 - 0.05^(1/n), the "rule of three" 3/n.
 """
 
 from collections.abc import Mapping, Sequence

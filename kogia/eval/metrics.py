@@ -1,11 +1,11 @@
 """Scores of one question from n sampled answers: pass@k and maj@k, both unbiased over the samples at hand.
 
-With n samples of which c are right, the chance that k of them, drawn without replacement, hold at least one right answer is
+With n samples of which c are right, the chance that k of them, drawn without replacement, hold a right one is
 
     pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1}^{n} (1 - k / i)        (Chen et al. 2021, eq 1)
 
-and pass@1 is the mean c / n (DeepSeek-R1 section 3). maj@k is the chance that the plurality answer of k of them is right
-(cons@k of the R1 paper when k = n). Intervals over questions are in `kogia.eval.intervals`.
+and pass@1 is the mean c / n (DeepSeek-R1 section 3). maj@k is the chance that the plurality answer of k of them is
+right (cons@k of the R1 paper when k = n). Intervals over questions are in `kogia.eval.intervals`.
 """
 
 from collections import Counter

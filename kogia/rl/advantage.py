@@ -46,8 +46,8 @@ def random_rewards(
 ) -> Float[Tensor, "prompts group"]:
     """The control arm: rewards that know nothing of the samples, so that any gain under them is not learning.
 
-    "permute" shuffles the true rewards inside each group, which keeps every group statistic and destroys only the credit;
-    "bernoulli" draws a fair 0 or 1 for each sample.
+    "permute" shuffles the true rewards inside each group, which keeps every group statistic and destroys only the
+    credit; "bernoulli" draws a fair 0 or 1 for each sample.
     """
     noise = torch.rand(rewards.shape, generator=generator).to(rewards.device)
     if how == "bernoulli":

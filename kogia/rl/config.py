@@ -1,16 +1,20 @@
 """What a reinforcement-learning run and a curation run are, as frozen values. Torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from kogia.engine.config import EngineConfig
+from kogia.eval.config import TaskOptions, check_tasks
+from kogia.train.config import OptimConfig
 
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
     """One surrogate objective; the published variants are settings of it.
 
-    GRPO: aggregate "sequence", clip 0.2 / 0.2. Dr. GRPO: aggregate "constant" and `normalize_std = false`. DAPO: aggregate
-    "token", clip 0.2 / 0.28. GSPO: ratio "sequence", aggregate "sequence", clip 3e-4 / 4e-4. CISPO: objective "cispo",
-    aggregate "token", clip_low 1 (off). DeepSeek-R1: clip 10 / 10, kl_coef 0.001.
+    GRPO: aggregate "sequence", clip 0.2 / 0.2. Dr. GRPO: aggregate "constant" and `normalize_std = false`. DAPO:
+    aggregate "token", clip 0.2 / 0.28. GSPO: ratio and aggregate "sequence", clip 3e-4 / 4e-4. CISPO: objective
+    "cispo", aggregate "token", clip_low 1 (off). DeepSeek-R1: as GRPO with clip 10 / 10 and kl_coef 0.001.
     """
 
     objective: Literal["clip", "cispo"] = "clip"
@@ -29,7 +33,7 @@ class PolicyLossConfig:
     kl: Literal["k3", "k3_unbiased"] = "k3"
     """"k3_unbiased" weighs k3 by the importance ratio (DeepSeek-V3.2)."""
     rollout_is_cap: float | None = None
-    """Upper bound of the weight pi_trainer / pi_engine on each token (truncated importance sampling); None leaves it out."""
+    """Upper bound of the weight pi_trainer / pi_engine of a token (truncated importance sampling); None: no weight."""
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "kl_coef"):
@@ -37,3 +41,186 @@ class PolicyLossConfig:
                 raise ValueError(f"loss.{name} = {getattr(self, name)}: must not be negative")
         if self.rollout_is_cap is not None and self.rollout_is_cap < 1.0:
             raise ValueError(f"loss.rollout_is_cap = {self.rollout_is_cap}: must be at least 1 (2 is usual)")
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning with verifiable rewards: groups of samples, relative advantages, policy updates."""
+
+    init: str
+    """Model or run directory to start from; it is also the KL reference."""
+    out: str = "runs/rl"
+    """Run directory to create."""
+    tasks: tuple[str, ...] = ("countdown",)
+    """Built-in names or 'module:Class'; several tasks take turns."""
+    task_options: TaskOptions = field(default_factory=dict)
+    """Constructor arguments by task, for example task_options.countdown = {numbers = 4}."""
+    steps: int = 200
+    """Rollouts; each is followed by `updates_per_rollout` optimiser steps."""
+    prompts_per_step: int = 32
+    group_size: int = 16
+    """Samples per prompt."""
+    max_tokens: int = 256
+    """Longest completion."""
+    temperature: float = 1.0
+    """Of the rollout; the trainer scores at the same one. No other filter is offered: it would bias the ratio."""
+    normalize_std: bool = True
+    """Divide advantages by the group's deviation (GRPO); false is Dr. GRPO."""
+    drop_zero_variance: bool = True
+    """Leave groups with one reward out of the batch and of the denominator; they are counted either way."""
+    loss: PolicyLossConfig = PolicyLossConfig()
+    optim: OptimConfig = OptimConfig(lr=1e-5, schedule="constant", warmup_steps=10, weight_decay=0.0)
+    updates_per_rollout: int = 1
+    """Mini-batches of prompts that one rollout is split into, one optimiser step each."""
+    micro_batch_tokens: int = 16384
+    """Most tokens in one forward pass."""
+    reference_every: int = 0
+    """Steps between copies of the policy into the KL reference; 0 keeps the initial one. Needs loss.kl_coef."""
+    overlong_penalty: float = 0.0
+    """Reward lost at max_tokens, growing linearly over the last `overlong_buffer` tokens (DAPO); 0 is off."""
+    overlong_buffer: int = 0
+    random_reward: Literal["permute", "bernoulli"] | None = None
+    """Control arm: rewards say nothing. "permute" shuffles them within each group, "bernoulli" tosses coins."""
+    mtp_weight: float = 0.1
+    """Weight of the multi-token-prediction loss on the sampled tokens, which keeps drafting apt; 0 is off."""
+    balance_weight: float = 0.0
+    """Weight of the sequence-wise balance loss."""
+    bias_update_speed: float = 1e-3
+    """Change of a router bias per step; 0 freezes the biases."""
+    signal_check: bool = True
+    """Before the first update, sample training prompts and print whether there is a signal to learn from."""
+    signal_prompts: int = 64
+    signal_samples: int = 16
+    logprob_tolerance: float = 1e-4
+    """Largest difference of trainer and engine log-probabilities before the run stops; float32 reaches 1e-4."""
+    eval_every: int = 0
+    """Steps between evaluations on the test split, each after a save; 0 evaluates only at the end."""
+    eval_questions: int = 300
+    """0 never evaluates."""
+    eval_samples: int = 8
+    save_every: int = 50
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    seed: int = 0
+    """Of the order of the prompts and of the sampling."""
+    engine: EngineConfig = EngineConfig()
+    verify_workers: int = 2
+    """Processes that check answers."""
+    verify_timeout: float = 5.0
+    """Seconds one check may take."""
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads for PyTorch; None leaves its choice."""
+    resume: bool = False
+    """Continue the run in `out` from its newest checkpoint, exactly."""
+    overwrite: bool = False
+    """Delete the run in `out` first."""
+    dry_run: bool = False
+    """Print the resolved configuration, parameter count and memory estimate, and stop."""
+    quiet: bool = False
+    """No progress line."""
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks, self.task_options)
+        _at_least(self, 1, "steps", "prompts_per_step", "max_tokens", "updates_per_rollout", "keep_checkpoints")
+        _at_least(self, 1, "verify_workers", "signal_prompts", "eval_samples", "micro_batch_tokens")
+        _at_least(self, 0, "save_every", "eval_every", "eval_questions", "reference_every", "overlong_penalty")
+        _at_least(self, 0, "mtp_weight", "balance_weight", "bias_update_speed")
+        _at_least(self, 2, "group_size", "signal_samples")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature = {self.temperature}: a rollout must sample; use a value above 0, 1 is usual"
+            )
+        if self.updates_per_rollout > self.prompts_per_step:
+            raise ValueError(
+                f"updates_per_rollout = {self.updates_per_rollout}: at most prompts_per_step = {self.prompts_per_step}"
+            )
+        if self.overlong_penalty and not 0 < self.overlong_buffer <= self.max_tokens:
+            raise ValueError(f"overlong_buffer = {self.overlong_buffer}: must lie in 1..max_tokens = {self.max_tokens}")
+        if self.reference_every and not self.loss.kl_coef:
+            raise ValueError(
+                f"reference_every = {self.reference_every} without loss.kl_coef: there is no reference to refresh"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite are both set: resume continues the run, overwrite deletes it")
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """Rejection sampling (DeepSeek-R1 section 2.3.3): sample, verify, keep good answers as fine-tuning data."""
+
+    path: str
+    """Model directory or run directory."""
+    out: str = "curated.jsonl"
+    """File to append to; an interrupted curation goes on where it stopped. A summary is written to OUT.summary.json."""
+    tasks: tuple[str, ...] = ("countdown",)
+    """Built-in names or 'module:Class'."""
+    task_options: TaskOptions = field(default_factory=dict)
+    """Constructor arguments by task, for example task_options.countdown = {numbers = 4}."""
+    split: Literal["train", "test"] = "train"
+    num_problems: int = 1000
+    """Per task, drawn by `seed`."""
+    num_samples: int = 8
+    """Samples per problem."""
+    keep_per_problem: int = 2
+    """Most samples kept of one problem."""
+    pick: Literal["random", "shortest"] = "random"
+    """Which of the good samples are kept when there are more."""
+    correct_only: bool = True
+    """Keep correct answers only; false keeps every sample with at least min_reward."""
+    min_reward: float | None = None
+    max_completion_tokens: int | None = None
+    """Longer samples are dropped; None keeps all that fit max_tokens."""
+    min_completion_tokens: int = 1
+    min_language_share: float = 0.95
+    """Smallest share of words written in `script`; below it a sample counts as mixed-language. 0 is off."""
+    script: str = "LATIN"
+    """As Unicode character names start: LATIN, CJK, CYRILLIC, ..."""
+    max_solve_rate: float = 1.0
+    """Problems solved by a larger share of their samples teach little and are dropped."""
+    max_tokens: int = 512
+    """Longest completion that is sampled."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    """Of the sampling and of every choice."""
+    batch_problems: int = 64
+    """Problems sampled between two writes to disk."""
+    engine: EngineConfig = EngineConfig()
+    verify_workers: int = 2
+    """Processes that check answers."""
+    verify_timeout: float = 5.0
+    """Seconds one check may take."""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = None
+    """CPU threads for PyTorch; None leaves its choice."""
+    overwrite: bool = False
+    """Delete what is in `out` first."""
+    dry_run: bool = False
+    """Print the resolved configuration, parameter count and memory estimate, and stop."""
+    quiet: bool = False
+    """No progress line."""
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks, self.task_options)
+        _at_least(self, 1, "num_problems", "num_samples", "keep_per_problem", "max_tokens", "batch_problems")
+        _at_least(self, 1, "verify_workers")
+        if not self.out.endswith(".jsonl"):
+            raise ValueError(f"out = {self.out!r}: must be a file that ends in .jsonl")
+        if self.temperature <= 0 and self.num_samples > 1:
+            raise ValueError(f"temperature = {self.temperature} would draw {self.num_samples} equal samples; raise it")
+        for name in ("min_language_share", "max_solve_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must lie in [0, 1]")
+        longest = self.max_completion_tokens
+        if longest is not None and longest < self.min_completion_tokens:
+            raise ValueError(
+                f"max_completion_tokens = {longest}: below min_completion_tokens = {self.min_completion_tokens}"
+            )
+
+
+def _at_least(config: RLConfig | CurateConfig, bound: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < bound:
+            raise ValueError(f"{name} = {getattr(config, name)}: must be at least {bound}")

@@ -2,21 +2,22 @@
 
 Per completion token t of sample i, with r the importance ratio of `PolicyLossConfig.ratio` and A the advantage,
 
-    clip:   l = -min(r A, clip(r, 1 - low, 1 + high) A)                          (DeepSeekMath eq 3, DAPO eq 8, GSPO eq 5)
-    cispo:  l = -sg[clip(r, 1 - low, 1 + high)] A log pi(o_t)                    (MiniMax-M1 eq 4)
+    clip:   l = -min(r A, clip(r, 1 - low, 1 + high) A)                             (DeepSeekMath eq 3; DAPO, GSPO)
+    cispo:  l = -sg[clip(r, 1 - low, 1 + high)] A log pi(o_t)                                          (MiniMax-M1)
     token ratio     r = pi(o_t) / pi_old(o_t)
-    sequence ratio  r = sg[s] pi(o_t) / sg[pi(o_t)],  s = exp(mean_t log pi / pi_old)                  (GSPO eq 7 and 14)
-    KL              kl_coef (rho - log rho - 1),  rho = pi_ref / pi  (k3, never negative)           (DeepSeekMath eq 4)
+    sequence ratio  r = sg[s] pi(o_t) / sg[pi(o_t)],  s = exp(mean_t log pi / pi_old)                  (GSPO-token)
+    KL              kl_coef (rho - log rho - 1),  rho = pi_ref / pi  (k3, never negative)       (DeepSeekMath eq 4)
 
-and with a separate `old_logprobs` the policy term may carry min(pi_old / pi_behaviour, cap), truncated importance sampling.
+and with separate `old_logprobs` the policy term may carry min(pi_old / pi_behaviour, cap): truncated importance
+sampling of the gap between engine and trainer.
 
-The loss is a SUM, sum_i w_i sum_t l_it, and train_step divides it by one number for the whole update. Weights w_i and that
-number come from `aggregation_weights` over ALL completions of the update, so the split into micro-batches changes nothing:
+The loss is a SUM, sum_i w_i sum_t l_it, and train_step divides it by one number for the whole update. The weights and
+that number come from `aggregation_weights` over ALL completions of the update, so micro-batches can be cut anywhere:
 
-    aggregate    w_i             denominator           result
-    token        1               tokens kept           1/sum|o_i| sum_i sum_t l                 (DAPO)
-    sequence     1 / |o_i|       completions kept      1/N sum_i 1/|o_i| sum_t l                (GRPO; N = prompts x group)
-    constant     1 / max_tokens  completions kept      1/N sum_i 1/max_tokens sum_t l           (Dr. GRPO)
+    aggregate    w_i             denominator         result
+    token        1               tokens kept         1/sum|o_i| sum_i sum_t l               (DAPO)
+    sequence     1 / |o_i|       completions kept    1/N sum_i 1/|o_i| sum_t l              (GRPO; N = prompts x group)
+    constant     1 / max_tokens  completions kept    1/N sum_i 1/max_tokens sum_t l         (Dr. GRPO)
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from kogia.model.packed import PackedTokens
 from kogia.rl.config import PolicyLossConfig
+from kogia.train.step import Metrics
 
 # exp(20) is far outside every clip range yet finite in float32; k3 grows as exp, so its argument is held tighter.
 MAX_LOG_RATIO = 20.0
@@ -48,6 +50,22 @@ class PolicyBatch:
     old_logprobs: Float[Tensor, " tokens"] | None = None
     """Of the trainer before the first update on this rollout. None: the ratio is taken to `behaviour_logprobs`."""
     reference_logprobs: Float[Tensor, " tokens"] | None = None
+
+    @property
+    def sequence_index(self) -> Int[Tensor, " tokens"]:
+        """The sequence of each row."""
+        lengths = self.tokens.cu_seqlens.diff()
+        return torch.repeat_interleave(lengths, output_size=self.tokens.num_tokens)
+
+    @property
+    def kept(self) -> Bool[Tensor, " tokens"]:
+        """Rows in the loss: completion tokens of the sequences that have a weight."""
+        return self.loss_mask & (self.sequence_weights > 0.0)[self.sequence_index]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """What train_step divides the summed metrics by."""
+        return int(self.kept.sum())
 
     def to(self, device: torch.device | str) -> "PolicyBatch":
         def move(x: Tensor | None) -> Tensor | None:
@@ -89,15 +107,16 @@ def policy_loss(
     batch: PolicyBatch,
     config: PolicyLossConfig,
     entropy: Float[Tensor, " tokens"] | None = None,
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+) -> tuple[Float[Tensor, ""], Metrics]:
     """Weighted sum of the loss over the micro-batch, and sums of the metrics over its loss tokens.
 
-    `logprobs` are the trainer's, with gradient, at the rollout's temperature. Metrics are sums to be divided by their
-    own "tokens"; "entropy" is the estimate -log pi of the sampled tokens unless the exact one is passed.
+    `logprobs` are the trainer's, with gradient, at the rollout's temperature. Metrics, to be divided by
+    `batch.num_loss_tokens`: "loss" before the weights of the aggregation, "clip_fraction", "ratio" and its square,
+    "approx_kl" (from old to current policy), "engine_kl" (from engine to old policy), "kl" (to the reference) and
+    "entropy", the estimate -log pi of the sampled tokens unless the exact one is passed.
     """
     _check(batch, config)
-    sequence = _sequence_index(batch.tokens)
-    kept = batch.loss_mask & (batch.sequence_weights > 0.0)[sequence]
+    sequence, kept = batch.sequence_index, batch.kept
     # rows outside the loss may hold anything, infinities included: they leave before the first arithmetic
     logprobs = logprobs.masked_fill(~kept, 0.0)
     behaviour = batch.behaviour_logprobs.masked_fill(~kept, 0.0)
@@ -114,12 +133,8 @@ def policy_loss(
         kl = _k3(logprobs, batch.reference_logprobs.masked_fill(~kept, 0.0))
         metrics["kl"] = (kl.detach() * kept).sum()
         loss = loss + config.kl_coef * (kl * ratio if config.kl == "k3_unbiased" else kl)
+    metrics["loss"] = (loss.detach() * kept).sum()
     return (loss * batch.sequence_weights[sequence] * kept).sum(), metrics
-
-
-def _sequence_index(tokens: PackedTokens) -> Int[Tensor, " tokens"]:
-    lengths = tokens.cu_seqlens.diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 
 def _importance_ratio(
@@ -167,9 +182,8 @@ def _metrics(
     clipped: Bool[Tensor, " tokens"],
     kept: Bool[Tensor, " tokens"],
     entropy: Float[Tensor, " tokens"] | None,
-) -> dict[str, Tensor]:
+) -> Metrics:
     return {
-        "tokens": kept.sum(),
         "clip_fraction": (clipped & kept).sum(),
         "ratio": (ratio * kept).sum(),
         "ratio_squared": (ratio.square() * kept).sum(),
@@ -181,8 +195,10 @@ def _metrics(
 
 def _check(batch: PolicyBatch, config: PolicyLossConfig) -> None:
     if config.kl_coef > 0.0 and batch.reference_logprobs is None:
-        raise ValueError(f"loss.kl_coef = {config.kl_coef} needs reference_logprobs in the batch: set reference_every")
+        raise ValueError(
+            f"loss.kl_coef = {config.kl_coef} needs reference_logprobs: score it with the reference policy"
+        )
     if config.rollout_is_cap is not None and batch.old_logprobs is None:
         raise ValueError(
-            f"loss.rollout_is_cap = {config.rollout_is_cap} needs old_logprobs: score the rollout with the trainer first"
+            f"loss.rollout_is_cap = {config.rollout_is_cap} needs old_logprobs: score the rollout with the trainer"
         )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ Metrics = dict[str, Tensor | float]
 """Of a loss function: sums over the tokens that count. Of train_step: plain floats."""
 
 
+@runtime_checkable
 class CountedBatch(Protocol):
     """All that a step needs to know of a batch."""
 

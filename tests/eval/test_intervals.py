@@ -55,20 +55,24 @@ def test_single_sample_scores_take_the_wilson_interval():
 
 def test_no_success_and_no_failure_take_the_rule_of_three():
     none, all_right = mean_interval([0.0] * 100), mean_interval([1.0] * 100)
-    assert (none.low, none.mean) == (0.0, 0.0) and none.high == pytest.approx(0.03, abs=5e-4)
-    assert (all_right.high, all_right.mean) == (1.0, 1.0) and all_right.low == pytest.approx(0.97, abs=5e-4)
+    assert (none.low, none.mean) == (0.0, 0.0)
+    assert none.high == pytest.approx(0.03, abs=5e-4)
+    assert (all_right.high, all_right.mean) == (1.0, 1.0)
+    assert all_right.low == pytest.approx(0.97, abs=5e-4)
     assert (1 - none.high) ** 100 == pytest.approx(0.05)
 
 
 def test_one_question_or_equal_scores_never_give_a_point_interval():
     assert mean_interval([0.5]).high - mean_interval([0.5]).low > 0.8
     equal = mean_interval([0.5] * 10)
-    assert equal.low < 0.3 and equal.high > 0.7
+    assert equal.low < 0.3
+    assert equal.high > 0.7
 
 
 def test_bounds_and_bad_scores():
     estimate = mean_interval([0.9, 1.0, 1.0, 0.7])
-    assert estimate.high == 1.0 and 0.0 <= estimate.low < estimate.mean
+    assert estimate.high == 1.0
+    assert 0.0 <= estimate.low < estimate.mean
     with pytest.raises(ValueError, match="no questions"):
         mean_interval([])
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
@@ -82,7 +86,9 @@ def test_a_paired_difference_is_narrower_than_two_intervals_when_scores_correlat
     paired = paired_difference(before, after)
     apart = mean_interval(list(after.values()))
     assert paired.difference.mean == pytest.approx(fmean(after.values()) - fmean(before.values()))
-    assert paired.num_questions == 100 and paired.correlation is not None and paired.correlation > 0.9
+    assert paired.num_questions == 100
+    assert paired.correlation is not None
+    assert paired.correlation > 0.9
     assert paired.difference.high - paired.difference.low < 0.4 * (apart.high - apart.low)
     assert paired.is_significant
 
@@ -101,7 +107,8 @@ def test_a_paired_difference_matches_the_variance_identity():
 
 def test_a_paired_difference_uses_only_shared_questions():
     paired = paired_difference({"a": 0.0, "b": 0.5, "x": 1.0}, {"b": 0.5, "a": 1.0, "y": 0.0})
-    assert paired.num_questions == 2 and paired.difference.mean == pytest.approx(0.5)
+    assert paired.num_questions == 2
+    assert paired.difference.mean == pytest.approx(0.5)
     with pytest.raises(ValueError, match="share no problem id"):
         paired_difference({"a": 0.0}, {"b": 0.0})
 
@@ -109,7 +116,8 @@ def test_a_paired_difference_uses_only_shared_questions():
 def test_identical_checkpoints_do_not_differ_significantly():
     same = {str(i): float(i % 2) for i in range(30)}
     paired = paired_difference(same, same)
-    assert paired.difference.mean == 0.0 and paired.difference.low < 0.0 < paired.difference.high
+    assert paired.difference.mean == 0.0
+    assert paired.difference.low < 0.0 < paired.difference.high
     assert not paired.is_significant
 
 

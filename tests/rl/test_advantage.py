@@ -53,7 +53,8 @@ def test_the_overlong_penalty_follows_dapo_equation_13():
 def test_permuted_rewards_keep_each_group_and_lose_the_order():
     rewards = torch.arange(40.0).reshape(5, 8)
     shuffled = random_rewards(rewards, "permute", torch.Generator().manual_seed(0))
-    assert torch.equal(shuffled.sort(dim=1).values, rewards) and not torch.equal(shuffled, rewards)
+    assert torch.equal(shuffled.sort(dim=1).values, rewards)
+    assert not torch.equal(shuffled, rewards)
     again = random_rewards(rewards, "permute", torch.Generator().manual_seed(0))
     assert torch.equal(shuffled, again)
 

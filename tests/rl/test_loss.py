@@ -64,7 +64,8 @@ def loss_and_gradient(samples, config, **fields):
     logprobs, batch = build_batch(samples, weights, **fields)
     loss, metrics = policy_loss(logprobs, batch, config)
     (loss / denominator).backward()
-    return loss.item() / denominator, logprobs.grad, metrics
+    sums = {name: float(value) for name, value in metrics.items()} | {"tokens": batch.num_loss_tokens}
+    return loss.item() / denominator, logprobs.grad, sums
 
 
 def clip(x, config):
@@ -146,27 +147,31 @@ def test_micro_batches_add_up_to_the_whole(name):
     loss, gradients, tokens = 0.0, [], 0
     for start, end in ((0, 2), (2, 3), (3, 9)):
         logprobs, batch = build_batch(samples[start:end], weights[start:end])
-        part, sums = policy_loss(logprobs, batch, config)
+        part, _ = policy_loss(logprobs, batch, config)
         (part / denominator).backward()
         loss += part.item() / denominator
-        tokens += sums["tokens"].item()
+        tokens += batch.num_loss_tokens
         gradients.append(logprobs.grad)
     assert loss == pytest.approx(whole, rel=1e-12)
-    assert tokens == metrics["tokens"].item()
+    assert tokens == metrics["tokens"]
     torch.testing.assert_close(torch.cat(gradients), gradient)
 
 
 def test_on_policy_the_gradient_is_reinforce_with_the_group_baseline():
     rewards = [1.0, 0.0, -0.3, 1.0]
     samples = draw_samples(6, count=4, spread=0.0)
-    for sample, advantage in zip(samples, group_advantages(torch.tensor([rewards]), normalize_std=False)[0], strict=True):
+    for sample, advantage in zip(
+        samples, group_advantages(torch.tensor([rewards]), normalize_std=False)[0], strict=True
+    ):
         sample.advantage = advantage.item()
     for config in (PolicyLossConfig(), PolicyLossConfig(objective="cispo"), PolicyLossConfig(ratio="sequence")):
         _, gradient, _ = loss_and_gradient(samples, config, reference=False)
         count = sum(len(s.new) for s in samples)
         baseline = sum(rewards) / 4
         expected = [
-            x for s, r in zip(samples, rewards, strict=True) for x in [0.0] * PROMPT + [-(r - baseline) / count] * len(s.new)
+            x
+            for s, r in zip(samples, rewards, strict=True)
+            for x in [0.0] * PROMPT + [-(r - baseline) / count] * len(s.new)
         ]
         assert gradient.tolist() == pytest.approx(expected, abs=1e-7)
 
@@ -189,10 +194,11 @@ def test_cispo_keeps_the_gradient_that_clipping_loses():
     samples[0].old = [x - 2.0 for x in samples[0].new]  # ratio e^2, far above the clip
     count = len(samples[0].new)
     _, clipped, sums = loss_and_gradient(samples, PolicyLossConfig())
-    assert clipped.abs().max() == 0.0 and sums["clip_fraction"].item() == count
+    assert clipped.abs().max() == 0.0
+    assert sums["clip_fraction"] == count
     _, kept, sums = loss_and_gradient(samples, PolicyLossConfig(objective="cispo", clip_high=0.28))
     assert kept[PROMPT:].tolist() == pytest.approx([-1.28 / count] * count)
-    assert sums["clip_fraction"].item() == count
+    assert sums["clip_fraction"] == count
 
 
 def test_the_clip_is_pessimistic():
@@ -211,7 +217,8 @@ def test_the_r1_clip_range_never_binds_below():
     samples[0].truncated, samples[0].advantage = False, -1.0
     samples[0].old = [x + 5.0 for x in samples[0].new]
     _, gradient, sums = loss_and_gradient(samples, VARIANTS["r1"])
-    assert gradient[PROMPT:].abs().min() > 0.0 and sums["clip_fraction"].item() == 0
+    assert gradient[PROMPT:].abs().min() > 0.0
+    assert sums["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
@@ -224,7 +231,7 @@ def test_masked_truncation_equals_a_batch_without_those_completions(aggregate):
     rows = torch.cat([torch.full((PROMPT + len(s.new),), not s.truncated) for s in samples])
     torch.testing.assert_close(gradient[rows], gradient_alone)
     assert gradient[~rows].abs().max() == 0.0
-    assert {k: v.item() for k, v in metrics.items()} == pytest.approx({k: v.item() for k, v in metrics_alone.items()})
+    assert metrics == pytest.approx(metrics_alone)
     counted, _, _ = loss_and_gradient(samples, replace(config, truncated="count"))
     assert counted != pytest.approx(loss)
 
@@ -238,7 +245,8 @@ def test_weights_and_denominators_by_hand():
     ):
         config = PolicyLossConfig(aggregate=aggregate, truncated="mask")
         weights, total = aggregation_weights(lengths, truncated, config, 10)
-        assert weights.tolist() == pytest.approx(kept_weights) and total == denominator
+        assert weights.tolist() == pytest.approx(kept_weights)
+        assert total == denominator
     everything = torch.ones(4, dtype=torch.bool)
     assert aggregation_weights(lengths, everything, PolicyLossConfig(truncated="mask"), 10)[1] == 0.0
 
@@ -261,9 +269,11 @@ def test_extreme_ratios_stay_finite_and_k3_is_never_negative():
         logprobs = logprobs.detach().float().requires_grad_()
         loss, metrics = policy_loss(logprobs, single, config)
         loss.backward()
-        assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
+        assert torch.isfinite(loss)
+        assert torch.isfinite(logprobs.grad).all()
         assert all(torch.isfinite(v) for v in metrics.values())
-        assert metrics["kl"] >= 0.0 and metrics["approx_kl"] >= 0.0
+        assert metrics["kl"] >= 0.0
+        assert metrics["approx_kl"] >= 0.0
 
 
 def test_k3_of_a_policy_to_itself_is_zero_with_zero_gradient():
@@ -271,19 +281,21 @@ def test_k3_of_a_policy_to_itself_is_zero_with_zero_gradient():
     for s in samples:
         s.advantage = 0.0
     loss, gradient, metrics = loss_and_gradient(samples, PolicyLossConfig(kl_coef=1.0))
-    assert loss == 0.0 and gradient.abs().max() == 0.0 and metrics["kl"].item() == 0.0
+    assert loss == 0.0
+    assert gradient.abs().max() == 0.0
+    assert metrics["kl"] == 0.0
 
 
 def test_metrics_are_sums_over_loss_tokens():
     samples = draw_samples(5)
     _, _, metrics = loss_and_gradient(samples, PolicyLossConfig())
     pairs = [(n, o, e, r) for s in samples for n, o, e, r in zip(s.new, s.old, s.engine, s.reference, strict=True)]
-    assert metrics["tokens"].item() == len(pairs)
-    assert metrics["ratio"].item() == pytest.approx(sum(math.exp(n - o) for n, o, _, _ in pairs))
-    assert metrics["entropy"].item() == pytest.approx(-sum(n for n, _, _, _ in pairs))
-    assert metrics["approx_kl"].item() == pytest.approx(sum(math.exp(n - o) - 1 - (n - o) for n, o, _, _ in pairs))
-    assert metrics["engine_kl"].item() == pytest.approx(sum(math.exp(o - e) - 1 - (o - e) for _, o, e, _ in pairs))
-    assert metrics["kl"].item() == pytest.approx(sum(math.exp(r - n) - 1 - (r - n) for n, _, _, r in pairs))
+    assert metrics["tokens"] == len(pairs)
+    assert metrics["ratio"] == pytest.approx(sum(math.exp(n - o) for n, o, _, _ in pairs))
+    assert metrics["entropy"] == pytest.approx(-sum(n for n, _, _, _ in pairs))
+    assert metrics["approx_kl"] == pytest.approx(sum(math.exp(n - o) - 1 - (n - o) for n, o, _, _ in pairs))
+    assert metrics["engine_kl"] == pytest.approx(sum(math.exp(o - e) - 1 - (o - e) for _, o, e, _ in pairs))
+    assert metrics["kl"] == pytest.approx(sum(math.exp(r - n) - 1 - (r - n) for n, _, _, r in pairs))
 
 
 def test_an_exact_entropy_is_passed_through():
@@ -291,7 +303,7 @@ def test_an_exact_entropy_is_passed_through():
     weights, _ = weigh(samples, PolicyLossConfig())
     logprobs, batch = build_batch(samples, weights)
     _, metrics = policy_loss(logprobs, batch, PolicyLossConfig(), entropy=torch.full_like(logprobs, 0.5).detach())
-    assert metrics["entropy"].item() == pytest.approx(0.5 * metrics["tokens"].item())
+    assert metrics["entropy"].item() == pytest.approx(0.5 * batch.num_loss_tokens)
 
 
 def test_without_old_logprobs_the_ratio_is_taken_to_the_engine():
@@ -300,7 +312,8 @@ def test_without_old_logprobs_the_ratio_is_taken_to_the_engine():
         s.old = s.engine
     loss, gradient, _ = loss_and_gradient(samples, PolicyLossConfig(), old=False)
     with_old, gradient_with_old, _ = loss_and_gradient(samples, PolicyLossConfig())
-    assert loss == pytest.approx(with_old) and torch.equal(gradient, gradient_with_old)
+    assert loss == pytest.approx(with_old)
+    assert torch.equal(gradient, gradient_with_old)
 
 
 def test_settings_without_their_inputs_are_refused():

@@ -1,0 +1,90 @@
+"""What an evaluation is, as frozen values. Torch-free."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kogia.engine.config import EngineConfig
+
+TaskOptions = dict[str, dict[str, str | int | float | bool]]
+
+
+def check_tasks(tasks: Sequence[str], task_options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless tasks are named once each and options belong to one of them."""
+    if not tasks:
+        raise ValueError("tasks is empty: name a built-in task, for example countdown, or 'module:Class'")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks = {list(tasks)}: each may be named once")
+    for spec in task_options:
+        if spec not in tasks:
+            raise ValueError(f"task_options.{spec}: no such task in tasks = {list(tasks)}; write its spec exactly so")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure a model on tasks: several samples per question, intervals over questions, every sample kept."""
+
+    path: str
+    """Model directory or run directory."""
+    tasks: tuple[str, ...] = ("countdown",)
+    """Built-in names or 'module:Class'."""
+    task_options: TaskOptions = field(default_factory=dict)
+    """Constructor arguments by task, for example task_options.countdown = {numbers = 4}."""
+    split: Literal["test", "train"] = "test"
+    num_questions: int = 300
+    """Drawn by `question_seed`; a smaller number takes a part of the same questions."""
+    num_samples: int = 8
+    """Sampled answers per question; 0 only with `greedy`."""
+    k: tuple[int, ...] = (1, 8)
+    """pass@k and maj@k to report, as far as num_samples reaches."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    max_tokens: int = 512
+    """Longest completion; longer ones count as wrong and as truncated."""
+    greedy: bool = False
+    """Also take one greedy answer per question."""
+    seed: int = 0
+    """Of the sampling."""
+    question_seed: int = 0
+    """Of the choice of questions; equal values keep two evaluations comparable question by question."""
+    name: str | None = None
+    """Name of the files; None takes the task's. With several tasks it goes before the task's name."""
+    out: str | None = None
+    """Directory of NAME.json and NAME.jsonl; None is RUN/evals for a run directory or its checkpoints, else ./evals."""
+    compare: str | None = None
+    """Another evaluation (NAME.json, or a directory that holds one of the same name): adds the paired difference."""
+    batch_questions: int = 64
+    """Questions sampled between two writes to disk."""
+    engine: EngineConfig = EngineConfig()
+    verify_workers: int = 2
+    """Processes that check answers."""
+    verify_timeout: float = 5.0
+    """Seconds one check may take."""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = None
+    """CPU threads for PyTorch; None leaves its choice."""
+    dry_run: bool = False
+    """Print the resolved configuration, parameter count and memory estimate, and stop."""
+    quiet: bool = False
+    """No progress line."""
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks, self.task_options)
+        for name in ("num_questions", "max_tokens", "batch_questions", "verify_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.num_samples < 1 and not (self.num_samples == 0 and self.greedy):
+            raise ValueError(f"num_samples = {self.num_samples}: must be at least 1, or 0 together with greedy")
+        if any(k < 1 for k in self.k):
+            raise ValueError(f"k = {list(self.k)}: each must be at least 1")
+        if self.verify_timeout <= 0:
+            raise ValueError(f"verify_timeout = {self.verify_timeout}: must be above 0 seconds")
+        if self.temperature <= 0 and self.num_samples > 1:
+            raise ValueError(
+                f"temperature = {self.temperature} would draw {self.num_samples} equal samples; "
+                "set num_samples = 0 and greedy"
+            )

@@ -1,0 +1,146 @@
+"""Problems in, judged samples out, as the engine finishes them. Evaluation and curation are both built on this."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kogia.engine.request import Completion, SamplingParams
+from kogia.tasks.task import Problem, Response, Task, Verdict
+from kogia.text.chat import render_prompt
+from kogia.text.tokenizer import END_THINK, Tokenizer
+
+if TYPE_CHECKING:
+    from kogia.engine.engine import Engine
+    from kogia.tasks.pool import VerifyPool
+
+Progress = Callable[[int, int, int], None]
+"""Called with (problems finished, problems in all, tokens generated)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion with its judgement."""
+
+    completion: Completion
+    verdict: Verdict
+
+    @property
+    def truncated(self) -> bool:
+        return is_truncated(self.completion)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One problem with all samples of it, in the order of their index."""
+
+    problem: Problem
+    samples: list[Sample]
+
+
+def answer_problems(
+    engine: "Engine",
+    tokenizer: Tokenizer,
+    pool: "VerifyPool",
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    *,
+    batch: int = 64,
+    on_progress: Progress | None = None,
+) -> Iterator[list[Answered]]:
+    """Sample and verify every problem; yields about `batch` of them at a time, in the order they finish.
+
+    The engine must be idle and is idle again when the iterator ends, also by an error or by being closed.
+    """
+    finished: list[tuple[Problem, list[Completion]]] = []
+    for done, item in enumerate(_complete(engine, tokenizer, problems, params, on_progress), start=1):
+        finished.append(item)
+        if len(finished) >= batch or done == len(problems):
+            yield _verify(pool, finished)
+            finished = []
+
+
+def choose_problems(task: Task, split: str, num: int, seed: int) -> list[Problem]:
+    """`num` problems of a split, or all if there are fewer, shuffled by `seed`; a smaller `num` takes a part of them.
+
+    Raises ValueError when the split is empty or two of them share an id, which every score is counted by.
+    """
+    problems = task.problems(split)
+    if len(problems) == 0:
+        raise ValueError(f"task {task.name!r} has no problem in its {split!r} split")
+    order = list(range(len(problems)))
+    random.Random(seed).shuffle(order)
+    chosen = [problems[i] for i in order[:num]]
+    repeated = [key for key, count in Counter(p.id for p in chosen).items() if count > 1]
+    if repeated:
+        raise ValueError(f"task {task.name!r}: several problems have the id {repeated[0]!r}; ids must differ")
+    return chosen
+
+
+def think_tokens(token_ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """Tokens of the thought: those before the last `</think>`, or all of them when it was never closed."""
+    end = tokenizer.token_id(END_THINK)
+    return next((i for i in range(len(token_ids) - 1, -1, -1) if token_ids[i] == end), len(token_ids))
+
+
+def is_truncated(completion: Completion) -> bool:
+    """Whether something other than the model ended the completion."""
+    return completion.finish_reason != "stop"
+
+
+def to_response(completion: Completion) -> Response:
+    """What a task sees of a completion."""
+    return Response(completion.text, len(completion.token_ids), is_truncated(completion))
+
+
+def _complete(
+    engine: "Engine",
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    on_progress: Progress | None,
+) -> Iterator[tuple[Problem, list[Completion]]]:
+    """Each problem with its completions as soon as all of them are there; the engine is kept full to the end."""
+    assert engine.num_unfinished == 0, f"{engine.num_unfinished} requests are unfinished"
+    waiting, before = iter(problems), engine.stats.num_generated_tokens
+    owners: dict[int, tuple[Problem, int]] = {}  # request -> its problem and its place among the samples
+    arrived: dict[str, dict[int, Completion]] = {}  # problem id -> completions by place
+    num_done = 0
+    try:
+        while True:
+            while engine.num_unfinished < 2 * engine.config.max_sequences:
+                problem = next(waiting, None)
+                if problem is None:
+                    break
+                requests = _add(engine, tokenizer, problem, params)
+                owners.update((request, (problem, place)) for place, request in enumerate(requests))
+            if not owners:
+                return
+            for event in engine.step():
+                if event.completion is None:
+                    continue
+                problem, place = owners.pop(event.request_id)
+                group = arrived.setdefault(problem.id, {})
+                group[place] = event.completion
+                if len(group) == params.n:
+                    num_done += 1
+                    del arrived[problem.id]
+                    yield problem, [group[i] for i in range(params.n)]
+            if on_progress is not None:
+                on_progress(num_done, len(problems), engine.stats.num_generated_tokens - before)
+    finally:
+        engine.abort_all()
+
+
+def _add(engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams) -> Iterable[int]:
+    try:
+        return engine.add(render_prompt(problem.messages, tokenizer), params)
+    except ValueError as error:
+        raise ValueError(f"problem {problem.id!r}: {error}") from error
+
+
+def _verify(pool: "VerifyPool", finished: list[tuple[Problem, list[Completion]]]) -> list[Answered]:
+    pairs = [(problem, to_response(c)) for problem, completions in finished for c in completions]
+    verdicts = iter(pool.verify_all(pairs))
+    return [Answered(problem, [Sample(c, next(verdicts)) for c in completions]) for problem, completions in finished]
