@@ -114,6 +114,9 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "num_layers", "ffn_dim", "max_position"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        if self.num_mtp_layers < 0:
+            raise ValueError(f"model.num_mtp_layers = {self.num_mtp_layers}: must not be negative")
+        _check_attention(self.attention)
         moe = self.moe
         if moe is None:
             return
@@ -188,6 +191,21 @@ class ModelConfig:
         yield "dense, shared experts and router", rest + self.num_layers * _attention_norm_params(self)
         yield "norms", norms
         yield "multi-token prediction", self.num_mtp_params()
+
+
+def _check_attention(attention: MLAConfig | GQAConfig) -> None:
+    rotary = "qk_rope_head_dim" if attention.kind == "mla" else "head_dim"
+    sizes = {name: value for name, value in vars(attention).items() if name.endswith(("_heads", "_dim", "_rank"))}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"model.attention.{name} = {value}: must be at least 1")
+    if sizes[rotary] % 2:
+        raise ValueError(f"model.attention.{rotary} = {sizes[rotary]}: must be even, rotary embedding turns pairs")
+    if attention.kind == "gqa" and attention.num_heads % attention.num_kv_heads:
+        raise ValueError(
+            f"model.attention.num_heads = {attention.num_heads}: must be a multiple of num_kv_heads = "
+            f"{attention.num_kv_heads}"
+        )
 
 
 def _vocab_params(config: ModelConfig) -> int:

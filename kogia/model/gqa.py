@@ -13,10 +13,6 @@ from kogia.ops.rope import rotate_half_split
 class GQA(nn.Module):
     def __init__(self, dim: int, config: GQAConfig, layer: int) -> None:
         super().__init__()
-        if config.num_heads % config.num_kv_heads:
-            raise ValueError(
-                f"attention.num_heads = {config.num_heads} must be a multiple of num_kv_heads = {config.num_kv_heads}"
-            )
         self.config, self.layer, self.scale = config, layer, config.head_dim**-0.5
         kv_width = config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(dim, config.num_heads * config.head_dim, bias=config.qkv_bias)
