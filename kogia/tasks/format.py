@@ -10,6 +10,7 @@ from kogia.text.chat import ParsedResponse, parse_response
 from kogia.text.tokenizer import END_THINK, THINK
 
 _WORD = re.compile(r"[^\W\d_]+")
+_TAG = re.compile(r"</?(?:think|answer)>")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
 
@@ -84,7 +85,7 @@ class RewardOptions:
         parts = {
             "accuracy": float(status == "ok"),
             "format": think_format(response.text) * (not response.truncated),
-            "language": language_consistency(response.text, self.script),
+            "language": language_consistency(_TAG.sub(" ", response.text), self.script),
         }
         rewards = {
             "ok": self.reward_correct,

@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from kogia.tasks.task import STATUSES, Problem, Response, Status, Verdict, load_task
 from kogia.tasks.worker import write_problem
@@ -60,7 +60,7 @@ class VerifyPool:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "VerifyPool":
         return self
 
     def __exit__(
@@ -209,14 +209,16 @@ class _Worker:
             data = b""
         *lines, self._partial = (self._partial + data).split(b"\n")
         answers = []
-        for values in map(json.loads, lines):
+        for line in lines:
+            message = json.loads(line)
             self.since, self.shared = time.monotonic(), False
-            if isinstance(values, dict):
-                self._start(values["ready"])
+            if isinstance(message, dict):
+                self._start(message["ready"])
                 continue
+            job, values = message
             head = self.pending.popleft()
-            assert values[0] == head, f"answered {values[0]} while {head} was first"
-            answers.append(values)
+            assert job == head, f"answered {job} while {head} was first"
+            answers.append((job, values))
         return answers, bool(data)
 
     def kill(self) -> None:
