@@ -74,7 +74,7 @@ def question_scores(rows: Iterable[Row]) -> dict[str, float]:
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """Rows of an EVAL.jsonl. Raises ValueError that names a line that is not one."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

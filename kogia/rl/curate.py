@@ -1,0 +1,290 @@
+"""`kogia curate PATH`: rejection sampling, stage 3 of the R1 recipe (R1 section 2.3.3), as resumable data.
+
+Per problem n samples are drawn and verified, and good ones are kept: correct, complete, in one language, not too
+long, no two alike. Three files are written: OUT.jsonl with the kept samples, ready for `kogia sft`;
+OUT.progress.jsonl with one line per finished problem, by which an interrupted curation continues; and
+OUT.summary.json with the counts.
+"""
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kogia import log
+from kogia.checkpoint.hf import load_config, resolve_model_dir
+from kogia.config import to_dict
+from kogia.engine.engine import Engine
+from kogia.engine.request import SamplingParams
+from kogia.eval.progress import SamplingProgress
+from kogia.eval.run import load_engine
+from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
+from kogia.rl.config import CurateConfig
+from kogia.tasks.format import language_consistency
+from kogia.tasks.pool import VerifyPool
+from kogia.tasks.task import load_task
+from kogia.text.tokenizer import Tokenizer
+
+HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "threads", "overwrite", "dry_run", "quiet")
+"""Settings that may change between an interrupted curation and its continuation."""
+
+
+def main(config: CurateConfig) -> None:
+    """Curate with the model at `config.path`. Raises ValueError if OUT holds another curation."""
+    if config.dry_run:
+        return _print_plan(config)
+    record = Record(config)
+    engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.threads, config.engine)
+    curate(engine, tokenizer, config, record=record, checkpoint=str(resolve_model_dir(config.path)))
+
+
+def curate(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    config: CurateConfig,
+    *,
+    record: "Record | None" = None,
+    checkpoint: str = "",
+) -> dict[str, Any]:
+    """Sample, verify and keep for every task; returns the summary that is also written. The engine must be idle."""
+    start = time.monotonic()
+    record = record or Record(config)
+    params = SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_tokens=config.max_tokens,
+        n=config.num_samples,
+        seed=config.seed,
+    )
+    for spec in config.tasks:
+        options = config.task_options.get(spec, {})
+        task = load_task(spec, options)
+        problems = choose_problems(task, config.split, config.num_problems, config.seed)
+        waiting = [problem for problem in problems if (task.name, problem.id) not in record.done]
+        if len(waiting) < len(problems):
+            log.info(f"{task.name}: {len(problems) - len(waiting)} of {len(problems)} problems are already done")
+        if not waiting:
+            continue
+        pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
+        with pool, SamplingProgress(f"curate {task.name}", quiet=config.quiet) as progress:
+            for batch in answer_problems(
+                engine,
+                tokenizer,
+                pool,
+                waiting,
+                params,
+                batch=config.batch_problems,
+                on_progress=progress.update,
+            ):
+                for answered in batch:
+                    record.add(task.name, answered, *select(answered, config), checkpoint)
+                record.flush()
+                progress.note = f"kept {record.num_kept}"
+    summary = record.summary(checkpoint, time.monotonic() - start)
+    log.write_json(record.summary_path, summary)
+    _report(summary, record)
+    return summary
+
+
+def select(answered: Answered, config: CurateConfig) -> tuple[list[int], Counter[str]]:
+    """(samples to keep, in order; the first reason why each other one goes)."""
+    dropped: Counter[str] = Counter()
+    good: list[int] = []
+    seen: set[str] = set()
+    for index, sample in enumerate(answered.samples):
+        reason = _flaw(sample, config)
+        text = sample.completion.text.strip()
+        if reason is None and text in seen:
+            reason = "duplicate"
+        seen.add(text)
+        if reason is None:
+            good.append(index)
+        else:
+            dropped[reason] += 1
+    solved = sum(sample.verdict.correct for sample in answered.samples) / len(answered.samples)
+    if solved > config.max_solve_rate:
+        return [], dropped + Counter({"too_easy": len(good)})
+    if config.pick == "shortest":
+        good.sort(key=lambda index: len(answered.samples[index].completion.token_ids))
+    else:
+        random.Random(f"{config.seed}/{answered.problem.id}").shuffle(good)
+    kept = sorted(good[: config.keep_per_problem])
+    return kept, dropped + Counter({"surplus": len(good) - len(kept)})
+
+
+def _flaw(sample: Sample, config: CurateConfig) -> str | None:
+    """Why a sample is not training data, or None."""
+    num_tokens = len(sample.completion.token_ids)
+    if sample.truncated:
+        return "truncated"
+    if config.correct_only and not sample.verdict.correct:
+        return "not_correct"
+    if config.min_reward is not None and sample.verdict.reward < config.min_reward:
+        return "low_reward"
+    if config.max_completion_tokens is not None and num_tokens > config.max_completion_tokens:
+        return "too_long"
+    if num_tokens < config.min_completion_tokens:
+        return "too_short"
+    if language_consistency(sample.completion.text, config.script) < config.min_language_share:
+        return "mixed_language"
+    return None
+
+
+class Record:
+    """The files of one curation. Opening it takes up what an interrupted one has finished, and nothing of the rest."""
+
+    def __init__(self, config: CurateConfig) -> None:
+        self.path = Path(config.out)
+        self.progress_path = self.path.with_suffix(".progress.jsonl")
+        self.summary_path = self.path.with_suffix(".summary.json")
+        self.settings = {k: v for k, v in to_dict(config).items() if k not in HARMLESS}
+        self.finished: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._lines: list[dict[str, Any]] = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if config.overwrite:
+            for path in (self.path, self.progress_path, self.summary_path):
+                path.unlink(missing_ok=True)
+        if self.progress_path.exists():
+            self._take_up()
+        elif self.path.exists():
+            raise ValueError(
+                f"out = {config.out!r}: exists and was not written by curate; name another file, or add --overwrite"
+            )
+        else:
+            _append(self.progress_path, [{"settings": self.settings}])
+
+    @property
+    def done(self) -> set[tuple[str, str]]:
+        """(task, problem id) of the finished problems."""
+        return {(line["task"], line["problem_id"]) for line in self.finished}
+
+    @property
+    def num_kept(self) -> int:
+        return sum(line["kept"] for line in self.finished)
+
+    def add(self, task: str, answered: Answered, kept: list[int], dropped: Counter[str], checkpoint: str) -> None:
+        """Record one finished problem; on disk only after `flush`."""
+        problem = answered.problem
+        for index in kept:
+            sample = answered.samples[index]
+            self._rows.append(
+                {
+                    "id": f"{problem.id}#{index}",
+                    "task": task,
+                    "problem_id": problem.id,
+                    "messages": [{"role": m.role, "content": m.content} for m in problem.messages],
+                    "completion": sample.completion.text,
+                    "reward": sample.verdict.reward,
+                    "num_tokens": len(sample.completion.token_ids),
+                    "source_checkpoint": checkpoint,
+                    "weights_version": sample.completion.weights_version,
+                }
+            )
+        self._lines.append(
+            {
+                "task": task,
+                "problem_id": problem.id,
+                "samples": len(answered.samples),
+                "correct": sum(sample.verdict.correct for sample in answered.samples),
+                "kept": len(kept),
+                "kept_tokens": sum(len(answered.samples[index].completion.token_ids) for index in kept),
+                "statuses": dict(Counter(sample.verdict.status for sample in answered.samples)),
+                "dropped": {reason: count for reason, count in dropped.items() if count},
+            }
+        )
+
+    def flush(self) -> None:
+        """Samples first, then the lines that say they are there: a crash in between is undone by the next opening."""
+        _append(self.path, self._rows)
+        _append(self.progress_path, self._lines)
+        self.finished += self._lines
+        self._rows, self._lines = [], []
+
+    def summary(self, checkpoint: str, seconds: float) -> dict[str, Any]:
+        """Counts over all problems, those of earlier sessions included; `seconds` are this session's."""
+        lines = self.finished
+        statuses, dropped = Counter[str](), Counter[str]()
+        for line in lines:
+            statuses.update(line["statuses"])
+            dropped.update(line["dropped"])
+        samples, kept = sum(line["samples"] for line in lines), self.num_kept
+        return {
+            "checkpoint": checkpoint,
+            "problems": len(lines),
+            "samples": samples,
+            "kept": kept,
+            "kept_share": kept / samples if samples else 0.0,
+            "kept_tokens_mean": sum(line["kept_tokens"] for line in lines) / kept if kept else None,
+            "problems_with_none": sum(line["kept"] == 0 for line in lines),
+            "problems_never_solved": sum(line["correct"] == 0 for line in lines),
+            "status_counts": dict(statuses),
+            "dropped": dict(dropped),
+            "settings": self.settings,
+            "seconds": seconds,
+        }
+
+    def _take_up(self) -> None:
+        """Read what is finished; drop half-written lines and samples of unfinished problems from the files."""
+        lines = _read_lines(self.progress_path)
+        before = lines[0].get("settings") if lines else None
+        if before is None:
+            raise ValueError(f"{self.progress_path}: is no record of a curation; add --overwrite to start over")
+        keys = sorted(before.keys() | self.settings.keys())
+        changed = [key for key in keys if before.get(key) != self.settings.get(key)]
+        if changed:
+            raise ValueError(
+                f"out = {str(self.path)!r}: holds a curation with another {', '.join(changed)}; "
+                "name another file, or add --overwrite to delete it"
+            )
+        self.finished = lines[1:]
+        done = self.done
+        rows = [row for row in _read_lines(self.path) if (row["task"], row["problem_id"]) in done]
+        for path, content in ((self.path, rows), (self.progress_path, lines)):
+            draft = path.with_name(f".{path.name}.tmp")
+            draft.unlink(missing_ok=True)
+            draft.touch()
+            _append(draft, content)
+            draft.replace(path)
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines up to the first one that a crash has cut short."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                rows.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _report(summary: dict[str, Any], record: Record) -> None:
+    dropped = ", ".join(f"{reason} {count}" for reason, count in Counter(summary["dropped"]).most_common())
+    log.info(
+        f"kept {summary['kept']} of {summary['samples']} samples ({100 * summary['kept_share']:.1f}%) of "
+        f"{summary['problems']} problems in {record.path}; {summary['problems_with_none']} problems have none. "
+        f"Dropped: {dropped or 'none'}"
+    )
+    if not summary["kept"]:
+        log.warn("nothing was kept: the model solves none of these problems, or the filters are too strict")
+
+
+def _print_plan(config: CurateConfig) -> None:
+    """The resolved configuration and the amount of work, on stdout."""
+    model = load_config(config.path)
+    print(json.dumps(to_dict(replace(config, dry_run=False)), indent=2))
+    parameters = model.num_params() + model.num_mtp_params()
+    print(f"# parameters  {parameters:,} ({4 * parameters / 2**20:,.0f} MiB in float32)")
+    print(f"# memory      weights and at most {config.engine.cache_memory_bytes / 2**20:,.0f} MiB of cache")
+    print(f"# samples     at most {config.num_problems * config.num_samples * len(config.tasks):,}")

@@ -1,0 +1,234 @@
+"""Evaluation from end to end with a real tiny model, its files recomputed by hand."""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+from toy_task import Checksum
+
+from kogia.config import from_dict, to_dict
+from kogia.engine.config import EngineConfig
+from kogia.eval.config import EvalConfig
+from kogia.eval.metrics import pass_at_k
+from kogia.eval.run import evaluate, load_engine, main, output_directory
+from kogia.eval.sample import choose_problems, think_tokens
+from kogia.eval.summary import read_samples, summarise
+from kogia.tasks.pool import VerifyPool
+from kogia.text.tokenizer import Tokenizer
+
+SPEC = "toy_task:Checksum"
+KEYS = (
+    "name task split checkpoint num_questions num_samples pass@1 pass@8 maj@8 greedy think_tokens completion_tokens "
+    "truncated parse_fail give_up false_claim claims_verified status_counts sampling mtp_acceptance seconds"
+).split()
+
+
+def settings(checkpoint, tmp_path, **changes):
+    base = EvalConfig(
+        path=str(checkpoint),
+        tasks=(SPEC,),
+        num_samples=8,
+        max_tokens=24,
+        greedy=True,
+        k=(1, 4, 8),
+        out=str(tmp_path / "evals"),
+        engine=EngineConfig(num_blocks=256, max_sequences=16),
+        verify_workers=1,
+        device="cpu",
+        quiet=True,
+        batch_questions=5,
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def written(checkpoint, tmp_path_factory):
+    """(directory, EVAL.json, rows of EVAL.jsonl) of one evaluation through the command's entry point."""
+    config = settings(checkpoint, tmp_path_factory.mktemp("run"))
+    main(config)
+    out = output_directory(config)
+    return out, json.loads((out / "Checksum.json").read_text()), read_samples(out / "Checksum.jsonl")
+
+
+def test_every_sample_is_on_disk_once(written):
+    out, summary, rows = written
+    assert {path.name for path in out.iterdir()} == {"Checksum.json", "Checksum.jsonl"}
+    places = Counter((row["problem_id"], row["sample"]) for row in rows)
+    assert places == Counter({(f"test/{i}", s): 1 for i in range(12) for s in (-1, *range(8))})
+    assert set(KEYS) <= summary.keys()
+    assert (summary["num_questions"], summary["num_samples"], summary["split"]) == (12, 8, "test")
+
+
+def test_the_summary_is_what_the_samples_say(written):
+    _, summary, rows = written
+    groups = defaultdict(list)
+    for row in rows:
+        if row["sample"] >= 0:
+            groups[row["problem_id"]].append(row)
+    sampled = [row for group in groups.values() for row in group]
+    assert 0 < sum(row["correct"] for row in sampled) < len(sampled)
+    assert summary["pass@1"][0] == pytest.approx(fmean(row["correct"] for row in sampled))
+    for k in (4, 8):
+        expected = fmean(pass_at_k(8, sum(row["correct"] for row in group), k) for group in groups.values())
+        assert summary[f"pass@{k}"][0] == pytest.approx(expected)
+    assert summary["pass@1"][1] < summary["pass@1"][0] < summary["pass@1"][2]
+    assert summary["greedy"][0] == pytest.approx(fmean(row["correct"] for row in rows if row["sample"] == -1))
+    statuses = Counter(row["status"] for row in sampled)
+    assert summary["status_counts"] == dict(statuses)
+    assert summary["truncated"] == pytest.approx(fmean(row["truncated"] for row in sampled))
+    assert summary["false_claim"] == pytest.approx(statuses["wrong"] / 96)
+    assert summary["claims_verified"] == pytest.approx(statuses["ok"] / (statuses["ok"] + statuses["wrong"]))
+    assert summary["completion_tokens"] == pytest.approx(fmean(row["num_tokens"] for row in sampled))
+
+
+def test_the_files_can_be_summarised_again(written):
+    _, summary, rows = written
+    again = summarise(rows, (1, 4, 8))
+    assert {key: summary[key] for key in again} == again
+
+
+def test_the_same_seed_gives_the_same_samples_whatever_the_batching(checkpoint, tmp_path, written):
+    _, _, rows = written
+    config = settings(checkpoint, tmp_path, batch_questions=3, engine=EngineConfig(num_blocks=128, max_sequences=7))
+    main(config)
+    again = read_samples(tmp_path / "evals" / "Checksum.jsonl")
+    texts = {(row["problem_id"], row["sample"]): row["text"] for row in rows}
+    assert {(row["problem_id"], row["sample"]): row["text"] for row in again} == texts
+
+
+def test_speculative_decoding_reports_acceptance(checkpoint, tmp_path):
+    engine = EngineConfig(num_blocks=256, max_sequences=16, num_draft_tokens=1)
+    main(settings(checkpoint, tmp_path, engine=engine, num_questions=3))
+    summary = json.loads((tmp_path / "evals" / "Checksum.json").read_text())
+    assert 0.0 <= summary["mtp_acceptance"] <= 1.0
+    assert summary["sampling"]["num_draft_tokens"] == 1
+
+
+def test_a_comparison_is_paired_on_the_questions(checkpoint, tmp_path, written):
+    out, before, rows = written
+    main(settings(checkpoint, tmp_path, seed=1, compare=str(out / "Checksum.json"), num_questions=8))
+    summary = json.loads((tmp_path / "evals" / "Checksum.json").read_text())
+    after = read_samples(tmp_path / "evals" / "Checksum.jsonl")
+    shared = {row["problem_id"] for row in after}
+    assert len(shared) == 8
+    means = [
+        fmean(row["correct"] for row in some if row["sample"] >= 0 and row["problem_id"] in shared)
+        for some in (rows, after)
+    ]
+    compared = summary["compare"]["pass@1"]
+    assert compared["num_questions"] == 8
+    assert compared["difference"][0] == pytest.approx(means[1] - means[0])
+    assert summary["compare"]["checkpoint"] == before["checkpoint"]
+
+
+def test_questions_posed_differently_are_not_compared(checkpoint, tmp_path, written):
+    out, _, _ = written
+    options = {SPEC: {"prefix": "tell"}}
+    with pytest.raises(ValueError, match="reads differently"):
+        main(settings(checkpoint, tmp_path, task_options=options, compare=str(out), num_questions=2))
+
+
+def test_a_missing_comparison_is_reported_before_anything_is_sampled(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*is missing; name the NAME.json"):
+        main(settings(checkpoint, tmp_path, compare=str(tmp_path / "nowhere.json")))
+    assert not (tmp_path / "evals").exists()
+
+
+def test_an_interrupted_evaluation_keeps_what_was_verified(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, greedy=False)
+    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", None, config.engine)
+
+    def interrupt(done: int, total: int, _: int) -> None:
+        if done >= 7:
+            raise KeyboardInterrupt
+
+    with VerifyPool(SPEC, workers=1) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(engine, tokenizer, Checksum(), pool, config, out=tmp_path, on_progress=interrupt)
+        assert engine.num_unfinished == 0
+        kept = read_samples(tmp_path / "checksum.partial.jsonl")
+        assert len(kept) == 5 * 8
+        result = evaluate(engine, tokenizer, Checksum(), pool, config, out=tmp_path)
+    assert not (tmp_path / "checksum.partial.jsonl").exists()
+    assert len(result.samples) == 12 * 8
+    assert result.score() is not None and result.score("greedy") is None
+
+
+def test_truncation_and_the_table_are_shown(checkpoint, tmp_path, capsys):
+    main(settings(checkpoint, tmp_path, max_tokens=2, num_questions=4))
+    output = capsys.readouterr()
+    assert "pass@1" in output.out and "greedy" in output.out and "truncated" in output.out
+    assert "were cut off at max_tokens = 2" in output.err
+
+
+def test_greedy_alone_needs_no_samples(checkpoint, tmp_path):
+    main(settings(checkpoint, tmp_path, num_samples=0, num_questions=3))
+    summary = json.loads((tmp_path / "evals" / "Checksum.json").read_text())
+    assert summary["pass@1"] is None and summary["pass@8"] is None
+    assert len(summary["greedy"]) == 3
+
+
+def test_a_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
+    main(settings(checkpoint, tmp_path, dry_run=True))
+    assert "# parameters" in capsys.readouterr().out
+    assert not (tmp_path / "evals").exists()
+
+
+def test_fewer_questions_are_a_part_of_the_same_questions():
+    task = Checksum(count=50)
+    few, many = (choose_problems(task, "test", n, seed=0) for n in (10, 30))
+    assert [p.id for p in many[:10]] == [p.id for p in few]
+    assert [p.id for p in choose_problems(task, "test", 10, seed=1)] != [p.id for p in few]
+    assert len(choose_problems(task, "test", 99, seed=0)) == 50
+
+
+def test_tasks_without_usable_problems_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="several problems have the id 'same'"):
+        main(settings(checkpoint, tmp_path, tasks=("toy_task:Repeats",)))
+    with pytest.raises(ValueError, match="no problem in its 'test' split"):
+        main(settings(checkpoint, tmp_path, tasks=("toy_task:Empty",)))
+
+
+def test_a_prompt_beyond_the_context_names_its_problem(checkpoint, tmp_path):
+    options = {SPEC: {"prefix": "say " * 200}}
+    with pytest.raises(ValueError, match=r"problem 'test/\d+': .*the model's context is 128"):
+        main(settings(checkpoint, tmp_path, task_options=options))
+
+
+def test_think_tokens_end_at_the_last_closing_tag(checkpoint):
+    tokenizer = Tokenizer.load(checkpoint)
+    end = tokenizer.token_id("</think>")
+    assert think_tokens([9, 9, end, 9, end, 9], tokenizer) == 4
+    assert think_tokens([9, 9, 9], tokenizer) == 3
+    assert think_tokens([end], tokenizer) == 0
+
+
+def test_the_output_directory_follows_the_run():
+    assert str(output_directory(EvalConfig("m", out="x"))) == "x"
+    assert str(output_directory(EvalConfig("runs/a/checkpoints/step-000010"))) == "runs/a/evals"
+    assert str(output_directory(EvalConfig("elsewhere"))) == "evals"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("tasks", [], "tasks is empty"),
+        ("tasks", ["countdown", "countdown"], "named once"),
+        ("task_options", {"other": {"numbers": 4}}, "no such task"),
+        ("num_samples", 0, "or 0 together with greedy"),
+        ("temperature", 0.0, "8 equal samples"),
+        ("num_questions", 0, "num_questions = 0"),
+        ("k", [0], "each must be at least 1"),
+        ("verify_timeout", 0.0, "above 0 seconds"),
+    ],
+)
+def test_bad_settings_name_the_value_and_the_rule(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(EvalConfig, {"path": "m", field: value})
+
+
+def test_settings_survive_a_recipe():
+    config = EvalConfig("m", tasks=("countdown", "a.b:C"), task_options={"countdown": {"numbers": 4}}, k=(1, 2))
+    assert from_dict(EvalConfig, to_dict(config)) == config

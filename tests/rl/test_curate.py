@@ -1,0 +1,187 @@
+"""Rejection sampling: the choice of samples by hand-made cases, and the command with a real tiny model."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from zlib import crc32
+
+import pytest
+
+from kogia.config import from_dict, to_dict
+from kogia.engine.config import EngineConfig
+from kogia.engine.request import Completion
+from kogia.eval.run import load_engine
+from kogia.eval.sample import Answered, Sample
+from kogia.rl.config import CurateConfig
+from kogia.rl.curate import curate, main, select
+from kogia.tasks.task import Problem, Verdict
+from kogia.text.chat import Message
+
+SPEC = "toy_task:Checksum"
+PROBLEM = Problem("p", (Message("user", "q"),))
+
+
+def sample(text="fine", *, tokens=5, correct=True, reward=1.0, finish="stop"):
+    completion = Completion(list(range(tokens)), text, None, finish, 0, 0, 0, 0)
+    return Sample(completion, Verdict(reward, correct, "ok" if correct else "wrong", {}, None))
+
+
+def chosen(samples, **changes):
+    kept, dropped = select(Answered(PROBLEM, samples), replace(CurateConfig("m", keep_per_problem=99), **changes))
+    return kept, {reason: count for reason, count in dropped.items() if count}
+
+
+def test_only_correct_complete_distinct_samples_are_kept():
+    samples = [
+        sample("a"),
+        sample("b", correct=False),
+        sample("c", finish="length"),
+        sample(" a "),
+        sample("мы думаем так"),
+        sample("d"),
+    ]
+    assert chosen(samples) == ([0, 5], {"not_correct": 1, "truncated": 1, "duplicate": 1, "mixed_language": 1})
+    assert chosen(samples, script="CYRILLIC")[0] == [4]
+    assert chosen(samples, min_language_share=0.0)[0] == [0, 4, 5]
+    assert chosen(samples, correct_only=False)[0] == [0, 1, 5]
+
+
+def test_length_and_reward_limits():
+    samples = [sample("a", tokens=3), sample("b", tokens=10, reward=0.5), sample("c", tokens=20)]
+    assert chosen(samples, max_completion_tokens=10) == ([0, 1], {"too_long": 1})
+    assert chosen(samples, min_completion_tokens=10) == ([1, 2], {"too_short": 1})
+    assert chosen(samples, min_reward=0.9) == ([0, 2], {"low_reward": 1})
+
+
+def test_the_shortest_or_a_seeded_choice_stays_when_there_are_more():
+    samples = [sample(str(i), tokens=30 - i) for i in range(20)]
+    kept, dropped = chosen(samples, pick="shortest", keep_per_problem=2)
+    assert (kept, dropped) == ([18, 19], {"surplus": 18})
+    draws = [chosen(samples, keep_per_problem=2, seed=seed)[0] for seed in range(20)]
+    assert draws == [chosen(samples, keep_per_problem=2, seed=seed)[0] for seed in range(20)]
+    assert len({tuple(kept) for kept in draws}) > 5
+
+
+def test_problems_that_are_too_easy_are_left_out():
+    samples = [sample("a"), sample("b"), sample("c"), sample("d", correct=False)]
+    assert chosen(samples, max_solve_rate=0.5) == ([], {"not_correct": 1, "too_easy": 3})
+    assert chosen(samples, max_solve_rate=0.75)[0] == [0, 1, 2]
+
+
+def settings(checkpoint, tmp_path, **changes):
+    base = CurateConfig(
+        path=str(checkpoint),
+        out=str(tmp_path / "data" / "good.jsonl"),
+        tasks=(SPEC,),
+        num_problems=10,
+        max_tokens=24,
+        min_language_share=0.0,
+        engine=EngineConfig(num_blocks=256, max_sequences=16),
+        verify_workers=1,
+        device="cpu",
+        quiet=True,
+        batch_problems=3,
+    )
+    return replace(base, **changes)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read(tmp_path):
+    folder = tmp_path / "data"
+    return lines(folder / "good.jsonl"), json.loads((folder / "good.summary.json").read_text())
+
+
+def test_curated_rows_are_correct_and_ready_for_fine_tuning(checkpoint, tmp_path):
+    main(settings(checkpoint, tmp_path))
+    rows, summary = read(tmp_path)
+    assert len(rows) == summary["kept"] > 5
+    for row in rows:
+        number = int(row["messages"][0]["content"].removeprefix("say "))
+        assert crc32(row["completion"].encode()) % 2 == number % 2  # the task's own rule
+        assert row["reward"] == 1.0
+        assert row["num_tokens"] < 24
+        assert row["source_checkpoint"] == str(checkpoint)
+        assert row["weights_version"] == 0
+    assert max(Counter(row["problem_id"] for row in rows).values()) == 2
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert summary["problems"] == 10
+    assert summary["samples"] == sum(summary["status_counts"].values()) == 80
+    assert summary["kept"] + sum(summary["dropped"].values()) == 80
+    assert summary["problems_with_none"] == 10 - len({row["problem_id"] for row in rows})
+
+
+def test_an_interrupted_curation_continues_to_the_same_data(checkpoint, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main(settings(checkpoint, whole))
+    config = settings(checkpoint, parts)
+    main(config)
+    folder = parts / "data"
+    samples, progress = lines(folder / "good.jsonl"), lines(folder / "good.progress.jsonl")
+    # as a crash would leave it: four problems finished, samples of a fifth there, a line cut short
+    finished = {line["problem_id"] for line in progress[1:5]}
+    orphan = next(row for row in samples if row["problem_id"] not in finished)
+    kept = [row for row in samples if row["problem_id"] in finished] + [orphan]
+    (folder / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"id": "cut')
+    (folder / "good.progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in progress[:5]) + '{"ta')
+    (folder / "good.summary.json").unlink()
+    main(replace(config, batch_problems=2, verify_workers=2))
+    by_id = [sorted(read(where)[0], key=lambda row: row["id"]) for where in (whole, parts)]
+    assert by_id[0] == by_id[1]
+    different = {"seconds", "settings"}
+    summaries = [{k: v for k, v in read(where)[1].items() if k not in different} for where in (whole, parts)]
+    assert summaries[0] == summaries[1]
+
+
+def test_more_problems_may_not_slip_into_another_curation(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, num_problems=2)
+    main(config)
+    with pytest.raises(ValueError, match="another temperature; name another file, or add --overwrite"):
+        main(replace(config, temperature=0.7))
+    main(replace(config, temperature=0.7, overwrite=True))
+    assert read(tmp_path)[1]["settings"]["temperature"] == 0.7
+
+
+def test_a_foreign_file_is_not_touched(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, out=str(tmp_path / "mine.jsonl"))
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="was not written by curate"):
+        main(config)
+    assert (tmp_path / "mine.jsonl").read_text() == "{}\n"
+
+
+def test_the_summary_comes_back_in_process_and_a_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
+    config = settings(checkpoint, tmp_path, num_problems=3)
+    main(replace(config, dry_run=True))
+    assert "# samples     at most 24" in capsys.readouterr().out
+    assert not (tmp_path / "data").exists()
+    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", None, config.engine)
+    assert curate(engine, tokenizer, config) == read(tmp_path)[1]
+
+
+def test_nothing_kept_is_said_aloud(checkpoint, tmp_path, capsys):
+    main(settings(checkpoint, tmp_path, num_problems=2, max_tokens=1, quiet=True))
+    assert "nothing was kept" in capsys.readouterr().err
+    assert read(tmp_path)[1]["problems_with_none"] == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("out", "rows.txt", "must be a file that ends in .jsonl"),
+        ("keep_per_problem", 0, "keep_per_problem = 0"),
+        ("temperature", 0.0, "8 equal samples"),
+        ("max_solve_rate", 1.5, r"must lie in \[0, 1\]"),
+        ("max_completion_tokens", 0, "below min_completion_tokens"),
+    ],
+)
+def test_bad_settings_name_the_value_and_the_rule(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(CurateConfig, {"path": "m", field: value})
+
+
+def test_settings_survive_a_recipe():
+    config = CurateConfig("m", task_options={"countdown": {"numbers": 4}}, max_completion_tokens=50)
+    assert from_dict(CurateConfig, to_dict(config)) == config

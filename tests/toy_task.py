@@ -1,0 +1,46 @@
+"""A task a random model sometimes solves: verdicts follow from a checksum of the text. Pool workers import it too."""
+
+from zlib import crc32
+
+from kogia.tasks.task import Problem, Response, Verdict
+from kogia.text.chat import Message
+
+
+class Checksum:
+    """About half of the completions that stop by themselves are right."""
+
+    name = "checksum"
+
+    def __init__(self, count: int = 12, prefix: str = "say") -> None:
+        self.count, self.prefix = count, prefix
+
+    def problems(self, split: str) -> list[Problem]:
+        return [
+            Problem(f"{split}/{i}", (Message("user", f"{self.prefix} {i}"),), {"number": i}) for i in range(self.count)
+        ]
+
+    def verify(self, problem: Problem, response: Response) -> Verdict:
+        if response.truncated:
+            return Verdict(-0.3, False, "truncated", {"accuracy": 0.0}, None)
+        correct = crc32(response.text.encode()) % 2 == problem.data["number"] % 2
+        extracted = str(crc32(response.text.encode()) % 5)
+        return Verdict(float(correct), correct, "ok" if correct else "wrong", {"accuracy": float(correct)}, extracted)
+
+
+class Repeats:
+    """Breaks the rule that ids differ."""
+
+    name = "repeats"
+
+    def problems(self, split: str) -> list[Problem]:
+        return [Problem("same", (Message("user", "x"),))] * 2
+
+    def verify(self, problem: Problem, response: Response) -> Verdict:
+        raise AssertionError("never asked")
+
+
+class Empty(Repeats):
+    name = "empty"
+
+    def problems(self, split: str) -> list[Problem]:
+        return []
