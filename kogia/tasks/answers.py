@@ -16,6 +16,7 @@ _NUMBER = re.compile(
     r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/[1-9]\d*)?|-?\.\d+", re.ASCII
 )  # "5-3" ends in 3
 _DECORATION = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[!,; ]|[$\s]|\\\$|\\%|%|\\left|\\right|\.$")
+_UNIT = re.compile(r"(?:\s+(?!(?:dozen|hundred|thousand|million|billion|trillion)\b)[a-z]{2,})+\.?$", re.IGNORECASE)
 _BOXED = "\\boxed"
 _MAX_LENGTH = 1000
 
@@ -46,8 +47,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The exact value of "1,234.5", "3/4", "$18", "\\frac{1}{2}" or "50%" (read as 50), else None."""
-    plain = _DECORATION.sub("", text.strip())
+    """The exact value of "1,234.5", "3/4", "$18", "\\frac{1}{2}", "18 dollars" or "50%" (read as 50), else None."""
+    plain = _DECORATION.sub("", _UNIT.sub("", text.strip()[:_MAX_LENGTH]))
     plain = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", plain)
     if len(plain) > 40 or not _NUMBER.fullmatch(plain):
         return None

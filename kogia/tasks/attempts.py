@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A number or a combination of numbers. `key` is the same for commuted writings."""
+    """A number or a combination of numbers, as a value and an expression."""
 
     value: int
     text: str
-    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +23,11 @@ class Attempt:
 
     steps: str
     result: Term
+
+    @property
+    def key(self) -> str:
+        """The same for every order of steps and of what they add or multiply."""
+        return ",".join(sorted(map(_commuted, self.steps.split(","))))
 
 
 def random_attempt(numbers: Sequence[int], operators: str, limit: int, rng: random.Random) -> Attempt | None:
@@ -90,12 +94,19 @@ def operations(a: int, b: int, operators: str, limit: int) -> list[tuple[str, in
 
 
 def _leaf(number: int) -> Term:
-    return Term(number, str(number), str(number))
+    return Term(number, str(number))
 
 
 def _combine(a: Term, b: Term, symbol: str, value: int) -> tuple[Term, str]:
     """The term "a symbol b", with brackets around whatever is itself a combination, and the step that says so."""
     left = a.text if a.text.isdigit() else f"({a.text})"
     right = b.text if b.text.isdigit() else f"({b.text})"
-    first, second = (b.key, a.key) if symbol in "+*" and b.key < a.key else (a.key, b.key)
-    return Term(value, f"{left}{symbol}{right}", f"({first}{symbol}{second})"), f"{a.value}{symbol}{b.value}={value}"
+    return Term(value, f"{left}{symbol}{right}"), f"{a.value}{symbol}{b.value}={value}"
+
+
+def _commuted(step: str) -> str:
+    for symbol in "+*":
+        if symbol in step:
+            left, _, value = step.partition("=")
+            return symbol.join(sorted(left.split(symbol))) + "=" + value
+    return step

@@ -77,10 +77,10 @@ def _problems(path: Path, split: str, instruction: str) -> tuple[Problem, ...]:
     for number, row in _rows(path):
         if row.get("split", split) != split:
             continue
-        try:
-            question, answer = row["question"].strip(), gold_answer(row["answer"])
-        except (KeyError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: needs the texts 'question' and 'answer' ({error!r})") from error
+        question, answer = row.get("question"), row.get("answer")
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise ValueError(f"{path}:{number}: needs the texts 'question' and 'answer'; {GET_DATA}")
+        question, answer = question.strip(), gold_answer(answer)
         prompt = f"{question}\n{instruction}" if instruction else question
         problems.append(Problem(f"gsm8k/{split}/{number - 1}", (Message("user", prompt),), {"answer": answer}))
     if not problems:

@@ -140,16 +140,16 @@ class _Search:
         """A new random attempt that misses the target; None when none turns up."""
         for _ in range(20):
             attempt = random_attempt(self.numbers, self.operators, self.limit, self.rng)
-            if attempt is not None and attempt.result.value != self.target and attempt.result.key not in self.tried:
-                self.tried.add(attempt.result.key)
+            if attempt is not None and attempt.result.value != self.target and attempt.key not in self.tried:
+                self.tried.add(attempt.key)
                 return attempt
         return None
 
     def right(self) -> Attempt | None:
         """A new random attempt that reaches the target; None when the problem has no other."""
         for attempt in solutions(self.numbers, self.target, self.operators, self.limit, self.rng):
-            if attempt.result.key not in self.tried:
-                self.tried.add(attempt.result.key)
+            if attempt.key not in self.tried:
+                self.tried.add(attempt.key)
                 return attempt
         return None
 

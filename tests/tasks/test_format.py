@@ -1,0 +1,62 @@
+import pytest
+
+from kogia.tasks.format import answer_text, gives_up, language_consistency, think_format
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("thought\n</think>\n7", 1.0),
+        ("</think>7", 1.0),
+        ("thought\n</think>\n", 0.0),
+        ("thought, then 7", 0.0),
+        ("a</think>b</think>c", 0.0),
+        ("a<think>b</think>c", 0.0),
+        ("a</think>b<think>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_the_think_structure_is_all_or_nothing(completion, score):
+    assert think_format(completion) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "script", "share"),
+    [
+        ("so the answer is 17", "LATIN", 1.0),
+        ("15-4=11, 11+6=17", "LATIN", 1.0),
+        ("", "LATIN", 1.0),
+        ("déjà vu, naïve", "LATIN", 1.0),
+        ("one два three четыре", "LATIN", 0.5),
+        ("one два three четыре", "CYRILLIC", 0.5),
+        ("hello 我们", "LATIN", 1 / 3),
+        ("我们需要 x", "CJK", 0.8),
+        ("mixedбук word", "LATIN", 0.5),
+    ],
+)
+def test_language_consistency_is_the_share_of_words_in_the_script(text, script, share):
+    assert language_consistency(text, script) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("  1+2 ", "1+2"),
+        ("so <answer> 1+2 </answer>.", "1+2"),
+        ("<answer>1</answer><answer>\n2\n</answer>", "2"),
+        ("<answer>1", "<answer>1"),
+        ("<answer></answer>", ""),
+    ],
+)
+def test_the_answer_is_the_tagged_part_or_everything(answer, text):
+    assert answer_text(answer) == text
+
+
+@pytest.mark.parametrize("answer", ["give up", " Give up. ", "GIVE UP"])
+def test_giving_up_is_recognised(answer):
+    assert gives_up(answer)
+
+
+@pytest.mark.parametrize("answer", ["", "I give up on that, so 3+4", "giveup", "never give up"])
+def test_giving_up_is_not_read_into_other_answers(answer):
+    assert not gives_up(answer)
