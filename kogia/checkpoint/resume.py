@@ -100,12 +100,19 @@ def load_train_state(checkpoint: str | Path) -> ResumeState:
         ) from error
 
 
+def seed_random(seed: int) -> None:
+    """Start the random states of Python, NumPy and PyTorch from a seed."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def restore_random(state: ResumeState) -> None:
     """Set the random states of Python, NumPy and PyTorch to those of the checkpoint."""
     version, internal, gauss = state.values["random"]["python"]
     random.setstate((version, tuple(internal), gauss))
-    numpy_state = state.values["random"]["numpy"]
-    np.random.set_state((*numpy_state[:1], np.array(numpy_state[1], "uint32"), *numpy_state[2:]))
+    kind, keys, position, has_gauss, cached = state.values["random"]["numpy"]
+    np.random.set_state((kind, np.array(keys, "uint32"), position, has_gauss, cached))
     torch.set_rng_state(state.tensors[RANDOM + "torch"])
     for index in range(torch.cuda.device_count()):
         if (saved := state.tensors.get(f"{RANDOM}cuda{index}")) is not None:

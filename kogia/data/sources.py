@@ -9,8 +9,9 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kogia.config import resolve
 from kogia.data.config import SourceConfig, is_file_spec
@@ -93,8 +94,10 @@ def _read_file(source: SourceConfig) -> Iterator[Document]:
                 yield document_from_row(_parse_json(line, where), where, source.text_key)
 
 
-def _open_text(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+def _open_text(path: Path) -> TextIOWrapper:
+    file = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    assert isinstance(file, TextIOWrapper)
+    return file
 
 
 def _parse_json(line: str, where: str) -> Any:

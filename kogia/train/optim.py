@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from kogia.train.config import OptimConfig
 
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over all parameters in two groups: matrices (decayed) and vectors (norms, biases: not decayed)."""
@@ -33,17 +35,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave. Raises ValueError naming parameters without state or of other shape."""
-    if not tensors:
-        return
+    """Put back what `optimizer_tensors` gave; a parameter that never had a gradient has no state.
+
+    Raises ValueError naming a parameter whose state is incomplete or of another shape.
+    """
     for name, parameter in model.named_parameters():
-        state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            found = tensors.get(f"{name}/{key}")
-            if found is None or (key != "step" and found.shape != parameter.shape):
-                raise ValueError(
-                    f"optimiser state of {name}: {key} is {'missing' if found is None else tuple(found.shape)}, the "
-                    f"parameter has shape {tuple(parameter.shape)}; this checkpoint belongs to another model"
-                )
-            state[key] = found.clone() if key == "step" else found.to(parameter.device).clone()
-        optimizer.state[parameter] = state
+        state = {key: tensors[f"{name}/{key}"].clone() for key in ADAM_STATE if f"{name}/{key}" in tensors}
+        if not state:
+            continue
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        if shapes != dict.fromkeys(ADAM_STATE[1:], tuple(parameter.shape)) | {"step": ()}:
+            raise ValueError(
+                f"optimiser state of {name}: found {shapes}, expected a step and two moments of shape "
+                f"{tuple(parameter.shape)}; this checkpoint belongs to another model"
+            )
+        # AdamW's fused kernel wants its step counter where the parameter is
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}

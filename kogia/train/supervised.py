@@ -24,6 +24,7 @@ from kogia.checkpoint.resume import (
     load_train_state,
     restore_random,
     save_checkpoint,
+    seed_random,
 )
 from kogia.config import load_toml, save_toml, to_dict
 from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
@@ -69,6 +70,7 @@ def build_run(config: SupervisedConfig) -> Run:
     """Everything in order: directory, tokenizer, tokens, model, optimiser, loader, resume."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    seed_random(config.seed)
     device = _device(config.device)
     out = Path(config.out)
     checkpoint = _open_run_dir(config, out)

@@ -1,0 +1,220 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train.tiny import ATTENTION, MOE
+
+from kogia.checkpoint.hf import load_model
+from kogia.checkpoint.resume import latest_checkpoint
+from kogia.config import from_dict, load_toml, save_toml, to_dict
+from kogia.data.config import DataConfig, SourceConfig
+from kogia.log import read_metrics
+from kogia.model.config import ModelConfig
+from kogia.train.config import OptimConfig, SupervisedConfig
+from kogia.train.supervised import build_run, main
+
+MODEL = ModelConfig(
+    vocab_size=280, dim=32, num_layers=2, ffn_dim=48, attention=ATTENTION, moe=MOE, num_mtp_layers=1, max_position=64
+)
+PROGRAM = """
+import sys
+from kogia.config import load_toml
+from kogia.train.config import SupervisedConfig
+from kogia.train.supervised import main
+main(load_toml(sys.argv[1], SupervisedConfig))
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> SupervisedConfig:
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"text": f"the number {i} and the number {i * i} follow {i - 1}"} for i in range(300)]
+    rows += [{"prompt": f"{i} + 1?", "completion": f"count</think>{i + 1}"} for i in range(100)]
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig((SourceConfig(str(corpus)),), batch_tokens=256, max_seqlen=64, val_share=0.1)
+    optim = OptimConfig(lr=3e-3, warmup_steps=2)
+    out = str(tmp_path / "run")
+    return SupervisedConfig(
+        out, model=MODEL, data=data, optim=optim, steps=40, save_every=10, eval_every=20, threads=1, quiet=True
+    )
+
+
+def start(config: SupervisedConfig, directory: Path) -> subprocess.Popen:
+    recipe = directory / "recipe.toml"
+    save_toml(config, recipe)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(recipe)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}: {process.stderr.read()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def checkpoint_contents(path: Path) -> dict[str, object]:
+    tensors = {}
+    for file in path.rglob("*.safetensors"):
+        tensors |= {f"{file.name}:{name}": value for name, value in load_file(file).items()}
+    values = {str(f.relative_to(path)): json.loads(f.read_text()) for f in path.rglob("*.json")}
+    del values["train_state/state.json"]["random"]["python"]  # the type checker of the test run draws from it
+    return {**tensors, **values}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = (checkpoint_contents(latest_checkpoint(run)) for run in (a, b))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        same = torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        assert same, name
+    timing = {"seconds", "tokens_per_second"}
+    lines = [[{k: v for k, v in line.items() if k not in timing} for line in read_metrics(run)] for run in (a, b)]
+    assert lines[0] == lines[1]
+
+
+def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_never_stopped_to_the_bit(config, tmp_path):
+    main(replace(config, out=str(tmp_path / "whole")))
+    process = start(config, tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000010"
+    wait_for(checkpoint.exists, process)
+    time.sleep(0.03)  # a few steps further, so that there is something to redo
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    main(replace(config, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "val_loss" in line] == [20, 40]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_its_last_step_exits_130_and_resumes_exactly(config, tmp_path, number):
+    endless = replace(config, steps=4000, save_every=0, optim=replace(config.optim, schedule="constant"))
+    process = start(endless, tmp_path)
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 3, process)
+    os.kill(process.pid, number)
+    _, messages = process.communicate(timeout=60)
+    # an uncaught KeyboardInterrupt ends Python by SIGINT, which a shell reports as 130
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "--resume continues" in messages
+    done = read_metrics(tmp_path / "run")[-1]["step"]
+    assert latest_checkpoint(tmp_path / "run").name == f"step-{done:06d}"
+    if number == signal.SIGTERM:
+        return
+    for out, steps, resume in (("whole", done + 4, False), ("run", done + 4, True)):
+        main(replace(endless, out=str(tmp_path / out), steps=steps, eval_every=0, resume=resume, mtp_late_at=1.0))
+    a, b = (checkpoint_contents(latest_checkpoint(tmp_path / run)) for run in ("whole", "run"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items() if isinstance(v, torch.Tensor))
+
+
+def test_training_learns_and_leaves_a_complete_run_directory(config, tmp_path):
+    main(config)
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {"run.toml", "metrics.jsonl", "checkpoints", "data", "tokenizer"}
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000030", "step-000040"]
+    lines = read_metrics(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    assert steps[-1]["loss"] < 0.75 * steps[0]["loss"]
+    assert lines[-1]["val_loss"] == pytest.approx(steps[-1]["loss"], rel=0.15)
+    expected = {"loss", "mtp_loss_1", "entropy", "balance", "grad_norm", "lr", "tokens", "max_vio", "tokens_per_second"}
+    assert expected <= steps[0].keys()
+    assert load_toml(run / "run.toml", SupervisedConfig) == config
+    assert load_model(run).config == MODEL
+
+
+def test_fine_tuning_starts_from_the_weights_and_tokenizer_of_another_run(config, tmp_path):
+    main(replace(config, steps=10))
+    tuned = replace(config, out=str(tmp_path / "tuned"), model=None, init=config.out, steps=None, epochs=0.5)
+    run = build_run(tuned)
+    base = load_model(config.out).state_dict()
+    assert all(torch.equal(value, base[name]) for name, value in run.state.model.state_dict().items())
+    tokens = run.loader.tokens_per_epoch / 2
+    assert run.state.num_steps == -(-tokens // 256)
+    main(replace(tuned, overwrite=True))
+    assert latest_checkpoint(tuned.out).name == f"step-{run.state.num_steps:06d}"
+
+
+def test_a_run_directory_in_use_is_refused_overwritten_or_resumed_as_asked(config, tmp_path):
+    short = replace(config, steps=2, save_every=1)
+    main(short)
+    with pytest.raises(ValueError, match=r"already holds a run up to step-000002; add --resume .*--overwrite"):
+        main(short)
+    main(replace(short, resume=True))  # complete: nothing to do
+    assert len(read_metrics(short.out)) == 3
+    main(replace(short, overwrite=True, steps=1))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("keep me")
+    with pytest.raises(ValueError, match=r"mine.*holds other files"):
+        main(replace(short, out=str(tmp_path / "mine"), overwrite=True))
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_resuming_with_other_settings_says_which_ones(config, capsys):
+    main(replace(config, steps=2))
+    main(replace(config, steps=3, micro_batches=2, resume=True))
+    warning = " ".join(capsys.readouterr().err.split())
+    assert "other settings than the run began with (micro_batches, steps)" in warning
+
+
+def test_a_diverging_run_stops_with_its_checkpoints_kept(config):
+    wild = replace(config, optim=OptimConfig(lr=1e30, warmup_steps=0), save_every=1)
+    with pytest.raises(FloatingPointError, match=r"step \d: .*last good checkpoint is .*step-000001.*--resume"):
+        main(wild)
+    assert latest_checkpoint(wild.out) is not None
+
+
+def test_a_dry_run_prints_a_configuration_that_reads_back_and_writes_nothing(config, tmp_path, capsys):
+    import tomllib
+
+    main(replace(config, dry_run=True))
+    text = capsys.readouterr().out
+    assert from_dict(SupervisedConfig, tomllib.loads(text)) == replace(config, dry_run=True)
+    assert f"{MODEL.num_params():,} ({MODEL.num_active_params():,} active" in text
+    assert "# memory      about" in text
+    assert "40 steps = 10,240 tokens" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"init": "somewhere"}, "exactly one of `init`"),
+        ({"model": None}, "exactly one of `init`"),
+        ({"epochs": 1.0}, "exactly one of steps = 40 and epochs = 1.0"),
+        ({"data": DataConfig()}, r"data.sources is empty"),
+        ({"resume": True, "overwrite": True}, "drop one"),
+        ({"model": replace(MODEL, max_position=32)}, r"max_seqlen = 64: above model.max_position = 32"),
+        ({"model": replace(MODEL, vocab_size=100)}, r"vocab_size=100"),
+        ({"tokenizer": "no/such/place"}, "no/such/place"),
+        ({"init": "no/such/model", "model": None}, "no/such/model"),
+    ],
+)
+def test_wrong_settings_are_errors_that_name_the_value(config, fields, words):
+    with pytest.raises(ValueError, match=words):
+        main(replace(config, **fields))
+
+
+def test_a_configuration_survives_toml(config):
+    assert from_dict(SupervisedConfig, to_dict(config)) == config
+
+
+def test_the_second_signal_acts_as_if_nothing_handled_it(config):
+    from kogia.train.interrupt import GracefulStop
+
+    with GracefulStop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
