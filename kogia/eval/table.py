@@ -35,16 +35,6 @@ def print_results(summaries: Sequence[dict[str, Any]]) -> None:
         _print_rest(summary)
 
 
-def score_line(summary: dict[str, Any]) -> str:
-    """The headline of one evaluation in one line."""
-    name = "greedy" if summary["pass@1"] is None else "pass@1"
-    mean, low, high = summary[name]
-    return (
-        f"{summary['name']}: {name} {100 * mean:.1f}% [{100 * low:.1f}, {100 * high:.1f}], "
-        f"truncated {_percent(summary['truncated'])}, unparsed {_percent(summary['parse_fail'])}"
-    )
-
-
 def _scores(summary: dict[str, Any]) -> dict[str, list[float]]:
     is_score = ("pass@", "maj@", "greedy")
     return {k: v for k, v in summary.items() if k.startswith(is_score) and isinstance(v, list)}
