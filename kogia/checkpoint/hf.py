@@ -193,13 +193,15 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not a weight index ({error!r}); restore the file") from None
+        if not names:
+            raise ValueError(f"{index}: not a weight index (it names no file); restore the file")
     else:
         names = [WEIGHTS]
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{index}: shard name {name!r} leaves the model directory; refusing to follow it")
         if not (directory / name).is_file():
             raise ValueError(f"{directory / name}: missing; the checkpoint is incomplete, copy the file again")

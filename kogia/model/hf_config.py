@@ -29,6 +29,14 @@ _DEEPSEEK = _SHARED | frozenset(
     "qk_nope_head_dim qk_rope_head_dim v_head_dim num_nextn_predict_layers rope_interleave mlp_layer_types".split()
 )
 _DENSE = _SHARED | frozenset("use_sliding_window sliding_window".split())
+_SIZES = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
+    "moe_intermediate_size n_routed_experts num_experts_per_tok first_k_dense_replace kv_lora_rank qk_nope_head_dim "
+    "qk_rope_head_dim v_head_dim".split()
+)
+_SIZES_OR_NULL = frozenset(
+    "q_lora_rank n_shared_experts n_group topk_group num_nextn_predict_layers num_key_value_heads head_dim".split()
+)
 _MODEL_TYPES = {"deepseek_v3": _DEEPSEEK, "llama": _DENSE, "qwen2": _DENSE}
 
 
@@ -43,6 +51,10 @@ def config_from_hf(data: Mapping[str, Any]) -> ModelConfig:
             f"config.json of {kind}: unknown architecture field(s) {', '.join(f'{k} = {data[k]!r}' for k in unknown)}; "
             "loading would ignore what they mean. Remove them only if they change nothing in the forward pass."
         )
+    for key, value in data.items():
+        fits = type(value) is int or (key in _SIZES_OR_NULL and value is None)
+        if key in _SIZES | _SIZES_OR_NULL and not fits:
+            raise ValueError(f"config.json of {kind}: {key} = {value!r}; it must be a whole number")
     if data.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json: hidden_act = {data['hidden_act']!r}; only silu is supported")
     try:
