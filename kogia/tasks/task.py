@@ -73,7 +73,7 @@ def load_task(spec: str, options: Mapping[str, Any] | None = None) -> Task:
         raise ValueError(f"task {spec!r}: is a {type(cls).__name__}, must be a class; name the class itself")
     options = dict(options or {})
     _check_options(spec, cls, options)
-    task = cls(**options)
+    task: Any = cls(**options)
     missing = [member for member in ("name", "problems", "verify") if not hasattr(task, member)]
     if missing:
         raise ValueError(f"task {spec!r}: lacks {', '.join(missing)}; a task has name, problems(split) and verify(...)")

@@ -54,8 +54,7 @@ def render_text(messages: Sequence[Message], *, bos: str = BOS, eos: str = EOS) 
 
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Prompt ids with exactly one BOS: the only tokenisation of a prompt in the system."""
-    bos, eos = (tokenizer.backend.id_to_token(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
-    return tokenizer.encode(render_text(messages, bos=bos, eos=eos))
+    return tokenizer.encode(render_text(messages, bos=tokenizer.bos, eos=tokenizer.eos))
 
 
 def render_example(

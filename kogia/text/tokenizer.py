@@ -55,8 +55,10 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.config = config
-        self.bos_id = self.token_id(_token_name(config, "bos_token"))
-        self.eos_id = self.token_id(_token_name(config, "eos_token"))
+        self.bos = _token_name(config, "bos_token")
+        self.eos = _token_name(config, "eos_token")
+        self.bos_id = self.token_id(self.bos)
+        self.eos_id = self.token_id(self.eos)
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":

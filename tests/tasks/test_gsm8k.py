@@ -73,7 +73,7 @@ def test_the_pool_judges_it_in_processes(task):
     problem = Problem("p", (), {"answer": "1012"})
     answers = ["\\boxed{1012}", "\\boxed{2024/2}", "\\boxed{x}", "\\boxed{9^{9^{9^{9}}}}"]
     pairs = [(problem, Response(f"</think>{answer}", 9, False)) for answer in answers]
-    with VerifyPool("gsm8k", {"path": task.path}, workers=1, timeout=5.0) as pool:
+    with VerifyPool("gsm8k", {"path": task.path}, workers=1, timeout=2.0) as pool:
         verdicts = pool.verify_all(pairs)
     assert [verdict.correct for verdict in verdicts] == [True, True, False, False]
 

@@ -97,7 +97,7 @@ def test_each_bad_sample_costs_only_itself(spec):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("places", [(3, 4), (0, 99), (98, 99), (10, 60)])
+@pytest.mark.parametrize("places", [(3, 4), (98, 99)])
 def test_two_hanging_samples_among_a_hundred_cost_less_than_two_time_limits(spec, places):
     texts = ["fine"] * 100
     for place in places:

@@ -151,7 +151,7 @@ def test_the_number_of_wrong_attempts_is_truncated_geometric():
 
 
 def test_four_numbers_take_three_steps_and_may_join_two_partial_results():
-    traces = list(cold_start_traces(200, 0, numbers=4, easy_share=0.0, num_problems=200))
+    traces = list(cold_start_traces(100, 0, numbers=4, easy_share=0.0, num_problems=100))
     answers = []
     for problem, text in traces:
         for steps, _ in attempts_of(text):
@@ -247,15 +247,15 @@ import time
 from kogia.tasks.synthetic import arithmetic_corpus, cold_start_traces
 next(cold_start_traces(1, 0))
 for documents in (cold_start_traces(4000, 0), arithmetic_corpus(4000, 0)):
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(list(documents)) == 4000
-    print(4000 / (time.perf_counter() - start))
+    print(4000 / (time.process_time() - start))
 """
 
 
 def test_documents_are_made_quickly():
-    """In a process of its own, free of the type checks of the test run. About 6000 and 17000 on a free core."""
+    """Per second of CPU, in a process free of the type checks of the test run. About 14000 and 20000."""
     result = subprocess.run([sys.executable, "-c", SPEED], capture_output=True, text=True, check=True)
     traces, documents = map(float, result.stdout.split())
-    assert traces > 1000
-    assert documents > 3000
+    assert traces > 5000
+    assert documents > 5000
