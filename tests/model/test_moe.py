@@ -25,14 +25,14 @@ def loop(moe: MoE, x: torch.Tensor) -> torch.Tensor:
         bias = moe.gate.e_score_correction_bias
         chosen = (s if bias is None else s + bias.double()).topk(c.topk).indices
         gates = s[chosen] / s[chosen].sum() if c.normalize_topk else s[chosen]
-        y = torch.zeros_like(u)
+        y = 0.0
         for gate, e in zip(gates, chosen.tolist(), strict=True):
             w_gate, w_up = moe.experts.gate_up_proj[e].double().chunk(2)
-            y += c.routed_scale * gate * (moe.experts.down_proj[e].double() @ (F.silu(w_gate @ u) * (w_up @ u)))
+            y = y + c.routed_scale * gate * (moe.experts.down_proj[e].double() @ (F.silu(w_gate @ u) * (w_up @ u)))
         if moe.shared_experts is not None:
             shared = moe.shared_experts
             hidden = F.silu(shared.gate_proj.weight.double() @ u) * (shared.up_proj.weight.double() @ u)
-            y += shared.down_proj.weight.double() @ hidden
+            y = y + shared.down_proj.weight.double() @ hidden
         out.append(y)
     return torch.stack(out)
 
@@ -47,9 +47,14 @@ def loop(moe: MoE, x: torch.Tensor) -> torch.Tensor:
     ids=["v3", "v2-lite", "no shared expert"],
 )
 def test_a_mixture_layer_is_the_token_by_token_formula(config):
-    moe, x = build(config), torch.randn(9, 8)
-    got = moe(x, torch.tensor([0, 4, 9]))
-    torch.testing.assert_close(got.double(), loop(moe, x), rtol=1e-4, atol=1e-4)
+    moe, x = build(config), torch.randn(9, 8, requires_grad=True)
+    got, want = moe(x, torch.tensor([0, 4, 9])), loop(moe, x)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    leaves, upstream = (x, *moe.parameters()), torch.randn(9, 8)
+    got_grads = torch.autograd.grad(got, leaves, upstream)
+    want_grads = torch.autograd.grad(want, leaves, upstream.double())
+    for ours, theirs in zip(got_grads, want_grads, strict=True):  # the router's among them, through the gates alone
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_load_counts_only_training_forwards_with_gradients():
