@@ -24,7 +24,12 @@ class Batch:
 
     tokens: PackedTokens
     loss_mask: Bool[Tensor, " tokens"]
-    num_loss_tokens: int
+    num_loss_tokens: int = -1
+    """True entries of the mask, known on the host; counted when left out."""
+
+    def __post_init__(self) -> None:
+        if self.num_loss_tokens < 0:
+            object.__setattr__(self, "num_loss_tokens", int(self.loss_mask.sum()))
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.tokens.to(device), self.loss_mask.to(device), self.num_loss_tokens)
@@ -126,4 +131,4 @@ def gather_batch(shard: Shard, sequences: np.ndarray) -> Batch:
     rows = gather_rows(starts, lengths)
     mask = torch.from_numpy(shard.mask[rows].astype(bool))
     tokens = pack_arrays(shard.tokens[rows].astype("int64"), lengths)
-    return Batch(tokens, mask, int(mask.sum()))
+    return Batch(tokens, mask)

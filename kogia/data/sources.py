@@ -95,7 +95,7 @@ def _read_file(source: SourceConfig) -> Iterator[Document]:
 
 
 def _open_text(path: Path) -> TextIOWrapper:
-    file = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    file = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")  # noqa: SIM115
     assert isinstance(file, TextIOWrapper)
     return file
 

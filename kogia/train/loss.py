@@ -31,15 +31,12 @@ def supervised_loss(
     for depth, loss in enumerate(mtp_losses(model, hidden, batch, depths)):
         total = total + mtp_weight / depths * loss
         metrics[f"mtp_loss_{depth + 1}"] = loss.detach()
-    routers = [router for router in model.routers() if router.balance_loss is not None]
-    if balance_weight and routers:
+    balance = model.pop_balance_loss()
+    if balance_weight and (routers := model.routers()):
         # the routers sum over all tokens, prompts included; the loss over masked ones
-        share = batch.num_loss_tokens / batch.tokens.num_tokens
-        balance = torch.stack([router.balance_loss for router in routers]).sum() * share  # pyright: ignore
+        balance = balance * (batch.num_loss_tokens / batch.tokens.num_tokens)
         total = total + balance_weight * balance
         metrics["balance"] = balance.detach() / len(routers)
-    for router in routers:
-        router.balance_loss = None  # else the graph would live until the next forward
     return total, metrics
 
 

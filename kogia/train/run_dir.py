@@ -18,7 +18,8 @@ def open_run_dir(config: Any) -> Path | None:
     """Make `config.out` ready and write its run.toml; returns the checkpoint to resume from, if any.
 
     `config` is a stage's configuration with `out`, `resume` and `overwrite`. Raises ValueError, with the fix, when the
-    directory holds something else, or a run and neither resume nor overwrite is set.
+    directory holds something else, or a run and neither resume nor overwrite is set. A run that never finished a step
+    has nothing to lose and is started over.
     """
     out = Path(config.out)
     recipe = out / RECIPE
@@ -27,7 +28,8 @@ def open_run_dir(config: Any) -> Path | None:
     if out.exists() and any(out.iterdir()) and not recipe.exists():
         raise ValueError(f"out = {config.out!r}: holds other files and no {RECIPE}; name a new directory")
     checkpoint = latest_checkpoint(out)
-    if recipe.exists() and config.overwrite:
+    started = checkpoint is not None or bool(log.read_metrics(out))
+    if recipe.exists() and (config.overwrite or not (started or config.resume)):
         shutil.rmtree(out)
         checkpoint = None
     elif recipe.exists() and not config.resume:

@@ -20,13 +20,12 @@ from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
 from kogia.checkpoint.resume import (
     ResumeState,
-    latest_checkpoint,
     load_train_state,
     restore_random,
     save_checkpoint,
     seed_random,
 )
-from kogia.config import load_toml, save_toml, to_dict
+from kogia.config import to_dict
 from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
@@ -39,6 +38,7 @@ from kogia.train.estimate import train_memory
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from kogia.train.run_dir import open_run_dir, pick_device
 from kogia.train.step import LossFn, TrainState, train_step
 
 
@@ -71,9 +71,8 @@ def build_run(config: SupervisedConfig) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     seed_random(config.seed)
-    device = _device(config.device)
-    out = Path(config.out)
-    checkpoint = _open_run_dir(config, out)
+    device, out = pick_device(config.device), Path(config.out)
+    checkpoint = open_run_dir(config)
     tokenizer = build_tokenizer(config, checkpoint)
     shards = build_shards(config.data, tokenizer, out / "data")
     model = _build_model(config, tokenizer, checkpoint, device)
@@ -184,40 +183,6 @@ def print_plan(config: SupervisedConfig) -> None:
     print(f"# length      {length}, up to {per_step:,} tokens per step")
 
 
-def _open_run_dir(config: SupervisedConfig, out: Path) -> Path | None:
-    """Make the run directory ready; the checkpoint to resume from, if any. Writes run.toml."""
-    recipe = out / "run.toml"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out = {config.out!r}: is a file; name a directory")
-    if out.exists() and any(out.iterdir()) and not recipe.exists():
-        raise ValueError(f"out = {config.out!r}: holds other files and no run.toml; name a new directory")
-    checkpoint = latest_checkpoint(out)
-    if recipe.exists() and config.overwrite:
-        shutil.rmtree(out)
-        checkpoint = None
-    elif recipe.exists() and not config.resume:
-        found = f"a run up to {checkpoint.name}" if checkpoint else "a run without checkpoint"
-        raise ValueError(
-            f"out = {config.out!r}: already holds {found}; add --resume to continue it, --overwrite to delete it, or "
-            "name another --out"
-        )
-    elif recipe.exists():
-        _warn_of_changes(load_toml(recipe, SupervisedConfig), config)
-    save_toml(replace(config, resume=False, overwrite=False), recipe)
-    return checkpoint
-
-
-def _warn_of_changes(before: SupervisedConfig, now: SupervisedConfig) -> None:
-    """A resume is exact only under the same settings; say which ones differ."""
-    old, new = to_dict(before), to_dict(now)
-    harmless = {"resume", "overwrite", "quiet", "threads"}
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in harmless)
-    if changed:
-        log.warn(
-            f"resuming with other settings than the run began with ({', '.join(changed)}): not an exact continuation"
-        )
-
-
 def _model_config(config: SupervisedConfig) -> ModelConfig:
     if config.model is not None:
         return config.model
@@ -244,15 +209,6 @@ def _build_model(
         return load_model(source, device=device)
     model_config = replace(model_config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     return build_model(model_config, device=device, seed=config.seed)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device = {name!r}: this PyTorch sees no GPU; use --device cpu or auto")
-    return device
 
 
 def _validation(config: SupervisedConfig, shard: Shard) -> list[Batch]:

@@ -160,6 +160,13 @@ def test_a_run_directory_in_use_is_refused_overwritten_or_resumed_as_asked(confi
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+def test_a_mistake_found_before_the_first_step_leaves_the_run_directory_free(config):
+    with pytest.raises(ValueError, match="max_position"):
+        main(replace(config, model=replace(MODEL, max_position=32)))
+    main(replace(config, steps=1, data=replace(config.data, max_seqlen=48)))
+    assert latest_checkpoint(config.out) is not None
+
+
 def test_resuming_with_other_settings_says_which_ones(config, capsys):
     main(replace(config, steps=2))
     main(replace(config, steps=3, micro_batches=2, resume=True))

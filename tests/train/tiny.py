@@ -41,4 +41,4 @@ def make_batch(sequences: list[list[int]], masks: list[list[int]] | None = None)
     """All tokens but the first of each sequence count, unless `masks` says otherwise."""
     masks = masks or [[0] + [1] * (len(s) - 1) for s in sequences]
     mask = torch.tensor([on for m in masks for on in m], dtype=torch.bool)
-    return Batch(pack(sequences), mask, int(mask.sum()))
+    return Batch(pack(sequences), mask)
