@@ -85,6 +85,6 @@ class BlockPool:
 
     def _forget(self, block: int) -> None:
         name = self._names[block]
-        assert name is not None and self._index[name] == block
+        assert name is not None, f"block {block} has no name"
         del self._index[name]
         self._names[block] = None

@@ -84,6 +84,8 @@ class ChatConfig:
     """1 is off."""
     seed: int | None = None
     """Makes the conversation repeatable; None draws a new seed."""
+    single: bool = False
+    """Forget each exchange before the next question, as models trained on single questions expect."""
     draft_tokens: int | None = None
     """Tokens drafted per step by the MTP module; None uses 1 where the model has one."""
     device: str = "auto"

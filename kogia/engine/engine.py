@@ -82,17 +82,17 @@ class Engine:
         With `stream`, `step` reports their tokens as they come, else only their ends. Raises ValueError for a prompt
         that is empty, too long for the model or the cache, or not made of the model's tokens.
         """
-        limit = self.model.config.max_position
+        limit, vocab = self.model.config.max_position, self.model.config.vocab_size
         ids = np.asarray(prompt, dtype=np.int64)
         if not 0 < len(ids) < limit:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens: must have 1 to {limit - 1}, the model's context is {limit} and the "
                 "completion needs room; shorten the prompt"
             )
-        if ids.min() < 0 or ids.max() >= self.model.config.vocab_size:
+        if ids.min() < 0 or ids.max() >= vocab:
             raise ValueError(
-                f"prompt token ids span {ids.min()}..{ids.max()}: the model knows 0..{self.model.config.vocab_size - 1}; "
-                "encode with the model's own tokenizer"
+                f"prompt token ids span {ids.min()}..{ids.max()}: the model knows 0..{vocab - 1}; encode with the "
+                "model's own tokenizer"
             )
         if params.stop and self.tokenizer is None:
             raise ValueError(f"SamplingParams.stop = {params.stop}: stop strings need a tokenizer; use stop_token_ids")
@@ -269,7 +269,7 @@ def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dt
 
 
 def _copy_weights(model: Transformer, source: Mapping[str, Tensor]) -> None:
-    """Copy tensors of equal names in place; ValueError, before anything is copied, unless the names and shapes agree."""
+    """Copy tensors of equal names in place; ValueError, before any is copied, unless all names and shapes agree."""
     target = model.state_dict()
     wrong = sorted(source.keys() ^ target.keys()) or [
         f"{name} {tuple(source[name].shape)}" for name in target if source[name].shape != target[name].shape

@@ -4,13 +4,12 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from kogia.engine.output import TextStream
+from kogia.engine.output import TextStream
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -98,7 +97,7 @@ class Request:
     seed: int
     max_length: int
     """Prompt and completion tokens may not exceed this."""
-    output: "TextStream | None" = None
+    output: TextStream | None = None
     """Text as it grows, for requests with stop strings or a listener; None decodes once, at the end."""
     stream: bool = False
     """Whether `Engine.step` reports every token or only the end."""

@@ -67,19 +67,18 @@ class Runner:
         last += table.num_computed[plan.rows[chosen]] - 1 - plan.starts[chosen]
         rows, hidden = plan.rows[chosen], hidden[self._tensor(last)]
         table.num_drafts[rows] = wanted[chosen]
-        for index in range(num_drafts):
-            alive = wanted[chosen] > index
-            if not alive.all():
-                chosen, rows, hidden = chosen[alive], rows[alive], hidden[self._tensor(np.flatnonzero(alive))]
-            if not len(rows):
-                return
+        index = 0
+        while len(rows):
             drafts = self.model.mtp_logits(0, hidden).argmax(-1)
             table.token_ids[rows, table.num_known[rows] + index] = drafts.cpu().numpy()
-            if index + 1 < num_drafts:
-                hidden = self._chain(rows, index, hidden, drafts)
+            more = np.flatnonzero(wanted[chosen] > index + 1)
+            chosen, rows, kept = chosen[more], rows[more], self._tensor(more)
+            if len(rows):
+                hidden = self._chain(rows, index, hidden[kept], drafts[kept])
+            index += 1
 
     def _chain(self, rows: NDArray[np.int64], index: int, hidden: Tensor, drafts: Tensor) -> Tensor:
-        """One more pass of the module, one position on, over its own output and draft, in place of the main model's."""
+        """One more pass of the module, a position further: its own output and draft stand in for the main model's."""
         positions = self.table.num_known[rows] - 1 + index
         batch, step = self._inputs(rows, positions, np.ones_like(rows), rows, positions)
         return self.model.mtp_hidden(0, hidden, drafts, batch, step)

@@ -139,7 +139,7 @@ class Scheduler:
         table = self.table
         ends = table.num_computed[rows] + granted
         ahead = np.where((granted > 0) & (ends >= table.num_known[rows]), self.lookahead, 0)
-        return -(-np.minimum(ends + ahead, table.max_length[rows]) // self.config.block_size)
+        return -(-np.minimum(ends + ahead, table.max_length[rows] - 1) // self.config.block_size)
 
     def _preempt_last(self) -> None:
         self.waiting.appendleft(self.finish(int(self.running[-1])))
@@ -169,7 +169,7 @@ class Scheduler:
         shared = self._acquire_prefix(request)
         cached, known = len(shared) * self.config.block_size, len(request.token_ids)
         end = min(cached + budget, known)
-        end = min(end + (self.lookahead if end == known else 0), request.max_length)
+        end = min(end + (self.lookahead if end == known else 0), request.max_length - 1)
         missing = max(0, -(-end // self.config.block_size) - len(shared))
         if missing + spare > self.pool.num_free:
             self.pool.release(shared)

@@ -1,9 +1,9 @@
 """Draft verification: how far a step moved each sequence (DeepSeek-V3 section 2.2.3; Leviathan et al. 2023).
 
 Every position that the step verified was sampled as if nothing had been drafted, with the uniform number of its own
-position, and a draft is accepted if and only if it EQUALS the token sampled there. For drafts chosen without chance this
-is lossless rejection sampling (acceptance probability p(draft), the rest of the distribution otherwise), and more: the
-tokens are the very ones that decoding without drafts gives for the same seed.
+position, and a draft is accepted if and only if it EQUALS the token sampled there. For drafts chosen without chance
+this is lossless rejection sampling (acceptance probability p(draft), the rest of the distribution otherwise), and more:
+the tokens are the very ones that decoding without drafts gives for the same seed.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def accept(
     table.num_known[rows] += num_new
     table.num_computed[rows] = np.where(sampled, table.num_known[rows] - 1, plan.starts + plan.counts)
     table.num_drafts[rows[sampled]] = 0
-    needed = -(-np.minimum(table.num_known[rows] + lookahead, table.max_length[rows]) // table.block_size)
+    needed = -(-np.minimum(table.num_known[rows] + lookahead, table.max_length[rows] - 1) // table.block_size)
     for where in np.flatnonzero(sampled & (table.num_blocks[rows] > needed)).tolist():
         row, keep = int(rows[where]), int(needed[where])
         pool.release(table.row_blocks(row)[keep:])

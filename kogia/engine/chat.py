@@ -1,0 +1,151 @@
+"""`kogia chat PATH`: a conversation in the terminal. Thoughts are dimmed; Ctrl-C stops an answer, Ctrl-D leaves."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from rich.console import Console
+
+from kogia import log
+from kogia.engine.config import ChatConfig
+from kogia.engine.llm import LLM
+from kogia.engine.request import Completion, SamplingParams
+from kogia.text.chat import Message, parse_response
+from kogia.text.tokenizer import END_THINK
+
+HELP = "Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D leaves."
+
+
+def main(config: ChatConfig) -> int:
+    llm = LLM(
+        config.path, device=config.device, dtype=config.dtype, num_draft_tokens=config.draft_tokens, max_sequences=1
+    )
+    console = Console(highlight=False)
+    opening = [] if config.system is None else [Message("system", config.system)]
+    messages = list(opening)
+    if sys.stdin.isatty():
+        console.print(HELP, style="dim")
+    for line in _questions(console):
+        if line == "/reset" or config.single:
+            messages = list(opening)
+        if line == "/reset":
+            continue
+        if line.startswith("/"):
+            console.print(f"unknown command {line.split()[0]}. {HELP}", style="yellow", markup=False)
+            continue
+        messages.append(Message("user", line))
+        try:
+            answer = _answer(llm, messages, config, console)
+        except ValueError as error:  # the conversation has outgrown the context, which /reset cures
+            messages.pop()
+            log.warn(f"{error}, or /reset the conversation")
+            continue
+        parsed = parse_response(answer)
+        messages.append(Message("assistant", parsed.answer, parsed.thinking))
+    return 0
+
+
+def _questions(console: Console) -> Iterator[str]:
+    """Non-empty lines of the user, until the end of the input."""
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            line = console.input("[bold cyan]> [/]") if interactive else sys.stdin.readline()
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            console.print("\nCtrl-D leaves.", style="dim")
+            continue
+        if not interactive and not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _answer(llm: LLM, messages: list[Message], config: ChatConfig, console: Console) -> str:
+    """Stream one answer to the console and return its text, whole or as far as it came."""
+    params = SamplingParams(
+        temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens, seed=config.seed
+    )
+    thought = ThoughtStyle(console)
+    started, num_tokens, text = time.perf_counter(), 0, ""
+    completion: Completion | None = None
+    with _interrupt_flag() as interrupted, contextlib.closing(llm.stream(messages, params)) as events:
+        for event in events:
+            num_tokens += len(event.token_ids)
+            text += event.text
+            thought.write(event.text)
+            completion = event.completion
+            if interrupted.is_set():
+                break
+    thought.close()
+    seconds = time.perf_counter() - started
+    console.print(_summary(num_tokens, seconds, completion), style="dim", markup=False)
+    return text
+
+
+def _summary(num_tokens: int, seconds: float, completion: Completion | None) -> str:
+    words = [f"{num_tokens} tokens", f"{num_tokens / seconds:.1f} tokens/s"]
+    if completion is None:
+        words.append("stopped")
+    elif completion.finish_reason == "length":
+        words.append("cut off at --max-tokens or the context")
+    if completion is not None and completion.num_drafted:
+        words.append(f"{completion.num_accepted / completion.num_drafted:.0%} of drafts accepted")
+    return f"[{', '.join(words)}]"
+
+
+class ThoughtStyle:
+    """Writes a streamed answer, dim until `</think>` has passed. The mark may arrive in pieces."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._thinking = True
+        self._pending = ""
+
+    def write(self, text: str) -> None:
+        self._pending += text
+        if self._thinking and END_THINK in self._pending:
+            thought, _, self._pending = self._pending.partition(END_THINK)
+            self._print(thought + "\n")
+            self._thinking = False
+        keep = self._held_back() if self._thinking else 0
+        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
+        self._print(ready)
+
+    def close(self) -> None:
+        self._print(self._pending + "\n")
+        self._pending = ""
+
+    def _held_back(self) -> int:
+        ends = range(min(len(END_THINK) - 1, len(self._pending)), 0, -1)
+        return next((k for k in ends if self._pending.endswith(END_THINK[:k])), 0)
+
+    def _print(self, text: str) -> None:
+        if text:
+            self._console.out(text, style="dim" if self._thinking else None, end="", highlight=False)
+
+
+@contextlib.contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+    """Ctrl-C sets the flag instead of raising in the middle of a step."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        flag.set()
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)

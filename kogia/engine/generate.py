@@ -1,0 +1,108 @@
+"""`kogia generate PATH`: complete prompts from flags, a file or stdin."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from kogia import log
+from kogia.engine.config import GenerateConfig
+from kogia.engine.llm import LLM
+from kogia.engine.request import Completion, SamplingParams
+from kogia.text.chat import Message, parse_response, render_prompt
+from kogia.text.tokenizer import Tokenizer
+
+
+def main(config: GenerateConfig) -> int:
+    texts = read_prompts(config)
+    options = asdict(config.engine)
+    llm = LLM(config.path, device=config.device, dtype=config.dtype, **options)
+    names = ("n", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    params = SamplingParams(**{name: getattr(config, name) for name in names})
+    prompts = texts if config.raw else [render_prompt(_messages(config, t), llm.tokenizer) for t in texts]
+    with Progress(
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tokens]} tokens"),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        task = progress.add_task("", total=len(texts) * config.n, tokens=0)
+
+        def show(finished: int, total: int, tokens: int) -> None:
+            progress.update(task, completed=finished, total=total, tokens=tokens)
+
+        groups = llm.generate(prompts, params, show)
+    _write(config, texts, groups, llm.tokenizer)
+    stats = llm.engine.stats
+    drafts = f", {stats.acceptance:.0%} of drafts accepted" if stats.num_drafted else ""
+    log.info(f"{stats.num_generated_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{drafts}")
+    return 0
+
+
+def read_prompts(config: GenerateConfig) -> list[str]:
+    """Prompts of the flags, then of the file; of stdin, one per line, when neither is given."""
+    texts = list(config.prompt)
+    if config.file is not None:
+        texts += _read_file(Path(config.file))
+    if config.file is None and not texts:
+        if sys.stdin.isatty():
+            raise ValueError("no prompt: give --prompt TEXT, --file FILE, or lines on stdin")
+        texts = _lines(sys.stdin.read())
+    if not texts:
+        raise ValueError(f"{config.file or 'stdin'} holds no prompt: write one per line")
+    return texts
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _read_file(path: Path) -> list[str]:
+    lines = _lines(path.read_text(encoding="utf-8"))
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: must be a JSON object with a 'prompt' ({error!r})") from None
+    return prompts
+
+
+def _messages(config: GenerateConfig, text: str) -> list[Message]:
+    system = [] if config.system is None else [Message("system", config.system)]
+    return [*system, Message("user", text)]
+
+
+def _write(config: GenerateConfig, texts: Sequence[str], groups: list[list[Completion]], tokenizer: Tokenizer) -> None:
+    """One JSON line per completion into `--out`, else the bare texts to stdout."""
+    rows = [
+        _row(config, prompt, index, completion)
+        for prompt, group in zip(texts, groups, strict=True)
+        for index, completion in enumerate(group)
+    ]
+    if config.out is not None:
+        log.write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        log.info(f"{len(rows)} completions written to {config.out}")
+        return
+    for row in rows:
+        if len(rows) > 1:
+            print(f"--- {row['prompt']} [{row['index']}]")
+        print(row["text"])
+
+
+def _row(config: GenerateConfig, prompt: str, index: int, completion: Completion) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt": prompt, "index": index, "text": completion.text}
+    if not config.raw:
+        parsed = parse_response(completion.text)
+        row |= {"thinking": parsed.thinking, "answer": parsed.answer}
+    return row | {"finish_reason": completion.finish_reason, "num_tokens": len(completion.token_ids)}

@@ -1,0 +1,315 @@
+"""The engine's promises beside parity: limits, stops, streaming, aborts, weight updates, failures, statistics."""
+
+import pytest
+import torch
+
+from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
+from kogia.engine.request import SamplingParams
+from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from kogia.model.transformer import Transformer, build_model
+from kogia.text.tokenizer import Tokenizer, train_bpe
+
+CONFIG = ModelConfig(
+    vocab_size=280,
+    dim=32,
+    num_layers=2,
+    ffn_dim=64,
+    attention=MLAConfig(num_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
+    moe=MoEConfig(num_experts=4, topk=2, expert_dim=16),
+    num_mtp_layers=1,
+    max_position=64,
+    init_std=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(["the answer is 42. " * 20], CONFIG.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return build_model(CONFIG, seed=3)
+
+
+def engine(model: Transformer, tokenizer: Tokenizer | None = None, **options) -> Engine:
+    return Engine(model, tokenizer, EngineConfig(**{"block_size": 4, "num_blocks": 100, **options}))
+
+
+def assert_empty(engine: Engine) -> None:
+    assert engine.num_unfinished == 0
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
+    assert engine.scheduler.table.num_rows_free == engine.config.max_sequences
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(model):
+    with pytest.raises(ValueError, match="64 tokens: must have 1 to 63.*context is 64"):
+        engine(model).generate([[5] * 64], SamplingParams())
+    with pytest.raises(ValueError, match="0 tokens"):
+        engine(model).generate([[]], SamplingParams())
+
+
+def test_the_context_ends_a_completion_that_asked_for_more(model):
+    (completion,) = engine(model).generate([[5] * 60], SamplingParams(max_tokens=50, ignore_eos=True, seed=0))[0]
+    assert len(completion.token_ids) == 4
+    assert completion.finish_reason == "length"
+
+
+def test_a_request_larger_than_the_cache_is_refused_and_leaves_nothing_behind(model):
+    small = engine(model, num_blocks=5)
+    with pytest.raises(ValueError, match="49 cached tokens, but the whole cache holds 20"):
+        small.generate([[5] * 4, [5] * 10], [SamplingParams(max_tokens=8), SamplingParams(max_tokens=40)])
+    assert_empty(small)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(model):
+    with pytest.raises(ValueError, match=r"span 3\.\.280: the model knows 0\.\.279"):
+        engine(model).add([3, 280], SamplingParams())
+
+
+def test_drafting_needs_a_module_to_draft_with():
+    dense = ModelConfig(vocab_size=20, dim=16, num_layers=1, ffn_dim=16, attention=GQAConfig(num_heads=2), moe=None)
+    with pytest.raises(ValueError, match="num_draft_tokens = 1: the model has no MTP module"):
+        engine(build_model(dense), num_draft_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -1.0}, "temperature = -1.0: must be at least 0"),
+        ({"top_p": 0.0}, r"top_p = 0.0: must be in \(0, 1\]"),
+        ({"min_p": 2.0}, "min_p = 2.0"),
+        ({"max_tokens": 0}, "max_tokens = 0"),
+        ({"n": 0}, "n = 0"),
+        ({"stop": ("",)}, "stop = "),
+    ],
+)
+def test_sampling_params_name_what_is_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
+def test_engine_config_names_what_is_wrong():
+    with pytest.raises(ValueError, match=r"engine.block_size = 0: must be at least 1"):
+        EngineConfig(block_size=0)
+
+
+def test_cache_memory_decides_the_blocks_up_to_what_can_be_used(model):
+    row = (16 + 8) * 4 * 2  # latent and rotary key, float32, two layers; none for MTP unless it drafts
+    config = EngineConfig(block_size=4, cache_memory_bytes=10 * 4 * row + 7)
+    assert Engine(model, None, config).scheduler.pool.num_blocks == 10
+    plenty = EngineConfig(block_size=4, max_sequences=3)
+    assert Engine(model, None, plenty).scheduler.pool.num_blocks == 3 * 16
+    with pytest.raises(ValueError, match="cache_memory_bytes = 100"):
+        Engine(model, None, EngineConfig(cache_memory_bytes=100))
+
+
+def test_a_stop_token_is_kept_in_the_ids_and_left_out_of_the_text(model, tokenizer):
+    params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
+    (free,) = engine(model, tokenizer).generate([[0, 9]], params)[0]
+    stop = free.token_ids[10]
+    first = free.token_ids.index(stop)
+    params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True, stop_token_ids=(stop,))
+    (stopped,) = engine(model, tokenizer).generate([[0, 9]], params)[0]
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert stopped.text == tokenizer.decode(free.token_ids[:first])
+    assert (stopped.finish_reason, free.finish_reason) == ("stop", "length")
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_a_stop_string_ends_at_the_token_that_completes_it(model, tokenizer, drafts):
+    params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
+    (free,) = engine(model, tokenizer).generate([[0, 9]], params)[0]
+    stop = free.text[12:15]
+    params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True, stop=("never", stop))
+    (stopped,) = engine(model, tokenizer, num_draft_tokens=drafts).generate([[0, 9]], params)[0]
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+    assert stop in tokenizer.decode(stopped.token_ids)
+    assert stop not in tokenizer.decode(stopped.token_ids[:-1])
+
+
+def test_stop_strings_need_a_tokenizer(model):
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        engine(model).add([5], SamplingParams(stop=("x",)))
+
+
+def test_streamed_events_join_to_the_completion(model, tokenizer):
+    params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
+    streaming = engine(model, tokenizer, num_draft_tokens=2)
+    first = streaming.add([0, 9], params, stream=True)
+    second = streaming.add([0, 10, 11], params, stream=True)
+    tokens: dict[int, list[int]] = {}
+    texts: dict[int, str] = {}
+    ends = {}
+    while streaming.num_unfinished:
+        for event in streaming.step():
+            tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            texts[event.request_id] = texts.get(event.request_id, "") + event.text
+            if event.completion is not None:
+                ends[event.request_id] = event.completion
+    for request_id in (*first, *second):
+        assert tokens[request_id] == ends[request_id].token_ids
+        assert texts[request_id] == ends[request_id].text == tokenizer.decode(tokens[request_id])
+    (whole,) = engine(model, tokenizer).generate([[0, 9]], params)[0]
+    assert ends[first[0]].token_ids == whole.token_ids
+    assert ends[first[0]].text == whole.text
+
+
+def test_abort_returns_what_there_was_and_frees_the_blocks(model, tokenizer):
+    busy = engine(model, tokenizer, max_sequences=2)
+    params = SamplingParams(max_tokens=20, seed=1, n=3, ignore_eos=True)
+    running, other, waiting = busy.add([0, 9, 4, 4, 4, 4], params)
+    for _ in range(5):
+        busy.step()
+    aborted = busy.abort(running)
+    assert aborted is not None
+    assert aborted.finish_reason == "abort"
+    assert len(aborted.token_ids) == 5
+    assert aborted.text == tokenizer.decode(aborted.token_ids)
+    unstarted = busy.abort(waiting)
+    assert unstarted is not None
+    assert unstarted.token_ids == []
+    assert busy.abort(waiting) is None
+    while busy.num_unfinished:
+        events = busy.step()
+    assert [event.request_id for event in events] == [other]
+    assert_empty(busy)
+
+
+def test_new_weights_apply_to_every_cached_row(model):
+    """After an update nothing computed by the old weights may be read: prefixes are forgotten, caches recomputed."""
+    ours, new = build_model(CONFIG, seed=3), build_model(CONFIG, seed=4)
+    params = SamplingParams(max_tokens=12, seed=1, ignore_eos=True, logprobs=True)
+    prompt = list(range(10, 30))
+    updated = engine(ours)
+    (old,) = updated.generate([prompt], params)[0]
+    updated.update_weights(new, version=7)
+    (fresh,) = updated.generate([prompt], params)[0]
+    (expected,) = engine(new).generate([prompt], params)[0]
+    assert fresh.token_ids == expected.token_ids
+    assert fresh.token_ids != old.token_ids
+    assert fresh.num_cached_tokens == 0
+    assert (old.weights_version, fresh.weights_version) == (0, 7)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), new.parameters()))
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(ours.parameters(), new.parameters()))
+
+
+def test_weights_changed_in_place_flush_the_prefixes_and_bump_the_version():
+    ours = build_model(CONFIG, seed=3)
+    params = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
+    sharing = engine(ours)
+    sharing.generate([list(range(10, 30))], params)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(1.1)
+    sharing.update_weights(ours)
+    (got,) = sharing.generate([list(range(10, 30))], params)[0]
+    assert got.token_ids == engine(ours).generate([list(range(10, 30))], params)[0][0].token_ids
+    assert (got.weights_version, got.num_cached_tokens) == (1, 0)
+
+
+def test_a_completion_under_way_keeps_its_tokens_and_names_the_weights_that_began_it():
+    ours, new = build_model(CONFIG, seed=3), build_model(CONFIG, seed=4)
+    updated = engine(ours, max_sequences=1)
+    params = SamplingParams(max_tokens=10, seed=1, n=2, ignore_eos=True)
+    first, second = updated.add([0, 9, 4], params)
+    for _ in range(5):
+        updated.step()
+    updated.update_weights(dict(new.state_dict()))
+    done = {}
+    while updated.num_unfinished:
+        done |= {event.request_id: event.completion for event in updated.step()}
+    assert (done[first].weights_version, done[second].weights_version) == (0, 1)
+    old = engine(build_model(CONFIG, seed=3)).generate([[0, 9, 4]], params)[0][0]
+    assert done[first].token_ids[:5] == old.token_ids[:5]
+    assert done[first].token_ids != old.token_ids
+    assert done[second].token_ids == engine(new).generate([[0, 9, 4]], params)[0][1].token_ids
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_copied():
+    ours = build_model(CONFIG, seed=3)
+    before = ours.lm_head.weight.clone()
+    tensors = {name: torch.zeros_like(t) for name, t in ours.state_dict().items()}
+    tensors["model.norm.weight"] = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"model.norm.weight \(5,\)"):
+        engine(ours).update_weights(tensors)
+    del tensors["model.norm.weight"]
+    with pytest.raises(ValueError, match="do not fit the model: model.norm.weight"):
+        engine(ours).update_weights(tensors)
+    assert torch.equal(ours.lm_head.weight, before)
+
+
+def test_nan_weights_are_reported_and_the_engine_survives():
+    ours = build_model(CONFIG, seed=3)
+    broken = engine(ours)
+    params = SamplingParams(max_tokens=5, seed=1)
+    healthy = broken.generate([[0, 9]], params)
+    good = ours.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        ours.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN or infinite logits"):
+        broken.generate([[0, 9]], params)
+    assert_empty(broken)
+    with torch.no_grad():
+        ours.lm_head.weight.copy_(good)
+    assert broken.generate([[0, 9]], params) == healthy
+
+
+def test_a_step_that_fails_leaves_no_unwritten_block_in_the_prefix_index(model):
+    failing = engine(model)
+    params = SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
+    expected = engine(model).generate([list(range(20))], params)[0][0].token_ids
+    (request_id,) = failing.add(list(range(20)), params)
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        failing.step()
+    hook.remove()
+    done = [event for _ in range(8) for event in failing.step()]
+    assert [event.request_id for event in done] == [request_id]
+    assert done[0].completion is not None
+    assert done[0].completion.token_ids == expected
+
+
+def test_progress_counts_up_to_all_completions_and_tokens(model):
+    seen: list[tuple[int, int, int]] = []
+    params = SamplingParams(max_tokens=6, seed=1, n=2, ignore_eos=True)
+    engine(model).generate([[0, 9], [0, 8, 7]], params, lambda *news: seen.append(news))
+    assert len(seen) == 6
+    assert seen[0] == (0, 4, 4)
+    assert seen[-1] == (4, 4, 24)
+
+
+def test_statistics_add_up(model):
+    counted = engine(model, max_batch_tokens=8)
+    prompt = list(range(10, 23))
+    params = SamplingParams(max_tokens=6, seed=1, n=2, ignore_eos=True)
+    counted.generate([prompt], params)
+    stats = counted.stats
+    assert stats.num_generated_tokens == 12
+    assert stats.num_prefix_hit_tokens == 12
+    assert stats.num_run_tokens == 13 + 1 + 2 * 5
+    assert (stats.num_preemptions, stats.num_drafted) == (0, 0)
+    assert stats.seconds > 0
+    assert stats.tokens_per_second == pytest.approx(12 / stats.seconds)
+
+
+def test_without_a_seed_two_runs_differ_and_with_one_they_agree(model):
+    def texts(seed: int | None) -> list[list[int]]:
+        params = SamplingParams(max_tokens=20, temperature=2.0, seed=seed, ignore_eos=True, n=2)
+        return [c.token_ids for c in engine(model).generate([[0, 9]], params)[0]]
+
+    assert texts(None) != texts(None)
+    assert texts(5) == texts(5)
+    assert texts(5)[0] != texts(5)[1]
+    assert texts(5) != texts(6)
+
+
+def test_one_sampling_params_per_prompt_or_one_for_all(model):
+    with pytest.raises(ValueError, match="2 prompts but 1 SamplingParams"):
+        engine(model).generate([[5], [6]], [SamplingParams()])

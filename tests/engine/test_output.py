@@ -1,0 +1,57 @@
+"""Text of a growing completion: stop strings that span tokens, characters that span tokens, what is held back."""
+
+import pytest
+
+from kogia.engine.output import TextStream
+from kogia.text.tokenizer import Tokenizer, train_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(["the answer is 42. " * 20], 280)
+
+
+def test_a_stop_string_that_spans_tokens_cuts_the_text_before_it(tokenizer):
+    ids = tokenizer.encode("one END two")
+    stream = TextStream(tokenizer, ("END",))
+    used = stream.push(ids)
+    assert stream.finish() == "one "
+    assert used is not None
+    assert tokenizer.decode(ids[:used]) == "one END"
+
+
+def test_the_earliest_of_several_stop_strings_wins(tokenizer):
+    stream = TextStream(tokenizer, ("zz", "b", "ab"))
+    stream.push(tokenizer.encode("xxab zz"))
+    assert stream.finish() == "xx"
+
+
+def test_text_is_found_however_it_is_cut_into_pushes(tokenizer):
+    ids = tokenizer.encode("aaab naïve 🐋 STOPPED")
+    for size in (1, 2, 3, 50):
+        stream, used = TextStream(tokenizer, ("aab n", "STOP")), None
+        for start in range(0, len(ids), size):
+            used = stream.push(ids[start : start + size])
+            if used is not None:
+                break
+        assert stream.finish() == "a"
+
+
+def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_decided(tokenizer):
+    stream = TextStream(tokenizer, ("</done>",))
+    pieces = []
+    for text in ("a<", "/do", "x</d"):
+        stream.push(tokenizer.encode(text))
+        pieces.append(stream.take(final=False))
+    assert pieces == ["a", "", "</dox"]
+    assert stream.take(final=True) == "</d"
+
+
+def test_half_a_character_is_not_shown(tokenizer):
+    ids = tokenizer.encode("🐋")
+    assert len(ids) > 1
+    stream = TextStream(tokenizer)
+    stream.push(ids[:-1])
+    assert stream.take(final=False) == ""
+    stream.push(ids[-1:])
+    assert stream.take(final=False) == "🐋"

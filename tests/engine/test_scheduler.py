@@ -1,0 +1,256 @@
+"""Scheduler and block bookkeeping, driven with random traffic. The model is replaced by a record of what each cache
+slot would hold, so every read of a row that is stale, foreign or not yet written is seen."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kogia.engine.config import EngineConfig
+from kogia.engine.request import Request, SamplingParams
+from kogia.engine.scheduler import Scheduler, StepPlan
+from kogia.engine.speculative import accept
+
+EOS = 1
+
+
+def make_request(request_id: int, prompt: list[int], max_tokens: int, **params) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, **params)
+    return Request(request_id, np.array(prompt), sampling, 0, len(prompt) + max_tokens)
+
+
+class Simulation:
+    """A scheduler whose model is `rng`, and a cache that remembers which prefix each slot was computed from."""
+
+    def __init__(self, config: EngineConfig, num_blocks: int, seed: int = 0) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config, num_blocks, EOS)
+        self.slots: dict[int, tuple[int, ...]] = {}
+        self.rng = np.random.default_rng(seed)
+        self.finished: list[Request] = []
+
+    def step(self) -> StepPlan | None:
+        table = self.scheduler.table
+        plan = self.scheduler.plan()
+        if plan is None:
+            return None
+        assert plan.num_tokens <= self.config.max_batch_tokens
+        assert len(set(plan.rows.tolist())) == len(plan.rows)
+        runs = list(zip(plan.rows.tolist(), plan.starts.tolist(), (plan.starts + plan.counts).tolist()))
+        written: set[int] = set()
+        for row, start, end in runs:
+            for position in range(start, end):
+                slot = self.slot(row, position)
+                assert slot not in written, f"slot {slot} has two writers"
+                written.add(slot)
+                self.slots[slot] = tuple(table.token_ids[row, : position + 1].tolist())
+        for row, _, end in runs:  # attention reads after all rows of the layer are written
+            for position in range(end):
+                assert self.slots[self.slot(row, position)] == tuple(table.token_ids[row, : position + 1].tolist())
+        tokens = self.sample(plan)
+        accepted = accept(
+            table,
+            self.scheduler.pool,
+            plan,
+            tokens,
+            np.zeros(len(tokens), dtype=np.float32),
+            lookahead=self.scheduler.lookahead,
+        )
+        for row, num_new, done in zip(plan.rows.tolist(), accepted.num_new, accepted.stopped | accepted.full):
+            if done and num_new:
+                self.finished.append(self.scheduler.finish(row))
+            elif num_new:
+                self.draft(row)
+        return plan
+
+    def sample(self, plan: StepPlan) -> np.ndarray:
+        """Random tokens that often agree with the drafts."""
+        table, tokens = self.scheduler.table, []
+        for row, count in zip(plan.rows.tolist(), plan.num_samples.tolist()):
+            known = table.num_known[row]
+            for offset in range(count):
+                draft = table.token_ids[row, known + offset] if offset + 1 < count else -1
+                follow = draft >= 0 and self.rng.random() < 0.6
+                tokens.append(int(draft) if follow else int(self.rng.integers(1, 5)))
+        return np.array(tokens, dtype=np.int64)
+
+    def draft(self, row: int) -> None:
+        """What `Runner.draft` does: guesses behind the known tokens, and chained rows written for all but the last."""
+        table = self.scheduler.table
+        known = int(table.num_known[row])
+        count = min(self.config.num_draft_tokens, int(table.max_length[row]) - known - 1)
+        if count <= 0:
+            return
+        table.token_ids[row, known : known + count] = self.rng.integers(1, 5, count)
+        table.num_drafts[row] = count
+        for position in range(known - 1, known - 1 + count - 1):
+            self.slots[self.slot(row, position)] = ("draft",)  # pyright: ignore[reportArgumentType]
+
+    def slot(self, row: int, position: int) -> int:
+        table, size = self.scheduler.table, self.config.block_size
+        assert position < table.num_blocks[row] * size, f"row {row} has no block for position {position}"
+        return int(table.blocks[row, position // size]) * size + position % size
+
+    def check(self) -> None:
+        table, pool, size = self.scheduler.table, self.scheduler.pool, self.config.block_size
+        owners: dict[int, list[tuple[int, int]]] = {}
+        for row in self.scheduler.running.tolist():
+            assert table.num_computed[row] < table.num_known[row] <= table.max_length[row]
+            for index, block in enumerate(table.row_blocks(row)):
+                owners.setdefault(block, []).append((row, index))
+        assert pool.ref_counts == [len(owners.get(block, ())) for block in range(pool.num_blocks)]
+        assert pool.num_free == pool.num_blocks - len(owners)
+        for holders in owners.values():
+            prefixes = {tuple(table.token_ids[row, : (i + 1) * size].tolist()) for row, i in holders}
+            full = all((i + 1) * size <= table.num_known[row] for row, i in holders)
+            assert len(holders) == 1 or (full and len(prefixes) == 1), "a block is shared only when full and equal"
+
+    def drain(self) -> None:
+        for _ in range(10000):
+            if self.step() is None:
+                break
+            self.check()
+        assert self.scheduler.num_unfinished == 0
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks
+
+
+class TrafficMachine(RuleBasedStateMachine):
+    @initialize(
+        block_size=st.sampled_from([1, 2, 4]),
+        budget=st.sampled_from([1, 3, 7, 64]),
+        drafts=st.sampled_from([0, 1, 3]),
+        prefix_cache=st.booleans(),
+        num_blocks=st.integers(12, 40),
+    )
+    def build(self, block_size: int, budget: int, drafts: int, prefix_cache: bool, num_blocks: int) -> None:
+        config = EngineConfig(
+            block_size=block_size,
+            max_batch_tokens=budget,
+            max_sequences=4,
+            num_draft_tokens=drafts,
+            prefix_cache=prefix_cache,
+        )
+        self.simulation = Simulation(config, num_blocks)
+        self.capacity = num_blocks * block_size
+        self.added: dict[int, list[int]] = {}
+
+    @rule(
+        prompt=st.lists(st.integers(2, 3), min_size=1, max_size=12), max_tokens=st.integers(1, 12), n=st.integers(1, 3)
+    )
+    def add(self, prompt: list[int], max_tokens: int, n: int) -> None:
+        for _ in range(n):
+            request = make_request(len(self.added), prompt, max_tokens)
+            if request.max_length - 1 > self.capacity:
+                with pytest.raises(ValueError, match="the whole cache holds"):
+                    self.simulation.scheduler.add(request)
+                return
+            self.simulation.scheduler.add(request)
+            self.added[request.id] = prompt
+
+    @rule(count=st.integers(1, 4))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.simulation.step()
+
+    @precondition(lambda self: self.added)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.simulation.scheduler.abort(data.draw(st.sampled_from(sorted(self.added))))
+
+    @rule()
+    def recompute(self) -> None:
+        self.simulation.scheduler.recompute_all()
+        self.simulation.slots.clear()
+
+    @invariant()
+    def bookkeeping_holds(self) -> None:
+        if hasattr(self, "simulation"):
+            self.simulation.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "simulation"):
+            self.simulation.drain()
+            for request in self.simulation.finished:
+                prompt, tokens = self.added[request.id], request.token_ids.tolist()
+                assert tokens[: len(prompt)] == prompt
+                assert len(tokens) == request.max_length or tokens[-1] == EOS
+                assert EOS not in tokens[len(prompt) : -1]
+
+
+TestTrafficMachine = TrafficMachine.TestCase
+TestTrafficMachine.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
+
+
+def simulate(requests: list[Request], num_blocks: int = 100, **options) -> tuple[Simulation, list[StepPlan]]:
+    simulation = Simulation(EngineConfig(**{"block_size": 4, **options}), num_blocks)
+    for request in requests:
+        simulation.scheduler.add(request)
+    plans = []
+    while (plan := simulation.step()) is not None:
+        plans.append(plan)
+    return simulation, plans
+
+
+def test_one_budget_mixes_decodes_and_prefill_chunks_running_first():
+    requests = [make_request(i, [2] * length, 3, ignore_eos=True) for i, length in enumerate([3, 9, 5])]
+    _, plans = simulate(requests, max_batch_tokens=5, prefix_cache=False)
+    shown = [list(zip(p.starts.tolist(), p.counts.tolist(), p.num_samples.tolist())) for p in plans]
+    assert shown[:4] == [
+        [(0, 3, 1), (0, 2, 0)],  # the first prompt, and a chunk of the second
+        [(3, 1, 1), (2, 4, 0)],
+        [(4, 1, 1), (6, 3, 1), (0, 1, 0)],
+        [(9, 1, 1), (1, 4, 1)],
+    ]
+
+
+def test_siblings_share_the_prompts_full_blocks_in_the_very_same_step():
+    requests = [make_request(i, list(range(2, 12)), 2) for i in range(4)]
+    _, plans = simulate(requests)
+    assert plans[0].starts.tolist() == [0, 8, 8, 8]
+    assert plans[0].counts.tolist() == [10, 2, 2, 2]
+    assert [r.num_cached_tokens for r in requests] == [0, 8, 8, 8]
+
+
+def test_a_fully_cached_prompt_still_runs_its_last_block():
+    requests = [make_request(i, list(range(2, 10)), 2) for i in range(2)]
+    _, plans = simulate(requests)
+    assert plans[0].starts.tolist() == [0, 4]  # 8 tokens fill two blocks, of which only the first may be shared
+
+
+def test_a_prefix_outlives_its_sequence():
+    simulation, _ = simulate([make_request(0, list(range(2, 12)), 1)])
+    later = make_request(1, [*range(2, 10), 99], 1)
+    simulation.scheduler.add(later)
+    simulation.drain()
+    assert later.num_cached_tokens == 8
+
+
+def test_prefix_cache_off_shares_nothing():
+    requests = [make_request(i, list(range(2, 12)), 2) for i in range(3)]
+    _, plans = simulate(requests, prefix_cache=False)
+    assert plans[0].starts.tolist() == [0, 0, 0]
+
+
+def test_when_blocks_run_out_the_youngest_is_sent_back_and_keeps_its_tokens():
+    requests = [make_request(i, [2 + i] * 4, 20, ignore_eos=True) for i in range(2)]
+    simulation, _ = simulate(requests, num_blocks=8)
+    assert simulation.scheduler.num_preemptions > 0
+    assert [request.id for request in simulation.finished] == [0, 1]
+    assert all(len(request.token_ids) == 24 for request in simulation.finished)
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
+    scheduler = Scheduler(EngineConfig(block_size=4), 5, EOS)
+    scheduler.add(make_request(0, [2] * 10, 11))  # the last token needs no cache row: 20 of 20
+    with pytest.raises(ValueError, match="10 tokens.*max_tokens = 12.*21 cached tokens.*holds 20.*num_blocks"):
+        scheduler.add(make_request(1, [2] * 10, 12))
+
+
+def test_unverified_drafts_never_enter_the_prefix_index():
+    simulation = Simulation(EngineConfig(block_size=2, num_draft_tokens=3), 50)
+    simulation.scheduler.add(make_request(0, [2, 3, 4], 30, ignore_eos=True))
+    while simulation.step() is not None:
+        table = simulation.scheduler.table
+        for row in simulation.scheduler.running.tolist():
+            assert table.num_named[row] * 2 <= table.num_known[row]
