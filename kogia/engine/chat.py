@@ -13,6 +13,7 @@ from rich.console import Console
 from kogia import log
 from kogia.engine.config import ChatConfig
 from kogia.engine.llm import LLM
+from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
 from kogia.text.chat import Message, parse_response
 from kogia.text.tokenizer import END_THINK
@@ -87,7 +88,7 @@ def _answer(llm: LLM, messages: list[Message], config: ChatConfig, console: Cons
                 break
     thought.close()
     seconds = time.perf_counter() - started
-    console.print(_summary(num_tokens, seconds, completion), style="dim", markup=False)
+    console.print(_summary(num_tokens, seconds, completion), style="dim", markup=False, soft_wrap=True)
     return text
 
 
@@ -130,7 +131,7 @@ class ThoughtStyle:
 
     def _print(self, text: str) -> None:
         if text:
-            self._console.out(text, style="dim" if self._thinking else None, end="", highlight=False)
+            self._console.out(printable(text), style="dim" if self._thinking else None, end="", highlight=False)
 
 
 @contextlib.contextmanager

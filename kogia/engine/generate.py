@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from kogia import log
 from kogia.engine.config import GenerateConfig
 from kogia.engine.llm import LLM
+from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
 from kogia.text.chat import Message, parse_response, render_prompt
 from kogia.text.tokenizer import Tokenizer
@@ -97,7 +98,7 @@ def _write(config: GenerateConfig, texts: Sequence[str], groups: list[list[Compl
     for row in rows:
         if len(rows) > 1:
             print(f"--- {row['prompt']} [{row['index']}]")
-        print(row["text"])
+        print(printable(row["text"]) if sys.stdout.isatty() else row["text"])
 
 
 def _row(config: GenerateConfig, prompt: str, index: int, completion: Completion) -> dict[str, Any]:

@@ -45,3 +45,8 @@ class TextStream:
         """Length of the longest end of the text that begins a stop string."""
         lengths = range(max(map(len, self._stop), default=1) - 1, 0, -1)
         return next((k for k in lengths if any(self.text.endswith(s[:k]) for s in self._stop if len(s) > k)), 0)
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: a model must not be able to send it escape sequences."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kogia.engine.output import TextStream
+from kogia.engine.output import TextStream, printable
 from kogia.text.tokenizer import Tokenizer, train_bpe
 
 
@@ -55,3 +55,7 @@ def test_half_a_character_is_not_shown(tokenizer):
     assert stream.take(final=False) == ""
     stream.push(ids[-1:])
     assert stream.take(final=False) == "🐋"
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[2Jb\r\x07\x9bc\tünï 🐋\n") == "a�[2Jb���c\tünï 🐋\n"
