@@ -32,10 +32,28 @@ def warn(message: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON; the file has the old or the new content at any time, also after a power cut."""
+    """Write `value` as indented JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text`; the file has the old or the new content at any time, also after a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself must survive a power cut
+    finally:
+        os.close(directory)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -73,9 +91,8 @@ class MetricLog:
         resume_step: int | None = None,
     ) -> None:
         self.path = Path(run_dir) / METRICS_FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [m for m in read_metrics(run_dir) if m["step"] <= resume_step]
-        _replace(self.path, "".join(_json_line(m) for m in kept))
+        write_text(self.path, "".join(_json_line(m) for m in kept))
         self.total_steps, self.description, self.quiet = total_steps, description, quiet
         self._first_step = resume_step or 0
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
@@ -123,23 +140,6 @@ class MetricLog:
     def _eta(self, step: int) -> str:
         done = max(step - self._first_step, 1)
         return f"eta {_duration((time.monotonic() - self._start) / done * max(self.total_steps - step, 0))}"
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself must survive a power cut
-    finally:
-        os.close(directory)
 
 
 def _json_line(metrics: Mapping[str, Any]) -> str:

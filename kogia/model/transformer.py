@@ -157,6 +157,13 @@ class Transformer(nn.Module):
         """Routers of all mixture layers in order, the MTP modules' last."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
+    def pop_balance_loss(self) -> Float[Tensor, ""]:
+        """Sequence-wise balance loss summed over the tokens and routers of the last training forward, then cleared."""
+        losses = [router.balance_loss for router in self.routers() if router.balance_loss is not None]
+        for router in self.routers():
+            router.balance_loss = None
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+
     def _step(self, batch: PackedTokens, cache: StepCache | None) -> StepContext:
         cos, sin = rope_angles(batch.positions, *_rope(self.config, batch.positions.device))
         return step_context(batch, cos, sin, cache)

@@ -1,0 +1,198 @@
+"""Charts as inline SVG: text stays text, and colours follow the page, so they read on light and dark alike."""
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kogia.report.load import Interval, Measurement, Stage
+
+# Stand-ins that the SVG is written with and the page's own colours that replace them.
+_INK, _GRID = "#010203", "#040506"
+_SERIES = ("#0a0b01", "#0a0b02", "#0a0b03")
+_PAGE_COLOURS = {_INK: "currentColor", _GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(_SERIES)}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kogia",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One small chart of a stage: metrics that share an axis."""
+
+    title: str
+    keys: tuple[str, ...]
+    note: str = ""
+
+
+LEARNING = (
+    Curve("Loss", ("loss", "val_loss"), "per token, in nats"),
+    Curve("Multi-token prediction loss", ("mtp_loss",), "per token, in nats"),
+    Curve("Reward", ("reward",), "mean over the samples of a step"),
+    Curve("Accuracy of rollouts", ("accuracy",), "share of samples that are right"),
+    Curve("Completion length", ("completion_tokens",), "tokens, mean"),
+    Curve("Truncated", ("truncated",), "share of samples that hit the length limit"),
+    Curve("Groups without variance", ("zero_variance_groups",), "all samples rewarded alike, so nothing to learn from"),
+    Curve("Entropy", ("entropy",), "per token, in nats"),
+    Curve("KL to the reference", ("kl",), "per token, in nats"),
+    Curve("Clipped", ("clip_fraction",), "share of tokens at the clipping bound"),
+    Curve("Engine and trainer", ("mismatch",), "largest difference of log-probabilities"),
+    Curve("Gradient norm", ("grad_norm",)),
+)
+ROUTING = (
+    Curve("Routing load, MaxVio", ("max_vio",), "load of the fullest expert over the mean load, minus 1; 0 is balance"),
+    Curve("Balance loss", ("balance_loss",)),
+)
+SPECULATION = (Curve("MTP acceptance", ("mtp_acceptance",), "share of drafted tokens that were accepted"),)
+
+
+def draw_curves(stage: Stage, curves: Sequence[Curve]) -> list[Markup]:
+    """The charts for which the stage has figures of at least two steps."""
+    drawn = []
+    for curve in curves:
+        series = {key: _series(stage.metrics, key) for key in curve.keys}
+        series = {key: xy for key, xy in series.items() if len(xy[0]) >= 2}
+        if series:
+            drawn.append(_draw_curve(f"{stage.name}-{curve.keys[0]}", curve, series))
+    return drawn
+
+
+def draw_accuracy(measurements: Sequence[Measurement], labels: Sequence[str]) -> Markup | None:
+    """pass@1 with its interval, greedy and pass@k beside it, one row per measurement."""
+    if not any(m.pass_1 for m in measurements):
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 0.9 + 0.5 * len(measurements)))
+        axes = figure.add_subplot()
+        ks = sorted({m.k for m in measurements if m.pass_k})
+        _points(axes, [m.pass_k for m in measurements], "pass@" + "/".join(map(str, ks)), "s", 2, -0.22)
+        _points(axes, [m.greedy for m in measurements], "greedy", "D", 1, 0.22)
+        _points(axes, [m.pass_1 for m in measurements], "pass@1, 95% interval", "o", 0, 0.0)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("problems solved, %")
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
+        figure.subplots_adjust(
+            left=0.17, right=0.97, top=1 - 0.35 / figure.get_figheight(), bottom=0.45 / figure.get_figheight()
+        )
+        parts = [
+            f"{text}: {100 * m.pass_1.mean:.1f}%" for text, m in zip(labels, measurements, strict=True) if m.pass_1
+        ]
+        return _to_svg(figure, "accuracy", "pass@1 by stage. " + ", ".join(parts))
+
+
+def _points(
+    axes: Axes, intervals: Sequence[Interval | None], name: str, marker: str, colour: int, shift: float
+) -> None:
+    rows = [(row, i) for row, i in enumerate(intervals) if i is not None]
+    if not rows:
+        return
+    means = [100 * i.mean for _, i in rows]
+    below = [100 * (i.mean - (i.mean if i.low is None else i.low)) for _, i in rows]
+    over = [100 * ((i.mean if i.high is None else i.high) - i.mean) for _, i in rows]
+    lead = colour == 0
+    axes.errorbar(
+        means,
+        [row + shift for row, _ in rows],
+        xerr=[[max(x, 0) for x in below], [max(x, 0) for x in over]],
+        fmt=marker,
+        markersize=7 if lead else 4.5,
+        elinewidth=2.2 if lead else 1,
+        color=_SERIES[colour],
+        label=name,
+    )
+
+
+def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values where the metric is a finite number."""
+    pairs = [(m["step"], m[key]) for m in metrics if isinstance(m.get(key), int | float) and abs(m[key]) < float("inf")]
+    return [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
+
+
+def _draw_curve(name: str, curve: Curve, series: dict[str, tuple[list[float], list[float]]]) -> Markup:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, 2.5))
+        axes = figure.add_subplot()
+        for index, (key, (steps, values)) in enumerate(series.items()):
+            colour, smooth = _SERIES[index], _moving_average(values)
+            if smooth is not values:
+                axes.plot(*_thin(steps, values), color=colour, linewidth=0.8, alpha=0.35)
+            marker = "o" if len(values) <= 12 else None
+            axes.plot(
+                *_thin(steps, smooth),
+                color=colour,
+                linewidth=1.8,
+                marker=marker,
+                markersize=3,
+                label=key.replace("_", " "),
+            )
+        axes.set_title(curve.title, loc="left", fontsize=10, fontweight="bold", pad=18 if curve.note else 6)
+        axes.text(0, 1.03, curve.note, transform=axes.transAxes, fontsize=8)
+        axes.set_xlabel("step")
+        axes.margins(x=0.01)
+        if len(series) > 1:
+            axes.legend(fontsize=8)
+        figure.subplots_adjust(left=0.14, right=0.97, top=0.81, bottom=0.18)
+        ends = [f"{key.replace('_', ' ')} from {v[0]:.4g} to {v[-1]:.4g}" for key, (_, v) in series.items()]
+        return _to_svg(
+            figure, name, f"{curve.title}: {'; '.join(ends)}, over {len(next(iter(series.values()))[0])} points"
+        )
+
+
+def _moving_average(values: list[float]) -> list[float]:
+    """Mean over a centred window of about a thirtieth of the curve; short curves are given back as they are."""
+    half = len(values) // 60
+    if half == 0:
+        return values
+    total = [0.0]
+    for value in values:
+        total.append(total[-1] + value)
+    edges = [(max(i - half, 0), min(i + half + 1, len(values))) for i in range(len(values))]
+    return [(total[b] - total[a]) / (b - a) for a, b in edges]
+
+
+def _thin(steps: list[float], values: list[float], most: int = 600) -> tuple[list[float], list[float]]:
+    """Every n-th point and the last, so that a long run does not make a heavy page."""
+    stride = -(-len(steps) // most)
+    keep = sorted({*range(0, len(steps), stride), len(steps) - 1})
+    return [steps[i] for i in keep], [values[i] for i in keep]
+
+
+def _to_svg(figure: Figure, name: str, description: str) -> Markup:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for colour, page_colour in _PAGE_COLOURS.items():
+        svg = svg.replace(colour, page_colour)
+    prefix = re.sub(r"[^\w-]", "_", name)  # ids must be unique in the page that holds many charts
+    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    text = html.escape(description)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{text}"', 1)
+    return Markup(re.sub(r"(<svg[^>]*>)", lambda m: f"{m[1]}<title>{text}</title>", svg, count=1))

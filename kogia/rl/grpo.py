@@ -1,0 +1,313 @@
+"""Group relative policy optimisation: the reinforcement-learning loop (DeepSeekMath section 4.1, DeepSeek-R1 2.2).
+
+For every step: draw problems -> sample a group of completions each through the engine -> verify -> advantage of a
+sample = its reward relative to its group -> one or more policy updates through the same `Transformer` -> the engine
+takes the new weights. No critic, no reward model: rewards are rules.
+
+A run directory holds run.toml, metrics.jsonl, signal.json, samples.jsonl (one group every few steps), checkpoints/ and
+evals/. Problems and sampling are pure functions of (seed, step), so a resumed run continues to the bit.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import tomli_w
+import torch
+from torch import Tensor
+
+from kogia import log
+from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
+from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint
+from kogia.config import to_dict
+from kogia.data.loader import Batch
+from kogia.engine.engine import Engine
+from kogia.engine.request import SamplingParams
+from kogia.model.transformer import Transformer
+from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
+from kogia.rl.config import RLConfig
+from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
+from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, policy_batches
+from kogia.rl.signal import measure_signal
+from kogia.tasks.pool import VerifyPool
+from kogia.tasks.task import load_task
+from kogia.text.tokenizer import Tokenizer
+from kogia.train.estimate import train_memory
+from kogia.train.interrupt import GracefulStop
+from kogia.train.loss import mtp_losses
+from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from kogia.train.run_dir import open_run_dir, pick_device
+from kogia.train.step import Metrics, TrainState, train_step
+
+SAMPLES_EVERY = 10  # steps between groups written to samples.jsonl
+
+
+@dataclass
+class Run:
+    """All that one reinforcement-learning run is made of."""
+
+    config: RLConfig
+    out: Path
+    tokenizer: Tokenizer
+    state: TrainState
+    engine: Engine
+    sources: list[ProblemSource]
+    reference: Transformer | None
+    rollouts: int = 0
+    """Rollouts done; `state.step` counts optimiser steps."""
+
+
+def main(config: RLConfig) -> None:
+    """Run the stage to its end. Raises KeyboardInterrupt, with everything saved, after SIGINT or SIGTERM."""
+    if config.dry_run:
+        return print_plan(config)
+    with ExitStack() as stack:
+        run = build_run(config, stack)
+        if run.rollouts >= config.steps:
+            log.info(f"{run.out} is complete: {run.rollouts} of {config.steps} steps are done")
+            return
+        if config.signal_check and run.rollouts == 0:
+            measure_signal(run.engine, run.tokenizer, run.sources, config, run.out)
+        train(run)
+
+
+def build_run(config: RLConfig, stack: ExitStack) -> Run:
+    """Everything in order: directory, tasks, model, engine on the same weights, optimiser, resume."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    tasks = [(spec, load_task(spec, config.task_options.get(spec))) for spec in config.tasks]
+    init = resolve_model_dir(config.init)
+    out = Path(config.out)
+    checkpoint = open_run_dir(config)
+    source = checkpoint or init
+    tokenizer = Tokenizer.load(source)
+    model = load_model(source, device=pick_device(config.device), dtype=torch.float32)
+    sources = []
+    for spec, task in tasks:
+        pool = VerifyPool(
+            spec, config.task_options.get(spec), workers=config.verify_workers, timeout=config.verify_timeout
+        )
+        sources.append(ProblemSource(task.name, task.problems("train"), stack.enter_context(pool)))
+    reference = load_model(init, device=model.device, dtype=torch.float32) if config.loss.kl_coef else None
+    state = TrainState(
+        model,
+        build_optimizer(model, config.optim),
+        config.optim,
+        config.steps * config.updates_per_rollout,
+        bias_update_speed=config.bias_update_speed,
+        last_checkpoint=checkpoint,
+    )
+    run = Run(config, out, tokenizer, state, Engine(model, tokenizer, config.engine), sources, reference)
+    if checkpoint is not None:
+        restore(run, checkpoint)
+    return run
+
+
+def train(run: Run) -> None:
+    """The loop. Leaves a checkpoint of the last step in every way it can end but by an error."""
+    config = run.config
+    metric_log = log.MetricLog(
+        run.out, total_steps=config.steps, description=run.out.name, quiet=config.quiet, resume_step=run.rollouts
+    )
+    with metric_log, GracefulStop() as stop:
+        while run.rollouts < config.steps:
+            metric_log.log(run.rollouts + 1, step(run))
+            run.rollouts += 1
+            last = run.rollouts == config.steps
+            if last or stop.requested or (config.save_every and run.rollouts % config.save_every == 0):
+                save(run)
+            if stop.requested and not last:
+                log.info(f"stopped after step {run.rollouts}, saved as {run.state.last_checkpoint}; --resume continues")
+                raise KeyboardInterrupt
+
+
+def step(run: Run) -> dict[str, float]:
+    """One rollout and the updates from it."""
+    config, model = run.config, run.state.model
+    start = time.perf_counter()
+    drawn = draw_problems(run.sources, run.rollouts, config.prompts_per_step, config.seed)
+    model.eval()
+    params = SamplingParams(
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        n=config.group_size,
+        seed=config.seed * 1_000_003 + run.rollouts,
+        logprobs=True,
+    )
+    rollout = collect(run.engine, run.tokenizer, drawn, params)
+    sampled = time.perf_counter()
+    rewards = shaped_rewards(rollout, config, run.rollouts)
+    metrics = rollout_metrics(rollout, rewards)
+    model.train()
+    metrics |= update(run, rollout, rewards)
+    model.eval()
+    run.engine.update_weights(model, run.rollouts + 1)
+    if run.reference is not None and config.reference_every and (run.rollouts + 1) % config.reference_every == 0:
+        run.reference.load_state_dict(model.state_dict())
+    if run.rollouts % SAMPLES_EVERY == 0:
+        write_samples(run, rollout, rewards)
+    seconds = time.perf_counter() - start
+    metrics["seconds_rollout"], metrics["seconds_train"] = sampled - start, start + seconds - sampled
+    metrics["tokens_per_second"] = float(rollout.num_tokens.sum()) / seconds
+    return metrics
+
+
+def shaped_rewards(rollout: Rollout, config: RLConfig, rollouts: int) -> Tensor:
+    """The verifiers' rewards, with the overlong penalty; or rewards without information for the control arm."""
+    rewards = rollout.rewards
+    if config.overlong_penalty:
+        rewards = rewards + config.overlong_penalty * overlong_penalty(
+            rollout.num_tokens, config.max_tokens, config.overlong_buffer
+        )
+    if config.random_reward is None:
+        return rewards
+    generator = torch.Generator().manual_seed(config.seed * 7_919 + rollouts)
+    return random_rewards(rewards, config.random_reward, generator)
+
+
+def update(run: Run, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
+    """`updates_per_rollout` optimiser steps from one rollout, over disjoint sets of prompts."""
+    config, state = run.config, run.state
+    advantages = group_advantages(rewards, normalize_std=config.normalize_std)
+    flat = is_zero_variance(rewards)
+    prompts = [p for p in range(len(rewards)) if not (config.drop_zero_variance and flat[p])]
+    results: list[dict[str, float]] = []
+    for part in range(config.updates_per_rollout):
+        rows = [(p, g) for p in prompts[part :: config.updates_per_rollout] for g in range(config.group_size)]
+        batches, denominator = build_batches(run, rollout, rows, advantages)
+        if not denominator:
+            continue  # every group is all right or all wrong: there is nothing to learn from this part
+        worst: list[float] = []
+        loss_fn = partial(grpo_loss, config=config, worst=worst)
+        results.append(train_step(state, batches, loss_fn, denominator=denominator))
+        results[-1]["mismatch"] = max(worst)
+    if not results:
+        return {"skipped_updates": 1.0}
+    # the gap between engine and trainer means something only before the first update changed the weights
+    return {name: sum(r.get(name, 0.0) for r in results) / len(results) for name in results[0]} | {
+        "mismatch": results[0]["mismatch"]
+    }
+
+
+def build_batches(
+    run: Run, rollout: Rollout, rows: Sequence[tuple[int, int]], advantages: Tensor
+) -> tuple[list[PolicyBatch], float]:
+    """(micro-batches of the samples `rows`, the update's one denominator); ([], 0.0) when no token is left."""
+    config, model = run.config, run.state.model
+    if not rows:
+        return [], 0.0
+    lengths = torch.stack([rollout.num_tokens[row] for row in rows])
+    truncated = torch.stack([rollout.truncated[row] for row in rows])
+    weights, denominator = aggregation_weights(lengths, truncated, config.loss, config.max_tokens)
+    if not denominator:
+        return [], 0.0
+    batches = [b.to(model.device) for b in policy_batches(rollout, rows, advantages, weights, config.micro_batch_tokens)]
+    batches = [b for b in batches if b.num_loss_tokens]
+    if config.updates_per_rollout > 1 or config.loss.rollout_is_cap is not None:
+        batches = [replace(b, old_logprobs=scored(model, b, config.temperature)) for b in batches]
+    if run.reference is not None:
+        batches = [replace(b, reference_logprobs=scored(run.reference, b, config.temperature)) for b in batches]
+    return batches, denominator
+
+
+@torch.no_grad()
+def scored(model: Transformer, batch: PolicyBatch, temperature: float) -> Tensor:
+    """Log-probabilities of a batch under a model that is not being trained on it."""
+    return model.logprobs(batch.tokens, temperature, batch.loss_mask)
+
+
+def grpo_loss(
+    model: Transformer, batch: PolicyBatch, *, config: RLConfig, worst: list[float]
+) -> tuple[Tensor, Metrics]:
+    """Policy loss of a micro-batch, with the balance and multi-token-prediction losses where they are on.
+
+    Appends the largest difference between the trainer's and the engine's log-probabilities to `worst`.
+    """
+    hidden = model(batch.tokens)
+    logprobs, entropy = model.logprobs_from_hidden(hidden, batch.tokens, config.temperature, batch.loss_mask)
+    kept = batch.kept
+    worst.append(float((logprobs.detach() - batch.behaviour_logprobs)[kept].abs().max()))
+    loss, metrics = policy_loss(logprobs, batch, config.loss, entropy)
+    per_token = float(kept.sum()) / batch.num_loss_tokens
+    if config.mtp_weight and model.config.num_mtp_layers:
+        # the draft module follows the policy's own samples; detached, so that it does not steer the policy
+        supervised = Batch(batch.tokens, kept)
+        scale = config.mtp_weight * per_token * float(batch.sequence_weights[batch.sequence_weights > 0].mean())
+        for depth, mtp in enumerate(mtp_losses(model, hidden.detach(), supervised, model.config.num_mtp_layers)):
+            loss = loss + scale / model.config.num_mtp_layers * mtp
+            metrics[f"mtp_loss_{depth + 1}"] = mtp.detach()
+    balance = model.pop_balance_loss()
+    if config.balance_weight:
+        loss = loss + config.balance_weight * balance * float(batch.sequence_weights.mean())
+    return loss, metrics
+
+
+def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:
+    """What the sampled groups say, before any update."""
+    verdicts = [v for group in rollout.verdicts for v in group]
+    statuses = rollout.statuses()
+    completions = [c for group in rollout.completions for c in group]
+    metrics = {
+        "reward": float(rewards.mean()),
+        "accuracy": sum(v.correct for v in verdicts) / len(verdicts),
+        "completion_tokens": float(rollout.num_tokens.float().mean()),
+        "truncated": float(rollout.truncated.float().mean()),
+        "zero_variance_groups": float(is_zero_variance(rewards).float().mean()),
+    }
+    metrics |= {f"status_{name}": count / len(verdicts) for name, count in statuses.items()}
+    parts = sorted({name for v in verdicts for name in v.parts})
+    metrics |= {f"reward_{name}": sum(v.parts.get(name, 0.0) for v in verdicts) / len(verdicts) for name in parts}
+    if drafted := sum(c.num_drafted for c in completions):
+        metrics["mtp_acceptance"] = sum(c.num_accepted for c in completions) / drafted
+    return metrics
+
+
+def write_samples(run: Run, rollout: Rollout, rewards: Tensor) -> None:
+    """Append the first group of the step to samples.jsonl, for people to read."""
+    with (run.out / "samples.jsonl").open("a", encoding="utf-8") as file:
+        for completion, verdict, reward in zip(
+            rollout.completions[0], rollout.verdicts[0], rewards[0].tolist(), strict=True
+        ):
+            row = {"step": run.rollouts, "problem_id": rollout.problems[0].id, "text": completion.text}
+            row |= {"reward": reward, "status": verdict.status, "num_tokens": len(completion.token_ids)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the current step and remember it as the last good one."""
+    state = run.state
+    tensors = optimizer_tensors(state.model, state.optimizer)
+    if run.reference is not None:
+        tensors |= {f"reference/{name}": tensor for name, tensor in run.reference.state_dict().items()}
+    resume = ResumeState({"rollouts": run.rollouts, "updates": state.step}, tensors)
+    state.last_checkpoint = save_checkpoint(
+        run.out, run.rollouts, state.model, run.tokenizer, resume, keep=run.config.keep_checkpoints
+    )
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """Put step counts, optimiser, reference and random states back; the weights are already the checkpoint's."""
+    resume = load_train_state(checkpoint)
+    run.rollouts, run.state.step = resume.values["rollouts"], resume.values["updates"]
+    load_optimizer_tensors(run.state.model, run.state.optimizer, resume.tensors)
+    if run.reference is not None:
+        stored = {k.removeprefix("reference/"): v for k, v in resume.tensors.items() if k.startswith("reference/")}
+        run.reference.load_state_dict(stored)
+    restore_random(resume)
+    log.info(f"resuming {checkpoint} at step {run.rollouts} of {run.config.steps}")
+
+
+def print_plan(config: RLConfig) -> None:
+    """The resolved configuration, parameter count and memory estimate on stdout; writes and trains nothing."""
+    model = load_config(config.init)
+    memory = train_memory(model, config.micro_batch_tokens)
+    samples = config.prompts_per_step * config.group_size
+    print(tomli_w.dumps(to_dict(config)))
+    print(f"# parameters  {model.num_params():,} ({model.num_active_params():,} active per token)")
+    print(f"# memory      about {math.ceil(memory.total / 2**20):,} MiB beside the libraries and the cache")
+    print(f"# rollout     {samples:,} samples a step, up to {samples * config.max_tokens:,} tokens")
