@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as in `kogia ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:  # the last: a loss or logits that are not finite
         if show_traceback:
             traceback.print_exc()
         print(f"kogia: error: {error or type(error).__name__}{_origin(error)}", file=sys.stderr)

@@ -44,3 +44,22 @@ class Empty(Repeats):
 
     def problems(self, split: str) -> list[Problem]:
         return []
+
+
+class Brief(Checksum):
+    """Rewards short answers: what a model that can only move its end token learns within a few steps."""
+
+    name = "brief"
+
+    def verify(self, problem: Problem, response: Response) -> Verdict:
+        correct = response.num_tokens <= 3
+        return Verdict(float(correct), correct, "ok" if correct else "wrong", {"accuracy": float(correct)}, None)
+
+
+class Hopeless(Checksum):
+    """Never solved."""
+
+    name = "hopeless"
+
+    def verify(self, problem: Problem, response: Response) -> Verdict:
+        return Verdict(-0.3, False, "wrong", {"accuracy": 0.0}, None)

@@ -8,7 +8,6 @@ A run directory holds run.toml, metrics.jsonl, signal.json, samples.jsonl (one g
 evals/. Problems and sampling are pure functions of (seed, step), so a resumed run continues to the bit.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_pena
 from kogia.rl.config import RLConfig
 from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
 from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, policy_batches
+from kogia.rl.rollout_log import drop_samples, rollout_metrics, write_samples
 from kogia.rl.signal import measure_signal
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
@@ -72,7 +72,7 @@ def main(config: RLConfig) -> None:
             log.info(f"{run.out} is complete: {run.rollouts} of {config.steps} steps are done")
             return
         if config.signal_check and run.rollouts == 0:
-            measure_signal(run.engine, run.tokenizer, run.sources, config, run.out)
+            measure_signal(run.state.model, run.engine, run.tokenizer, run.sources, config, run.out)
         train(run)
 
 
@@ -150,7 +150,7 @@ def step(run: Run) -> dict[str, float]:
     if run.reference is not None and config.reference_every and (run.rollouts + 1) % config.reference_every == 0:
         run.reference.load_state_dict(model.state_dict())
     if run.rollouts % SAMPLES_EVERY == 0:
-        write_samples(run, rollout, rewards)
+        write_samples(run.out / "samples.jsonl", run.rollouts, rollout, rewards)
     seconds = time.perf_counter() - start
     metrics["seconds_rollout"], metrics["seconds_train"] = sampled - start, start + seconds - sampled
     metrics["tokens_per_second"] = float(rollout.num_tokens.sum()) / seconds
@@ -176,14 +176,25 @@ def update(run: Run, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
     advantages = group_advantages(rewards, normalize_std=config.normalize_std)
     flat = is_zero_variance(rewards)
     prompts = [p for p in range(len(rewards)) if not (config.drop_zero_variance and flat[p])]
+    # all parts are scored before the first update, or the ratios of the later ones would not know the rollout's policy
+    parts = [
+        build_batches(run, rollout, [(p, g) for p in chosen for g in range(config.group_size)], advantages)
+        for chosen in (prompts[part :: config.updates_per_rollout] for part in range(config.updates_per_rollout))
+    ]
     results: list[dict[str, float]] = []
-    for part in range(config.updates_per_rollout):
-        rows = [(p, g) for p in prompts[part :: config.updates_per_rollout] for g in range(config.group_size)]
-        batches, denominator = build_batches(run, rollout, rows, advantages)
+    for batches, denominator in parts:
         if not denominator:
             continue  # every group is all right or all wrong: there is nothing to learn from this part
         worst: list[float] = []
-        loss_fn = partial(grpo_loss, config=config, worst=worst)
+        per_loss_token = denominator / sum(batch.num_loss_tokens for batch in batches)
+        per_token = denominator / sum(batch.tokens.num_tokens for batch in batches)
+        loss_fn = partial(
+            grpo_loss,
+            config=config,
+            mtp_weight=config.mtp_weight * per_loss_token,
+            balance_weight=config.balance_weight * per_token,
+            worst=worst,
+        )
         results.append(train_step(state, batches, loss_fn, denominator=denominator))
         results[-1]["mismatch"] = max(worst)
     if not results:
@@ -206,7 +217,9 @@ def build_batches(
     weights, denominator = aggregation_weights(lengths, truncated, config.loss, config.max_tokens)
     if not denominator:
         return [], 0.0
-    batches = [b.to(model.device) for b in policy_batches(rollout, rows, advantages, weights, config.micro_batch_tokens)]
+    batches = [
+        b.to(model.device) for b in policy_batches(rollout, rows, advantages, weights, config.micro_batch_tokens)
+    ]
     batches = [b for b in batches if b.num_loss_tokens]
     if config.updates_per_rollout > 1 or config.loss.rollout_is_cap is not None:
         batches = [replace(b, old_logprobs=scored(model, b, config.temperature)) for b in batches]
@@ -222,10 +235,18 @@ def scored(model: Transformer, batch: PolicyBatch, temperature: float) -> Tensor
 
 
 def grpo_loss(
-    model: Transformer, batch: PolicyBatch, *, config: RLConfig, worst: list[float]
+    model: Transformer,
+    batch: PolicyBatch,
+    *,
+    config: RLConfig,
+    mtp_weight: float,
+    balance_weight: float,
+    worst: list[float],
 ) -> tuple[Tensor, Metrics]:
     """Policy loss of a micro-batch, with the balance and multi-token-prediction losses where they are on.
 
+    The weights are the configured ones times the update's denominator per token: after train_step's division these two
+    losses are means over tokens, whatever the aggregation of the policy loss and the split into micro-batches.
     Appends the largest difference between the trainer's and the engine's log-probabilities to `worst`.
     """
     hidden = model(batch.tokens)
@@ -233,49 +254,17 @@ def grpo_loss(
     kept = batch.kept
     worst.append(float((logprobs.detach() - batch.behaviour_logprobs)[kept].abs().max()))
     loss, metrics = policy_loss(logprobs, batch, config.loss, entropy)
-    per_token = float(kept.sum()) / batch.num_loss_tokens
-    if config.mtp_weight and model.config.num_mtp_layers:
+    if mtp_weight and model.config.num_mtp_layers:
         # the draft module follows the policy's own samples; detached, so that it does not steer the policy
         supervised = Batch(batch.tokens, kept)
-        scale = config.mtp_weight * per_token * float(batch.sequence_weights[batch.sequence_weights > 0].mean())
-        for depth, mtp in enumerate(mtp_losses(model, hidden.detach(), supervised, model.config.num_mtp_layers)):
-            loss = loss + scale / model.config.num_mtp_layers * mtp
+        depths = model.config.num_mtp_layers
+        for depth, mtp in enumerate(mtp_losses(model, hidden.detach(), supervised, depths)):
+            loss = loss + mtp_weight / depths * mtp
             metrics[f"mtp_loss_{depth + 1}"] = mtp.detach()
     balance = model.pop_balance_loss()
-    if config.balance_weight:
-        loss = loss + config.balance_weight * balance * float(batch.sequence_weights.mean())
+    if balance_weight:
+        loss = loss + balance_weight * balance  # the routers sum over all tokens, prompts included
     return loss, metrics
-
-
-def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:
-    """What the sampled groups say, before any update."""
-    verdicts = [v for group in rollout.verdicts for v in group]
-    statuses = rollout.statuses()
-    completions = [c for group in rollout.completions for c in group]
-    metrics = {
-        "reward": float(rewards.mean()),
-        "accuracy": sum(v.correct for v in verdicts) / len(verdicts),
-        "completion_tokens": float(rollout.num_tokens.float().mean()),
-        "truncated": float(rollout.truncated.float().mean()),
-        "zero_variance_groups": float(is_zero_variance(rewards).float().mean()),
-    }
-    metrics |= {f"status_{name}": count / len(verdicts) for name, count in statuses.items()}
-    parts = sorted({name for v in verdicts for name in v.parts})
-    metrics |= {f"reward_{name}": sum(v.parts.get(name, 0.0) for v in verdicts) / len(verdicts) for name in parts}
-    if drafted := sum(c.num_drafted for c in completions):
-        metrics["mtp_acceptance"] = sum(c.num_accepted for c in completions) / drafted
-    return metrics
-
-
-def write_samples(run: Run, rollout: Rollout, rewards: Tensor) -> None:
-    """Append the first group of the step to samples.jsonl, for people to read."""
-    with (run.out / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for completion, verdict, reward in zip(
-            rollout.completions[0], rollout.verdicts[0], rewards[0].tolist(), strict=True
-        ):
-            row = {"step": run.rollouts, "problem_id": rollout.problems[0].id, "text": completion.text}
-            row |= {"reward": reward, "status": verdict.status, "num_tokens": len(completion.token_ids)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def save(run: Run) -> None:
@@ -298,7 +287,9 @@ def restore(run: Run, checkpoint: Path) -> None:
     if run.reference is not None:
         stored = {k.removeprefix("reference/"): v for k, v in resume.tensors.items() if k.startswith("reference/")}
         run.reference.load_state_dict(stored)
+    drop_samples(run.out / "samples.jsonl", run.rollouts)
     restore_random(resume)
+    run.engine.update_weights(run.state.model, run.rollouts)
     log.info(f"resuming {checkpoint} at step {run.rollouts} of {run.config.steps}")
 
 

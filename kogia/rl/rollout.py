@@ -126,7 +126,9 @@ def policy_batches(
             total += len(sequences[order[end]])
             end += 1
         chosen = order[start:end]
-        yield _policy_batch(rollout, [rows[i] for i in chosen], [sequences[i] for i in chosen], advantages, weights[chosen])
+        yield _policy_batch(
+            rollout, [rows[i] for i in chosen], [sequences[i] for i in chosen], advantages, weights[chosen]
+        )
         start = end
 
 

@@ -15,6 +15,7 @@ from kogia import log
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.model.packed import pack
+from kogia.model.transformer import Transformer
 from kogia.rl.config import RLConfig
 from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems
 from kogia.text.tokenizer import Tokenizer
@@ -42,7 +43,12 @@ class Signal:
 
 
 def measure_signal(
-    engine: Engine, tokenizer: Tokenizer, sources: Sequence[ProblemSource], config: RLConfig, out: Path
+    model: Transformer,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    sources: Sequence[ProblemSource],
+    config: RLConfig,
+    out: Path,
 ) -> Signal:
     """Sample training prompts, print what the run starts from, write OUT/signal.json.
 
@@ -58,19 +64,20 @@ def measure_signal(
         logprobs=True,
     )
     rollout = collect(engine, tokenizer, drawn, params)
-    signal = summarize(rollout, tokenizer, max_logprob_difference(engine, rollout, config.temperature))
+    signal = summarize(rollout, tokenizer, max_logprob_difference(model, rollout, config.temperature))
     log.write_json(out / "signal.json", asdict(signal))
     _show(signal)
     if not signal.max_logprob_difference <= config.logprob_tolerance:
         raise ValueError(
-            f"engine and trainer disagree: log-probabilities differ by up to {signal.max_logprob_difference:.2e}, above "
-            f"logprob_tolerance = {config.logprob_tolerance:.0e}. Training on such samples is biased; run both in "
+            f"engine and trainer disagree: log-probabilities differ by up to {signal.max_logprob_difference:.2e}, "
+            f"above logprob_tolerance = {config.logprob_tolerance:.0e}. Training on such samples is biased; run both in "
             "float32, or raise the tolerance and set loss.rollout_is_cap = 2"
         )
     if signal.informative_groups == 0:
         raise ValueError(
-            f"no signal: in none of {signal.prompts} groups of {signal.samples} do right and wrong samples mix (pass@1 "
-            f"{signal.pass_at_1:.1%}). Improve the cold start or choose easier problems; --no-signal-check goes on anyway"
+            f"no signal: in none of {signal.prompts} groups of {signal.samples} do right and wrong samples mix "
+            f"(pass@1 {signal.pass_at_1:.1%}). Improve the cold start or choose easier problems; --no-signal-check goes "
+            "on anyway"
         )
     return signal
 
@@ -93,24 +100,24 @@ def summarize(rollout: Rollout, tokenizer: Tokenizer, difference: float) -> Sign
 
 
 @torch.no_grad()
-def max_logprob_difference(engine: Engine, rollout: Rollout, temperature: float) -> float:
+def max_logprob_difference(model: Transformer, rollout: Rollout, temperature: float) -> float:
     """Largest |trainer - engine| log-probability over the first samples of the rollout, in nats."""
     rows = [(p, c) for p, group in enumerate(rollout.completions) for c in group][:CHECKED_SEQUENCES]
-    batch = pack([rollout.prompts[p] + c.token_ids for p, c in rows]).to(engine.model.device)
-    logprobs = engine.model.logprobs(batch, temperature).cpu()
-    worst = 0.0
+    batch = pack([rollout.prompts[p] + c.token_ids for p, c in rows]).to(model.device)
+    logprobs = model.logprobs(batch, temperature).cpu()
+    gaps = []
     for (_, completion), end in zip(rows, batch.cu_seqlens[1:].tolist(), strict=True):
         assert completion.logprobs is not None
         ours = torch.tensor(completion.logprobs)
-        worst = max(worst, float((logprobs[end - len(ours) : end] - ours).abs().max()))
-    return worst
+        gaps.append(logprobs[end - len(ours) : end] - ours)
+    return float(torch.cat(gaps).abs().max())  # NaN if any is
 
 
 def _show(signal: Signal) -> None:
     log.info(
         f"signal check on {signal.prompts} training prompts x {signal.samples} samples: mean reward "
-        f"{signal.mean_reward:+.3f}, pass@1 {signal.pass_at_1:.1%}, pass@{signal.samples} {signal.pass_at_n:.1%} (ratio "
-        f"{signal.pass_at_n / max(signal.pass_at_1, 1e-9):.1f}), informative groups {signal.informative_groups:.1%}, "
+        f"{signal.mean_reward:+.3f}, pass@1 {signal.pass_at_1:.1%}, pass@{signal.samples} {signal.pass_at_n:.1%} "
+        f"(ratio {signal.pass_at_n / max(signal.pass_at_1, 1e-9):.1f}), informative groups {signal.informative_groups:.1%}, "
         f"truncated {signal.truncated:.1%}, |trainer - engine| log-probability <= {signal.max_logprob_difference:.1e}"
     )
     log.info(f"  one prompt: {signal.prompt!r}\n  one answer: {signal.completion!r}")

@@ -1,0 +1,49 @@
+"""What a rollout says, before any update: numbers for metrics.jsonl, and samples for people to read."""
+
+import json
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kogia import log
+from kogia.rl.advantage import is_zero_variance
+from kogia.rl.rollout import Rollout
+
+
+def rollout_metrics(rollout: Rollout, rewards: Float[Tensor, "prompts group"]) -> dict[str, float]:
+    """Means over all samples; the verifiers' statuses and parts of the reward each under their own name."""
+    verdicts = [v for group in rollout.verdicts for v in group]
+    statuses = rollout.statuses()
+    completions = [c for group in rollout.completions for c in group]
+    metrics = {
+        "reward": float(rewards.mean()),
+        "accuracy": sum(v.correct for v in verdicts) / len(verdicts),
+        "completion_tokens": float(rollout.num_tokens.float().mean()),
+        "truncated": float(rollout.truncated.float().mean()),
+        "zero_variance_groups": float(is_zero_variance(rewards).float().mean()),
+    }
+    metrics |= {f"status_{name}": count / len(verdicts) for name, count in statuses.items()}
+    parts = sorted({name for v in verdicts for name in v.parts})
+    metrics |= {f"reward_{name}": sum(v.parts.get(name, 0.0) for v in verdicts) / len(verdicts) for name in parts}
+    if drafted := sum(c.num_drafted for c in completions):
+        metrics["mtp_acceptance"] = sum(c.num_accepted for c in completions) / drafted
+    return metrics
+
+
+def write_samples(path: Path, step: int, rollout: Rollout, rewards: Float[Tensor, "prompts group"]) -> None:
+    """Append the first group of the rollout to a jsonl file."""
+    with path.open("a", encoding="utf-8") as file:
+        for completion, verdict, reward in zip(
+            rollout.completions[0], rollout.verdicts[0], rewards[0].tolist(), strict=True
+        ):
+            row = {"step": step, "problem_id": rollout.problems[0].id, "text": completion.text}
+            row |= {"reward": reward, "status": verdict.status, "num_tokens": len(completion.token_ids)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def drop_samples(path: Path, rollouts: int) -> None:
+    """Take out what a run wrote after the checkpoint it resumes from, and a line that a crash cut short."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+        log.write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] < rollouts))
