@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
 from kogia.model.packed import PackedTokens
 from kogia.ops.attention import _Bucket, buckets_by_length
-from kogia.ops.moe import swiglu
 from kogia.ops.norm import rms_norm
 
 
@@ -48,4 +48,4 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
-        return self.down_proj(swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -2,10 +2,13 @@
 
 A trace tries, judges and tries again, one line per attempt, and ends in a claim or an honest "give up":
 
-    15*4=60,60+6=66 no
-    15-4=11,11+6=17 yes
+    15*4=60,60+6=66?17 no
+    15-4=11,11+6=17?17 yes
     </think>
     (15-4)+6
+
+The check repeats the target beside the result, so that judging is a comparison of neighbours: a small model learns it
+many times sooner than a comparison with the distant prompt.
 
 Attempts are better than blind search by construction (the right one comes after a geometric number of wrong ones), so a
 model trained on them solves few problems at the first sample and many within several: room for reinforcement. Some
@@ -83,22 +86,20 @@ def arithmetic_corpus(
     operators: str = "+-*/",
     max_intermediate: int = 200,
 ) -> Iterator[str]:
-    """Yields `num` documents of `lines` lines: chains of steps, single equations, comparisons, number sentences.
+    """Yields `num` documents of `lines` lines: checked chains of steps, single equations, number sentences.
 
-    The forms are those inside a trace, one at a time, so that a base model knows the facts and has never seen a trace,
-    a chat or a chain over a held-out set of numbers.
+    The forms are those inside a trace, one at a time and towards no goal, so that a base model knows the facts and has
+    never seen a search, a chat or a chain over a held-out set of numbers.
     """
     rng = random.Random(f"arithmetic corpus {seed}")
     for _ in range(num):
         document = []
         for _ in range(lines):
             kind = rng.random()
-            if kind < 0.4:
-                document.append(_chain(rng, numbers, max_number, operators, max_intermediate))
-            elif kind < 0.7:
-                document.append(_equation(rng, max_number, operators, max_intermediate))
+            if kind < 0.65:
+                document.append(_chain(rng, numbers, max_number, max_target, operators, max_intermediate))
             elif kind < 0.9:
-                document.append(_comparison(rng, max_target, max_intermediate))
+                document.append(_equation(rng, max_number, operators, max_intermediate))
             else:
                 document.append(_sentence(rng, max_number, operators, max_intermediate))
         yield "".join(document)
@@ -127,14 +128,23 @@ class _Search:
         found = (self.wrong() for _ in range(max(num_wrong, least)))
         attempts = [attempt for attempt in found if attempt is not None]
         if claim_wrong and attempts:
-            return _claimed(attempts[: self.rng.randint(1, len(attempts))])
+            return self.claimed(attempts[: self.rng.randint(1, len(attempts))])
         if noise and solution is not None:
             attempts = attempts[: max_attempts - 1 - solve]
             attempts.insert(self.rng.randint(0, len(attempts)), solution)
             solution = self.right()  # another one, if there is
         if solve and solution is not None:
-            return _claimed([*attempts, solution])
-        return "".join(f"{attempt.steps} no\n" for attempt in attempts) + GIVE_UP
+            return self.claimed([*attempts, solution])
+        return self.rejected(attempts) + GIVE_UP
+
+    def rejected(self, attempts: Sequence[Attempt]) -> str:
+        """Attempts with their check: the result beside the target, and the verdict."""
+        return "".join(f"{attempt.steps}?{self.target} no\n" for attempt in attempts)
+
+    def claimed(self, attempts: Sequence[Attempt]) -> str:
+        """All but the last attempt rejected, the last one claimed."""
+        *rejected, last = attempts
+        return f"{self.rejected(rejected)}{last.steps}?{self.target} yes\n</think>\n{last.result.text}"
 
     def wrong(self) -> Attempt | None:
         """A new random attempt that misses the target; None when none turns up."""
@@ -154,13 +164,6 @@ class _Search:
         return None
 
 
-def _claimed(attempts: Sequence[Attempt]) -> str:
-    """All but the last attempt rejected, the last one claimed."""
-    *rejected, last = attempts
-    verdicts = "".join(f"{attempt.steps} no\n" for attempt in rejected)
-    return f"{verdicts}{last.steps} yes\n</think>\n{last.result.text}"
-
-
 def _easy_problem(task: Countdown, rng: random.Random) -> Problem:
     """A training problem with two numbers that one operation on integers solves."""
     for _ in range(1000):
@@ -171,13 +174,15 @@ def _easy_problem(task: Countdown, rng: random.Random) -> Problem:
     raise ValueError(f"easy_share: no problem with two numbers exists for {task}; set easy_share=0")
 
 
-def _chain(rng: random.Random, numbers: int, max_number: int, operators: str, limit: int) -> str:
+def _chain(rng: random.Random, numbers: int, max_number: int, max_target: int, operators: str, limit: int) -> str:
+    """Steps and a check against some target: the result itself, a near miss or any number, in equal shares."""
     for _ in range(1000):
         chosen = [rng.randint(1, max_number) for _ in range(numbers)]
         if not is_held_out(tuple(sorted(chosen))):
             attempt = random_attempt(chosen, operators, limit, rng)
             if attempt is not None:
-                return f"{attempt.steps}\n"
+                target = _compared(attempt.result.value, max_target, rng)
+                return f"{attempt.steps}?{target} {'yes' if attempt.result.value == target else 'no'}\n"
     raise ValueError(
         f"no chain of {numbers} numbers up to {max_number} stays within max_intermediate={limit}; raise it"
     )
@@ -205,17 +210,11 @@ def _equation(rng: random.Random, max_number: int, operators: str, limit: int) -
     return f"{a}{symbol}{b}={value}\n"
 
 
-def _comparison(rng: random.Random, max_target: int, limit: int) -> str:
-    """A result, a target and the verdict, in equal shares of yes, a near miss and any result."""
-    target = rng.randint(1, max_target)
+def _compared(result: int, max_target: int, rng: random.Random) -> int:
     kind = rng.random()
     if kind < 1 / 3:
-        result = target
-    elif kind < 2 / 3:
-        result = max(0, target + rng.randint(-9, 9))
-    else:
-        result = rng.randint(0, limit)
-    return f"{result} {target} {'yes' if result == target else 'no'}\n"
+        return result
+    return max(1, result + rng.randint(-9, 9)) if kind < 2 / 3 else rng.randint(1, max_target)
 
 
 def _sentence(rng: random.Random, max_number: int, operators: str, limit: int) -> str:
