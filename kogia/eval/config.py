@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from kogia.engine.config import EngineConfig
 
 TaskOptions = dict[str, dict[str, str | int | float | bool]]
@@ -24,7 +26,7 @@ def check_tasks(tasks: Sequence[str], task_options: Mapping[str, Any]) -> None:
 class EvalConfig:
     """Measure a model on tasks: several samples per question, intervals over questions, every sample kept."""
 
-    path: str
+    path: Positional[str]
     """Model directory or run directory."""
     tasks: tuple[str, ...] = ("countdown",)
     """Built-in names or 'module:Class'."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tyro.conf import Positional
+
 from kogia.engine.config import EngineConfig
 from kogia.eval.config import TaskOptions, check_tasks
 from kogia.train.config import OptimConfig
@@ -149,7 +151,7 @@ class RLConfig:
 class CurateConfig:
     """Rejection sampling (DeepSeek-R1 section 2.3.3): sample, verify, keep good answers as fine-tuning data."""
 
-    path: str
+    path: Positional[str]
     """Model directory or run directory."""
     out: str = "curated.jsonl"
     """File to append to; an interrupted curation goes on where it stopped. A summary is written to OUT.summary.json."""

@@ -92,9 +92,13 @@ def collect(
     params: SamplingParams,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Rollout:
-    """Sample `params.n` completions of every problem and verify them, each task in its own worker processes."""
+    """Sample `params.n` completions of every problem and verify them, each task in its own worker processes.
+
+    Raises ValueError naming a problem whose prompt leaves no room in the model's context.
+    """
     problems = [problem for _, problem in drawn]
     prompts = [render_prompt(problem.messages, tokenizer) for problem in problems]
+    _check_lengths(problems, prompts, engine.model.config.max_position)
     completions = engine.generate(prompts, params, on_progress)
     verdicts: list[list[Verdict]] = [[] for _ in problems]
     for source in {id(source): source for source, _ in drawn}.values():
@@ -104,6 +108,15 @@ def collect(
         for row in rows:
             verdicts[row] = [next(results) for _ in completions[row]]
     return Rollout(problems, prompts, completions, verdicts)
+
+
+def _check_lengths(problems: Sequence[Problem], prompts: Sequence[Sequence[int]], limit: int) -> None:
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if len(prompt) >= limit:
+            raise ValueError(
+                f"problem {problem.id!r}: a prompt of {len(prompt)} tokens: must have 1 to {limit - 1}, the model's "
+                f"context is {limit} and the completion needs room; shorten the prompt or leave the problem out"
+            )
 
 
 def policy_batches(

@@ -70,14 +70,14 @@ def measure_signal(
     if not signal.max_logprob_difference <= config.logprob_tolerance:
         raise ValueError(
             f"engine and trainer disagree: log-probabilities differ by up to {signal.max_logprob_difference:.2e}, "
-            f"above logprob_tolerance = {config.logprob_tolerance:.0e}. Training on such samples is biased; run both in "
-            "float32, or raise the tolerance and set loss.rollout_is_cap = 2"
+            f"above logprob_tolerance = {config.logprob_tolerance:.0e}. Training on such samples is biased; run both "
+            "in float32, or raise the tolerance and set loss.rollout_is_cap = 2"
         )
     if signal.informative_groups == 0:
         raise ValueError(
             f"no signal: in none of {signal.prompts} groups of {signal.samples} do right and wrong samples mix "
-            f"(pass@1 {signal.pass_at_1:.1%}). Improve the cold start or choose easier problems; --no-signal-check goes "
-            "on anyway"
+            f"(pass@1 {signal.pass_at_1:.1%}). Improve the cold start or choose easier problems; --no-signal-check "
+            "goes on anyway"
         )
     return signal
 
@@ -117,8 +117,9 @@ def _show(signal: Signal) -> None:
     log.info(
         f"signal check on {signal.prompts} training prompts x {signal.samples} samples: mean reward "
         f"{signal.mean_reward:+.3f}, pass@1 {signal.pass_at_1:.1%}, pass@{signal.samples} {signal.pass_at_n:.1%} "
-        f"(ratio {signal.pass_at_n / max(signal.pass_at_1, 1e-9):.1f}), informative groups {signal.informative_groups:.1%}, "
-        f"truncated {signal.truncated:.1%}, |trainer - engine| log-probability <= {signal.max_logprob_difference:.1e}"
+        f"(ratio {signal.pass_at_n / max(signal.pass_at_1, 1e-9):.1f}), informative groups "
+        f"{signal.informative_groups:.1%}, truncated {signal.truncated:.1%}, "
+        f"|trainer - engine| log-probability <= {signal.max_logprob_difference:.1e}"
     )
     log.info(f"  one prompt: {signal.prompt!r}\n  one answer: {signal.completion!r}")
     if signal.informative_groups < 0.3:
