@@ -76,14 +76,7 @@ def build_shards(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> dic
             f"{directory} holds the tokens of other data settings, tokenizer or file versions (fingerprint {found}, "
             f"now {fingerprint}); delete that folder to tokenise again, or undo the change to resume exactly"
         )
-    shards = {split: open_shard(directory / split) for split in ("train", "val")}
-    if shards["train"].num_sequences == 0:
-        counts = shards["train"].counts
-        raise ValueError(
-            f"data: no training sequence ({counts.documents} documents read, {counts.too_long} chat examples above "
-            f"data.max_seqlen = {data.max_seqlen}); raise max_seqlen or lower val_share = {data.val_share}"
-        )
-    return shards
+    return {split: open_shard(directory / split) for split in ("train", "val")}
 
 
 def open_shard(directory: Path) -> Shard:
@@ -190,6 +183,7 @@ def _write_directory(data: DataConfig, tokenizer: Tokenizer, directory: Path, fi
                     writer.add(document, ids, mask, data.max_seqlen)
                 for writer in (train, val):
                     writer.source_ends.append(writer.sequences)
+            _check_not_empty(data, train, val)
             train.finish()
             val.finish()
         (temporary / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}))
@@ -198,6 +192,18 @@ def _write_directory(data: DataConfig, tokenizer: Tokenizer, directory: Path, fi
         temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_not_empty(data: DataConfig, train: _SplitWriter, val: _SplitWriter) -> None:
+    """Before anything is kept, so that the next run reads its sources again."""
+    if train.documents + val.documents == 0:
+        specs = ", ".join(source.spec for source in data.sources)
+        raise ValueError(f"data: {specs}: no document in it; name a source that has some, or fill it first")
+    if train.sequences == 0:
+        raise ValueError(
+            f"data: no training sequence ({train.documents} documents read, {train.too_long} chat examples above "
+            f"data.max_seqlen = {data.max_seqlen}); raise max_seqlen or lower val_share = {data.val_share}"
+        )
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:

@@ -121,3 +121,8 @@ def test_truncated_and_empty_shards_are_errors_that_name_the_fix(tmp_path, token
     short = DataConfig((source("chats"),), batch_tokens=8, max_seqlen=8)
     with pytest.raises(ValueError, match="no training sequence.*3 chat examples above data.max_seqlen = 8"):
         build_shards(short, tokenizer, tmp_path / "short")
+    assert not (tmp_path / "short").exists()  # nothing stale is left for a second try
+    (tmp_path / "none.jsonl").write_text("")
+    nothing = DataConfig((SourceConfig(str(tmp_path / "none.jsonl")),), batch_tokens=64, max_seqlen=64)
+    with pytest.raises(ValueError, match=r"none\.jsonl: no document in it"):
+        build_shards(nothing, tokenizer, tmp_path / "none")
