@@ -20,7 +20,6 @@ import torch
 from kogia import log
 from kogia.config import from_dict
 from kogia.demo.config import RECIPES, STAGES, DemoConfig
-from kogia.engine.config import EngineConfig
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import main as run_eval
 from kogia.report.build import main as run_report
@@ -32,6 +31,7 @@ from kogia.train.config import SupervisedConfig
 from kogia.train.supervised import main as run_supervised
 
 T = TypeVar("T")
+STAGES_FILE = "stages.json"
 RUNS_PREFIX = "runs/demo"
 """What the recipes call the demonstration's directory; replaced by `out`."""
 
@@ -40,7 +40,11 @@ def main(config: DemoConfig) -> None:
     """Run all stages that are not done yet, then write summary.json and report.html."""
     stages: list[tuple[str, str, Callable[[], None]]] = [
         ("base", "pretraining a base model on arithmetic", lambda: supervised(config, "pretrain")),
-        ("cold_start", "cold start: the form of reasoning, from noisy traces", lambda: supervised(config, "cold_start")),
+        (
+            "cold_start",
+            "cold start: the form of reasoning, from noisy traces",
+            lambda: supervised(config, "cold_start"),
+        ),
         ("grpo", "GRPO with rule rewards", lambda: reinforce(config)),
         ("curated", "rejection sampling", lambda: curate(config)),
         ("rejection_sft", "fine-tuning on the kept samples", lambda: supervised(config, "rejection_sft")),
@@ -51,10 +55,7 @@ def main(config: DemoConfig) -> None:
             print(f"{name:14} {what}")
         print(f"recipes in {config.recipes or RECIPES}")
         return
-    out = Path(config.out)
-    if config.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    out = open_directory(config)
     done = Stages(out, config)
     for number, (name, what, action) in enumerate(stages, start=1):
         log.info(f"[{number}/{len(stages)}] {what}")
@@ -66,11 +67,24 @@ def main(config: DemoConfig) -> None:
     _farewell(config, done)
 
 
+def open_directory(config: DemoConfig) -> Path:
+    """OUT, made if it is not there and emptied with `overwrite`. Raises ValueError if it holds anything else."""
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out = {config.out!r}: is a file; name a directory")
+    if out.is_dir() and any(out.iterdir()) and not (out / STAGES_FILE).exists():
+        raise ValueError(f"out = {config.out!r}: holds other files and no {STAGES_FILE}; name a new directory")
+    if config.overwrite and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 class Stages:
     """What is done, and how long it took, kept in OUT/stages.json."""
 
     def __init__(self, out: Path, config: DemoConfig) -> None:
-        self.file = out / "stages.json"
+        self.file = out / STAGES_FILE
         self.state: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         settings = {"seed": config.seed, "scale": config.scale}
         if self.state.setdefault("settings", settings) != settings:
@@ -78,6 +92,7 @@ class Stages:
                 f"{out} holds a demonstration with {self.state['settings']}, not {settings}: add --overwrite to delete "
                 "it, or name another --out"
             )
+        log.write_json(self.file, self.state)
 
     def run(self, name: str, action: Callable[[], None]) -> None:
         """Do `action` unless it is done; time spent before an interruption counts."""
@@ -129,33 +144,39 @@ def curate(config: DemoConfig) -> None:
     curated = recipe(config, "curate", CurateConfig)
     Path(curated.out).parent.mkdir(parents=True, exist_ok=True)
     run_curate(curated)
+    if not Path(curated.out).read_text(encoding="utf-8").strip():
+        raise ValueError(
+            f"rejection sampling kept nothing: after GRPO the model solves none of {curated.num_problems} problems, "
+            f"and the next stages have no data. scale = {config.scale} trains too little; start again with a larger "
+            "--scale"
+        )
 
 
 def measure(config: DemoConfig, name: str) -> None:
-    """pass@1 (temperature 1), pass@8, maj@8 and greedy on the same held-out problems at every stage."""
+    """Evaluate a stage's run on the held-out problems, the same at every stage; files go to its evals/."""
+    run_eval(eval_config(config, Path(config.out) / name))
+
+
+def eval_config(config: DemoConfig, run: Path) -> EvalConfig:
+    """pass@1 at temperature 1, pass@8, maj@8 and greedy, under the task and limits that GRPO trained with."""
     rl = recipe(config, "grpo", RLConfig)
-    run = Path(config.out) / name
-    run_eval(
-        EvalConfig(
-            str(run),
-            tasks=rl.tasks,
-            task_options=rl.task_options,
-            num_questions=config.num_questions,
-            num_samples=config.num_samples,
-            max_tokens=rl.max_tokens,
-            greedy=True,
-            seed=config.seed,
-            name="heldout",
-            out=str(run / "evals"),
-            engine=replace(rl.engine, num_draft_tokens=0),
-            device=config.device,
-            threads=config.threads,
-            quiet=config.quiet,
-        )
+    return EvalConfig(
+        str(run),
+        tasks=rl.tasks,
+        task_options=rl.task_options,
+        num_questions=config.num_questions,
+        num_samples=config.num_samples,
+        max_tokens=rl.max_tokens,
+        greedy=True,
+        seed=config.seed,
+        name="heldout",
+        out=str(run / "evals"),
+        engine=rl.engine,
+        device=config.device,
+        threads=config.threads,
+        quiet=config.quiet,
     )
-    if name in ("rejection_sft", "base"):
-        return
-    
+
 
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far plus that of its largest finished worker."""
@@ -169,7 +190,11 @@ def summarise_and_report(config: DemoConfig, done: Stages) -> None:
     stages = []
     for name in STAGES:
         result = json.loads((out / name / "evals" / "heldout.json").read_text(encoding="utf-8"))
-        entry = {"name": name, "seconds": done.state[name]["seconds"], "eval_seconds": done.state[f"{name}_eval"]["seconds"]}
+        entry = {
+            "name": name,
+            "seconds": done.state[name]["seconds"],
+            "eval_seconds": done.state[f"{name}_eval"]["seconds"],
+        }
         skipped = {"name", "task", "split", "checkpoint", "sampling", "seconds"}
         stages.append(entry | {key: value for key, value in result.items() if key not in skipped})
     summary = {
@@ -180,7 +205,7 @@ def summarise_and_report(config: DemoConfig, done: Stages) -> None:
         "stages": stages,
     }
     log.write_json(out / "summary.json", summary)
-    run_report(ReportConfig(str(out)))
+    run_report(ReportConfig(out))
 
 
 def _score_line(out: Path, name: str) -> str:
@@ -199,4 +224,6 @@ def _farewell(config: DemoConfig, done: Stages) -> None:
     print(f"\nDone in {done.seconds / 60:.1f} minutes. The report is {out / 'report.html'}. Next:\n")
     print(f"  kogia chat {out / 'grpo'} --single            # type: numbers 4 6 15 target 17")
     print(f"  kogia eval {out / 'grpo'} --tasks countdown    # measure it again, with your own settings")
-    print(f"  kogia rl {Path(config.recipes or RECIPES) / 'grpo.toml'} --out runs/mine --tasks my_tasks:MyTask")
+    print(
+        f"  kogia rl --init {out / 'cold_start'} --out runs/mine --tasks my_tasks:MyTask    # reinforce your own task"
+    )

@@ -194,8 +194,8 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     if isinstance(a, GQAConfig):
         if moe is not None or config.num_mtp_layers:
             raise ValueError(
-                "a checkpoint of grouped-query attention with experts or MTP has no published format yet: set model.moe = "
-                "'none' and model.num_mtp_layers = 0, or attention.kind = 'mla'"
+                "a checkpoint of grouped-query attention with experts or MTP has no published format yet: set "
+                "model.moe = 'none' and model.num_mtp_layers = 0, or attention.kind = 'mla'"
             )
         kind, name = ("qwen2", "Qwen2ForCausalLM") if a.qkv_bias else ("llama", "LlamaForCausalLM")
         data |= {"architectures": [name], "model_type": kind, "num_attention_heads": a.num_heads}
@@ -203,8 +203,8 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         return data
     if moe is None or moe.score != "sigmoid":
         raise ValueError(
-            "a checkpoint of MLA without experts, or with a softmax router, has no published format yet: keep model.moe "
-            "with score = 'sigmoid', or use attention.kind = 'gqa' for a dense model"
+            "a checkpoint of MLA without experts, or with a softmax router, has no published format yet: keep "
+            "model.moe with score = 'sigmoid', or use attention.kind = 'gqa' for a dense model"
         )
     data |= {
         "architectures": ["DeepseekV3ForCausalLM"],

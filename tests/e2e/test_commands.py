@@ -3,7 +3,7 @@
 import json
 import re
 
-from e2e.kogia_cli import kogia
+from e2e.kogia_cli import kogia, kogia_here
 
 from kogia.log import read_metrics
 
@@ -19,7 +19,7 @@ def test_the_recipe_runs_from_pretraining_to_the_report(pretrained, checkpoint):
     folder = pretrained
     assert [line["step"] for line in read_metrics(folder / "base") if "loss" in line] == list(range(1, 13))
 
-    plan, _ = kogia(folder, "pretrain", "pretrain.toml", "--out", "plan", "--dry-run")
+    plan, _ = kogia_here(folder, "pretrain", "pretrain.toml", "--out", "plan", "--dry-run")
     assert "# parameters" in plan
     assert not (folder / "plan").exists()
 
@@ -31,7 +31,7 @@ def test_the_recipe_runs_from_pretraining_to_the_report(pretrained, checkpoint):
     assert "signal check" not in messages
 
     curate = ("curate", "grpo", "--out", "curated/data.jsonl", *TASK, *SMALL_ENGINE)
-    kogia(folder, *curate, "--num-problems", "12", "--max-tokens", "16", "--min-language-share", "0")
+    kogia_here(folder, *curate, "--num-problems", "12", "--max-tokens", "16", "--min-language-share", "0")
     kept = rows(folder / "curated" / "data.jsonl")
     assert len(kept) > 5
 
@@ -60,7 +60,7 @@ def test_the_recipe_runs_from_pretraining_to_the_report(pretrained, checkpoint):
     chat, _ = kogia(folder, "chat", "tuned", "--max-tokens", "8", "--seed", "0", stdin="say 1\n/reset\nsay 2\n")
     assert len(re.findall(r"\[\d+ tokens, [\d.]+ tokens/s", chat)) == 2
 
-    kogia(folder, "report", ".")
+    kogia_here(folder, "report", ".")
     page = (folder / "report.html").read_text(encoding="utf-8")
     for name in ("base", "grpo", "tuned"):
         assert name in page
