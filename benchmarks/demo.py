@@ -24,7 +24,7 @@ from result import row, write_result
 from kogia.checkpoint.hf import load_model, resolve_model_dir
 from kogia.config import save_toml
 from kogia.demo.config import RECIPES, DemoConfig
-from kogia.demo.run import recipe
+from kogia.demo.run import eval_config, recipe
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
@@ -114,11 +114,9 @@ def control_rows(out: Path, seed: int, threads: int) -> list[dict[str, Any]]:
     rows = []
     suffix = f"-seed{seed}"
     for name, run in (("random-reward", "random_reward"), ("sft-continued", "sft_continued")):
-        engine = ["--engine.block-size", "4", "--engine.max-sequences", "400", "--engine.max-batch-tokens", "4096"]
-        where = [str(out / run), "--name", "heldout", "--out", str(out / run / "evals")]
-        size = ["--num-questions", str(demo.num_questions), "--num-samples", str(demo.num_samples)]
-        decoding = ["--max-tokens", str(rl.max_tokens), "--greedy", "--seed", str(seed), "--device", "cpu"]
-        command("eval", *where, "--tasks", *rl.tasks, *size, *decoding, *engine, "--threads", str(threads))
+        file = out / f"{run}.eval.toml"
+        save_toml(eval_config(demo, out / run), file)
+        command("eval", str(file))
         change = compare(samples(out / "cold_start"), samples(out / run))
         rows.append(points(f"demo-{name}-points{suffix}", change["pass@1"]))
         rows.append(points(f"demo-{name}-greedy-points{suffix}", change["greedy"]))
@@ -138,9 +136,10 @@ def speed_rows(out: Path, seed: int, threads: int) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
     directory = resolve_model_dir(out / "rejection_sft")
     tokenizer, model = Tokenizer.load(directory), load_model(directory)
-    problems = load_task("countdown").problems("test")[:SPEED_PROMPTS]
+    rl = recipe(DemoConfig(out=str(out), seed=seed), "grpo", RLConfig)
+    problems = load_task(rl.tasks[0], rl.task_options.get(rl.tasks[0])).problems("test")[:SPEED_PROMPTS]
     prompts = [render_prompt(problem.messages, tokenizer) for problem in problems]
-    params = SamplingParams(temperature=0.0, max_tokens=192)
+    params = SamplingParams(temperature=0.0, max_tokens=rl.max_tokens)
     tokens: dict[int, list[list[int]]] = {}
     rates: dict[int, list[float]] = {0: [], 1: []}
     acceptance = 0.0

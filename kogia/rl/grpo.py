@@ -27,6 +27,8 @@ from kogia.config import to_dict
 from kogia.data.loader import Batch
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.eval.config import EvalConfig
+from kogia.eval.run import evaluate
 from kogia.model.transformer import Transformer
 from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
 from kogia.rl.config import RLConfig
@@ -92,7 +94,7 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
         pool = VerifyPool(
             spec, config.task_options.get(spec), workers=config.verify_workers, timeout=config.verify_timeout
         )
-        sources.append(ProblemSource(task.name, task.problems("train"), stack.enter_context(pool)))
+        sources.append(ProblemSource(task, task.problems("train"), stack.enter_context(pool)))
     reference = load_model(init, device=model.device, dtype=torch.float32) if config.loss.kl_coef else None
     state = TrainState(
         model,
@@ -121,9 +123,32 @@ def train(run: Run) -> None:
             last = run.rollouts == config.steps
             if last or stop.requested or (config.save_every and run.rollouts % config.save_every == 0):
                 save(run)
+            due = config.eval_every and run.rollouts % config.eval_every == 0
+            if config.eval_questions and not stop.requested and (last or due):
+                metric_log.log(run.rollouts, measure(run))
             if stop.requested and not last:
                 log.info(f"stopped after step {run.rollouts}, saved as {run.state.last_checkpoint}; --resume continues")
                 raise KeyboardInterrupt
+
+
+def measure(run: Run) -> dict[str, float]:
+    """pass@1 on held-out problems of every task, as metrics; files go to evals/."""
+    config = run.config
+    settings = EvalConfig(
+        str(run.out),
+        num_questions=config.eval_questions,
+        num_samples=config.eval_samples,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+    )
+    results = {}
+    for source in run.sources:
+        name = f"{source.task.name}-{run.rollouts:06d}"
+        where = {"checkpoint": str(run.state.last_checkpoint), "out": run.out / "evals"}
+        result = evaluate(run.engine, run.tokenizer, source.task, source.pool, settings, name=name, **where)
+        results[f"eval_{source.task.name}"] = result.summary["pass@1"][0]
+    return results
 
 
 def step(run: Run) -> dict[str, float]:

@@ -18,16 +18,16 @@ from kogia.eval.sample import is_truncated, to_response
 from kogia.model.packed import PackedTokens, pack
 from kogia.rl.loss import PolicyBatch
 from kogia.tasks.pool import VerifyPool
-from kogia.tasks.task import Problem, Verdict
+from kogia.tasks.task import Problem, Task, Verdict
 from kogia.text.chat import render_prompt
 from kogia.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemSource:
-    """The training problems of one task and the workers that verify answers to them."""
+    """A task, its training problems and the workers that verify answers to them."""
 
-    name: str
+    task: Task
     problems: Sequence[Problem]
     pool: VerifyPool
 

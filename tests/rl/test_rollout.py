@@ -26,7 +26,7 @@ def sources():
     options = [{"count": 12}, {"count": 7}]
     pools = [VerifyPool(spec, option, workers=1) for spec, option in zip(SPECS, options, strict=True)]
     tasks = [load_task(spec, option) for spec, option in zip(SPECS, options, strict=True)]
-    yield [ProblemSource(t.name, t.problems("train"), pool) for t, pool in zip(tasks, pools, strict=True)]
+    yield [ProblemSource(t, t.problems("train"), pool) for t, pool in zip(tasks, pools, strict=True)]
     for pool in pools:
         pool.close()
 
