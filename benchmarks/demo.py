@@ -93,9 +93,8 @@ def demo_rows(out: Path, seed: int) -> list[dict[str, Any]]:
         for score in ("pass@1", "pass@8", "greedy"):
             mean, low, high = (100 * x for x in stage[score])
             rows.append(row(f"demo-{name}-{score}-seed{seed}", mean, "%", low=low, high=high))
-        for share in ("truncated", "false_claim", "give_up", "claims_verified"):
-            if stage[share] is not None:
-                rows.append(row(f"demo-{name}-{share}-seed{seed}", 100 * stage[share], "%"))
+        shares = [s for s in ("truncated", "false_claim", "give_up", "claims_verified") if stage[s] is not None]
+        rows += [row(f"demo-{name}-{share}-seed{seed}", 100 * stage[share], "%") for share in shares]
         rows.append(row(f"demo-{name}-think-tokens-seed{seed}", stage["think_tokens"], "tokens"))
     gap = compare(samples(out / "rejection_sft"), samples(out / "student"))["pass@1"]
     return [*rows, points(f"demo-student-minus-teacher-points-seed{seed}", gap)]
