@@ -44,7 +44,7 @@ def rollout(sources, loaded) -> Rollout:
 
 
 def ids(drawn):
-    return [(source.name, problem.id) for source, problem in drawn]
+    return [(source.task.name, problem.id) for source, problem in drawn]
 
 
 def test_a_step_draws_the_same_problems_whenever_it_is_asked_and_others_under_another_seed(sources):
@@ -60,7 +60,7 @@ def test_tasks_take_turns_and_repeat_no_problem_before_all_were_seen(sources):
     drawn = ids(draw_problems(sources, 0, 2 * 84, seed=0))
     assert [name for name, _ in drawn[:4]] == ["checksum", "brief", "checksum", "brief"]
     for source in sources:
-        own = [problem for name, problem in drawn if name == source.name]
+        own = [problem for name, problem in drawn if name == source.task.name]
         size = len(source.problems)
         epochs = [own[i : i + size] for i in range(0, 84, size)]
         assert all(sorted(epoch) == sorted(p.id for p in source.problems) for epoch in epochs)
