@@ -1,6 +1,11 @@
 """Shared settings: one thread per test process, and hypothesis without deadlines (reproducible where CI is set)."""
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell starts background jobs with Ctrl-C ignored; the tests of Ctrl-C need it to arrive
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -27,7 +27,7 @@ def recipes(tmp_path_factory) -> Path:
     """The shipped recipes with short samples, of which curation keeps the wrong ones too."""
     folder = tmp_path_factory.mktemp("recipes")
     changes = {
-        "grpo": {"max_tokens": 48, "overlong_buffer": 16, "prompts_per_step": 4, "group_size": 4},
+        "grpo": {"max_tokens": 48, "prompts_per_step": 4, "group_size": 4},
         "curate": {"max_tokens": 48, "correct_only": "false", "min_language_share": 0.0},
     }
     for file in RECIPES.glob("*.toml"):

@@ -18,11 +18,16 @@ TRACES = list(cold_start_traces(1500, 0, **OPTIONS))
 STEP = re.compile(r"(\d+)([+\-*/])(\d+)=(\d+)")
 
 
+CHECK = re.compile(r"(.+)\?(\d+) (yes|no)")
+
+
 def attempts_of(text):
-    """[(steps, verdict)] of a trace, checking its outer form."""
+    """[(steps, verdict)] of a trace, checking its outer form and that every check names one and the same target."""
     lines = text.split("\n")
     assert lines[-2] == "</think>"
-    attempts = [tuple(line.split(" ")) for line in lines[:-2]]
+    checks = [CHECK.fullmatch(line).groups() for line in lines[:-2]]
+    assert len({target for _, target, _ in checks}) == 1
+    attempts = [(steps, verdict) for steps, _, verdict in checks]
     assert {verdict for _, verdict in attempts} <= {"yes", "no"}
     assert [verdict for _, verdict in attempts[:-1]].count("yes") == 0
     assert (attempts[-1][1] == "yes") == (lines[-1] != "give up")
@@ -194,9 +199,10 @@ def test_every_line_of_the_corpus_is_true():
         assert document.endswith("\n")
         assert document.count("\n") == 8
         for line in document.splitlines():
-            if match := re.fullmatch(r"(\d+) (\d+) (yes|no)", line):
-                assert (match[1] == match[2]) == (match[3] == "yes")
-                kinds["comparison", match[3]] += 1
+            if match := CHECK.fullmatch(line):
+                check_steps(match[1])
+                assert (match[1].rpartition("=")[2] == match[2]) == (match[3] == "yes")
+                kinds["checked", match[1].count("="), match[3]] += 1
             elif match := re.fullmatch(r"(\d+) (plus|minus|times|divided by) (\d+) is (\d+)\.", line):
                 assert parse_expression(match[1] + words[match[2]] + match[3]).value == int(match[4])
                 kinds["sentence"] += 1
@@ -207,9 +213,7 @@ def test_every_line_of_the_corpus_is_true():
             else:
                 check_steps(line)
                 kinds["steps", line.count("=")] += 1
-    assert set(kinds) == {
-        ("comparison", "yes"), ("comparison", "no"), "sentence", "order", ("steps", 1), ("steps", 2)
-    }  # fmt: skip
+    assert set(kinds) == {("checked", 2, "yes"), ("checked", 2, "no"), "sentence", "order", ("steps", 1)}
     assert all(count > 80 for count in kinds.values())
 
 
