@@ -82,7 +82,8 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
     """Parse `[RECIPE.toml] [--flags]`: defaults, then the recipe, then the flags.
 
     Beside one flag per field: `--part.kind gqa` picks the member of a union, `--part none` switches an optional part
-    off, naming a field of an absent part switches it on, and `--table.key value` sets an entry of a free table.
+    off, naming a field of an absent part switches it on, `--table.key value` sets an entry of a free table, and
+    `--tables.name.key value` one of a table of tables.
     A mistake in a flag prints a suggestion and exits with 2, as `--help` prints and exits with 0.
     """
     import tyro
@@ -308,6 +309,11 @@ def _absorb_structure(cls: type, argv: list[str], data: dict[str, Any]) -> list[
     return rest
 
 
+def _is_table_of_tables(hint: Any) -> bool:
+    arguments = typing.get_args(hint)
+    return typing.get_origin(hint) in (dict, Mapping) and typing.get_origin(arguments[1]) in (dict, Mapping)
+
+
 def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: str) -> bool:
     """Apply one flag to `table` if it is structural; says whether it was used up."""
     name, inner = path[0], path[1:]
@@ -322,6 +328,11 @@ def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: 
         return off and table.update({name: "none"}) is None
     if len(inner) == 1 and any(typing.get_origin(m) in (dict, Mapping) or m is dict for m in members):
         table.setdefault(name, dict(fallback) if isinstance(fallback, Mapping) else {})[inner[0]] = _toml_value(value)
+        return True
+    if len(inner) > 1 and any(_is_table_of_tables(m) for m in members):
+        # --task_options.my_pkg.tasks:Sudoku.size 9: the entry's own name may hold dots
+        entries = table.setdefault(name, dict(fallback) if isinstance(fallback, Mapping) else {})
+        entries.setdefault(".".join(inner[:-1]), {})[inner[-1]] = _toml_value(value)
         return True
     if not tables or table.get(name, {}) == "none" or not isinstance(table.get(name, {}), dict):
         return False

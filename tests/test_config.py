@@ -300,3 +300,14 @@ def test_the_form_that_flags_fill_in_never_leaks():
     recipe = parse("--out", "x", "--model.dim", "64")
     assert all(value is not tyro.MISSING for value in dataclasses.asdict(recipe).values())
     assert recipe == from_dict(Recipe, to_dict(recipe))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tabled:
+    options: dict[str, dict[str, int | str | bool]] = dataclasses.field(default_factory=dict)
+
+
+def test_a_flag_sets_one_entry_of_a_table_of_tables_whose_name_may_hold_dots():
+    flags = ["--options.my_pkg.tasks:Sudoku.size", "9", "--options.countdown.max-target", "50"]
+    parsed = parse_args(Tabled, flags, prog="p", description="d")
+    assert parsed.options == {"my_pkg.tasks:Sudoku": {"size": 9}, "countdown": {"max_target": 50}}
