@@ -74,7 +74,9 @@ def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def command(*arguments: str) -> None:
     """Run a kogia command; stops the benchmark if it fails."""
-    subprocess.run([sys.executable, "-c", "import sys; from kogia.cli import main; sys.exit(main())", *arguments], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import sys; from kogia.cli import main; sys.exit(main())", *arguments], check=True
+    )
 
 
 def demo_rows(out: Path, seed: int) -> list[dict[str, Any]]:
