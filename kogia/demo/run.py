@@ -229,7 +229,7 @@ def _task_flags(config: DemoConfig) -> str:
 def _farewell(config: DemoConfig, done: Stages) -> None:
     out = Path(config.out)
     print(f"\nDone in {done.seconds / 60:.1f} minutes. The report is {out / 'report.html'}. Next:\n")
-    print(f"  kogia chat {out / 'grpo'} --single            # type: numbers 4 6 15 target 17")
+    print(f"  kogia chat {out / 'rejection_sft'} --single            # type: numbers 4 6 15 target 17")
     print(f"  kogia eval {out / 'grpo'} --tasks countdown {_task_flags(config)}    # measure it again, your way")
     print(
         f"  kogia rl --init {out / 'cold_start'} --out runs/mine --tasks my_tasks:MyTask    # reinforce your own task"
