@@ -36,7 +36,7 @@ from kogia.text.chat import render_prompt
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.config import SupervisedConfig
 
-SPEED_PROMPTS = 40
+SPEED_PROMPTS = 20
 
 
 def main() -> None:
@@ -144,7 +144,7 @@ def speed_rows(out: Path, seed: int, threads: int) -> list[dict[str, Any]]:
     tokens: dict[int, list[list[int]]] = {}
     rates: dict[int, list[float]] = {0: [], 1: []}
     acceptance = 0.0
-    for repeat in range(4):  # the first is a warm-up
+    for repeat in range(3 + 1):  # the first is a warm-up
         for drafts in (0, 1):
             engine = Engine(model, tokenizer, EngineConfig(num_draft_tokens=drafts, num_blocks=256, prefix_cache=False))
             start = time.perf_counter()
