@@ -32,6 +32,8 @@ from kogia.train.supervised import main as run_supervised
 
 T = TypeVar("T")
 STAGES_FILE = "stages.json"
+DRAFTING_STAGE = "rejection_sft"
+"""The stage whose recipe trains the multi-token-prediction module."""
 RUNS_PREFIX = "runs/demo"
 """What the recipes call the demonstration's directory; replaced by `out`."""
 
@@ -63,6 +65,8 @@ def main(config: DemoConfig) -> None:
         if name in STAGES:
             done.run(f"{name}_eval", lambda name=name: measure(config, name))
             log.info(f"      {_score_line(out, name)}")
+        if name == DRAFTING_STAGE:
+            done.run("drafting", lambda: measure_drafting(config))
     done.run("report", lambda: summarise_and_report(config, done))
     _farewell(config, done)
 
@@ -157,6 +161,14 @@ def measure(config: DemoConfig, name: str) -> None:
     run_eval(eval_config(config, Path(config.out) / name))
 
 
+def measure_drafting(config: DemoConfig) -> None:
+    """How many drafts of the multi-token-prediction module the model accepts; files go to evals/drafting.*."""
+    held_out = eval_config(config, Path(config.out) / DRAFTING_STAGE)
+    drafting = replace(held_out.engine, num_draft_tokens=1)
+    num_questions = min(100, config.num_questions)
+    run_eval(replace(held_out, num_questions=num_questions, num_samples=0, name="drafting", engine=drafting))
+
+
 def eval_config(config: DemoConfig, run: Path) -> EvalConfig:
     """pass@1 at temperature 1, pass@8, maj@8 and greedy, under the task and limits that GRPO trained with."""
     rl = recipe(config, "grpo", RLConfig)
@@ -197,6 +209,9 @@ def summarise_and_report(config: DemoConfig, done: Stages) -> None:
         }
         skipped = {"name", "task", "split", "checkpoint", "sampling", "seconds"}
         stages.append(entry | {key: value for key, value in result.items() if key not in skipped})
+        if name == DRAFTING_STAGE:
+            drafting = json.loads((out / name / "evals" / "drafting.json").read_text(encoding="utf-8"))
+            stages[-1]["mtp_acceptance"] = drafting["mtp_acceptance"]
     summary = {
         "seconds": round(done.seconds, 1),
         "peak_memory_bytes": done.state.get("peak_memory_bytes", peak_memory_bytes()),

@@ -63,7 +63,8 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 
 def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
+    # only newlines separate: a prompt, or the text inside a JSON line, may hold U+2028 and its like
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _read_file(path: Path) -> list[str]:
