@@ -81,7 +81,8 @@ def test_the_demo_goes_on_after_ctrl_c_and_writes_its_summary_and_report(finishe
         assert 0 <= stage["truncated"] <= 1
         assert 0 < stage["think_tokens"] <= 48
         assert sum(stage["status_counts"].values()) == 8 * 2
-        samples = (demo / stage["name"] / "evals" / "heldout.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = (demo / stage["name"] / "evals" / "heldout.jsonl").read_text(encoding="utf-8")
+        samples = lines.rstrip("\n").split("\n")
         assert len(samples) == 8 * 3  # two sampled and one greedy
     page = (demo / "report.html").read_text(encoding="utf-8")
     assert len(page) > 10_000
