@@ -133,12 +133,17 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        notes.append(f"{path.parent.name}/{path.name} is left out: {error}")
+        notes.append(f"{_place(path)} is left out: {error}")
         return {}
     if not isinstance(data, dict):
-        notes.append(f"{path.parent.name}/{path.name} is left out: it holds no JSON object")
+        notes.append(f"{_place(path)} is left out: it holds no JSON object")
         return {}
     return data
+
+
+def _place(path: Path) -> str:
+    """The file as a reader looks for it: below its stage's directory."""
+    return "/".join(path.parts[-3:] if path.parent.name == "evals" else path.parts[-2:])
 
 
 def _load_stage(directory: Path, notes: list[str]) -> Stage:
