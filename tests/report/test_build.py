@@ -62,7 +62,9 @@ def test_the_page_asks_nothing_of_any_other_place(demo):
 
 def test_the_lift_is_split_into_ability_and_sharpening(demo):
     stages = load_run(demo).stages
-    words = " ".join(explain_lift(*before_and_after(stages, headline_group(stages))))
+    pair = before_and_after(stages, headline_group(stages))
+    assert pair is not None
+    words = " ".join(explain_lift(*pair))
     # greedy rose by 10.0 of the 27.7 points: 36% ability, 64% sharpening
     assert "+27.7 points" in words
     assert "the 95% intervals do not overlap" in words
