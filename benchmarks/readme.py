@@ -51,9 +51,12 @@ def figures(rows: dict[str, Any], result: dict[str, Any]) -> str:
         right = f"{mean(claims):.0f}%" if any(f"demo-{claims}-seed{s}" in rows for s in seeds) else "–"
         scores = " | ".join(f"{mean(f'{stage}-{score}'):.1f}%" for score in ("pass@1", "pass@8", "greedy"))
         thinks, unstopped = mean(f"{stage}-think-tokens"), mean(f"{stage}-truncated")
-        lines.append(f"| {words} | {scores} | {thinks:.0f} | {unstopped:.0f}% | {right} |")
+        measured = sum(f"demo-{stage}-pass@1-seed{s}" in rows for s in seeds)
+        fewer = "" if measured == len(seeds) else f" ({measured} of the seeds)"
+        lines.append(f"| {words}{fewer} | {scores} | {thinks:.0f} | {unstopped:.0f}% | {right} |")
     overlap = sum(bool(rows[f"demo-lift-points-seed{s}"]["overlap"]) for s in seeds)
-    seconds = ", ".join(f"{rows[f'demo-seconds-seed{s}']['value'] / 60:.1f}" for s in seeds)
+    timed = [rows[f"demo-seconds-seed{s}"]["value"] / 60 for s in seeds if f"demo-seconds-seed{s}" in rows]
+    minutes = ", ".join(f"{value:.1f}" for value in timed)
     lines += [
         "",
         f"* GRPO's lift in points of pass@1, per seed with the 95% interval of the paired difference: "
@@ -64,8 +67,16 @@ def figures(rows: dict[str, Any], result: dict[str, Any]) -> str:
         f"* Multi-token prediction on the final model, one prompt at a time: {100 * mean('mtp-acceptance'):.0f}% of "
         f"drafts accepted, {mean('mtp-speedup'):.2f}x the speed, greedy output identical for "
         f"{100 * mean('mtp-identical-greedy'):.0f}% of prompts.",
-        f"* Minutes per seed: {seconds}. Peak memory {rows['demo-peak-gib']['high']:.1f} GiB.",
+        f"* The whole demonstration took {minutes} minutes. Peak memory {rows['demo-peak-gib']['high']:.1f} GiB.",
     ]
+    recipes = {row["recipe"]: [] for row in rows.values() if "recipe" in row}
+    for id, row in rows.items():
+        if "recipe" in row:
+            recipes[row["recipe"]].append(id)
+    if len(recipes) > 1:
+        lines.append(
+            "* Not all with one recipe: " + "; ".join(f"{r} ({len(ids)} figures)" for r, ids in recipes.items())
+        )
     return "\n".join(lines)
 
 
