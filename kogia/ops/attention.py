@@ -156,21 +156,22 @@ def paged_attention(
         keys = context[..., : num_kv_heads * qk_dim].unflatten(-1, (num_kv_heads, qk_dim)).transpose(1, 2)
         values = context[..., value_offset : value_offset + num_kv_heads * value_dim]
         values = values.unflatten(-1, (num_kv_heads, value_dim)).transpose(1, 2)
+        visible = _visible(lens, contexts, bucket.width, num_keys)[:, None]
         picked = q[bucket.rows] if some else q
-        if bucket.width == 1:
-            grid = picked.view(num_seqs, 1, num_kv_heads, group, qk_dim)
-        else:
-            grid = q.new_zeros(num_seqs * bucket.width, heads, qk_dim).index_copy_(0, bucket.slots, picked)
-            grid = grid.view(num_seqs, bucket.width, num_kv_heads, group, qk_dim)
-        # [seqs, kv_heads, width * group, qk] so that one batched product serves all query heads of a key head
-        grid = grid.transpose(1, 2).reshape(num_seqs, num_kv_heads, bucket.width * group, qk_dim)
-        scores = (grid @ keys.transpose(-1, -2)).float().mul_(scale)
-        hidden = ~_visible(lens, contexts, bucket.width, num_keys)
-        scores = scores.view(num_seqs, num_kv_heads, bucket.width, group, num_keys)
-        scores.masked_fill_(hidden[:, None, :, None], float("-inf"))
-        weights = scores.softmax(-1).to(values.dtype).view(num_seqs, num_kv_heads, bucket.width * group, num_keys)
-        mixed = (weights @ values).view(num_seqs, num_kv_heads, bucket.width, group, value_dim)
-        flat = mixed.transpose(1, 2).reshape(num_seqs * bucket.width, heads, value_dim)
+        if bucket.width > 1:
+            picked = q.new_zeros(num_seqs * bucket.width, heads, qk_dim).index_copy_(0, bucket.slots, picked)
+        grid = picked.view(num_seqs, bucket.width, heads, qk_dim)
+        if num_kv_heads > 1:
+            mixed = F.scaled_dot_product_attention(
+                grid.transpose(1, 2), keys, values, attn_mask=visible, scale=scale, enable_gqa=group > 1
+            ).transpose(1, 2)
+        else:  # one key head: all query heads are rows of a single product, and no key is copied for them
+            flat = grid.reshape(num_seqs, bucket.width * heads, qk_dim)
+            scores = (flat @ keys[:, 0].transpose(-1, -2)).float().mul_(scale)
+            scores = scores.view(num_seqs, bucket.width, heads, num_keys)
+            scores.masked_fill_(~visible[:, 0, :, None], float("-inf"))
+            mixed = scores.softmax(-1).to(values.dtype).flatten(1, 2) @ values[:, 0]
+        flat = mixed.reshape(num_seqs * bucket.width, heads, value_dim)
         picked = flat if bucket.width == 1 else flat.index_select(0, bucket.slots)
         if bucket.rows is None:
             return picked
