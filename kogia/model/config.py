@@ -1,8 +1,8 @@
 """What a model is, as frozen values. Torch-free, so `kogia plan` and `--help` never pay for importing it.
 
-One `ModelConfig` describes every model of the family: DeepSeek-V3 (MLA + DeepSeekMoE + MTP), and the dense
-grouped-query students it is distilled into. Sizes follow the papers: DeepSeek-V2 section 2.1 (MLA), DeepSeekMoE
-section 3, DeepSeek-V3 sections 2.1 and 2.2.
+One `ModelConfig` describes every model of the family: DeepSeek-V2 and V3 (MLA + DeepSeekMoE + MTP), V3.2 (with sparse
+attention), DeepSeekMoE and its baselines (MHA + experts), and the Llama and Qwen models it is distilled into. Sizes
+follow the papers: DeepSeekMoE section 3, DeepSeek-V2 section 2.1 (MLA), DeepSeek-V3 sections 2.1 and 2.2.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,13 @@ class YarnConfig:
     """YaRN context extension of the rotary part (DeepSeek-V2 section 3.1.4).
 
     `mscale_all_dim` enters the softmax scale as (0.1 * mscale_all_dim * ln(factor) + 1)^2 at every position, because
-    only the rotary part of a head carries the rotation; cos and sin stay unscaled when both mscales are equal.
+    only the rotary part of a head carries the rotation; cos and sin stay unscaled when both mscales are equal. That is
+    MLA; in grouped-query attention every dimension turns, and cos and sin alone carry the ratio of the two.
     """
 
-    factor: float
-    original_max_position: int
+    kind: Literal["yarn"] = "yarn"
+    factor: float = 40.0
+    original_max_position: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
@@ -27,8 +29,35 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class Llama3RopeConfig:
+    """Llama 3.1's extension: wavelengths over `original_max_position / low_freq_factor` are stretched by `factor`,
+    those under `original_max_position / high_freq_factor` kept, the ones between blended."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+RopeScaling = YarnConfig | Llama3RopeConfig | None
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """The lightning indexer of DeepSeek sparse attention (DeepSeek-V3.2): it picks the tokens a query may attend to."""
+
+    num_heads: int = 64
+    head_dim: int = 128
+    """Width of an index head; its first `qk_rope_head_dim` numbers carry rotary positions, half-split."""
+    topk: int = 2048
+    """Tokens that each query attends to."""
+
+
+@dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention. The cache holds `kv_lora_rank + qk_rope_head_dim` numbers per token and layer."""
+    """Multi-head latent attention. The cache holds `kv_lora_rank + qk_rope_head_dim` numbers per token and layer, and
+    the indexer's key where there is one."""
 
     kind: Literal["mla"] = "mla"
     num_heads: int = 4
@@ -39,12 +68,18 @@ class MLAConfig:
     qk_rope_head_dim: int = 16
     v_head_dim: int = 32
     rope_theta: float = 10000.0
-    yarn: YarnConfig | None = None
+    rope_scaling: YarnConfig | None = None
+    indexer: IndexerConfig | None = None
+
+    @property
+    def latent_row(self) -> int:
+        """Numbers that attention itself reads per cached token: the normed latent and the rotated shared key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def cache_row(self) -> int:
-        """Numbers cached per token and layer: the normed latent and the rotated shared key."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+        """Numbers cached per token and layer: the latent row, then the indexer's key."""
+        return self.latent_row + (self.indexer.head_dim if self.indexer is not None else 0)
 
     @property
     def qk_head_dim(self) -> int:
@@ -53,7 +88,7 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class GQAConfig:
-    """Grouped-query attention of the dense students (Llama, Qwen2); `num_kv_heads == num_heads` is MHA, 1 is MQA."""
+    """Grouped-query attention (Llama, Qwen, DeepSeekMoE); `num_kv_heads == num_heads` is MHA, 1 is MQA."""
 
     kind: Literal["gqa"] = "gqa"
     num_heads: int = 4
@@ -62,6 +97,9 @@ class GQAConfig:
     rope_theta: float = 10000.0
     qkv_bias: bool = False
     """Qwen2 carries a bias on the query, key and value projections; Llama does not."""
+    qk_norm: bool = False
+    """Qwen3 normalises each query and key head before the rotation."""
+    rope_scaling: YarnConfig | Llama3RopeConfig | None = None
 
     @property
     def cache_row(self) -> int:
@@ -195,6 +233,8 @@ class ModelConfig:
 
 def _check_attention(attention: MLAConfig | GQAConfig) -> None:
     rotary = "qk_rope_head_dim" if attention.kind == "mla" else "head_dim"
+    if attention.kind == "mla" and attention.indexer is not None:
+        _check_indexer(attention, attention.indexer)
     sizes = {name: value for name, value in vars(attention).items() if name.endswith(("_heads", "_dim", "_rank"))}
     for name, value in sizes.items():
         if value is not None and value < 1:
@@ -208,13 +248,28 @@ def _check_attention(attention: MLAConfig | GQAConfig) -> None:
         )
 
 
+def _check_indexer(attention: MLAConfig, indexer: IndexerConfig) -> None:
+    for name in ("num_heads", "head_dim", "topk"):
+        if getattr(indexer, name) < 1:
+            raise ValueError(f"model.attention.indexer.{name} = {getattr(indexer, name)}: must be at least 1")
+    if attention.q_lora_rank is None:
+        raise ValueError("model.attention.indexer needs q_lora_rank: its queries come from the compressed query")
+    if indexer.head_dim < attention.qk_rope_head_dim:
+        raise ValueError(
+            f"model.attention.indexer.head_dim = {indexer.head_dim}: must hold qk_rope_head_dim = "
+            f"{attention.qk_rope_head_dim}"
+        )
+
+
 def _vocab_params(config: ModelConfig) -> int:
     return config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
 
 
 def _attention_norm_params(config: ModelConfig) -> int:
-    attention = config.attention
-    return (attention.q_lora_rank or 0) + attention.kv_lora_rank if attention.kind == "mla" else 0
+    a = config.attention
+    if a.kind == "gqa":
+        return 2 * a.head_dim if a.qk_norm else 0
+    return (a.q_lora_rank or 0) + a.kv_lora_rank + (2 * a.indexer.head_dim if a.indexer is not None else 0)
 
 
 def _norm_params(config: ModelConfig) -> int:
@@ -225,11 +280,20 @@ def _attention_params(config: ModelConfig) -> int:
     a, dim = config.attention, config.dim
     if a.kind == "gqa":
         qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-        return dim * qkv + (qkv if a.qkv_bias else 0) + a.num_heads * a.head_dim * dim
+        bias = qkv if a.qkv_bias else 0
+        return dim * qkv + bias + a.num_heads * a.head_dim * dim + _attention_norm_params(config)
     q_out = a.num_heads * a.qk_head_dim
     query = dim * q_out if a.q_lora_rank is None else a.q_lora_rank * (dim + q_out)
-    kv = dim * a.cache_row + a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
-    return query + kv + a.num_heads * a.v_head_dim * dim + _attention_norm_params(config)
+    kv = dim * a.latent_row + a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    return query + kv + a.num_heads * a.v_head_dim * dim + _indexer_params(config) + _attention_norm_params(config)
+
+
+def _indexer_params(config: ModelConfig) -> int:
+    a = config.attention
+    if a.kind == "gqa" or a.indexer is None:
+        return 0
+    i, rank = a.indexer, a.q_lora_rank or 0
+    return rank * i.num_heads * i.head_dim + config.dim * (i.head_dim + i.num_heads)
 
 
 def _layer_params(config: ModelConfig, layer: int) -> int:

@@ -1,29 +1,36 @@
-"""Grouped-query attention, the dense students' attention. Multi-head and multi-query attention are its two ends."""
+"""Grouped-query attention (Llama, Qwen, DeepSeekMoE). Multi-head and multi-query attention are its two ends."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kogia.model.config import GQAConfig
-from kogia.model.layers import StepContext
+from kogia.model.layers import RMSNorm, StepContext
+from kogia.model.linear import Linear
 from kogia.ops.attention import paged_attention, varlen_attention
 from kogia.ops.rope import rotate_half_split
 
 
 class GQA(nn.Module):
-    def __init__(self, dim: int, config: GQAConfig, layer: int) -> None:
+    def __init__(self, dim: int, config: GQAConfig, norm_eps: float, layer: int) -> None:
         super().__init__()
         self.config, self.layer, self.scale = config, layer, config.head_dim**-0.5
         kv_width = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(dim, config.num_heads * config.head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(dim, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(dim, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, dim, bias=False)
+        self.q_proj = Linear(dim, config.num_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(dim, kv_width, bias=config.qkv_bias)
+        self.v_proj = Linear(dim, kv_width, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_heads * config.head_dim, dim)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, norm_eps)
 
     def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
         c = self.config
-        q = rotate_half_split(self.q_proj(x).view(-1, c.num_heads, c.head_dim), step.cos, step.sin)
-        k = rotate_half_split(self.k_proj(x).view(-1, c.num_kv_heads, c.head_dim), step.cos, step.sin)
+        q = self.q_proj(x).view(-1, c.num_heads, c.head_dim)
+        k = self.k_proj(x).view(-1, c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate_half_split(part, step.cos, step.sin) for part in (q, k))
         v = self.v_proj(x).view(-1, c.num_kv_heads, c.head_dim)
         cache = step.cache
         if cache is None:

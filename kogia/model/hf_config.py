@@ -135,7 +135,7 @@ def _deepseek(data: Mapping[str, Any]) -> ModelConfig:
         qk_rope_head_dim=data["qk_rope_head_dim"],
         v_head_dim=data["v_head_dim"],
         rope_theta=theta,
-        yarn=_yarn(scaling) if scaling else None,
+        rope_scaling=_yarn(scaling) if scaling else None,
     )
     moe = MoEConfig(
         num_experts=data["n_routed_experts"],
@@ -233,8 +233,8 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "rope_theta": a.rope_theta,
         "rope_scaling": None,
     }
-    if a.yarn is not None:
-        y = a.yarn
+    if a.rope_scaling is not None:
+        y = a.rope_scaling
         data["rope_scaling"] = {
             "type": "yarn",
             "factor": y.factor,

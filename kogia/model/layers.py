@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
+from kogia.model.linear import Linear
 from kogia.model.packed import PackedTokens
 from kogia.ops.attention import _Bucket, buckets_by_length
 from kogia.ops.norm import rms_norm
@@ -43,9 +44,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, width, bias=False)
-        self.up_proj = nn.Linear(dim, width, bias=False)
-        self.down_proj = nn.Linear(width, dim, bias=False)
+        self.gate_proj = Linear(dim, width)
+        self.up_proj = Linear(dim, width)
+        self.down_proj = Linear(width, dim)
 
     def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

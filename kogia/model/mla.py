@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kogia.model.cache import StepCache
 from kogia.model.config import MLAConfig
 from kogia.model.layers import RMSNorm, StepContext
+from kogia.model.linear import Linear
 from kogia.ops.attention import paged_attention, varlen_attention
 from kogia.ops.rope import rotate_interleaved, yarn_mscale
 
@@ -27,8 +28,8 @@ from kogia.ops.rope import rotate_interleaved, yarn_mscale
 def softmax_scale(config: MLAConfig) -> float:
     """(nope + rope)^-0.5, times YaRN's mscale squared when the context is extended (never the latent width)."""
     scale = config.qk_head_dim**-0.5
-    if config.yarn is not None:
-        scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    if config.rope_scaling is not None:
+        scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
     return scale
 
 
@@ -38,15 +39,15 @@ class MLA(nn.Module):
         self.config, self.layer, self.scale = config, layer, softmax_scale(config)
         heads, rank = config.num_heads, config.kv_lora_rank
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(dim, heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(dim, heads * config.qk_head_dim)
         else:
-            self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(dim, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(dim, rank + config.qk_rope_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(dim, rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(rank, norm_eps)
-        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, dim, bias=False)
+        self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, dim)
 
     def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
         c = self.config
@@ -78,7 +79,7 @@ class MLA(nn.Module):
         c = self.config
         rows = cache.pool.rows[self.layer]
         rows.index_copy_(0, cache.slots, torch.cat((latent, k_rope), -1).to(rows.dtype))
-        up = self.kv_b_proj.weight.view(c.num_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+        up = self.kv_b_proj.dense_weight(latent.dtype).view(c.num_heads, -1, c.kv_lora_rank)
         w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
         mixed = paged_attention(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kogia.model.config import MoEConfig
 from kogia.model.layers import FeedForward
+from kogia.ops.fp8 import dequantize_blocks, quantize_blocks, scale_shape
 from kogia.ops.moe import (
     affinities,
     combine,
@@ -71,17 +72,66 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, stacked: [experts, gate | up, dim] and [experts, dim, width]."""
+    """All routed experts of a layer, stacked: [experts, gate | up, dim] and [experts, dim, width].
+
+    FP8 weights have their block scales beside them. Gate and up are scaled apart, as they are stored:
+    [experts, 2, ceil(width / 128), ceil(dim / 128)] and [experts, ceil(dim / 128), ceil(width / 128)].
+    """
+
+    gate_up_scale_inv: Tensor | None
+    down_scale_inv: Tensor | None
 
     def __init__(self, dim: int, num_experts: int, width: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, width))
+        self.register_buffer("gate_up_scale_inv", None)
+        self.register_buffer("down_scale_inv", None)
 
     def forward(
         self, rows: Float[Tensor, "routed dim"], counts: Int[Tensor, " experts"]
     ) -> Float[Tensor, "routed dim"]:
+        if self.gate_up_scale_inv is not None:
+            return self._forward_fp8(rows, counts)
         return grouped_linear(swiglu(grouped_linear(rows, self.gate_up_proj, counts)), self.down_proj, counts)
+
+    def _forward_fp8(self, rows: Tensor, counts: Tensor) -> Float[Tensor, "routed dim"]:
+        """One expert at a time: only the experts in use are dequantised, and never two at once."""
+        out = []
+        for expert, own in enumerate(rows.split(counts.tolist())):
+            if len(own):
+                gate_up, down = self.dense_expert(expert, rows.dtype)
+                out.append(swiglu(own @ gate_up.T) @ down.T)
+        return torch.cat(out) if out else rows
+
+    def dense_expert(
+        self, expert: int, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "two_width dim"], Float[Tensor, "dim width"]]:
+        """(gate | up, down) of one expert, dequantised where they are FP8."""
+        gate_up, down = self.gate_up_proj[expert], self.down_proj[expert]
+        if self.gate_up_scale_inv is None or self.down_scale_inv is None:
+            return gate_up, down
+        halves = dequantize_blocks(gate_up.unflatten(0, (2, -1)), self.gate_up_scale_inv[expert], dtype)
+        return halves.flatten(0, 1), dequantize_blocks(down, self.down_scale_inv[expert], dtype)
+
+    def make_fp8(self) -> None:
+        """Turn the stacks into uninitialised FP8 with uninitialised scales, on their device (meta included)."""
+        gate_up, down, device = self.gate_up_proj, self.down_proj, self.gate_up_proj.device
+        halves = gate_up.unflatten(1, (2, -1)).shape
+        for name, tensor in (("gate_up_proj", gate_up), ("down_proj", down)):
+            empty = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn, device=device)
+            setattr(self, name, nn.Parameter(empty, requires_grad=False))
+        self.gate_up_scale_inv = torch.empty(scale_shape(halves), dtype=torch.float32, device=device)
+        self.down_scale_inv = torch.empty(scale_shape(down.shape), dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def quantize(self, *, power_of_two: bool = False) -> None:
+        """Round dense stacks to FP8 blocks in place."""
+        halves = self.gate_up_proj.unflatten(1, (2, -1))
+        gate_up, self.gate_up_scale_inv = quantize_blocks(halves, power_of_two=power_of_two)
+        down, self.down_scale_inv = quantize_blocks(self.down_proj, power_of_two=power_of_two)
+        self.gate_up_proj = nn.Parameter(gate_up.flatten(1, 2), requires_grad=False)
+        self.down_proj = nn.Parameter(down, requires_grad=False)
 
 
 class MoE(nn.Module):

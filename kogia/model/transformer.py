@@ -10,19 +10,27 @@ paper's equation 21 writes the hidden state first), and h_i is the residual stre
 Parameter names are those of the Hugging Face checkpoints; only the routed experts are stacked (checkpoint/hf.py).
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
-from kogia.model.config import MLAConfig, ModelConfig
+from kogia.model.config import Llama3RopeConfig, MLAConfig, ModelConfig, YarnConfig
 from kogia.model.gqa import GQA
 from kogia.model.layers import FeedForward, RMSNorm, StepContext, step_context
 from kogia.model.mla import MLA
 from kogia.model.moe import MoE, Router
 from kogia.model.packed import PackedTokens
 from kogia.ops.logprob import linear_logprob
-from kogia.ops.rope import inverse_frequencies, rope_angles, yarn_inverse_frequencies, yarn_mscale
+from kogia.ops.rope import (
+    inverse_frequencies,
+    llama3_inverse_frequencies,
+    rope_angles,
+    yarn_inverse_frequencies,
+    yarn_mscale,
+)
 
 
 class DecoderLayer(nn.Module):
@@ -31,7 +39,7 @@ class DecoderLayer(nn.Module):
         dim, eps, attention = config.dim, config.norm_eps, config.attention
         self.input_layernorm = RMSNorm(dim, eps)
         self.self_attn = (
-            MLA(dim, attention, eps, layer) if isinstance(attention, MLAConfig) else GQA(dim, attention, layer)
+            MLA(dim, attention, eps, layer) if isinstance(attention, MLAConfig) else GQA(dim, attention, eps, layer)
         )
         self.post_attention_layernorm = RMSNorm(dim, eps)
         if config.moe is not None and config.is_moe_layer(layer):
@@ -172,21 +180,20 @@ class Transformer(nn.Module):
 def _rope(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
     """Inverse frequencies of the rotary part and the factor on cos and sin."""
     attention = config.attention
-    if not isinstance(attention, MLAConfig):
-        return inverse_frequencies(attention.head_dim, attention.rope_theta).to(device), 1.0
-    dim, yarn = attention.qk_rope_head_dim, attention.yarn
-    if yarn is None:
-        return inverse_frequencies(dim, attention.rope_theta).to(device), 1.0
-    theta = yarn_inverse_frequencies(
-        dim,
-        attention.rope_theta,
-        factor=yarn.factor,
-        original_max_position=yarn.original_max_position,
-        beta_fast=yarn.beta_fast,
-        beta_slow=yarn.beta_slow,
-    )
-    ratio = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-    return theta.to(device), ratio
+    dim = attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
+    base, scaling = attention.rope_theta, attention.rope_scaling
+    if scaling is None:
+        return inverse_frequencies(dim, base).to(device), 1.0
+    if isinstance(scaling, Llama3RopeConfig):
+        return llama3_inverse_frequencies(dim, base, **_fields(scaling)).to(device), 1.0
+    numbers = _fields(scaling)
+    mscale, all_dim = numbers.pop("mscale"), numbers.pop("mscale_all_dim")
+    ratio = yarn_mscale(scaling.factor, mscale) / yarn_mscale(scaling.factor, all_dim)
+    return yarn_inverse_frequencies(dim, base, **numbers).to(device), ratio
+
+
+def _fields(scaling: YarnConfig | Llama3RopeConfig) -> dict[str, Any]:
+    return {name: value for name, value in vars(scaling).items() if name != "kind"}
 
 
 def build_model(

@@ -37,6 +37,23 @@ def yarn_inverse_frequencies(
     return theta * (1 - ramp) + theta / factor * ramp
 
 
+def llama3_inverse_frequencies(
+    dim: int,
+    base: float,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position: int,
+) -> Float[Tensor, " half"]:
+    """Llama 3.1: divide the pairs that turn less than `low_freq_factor` times over the original context by `factor`,
+    keep those that turn more than `high_freq_factor` times, blend linearly in between."""
+    theta = inverse_frequencies(dim, base)
+    turns = original_max_position * theta / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return theta * kept + theta / factor * (1 - kept)
+
+
 def yarn_mscale(factor: float, mscale: float) -> float:
     """0.1 * mscale * ln(factor) + 1; squared it multiplies the softmax scale. 1 when the context is not extended."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

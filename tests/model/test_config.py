@@ -16,7 +16,7 @@ V3 = ModelConfig(
     ffn_dim=18432,
     attention=MLAConfig(
         num_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        yarn=YARN,
+        rope_scaling=YARN,
     ),
     moe=MoEConfig(
         num_experts=256, num_shared_experts=1, topk=8, expert_dim=2048, num_groups=8, topk_groups=4, routed_scale=2.5,
@@ -75,8 +75,8 @@ def test_training_flops_count_the_active_matrices_and_half_the_attention_square(
 def test_softmax_scales_are_those_of_the_released_models():
     v2 = replace(YARN, mscale=0.707, mscale_all_dim=0.707)
     assert softmax_scale(V3.attention) == pytest.approx(0.1352338, abs=1e-7)
-    assert softmax_scale(replace(V3.attention, yarn=v2)) == pytest.approx(0.1147214, abs=1e-7)
-    assert softmax_scale(replace(V3.attention, yarn=None)) == pytest.approx(0.0721688, abs=1e-7)
+    assert softmax_scale(replace(V3.attention, rope_scaling=v2)) == pytest.approx(0.1147214, abs=1e-7)
+    assert softmax_scale(replace(V3.attention, rope_scaling=None)) == pytest.approx(0.0721688, abs=1e-7)
 
 
 @st.composite

@@ -19,7 +19,7 @@ SMALL = ModelConfig(
 YARN = YarnConfig(factor=4.0, original_max_position=8)
 VARIANTS = {
     "mla": SMALL,
-    "mla, direct queries, yarn": replace(SMALL, attention=replace(MLA, q_lora_rank=None, yarn=YARN)),
+    "mla, direct queries, yarn": replace(SMALL, attention=replace(MLA, q_lora_rank=None, rope_scaling=YARN)),
     "mla, dense, tied": replace(SMALL, moe=None, num_mtp_layers=0, tie_embeddings=True),
     "gqa": replace(
         SMALL, attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=4, qkv_bias=True), moe=None, num_mtp_layers=0

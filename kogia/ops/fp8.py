@@ -1,0 +1,51 @@
+"""Block-scaled FP8 weights, as DeepSeek-V3 publishes them (DeepSeek-V3 section 3.3, README_WEIGHTS).
+
+    W[a, b] = q[a, b] * scale_inv[a // 128, b // 128]         q in E4M3, one float32 scale per 128 x 128 block
+
+Despite its name the stored `scale_inv` multiplies. Blocks at the lower and right edge are cut where the matrix ends.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BLOCK = 128
+E4M3_MAX = 448.0
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a [..., out, in] weight: one per block, edges included."""
+    return (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
+
+
+def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """[..., blocks, blocks] -> [..., rows, columns], each scale over its block."""
+    return scale.repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
+
+
+def dequantize_blocks(
+    weight: Float[Tensor, "*stack out in"], scale_inv: Float[Tensor, "*stack out_blocks in_blocks"], dtype: torch.dtype
+) -> Float[Tensor, "*stack out in"]:
+    """The dense weight; the product is taken in float32 and rounded once."""
+    assert tuple(scale_inv.shape) == scale_shape(weight.shape), f"{weight.shape} does not fit scales {scale_inv.shape}"
+    return weight.float().mul_(_spread(scale_inv.float(), *weight.shape[-2:])).to(dtype)
+
+
+def quantize_blocks(
+    weight: Float[Tensor, "*stack out in"], *, power_of_two: bool = False
+) -> tuple[Float[Tensor, "*stack out in"], Float[Tensor, "*stack out_blocks in_blocks"]]:
+    """(E4M3 weight, float32 scales): each block's largest magnitude maps to 448; a block of zeros gets scale 1.
+
+    `power_of_two` rounds scales up to powers of two (the ue8m0 format of DeepSeek-V3.1 and later).
+    """
+    rows, columns = weight.shape[-2:]
+    blocks = scale_shape(weight.shape)
+    padded = weight.new_zeros(*weight.shape[:-2], blocks[-2] * BLOCK, blocks[-1] * BLOCK, dtype=torch.float32)
+    padded[..., :rows, :columns] = weight
+    tiles = padded.unflatten(-1, (blocks[-1], BLOCK)).unflatten(-3, (blocks[-2], BLOCK))
+    amax = tiles.abs().amax((-3, -1))
+    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    if power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    quantized = padded[..., :rows, :columns].div_(_spread(scale, rows, columns))
+    return quantized.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
