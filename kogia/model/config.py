@@ -199,15 +199,21 @@ class ModelConfig:
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs (forward and backward) per token at sequence length `context`, MTP left out.
 
-        6 per active matrix weight, and causal attention counted once: 3 * heads * (qk + v dims) * context per layer.
+        6 per active matrix weight, and 6 * heads * (qk + v dims) per pair of a query and a key it attends to. Causal:
+        context / 2 keys per query on average. With an indexer it attends to at most `topk`, and scores all of them.
         """
         matrices = self.num_active_params(input_embedding=False) - _norm_params(self)
-        attention = self.attention
-        if attention.kind == "mla":
-            widths = attention.num_heads * (attention.qk_head_dim + attention.v_head_dim)
-        else:
+        attention, pairs = self.attention, context / 2
+        if attention.kind == "gqa":
             widths = 2 * attention.num_heads * attention.head_dim
-        return 6.0 * matrices + 3.0 * self.num_layers * widths * context
+            return 6.0 * (matrices + self.num_layers * widths * pairs)
+        widths = attention.num_heads * (attention.qk_head_dim + attention.v_head_dim)
+        scores, kept = 0, pairs
+        if (indexer := attention.indexer) is not None:
+            scores = indexer.num_heads * indexer.head_dim * pairs
+            if context > indexer.topk:
+                kept = indexer.topk * (1 - indexer.topk / (2 * context))
+        return 6.0 * (matrices + self.num_layers * (widths * kept + scores))
 
     def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Cache bytes per token over all decoder layers, without the MTP layers."""

@@ -77,7 +77,7 @@ def shard(directory: Path, parts: int = 3) -> Path:
     [
         CONFIG,
         replace(CONFIG, tie_embeddings=True, num_mtp_layers=2),
-        replace(CONFIG, attention=replace(MLA, q_lora_rank=None, yarn=YarnConfig(4.0, 64, mscale_all_dim=0.707))),
+        replace(CONFIG, attention=replace(MLA, q_lora_rank=None, rope_scaling=YarnConfig(factor=4.0, original_max_position=64, mscale_all_dim=0.707))),
         replace(CONFIG, moe=replace(CONFIG.moe, num_shared_experts=0, num_dense_layers=0), num_mtp_layers=0),
         DENSE,
         replace(DENSE, attention=replace(DENSE.attention, qkv_bias=True), tie_embeddings=True),
@@ -383,7 +383,7 @@ def published(name: str) -> dict:
 def test_the_published_v3_and_r1_configurations_parse(name):
     config = config_from_hf(published(name))
     assert config.num_params() == pytest.approx(671.03e9, rel=1e-4)
-    assert config.attention.yarn == YarnConfig(factor=40.0, original_max_position=4096)
+    assert config.attention.rope_scaling == YarnConfig(factor=40.0, original_max_position=4096)
     assert (config.moe.num_groups, config.moe.topk_groups, config.moe.routed_scale) == (8, 4, 2.5)
     assert (config.num_mtp_layers, config.max_position, config.moe.num_dense_layers) == (1, 163840, 3)
     assert config_from_hf(config_to_hf(config)) == config

@@ -135,7 +135,7 @@ def test_a_model_of_ours_with_mtp_is_served_by_transformers_without_it(tmp_path)
 @pytest.mark.parametrize(
     "attention",
     [
-        MLAConfig(num_heads=2, kv_lora_rank=8, yarn=YarnConfig(factor=2.0, original_max_position=32)),
+        MLAConfig(num_heads=2, kv_lora_rank=8, rope_scaling=YarnConfig(factor=2.0, original_max_position=32)),
         GQAConfig(num_heads=2, num_kv_heads=1, head_dim=8),
     ],
     ids=["mla", "gqa"],
