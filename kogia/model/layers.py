@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kogia.model.cache import StepCache
 from kogia.model.linear import Linear
 from kogia.model.packed import PackedTokens
-from kogia.ops.attention import _Bucket, buckets_by_length
+from kogia.ops.grid import Bucket, buckets_by_length
 from kogia.ops.norm import rms_norm
 
 
@@ -21,7 +21,7 @@ class StepContext:
     batch: PackedTokens
     cos: Tensor
     sin: Tensor
-    buckets: list[_Bucket]
+    buckets: list[Bucket]
     cache: StepCache | None
 
 

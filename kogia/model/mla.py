@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
 from kogia.model.config import MLAConfig
+from kogia.model.indexer import Indexer
 from kogia.model.layers import RMSNorm, StepContext
 from kogia.model.linear import Linear
 from kogia.ops.attention import paged_attention, varlen_attention
 from kogia.ops.rope import rotate_interleaved, yarn_mscale
+from kogia.ops.sparse import IndexVectors, indexer_loss
 
 
 def softmax_scale(config: MLAConfig) -> float:
@@ -48,37 +50,59 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(rank, norm_eps)
         self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, dim)
+        self.indexer = None
+        if config.indexer is not None:
+            assert config.q_lora_rank is not None, "ModelConfig checks this"
+            self.indexer = Indexer(dim, config.q_lora_rank, config.qk_rope_head_dim, config.indexer)
 
     def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
         c = self.config
-        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_latent = x if c.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(q_latent)
         q_nope, q_rope = q.view(-1, c.num_heads, c.qk_head_dim).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent = self.kv_a_layernorm(latent)
         q_rope = rotate_interleaved(q_rope, step.cos, step.sin)
         k_rope = rotate_interleaved(k_rope[:, None], step.cos, step.sin)[:, 0]
+        index = None if self.indexer is None else self.indexer(x, q_latent, step)
         if step.cache is None:
-            mixed = self._expanded(q_nope, q_rope, latent, k_rope, step)
+            mixed = self._expanded(q_nope, q_rope, latent, k_rope, step, index)
         else:
-            mixed = self._absorbed(q_nope, q_rope, latent, k_rope, step, step.cache)
+            mixed = self._absorbed(q_nope, q_rope, latent, k_rope, step, step.cache, index)
         return self.o_proj(mixed.flatten(1))
 
     def _expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: StepContext
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        step: StepContext,
+        index: IndexVectors | None,
     ) -> Float[Tensor, "tokens heads v"]:
         c = self.config
         kv = self.kv_b_proj(latent).view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         q = torch.cat((q_nope, q_rope), -1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, c.num_heads, -1)), -1)
-        return varlen_attention(q, k, v, step.buckets, self.scale)
+        if index is not None and self.indexer is not None and self.training and torch.is_grad_enabled():
+            self.indexer.loss = indexer_loss(q, k, index, step.buckets, self.scale)
+        return varlen_attention(q, k, v, step.buckets, self.scale, index)
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: StepContext, cache: StepCache
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        step: StepContext,
+        cache: StepCache,
+        index: IndexVectors | None,
     ) -> Float[Tensor, "tokens heads v"]:
         c = self.config
         rows = cache.pool.rows[self.layer]
-        rows.index_copy_(0, cache.slots, torch.cat((latent, k_rope), -1).to(rows.dtype))
+        parts = (latent, k_rope) if index is None else (latent, k_rope, index.k)
+        rows.index_copy_(0, cache.slots, torch.cat(parts, -1).to(rows.dtype))
         up = self.kv_b_proj.dense_weight(latent.dtype).view(c.num_heads, -1, c.kv_lora_rank)
         w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
@@ -95,5 +119,7 @@ class MLA(nn.Module):
             value_offset=0,
             value_dim=c.kv_lora_rank,
             scale=self.scale,
+            index=index,
+            index_offset=c.latent_row,
         )
         return torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kogia.model.cache import StepCache
 from kogia.model.config import Llama3RopeConfig, MLAConfig, ModelConfig, YarnConfig
 from kogia.model.gqa import GQA
+from kogia.model.indexer import Indexer
 from kogia.model.layers import FeedForward, RMSNorm, StepContext, step_context
 from kogia.model.mla import MLA
 from kogia.model.moe import MoE, Router
@@ -170,6 +171,17 @@ class Transformer(nn.Module):
         losses = [router.balance_loss for router in self.routers() if router.balance_loss is not None]
         for router in self.routers():
             router.balance_loss = None
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+
+    def indexers(self) -> list[Indexer]:
+        """Lightning indexers of all layers in order, the MTP modules' last; none without sparse attention."""
+        return [module for module in self.modules() if isinstance(module, Indexer)]
+
+    def pop_indexer_loss(self) -> Float[Tensor, ""]:
+        """The indexers' own loss summed over the tokens and layers of the last training forward, then cleared."""
+        losses = [indexer.loss for indexer in self.indexers() if indexer.loss is not None]
+        for indexer in self.indexers():
+            indexer.loss = None
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
     def _step(self, batch: PackedTokens, cache: StepCache | None) -> StepContext:

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kogia.ops.attention import buckets_by_length, gather_context, paged_attention, varlen_attention
+from kogia.ops.attention import gather_context, paged_attention, varlen_attention
+from kogia.ops.grid import buckets_by_length
 
 
 def ends(lengths: list[int]) -> Tensor:
