@@ -3,6 +3,7 @@
 A value comes from the first of: flag, recipe (one TOML file), default. Reading is strict: an unknown key, a value of the
 wrong type and a missing required key are each a `ValueError` that names the place. Nested tables overlay the default
 they replace, key by key. TOML has no null, so `None` is left out where it is the default and written `"none"` elsewhere.
+Where a class has `from_preset(name)`, `preset = "name"` in its table puts that value in the place of the default.
 """
 
 import contextlib
@@ -82,8 +83,8 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
     """Parse `[RECIPE.toml] [--flags]`: defaults, then the recipe, then the flags.
 
     Beside one flag per field: `--part.kind gqa` picks the member of a union, `--part none` switches an optional part
-    off, naming a field of an absent part switches it on, `--table.key value` sets an entry of a free table, and
-    `--tables.name.key value` one of a table of tables.
+    off, naming a field of an absent part switches it on, `--part.preset name` starts from a preset, `--table.key value`
+    sets an entry of a free table, and `--tables.name.key value` one of a table of tables.
     A mistake in a flag prints a suggestion and exits with 2, as `--help` prints and exits with 0.
     """
     import tyro
@@ -152,6 +153,9 @@ def _read_table(cls: type, data: Any, where: str, base: Any, missing: Any) -> An
     if not isinstance(data, Mapping):
         raise _wrong(where or cls.__name__, data, f"a table ({cls.__name__})")
     known = _fields(cls)
+    if "preset" in data and hasattr(cls, "from_preset"):
+        name = _read_scalar(str, data["preset"], f"{where}.preset")
+        base, data = cls.from_preset(name), {key: value for key, value in data.items() if key != "preset"}
     for key in data:
         if key not in known:
             place = f"in [{where}]" if where else "at the top level"
@@ -317,6 +321,9 @@ def _is_table_of_tables(hint: Any) -> bool:
 def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: str) -> bool:
     """Apply one flag to `table` if it is structural; says whether it was used up."""
     name, inner = path[0], path[1:]
+    if name == "preset" and not inner and hasattr(cls, "from_preset"):
+        table["preset"] = value
+        return True
     if name not in _fields(cls):
         return False
     hint, default = _fields(cls)[name]

@@ -1,7 +1,7 @@
 import dataclasses
 import sys
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -242,6 +242,34 @@ def test_a_mistaken_flag_exits_with_2_and_a_suggestion(argv: list[str], messages
     assert exit_info.value.code == 2
     printed = capsys.readouterr()
     assert all(message in printed.out + printed.err for message in messages)
+
+
+def test_a_recipe_starts_from_a_preset_and_flags_change_it(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("out = 'x'\n[model]\npreset = 'deepseek-v2-lite'\nvocab_size = 512\n[model.moe]\ntopk = 2\n")
+    v2_lite = ModelConfig.from_preset("deepseek-v2-lite")
+    assert v2_lite.moe is not None
+    expected = replace(v2_lite, vocab_size=512, moe=replace(v2_lite.moe, topk=2))
+    assert load_toml(path, Recipe).model == expected == parse(str(path)).model
+    assert from_dict(Recipe, to_dict(parse(str(path)))).model == expected  # written out in full: presets may change
+    changed = parse(
+        "--out", "x", "--model.preset", "llama-3-8b", "--model.num-layers", "2", "--model.attention.num-heads=8"
+    )
+    llama = ModelConfig.from_preset("llama-3-8b")
+    assert changed.model == replace(llama, num_layers=2, attention=replace(llama.attention, num_heads=8))
+    dense = parse(str(path), "--model.moe", "none", "--model.attention.rope-scaling", "none").model
+    assert dense == replace(expected, moe=None, attention=replace(v2_lite.attention, rope_scaling=None))
+
+
+def test_a_mistaken_preset_is_named_with_its_place(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("out = 'x'\n[model]\npreset = 'deepseek-v2-light'\n")
+    with pytest.raises(ValueError, match="recipe.toml: .*no preset is named 'deepseek-v2-light'.*'deepseek-v2-lite'"):
+        parse(str(path))
+    with pytest.raises(ValueError, match=r"model.preset = 2 \(int\): expected a string"):
+        from_dict(Recipe, {"out": "x", "model": {"preset": 2}})
+    with pytest.raises(ValueError, match="unknown key 'preset' in \\[optim\\]"):
+        from_dict(Recipe, {"out": "x", "optim": {"preset": "fast"}})
 
 
 def test_a_mistake_in_the_recipe_is_a_value_error_with_the_path(tmp_path: Path):
