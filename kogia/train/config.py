@@ -54,7 +54,7 @@ class SupervisedConfig:
     init: str | None = None
     """Model or run directory to start from; exactly one of `init` and `model`."""
     model: ModelConfig | None = None
-    """Architecture to initialise at random (or model.preset); its vocab_size is also that of a tokenizer trained here."""
+    """Architecture to initialise at random, or a model.preset; vocab_size is also that of a tokenizer trained here."""
     tokenizer: str | None = None
     """Directory with tokenizer.json. None takes that of `init`, or trains one on the data."""
     tokenizer_documents: int = 20000
