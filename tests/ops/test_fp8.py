@@ -1,0 +1,92 @@
+"""Block-scaled FP8 against a loop over blocks, at odd sizes, and the layers that hold such weights."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kogia.model.linear import Linear
+from kogia.model.moe import Experts
+from kogia.ops.fp8 import dequantize_blocks, quantize_blocks, scale_shape
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_scale_multiplies_its_block_and_edge_blocks_are_cut():
+    weight = drawn(130, 257).to(torch.float8_e4m3fn)
+    scale = torch.arange(1.0, 7.0).view(2, 3)
+    got = dequantize_blocks(weight, scale, torch.float32)
+    for row, column, factor in [(0, 0, 1), (127, 127, 1), (127, 128, 2), (0, 256, 3), (128, 127, 4), (129, 256, 6)]:
+        assert got[row, column] == float(weight[row, column]) * factor
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.booleans(), st.integers(0, 99))
+def test_quantisation_maps_the_largest_of_each_block_to_448_and_errs_by_one_part_in_16(rows, columns, powers, seed):
+    weight = drawn(rows, columns, seed=seed) * torch.exp(drawn(rows, 1, seed=seed + 1))
+    quantized, scale = quantize_blocks(weight, power_of_two=powers)
+    assert tuple(scale.shape) == scale_shape(weight.shape) == (-(-rows // 128), -(-columns // 128))
+    back = dequantize_blocks(quantized, scale, torch.float32)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+            amax = weight[block].abs().max()
+            if powers:
+                assert scale[i, j].log2() == scale[i, j].log2().round()
+                assert amax / 448 <= scale[i, j] <= amax / 224
+            else:
+                torch.testing.assert_close(scale[i, j], amax / 448)
+            # 3 mantissa bits: relative error at most 1/16, and half a subnormal step near zero
+            bound = weight[block].abs() / 16 + scale[i, j] * 2**-10
+            assert ((back[block] - weight[block]).abs() <= bound * 1.001).all()
+
+
+def test_zeros_stay_zeros_and_a_stack_is_quantised_matrix_by_matrix():
+    stack = torch.stack([torch.zeros(5, 140), drawn(5, 140)])
+    quantized, scale = quantize_blocks(stack)
+    assert scale[0].tolist() == [[1.0, 1.0]]
+    assert not dequantize_blocks(quantized, scale, torch.float32)[0].any()
+    alone, alone_scale = quantize_blocks(stack[1])
+    assert scale[1].equal(alone_scale)
+    assert quantized[1].float().equal(alone.float())
+
+
+def test_scales_of_another_shape_are_refused():
+    with pytest.raises(AssertionError, match="does not fit"):
+        dequantize_blocks(drawn(130, 257).to(torch.float8_e4m3fn), torch.ones(3, 2), torch.float32)
+
+
+def test_an_fp8_linear_layer_is_the_dense_layer_of_its_dequantised_weight():
+    layer = Linear(150, 70, bias=True)
+    layer.quantize()
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    assert not layer.weight.requires_grad
+    x = drawn(3, 150)
+    dense = dequantize_blocks(layer.weight, layer.weight_scale_inv, torch.float32)
+    torch.testing.assert_close(layer(x), x @ dense.T + layer.bias)
+    assert layer(x.bfloat16().float()).dtype == torch.float32
+    assert set(layer.state_dict()) == {"weight", "weight_scale_inv", "bias"}
+    fresh = Linear(150, 70)
+    fresh.make_fp8()
+    assert (fresh.weight.dtype, fresh.weight_scale_inv.shape) == (torch.float8_e4m3fn, (1, 2))
+
+
+def test_fp8_experts_compute_what_their_dequantised_stacks_do():
+    experts = Experts(144, 3, 20)
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(drawn(3, 40, 144))
+        experts.down_proj.copy_(drawn(3, 144, 20))
+    x, counts = drawn(7, 144), torch.tensor([4, 0, 3])
+    experts.quantize()
+    assert experts.gate_up_scale_inv.shape == (3, 2, 1, 2)
+    assert experts.down_scale_inv.shape == (3, 2, 1)
+    got = experts(x, counts)
+    dense = Experts(144, 3, 20)
+    with torch.no_grad():
+        for i in range(3):
+            gate_up, down = experts.dense_expert(i, torch.float32)
+            dense.gate_up_proj[i], dense.down_proj[i] = gate_up, down
+    torch.testing.assert_close(got, dense(x, counts), rtol=1e-4, atol=1e-4)
+    assert experts(x[:0], torch.tensor([0, 0, 0])).shape == (0, 144)
