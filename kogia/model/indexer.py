@@ -24,7 +24,7 @@ from kogia.ops.sparse import IndexVectors
 class Indexer(nn.Module):
     def __init__(self, dim: int, q_lora_rank: int, rope_dim: int, config: IndexerConfig) -> None:
         super().__init__()
-        self.config, self.rope_dim = config, rope_dim
+        self.config, self.rope_dim, self.topk = config, rope_dim, config.topk
         self.wq_b = Linear(q_lora_rank, config.num_heads * config.head_dim)
         self.wk = Linear(dim, config.head_dim)
         self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
@@ -43,7 +43,7 @@ class Indexer(nn.Module):
         k = F.layer_norm(self.wk(x).float(), (c.head_dim,), norm.weight.float(), norm.bias.float(), norm.eps)
         k = self._rotate(k.to(x.dtype)[:, None], step)[:, 0]
         weights = F.linear(x.float(), self.weights_proj.weight.float()) * (c.num_heads * c.head_dim) ** -0.5
-        return IndexVectors(q, k, weights, c.topk)
+        return IndexVectors(q, k, weights, self.topk)
 
     def _rotate(self, x: Float[Tensor, "tokens heads dim"], step: StepContext) -> Float[Tensor, "tokens heads dim"]:
         turned = rotate_half_split(x[..., : self.rope_dim], step.cos, step.sin)

@@ -87,6 +87,8 @@ class RLConfig:
     """Weight of the multi-token-prediction loss on the sampled tokens, which keeps drafting apt; 0 is off."""
     balance_weight: float = 0.0
     """Weight of the sequence-wise balance loss."""
+    indexer_weight: float = 1.0
+    """Weight of the lightning indexers' own loss, in a model with sparse attention."""
     bias_update_speed: float = 1e-3
     """Change of a router bias per step; 0 freezes the biases."""
     signal_check: bool = True
@@ -127,7 +129,7 @@ class RLConfig:
         _at_least(self, 1, "steps", "prompts_per_step", "max_tokens", "updates_per_rollout", "keep_checkpoints")
         _at_least(self, 1, "verify_workers", "signal_prompts", "eval_samples", "micro_batch_tokens")
         _at_least(self, 0, "save_every", "eval_every", "eval_questions", "reference_every", "overlong_penalty")
-        _at_least(self, 0, "mtp_weight", "balance_weight", "bias_update_speed")
+        _at_least(self, 0, "mtp_weight", "balance_weight", "indexer_weight", "bias_update_speed")
         _at_least(self, 2, "group_size", "signal_samples")
         if self.temperature <= 0:
             raise ValueError(

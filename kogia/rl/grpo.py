@@ -218,6 +218,7 @@ def update(run: Run, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
             config=config,
             mtp_weight=config.mtp_weight * per_loss_token,
             balance_weight=config.balance_weight * per_token,
+            indexer_weight=config.indexer_weight * per_token,
             worst=worst,
         )
         results.append(train_step(state, batches, loss_fn, denominator=denominator))
@@ -266,11 +267,12 @@ def grpo_loss(
     config: RLConfig,
     mtp_weight: float,
     balance_weight: float,
+    indexer_weight: float,
     worst: list[float],
 ) -> tuple[Tensor, Metrics]:
-    """Policy loss of a micro-batch, with the balance and multi-token-prediction losses where they are on.
+    """Policy loss of a micro-batch, with the balance, indexer and multi-token-prediction losses where they are on.
 
-    The weights are the configured ones times the update's denominator per token: after train_step's division these two
+    The weights are the configured ones times the update's denominator per token: after train_step's division these
     losses are means over tokens, whatever the aggregation of the policy loss and the split into micro-batches.
     Appends the largest difference between the trainer's and the engine's log-probabilities to `worst`.
     """
@@ -289,6 +291,8 @@ def grpo_loss(
     balance = model.pop_balance_loss()
     if balance_weight:
         loss = loss + balance_weight * balance  # the routers sum over all tokens, prompts included
+    if model.indexers():
+        loss = loss + indexer_weight * model.pop_indexer_loss()  # likewise
     return loss, metrics
 
 

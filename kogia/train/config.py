@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kogia.data.config import DataConfig
-from kogia.model.config import ModelConfig
+from kogia.model.config import IndexerConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,14 @@ class SupervisedConfig:
     """Weight of the sequence-wise balance loss (alpha, DeepSeek-V3 eq 17)."""
     bias_update_speed: float = 1e-3
     """Change of a router bias per step (gamma, DeepSeek-V3 section 2.1.2); 0 freezes the biases."""
+    indexer_weight: float = 1.0
+    """Weight of the lightning indexers' own loss (DeepSeek-V3.2 section 2.1.1), which reaches nothing else."""
+    add_indexer: IndexerConfig | None = None
+    """Give the model of `init` fresh lightning indexers: the first step towards sparse attention."""
+    index_topk: int | None = None
+    """Tokens each query attends to while training; None is the model's own number. Above data.max_seqlen: dense."""
+    train_only: Literal["all", "indexer"] = "all"
+    """`indexer` freezes everything else: the dense warm-up of sparse attention."""
     bias_freeze_at: float = 1.0
     """Share of the steps after which the biases stay fixed (DeepSeek-V3: 0.97)."""
     save_every: int = 0
@@ -109,6 +117,7 @@ class SupervisedConfig:
             "mtp_weight",
             "mtp_weight_late",
             "balance_weight",
+            "indexer_weight",
             "bias_update_speed",
         ):
             if getattr(self, name) < 0:
@@ -124,6 +133,8 @@ class SupervisedConfig:
                 f"to train from scratch) must be given; got init = {self.init!r} and {'a' if self.model else 'no'} "
                 "[model] table"
             )
+        if self.add_indexer is not None and self.init is None:
+            raise ValueError("add_indexer is for the model of `init`; in a [model] table set attention.indexer")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"exactly one of steps = {self.steps} and epochs = {self.epochs} must be given")
         if not self.data.sources:

@@ -19,7 +19,7 @@ from kogia.train.step import Metrics
 
 
 def supervised_loss(
-    model: Transformer, batch: Batch, *, mtp_weight: float, balance_weight: float
+    model: Transformer, batch: Batch, *, mtp_weight: float, balance_weight: float, indexer_weight: float = 0.0
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """Loss of one micro-batch and its parts, all summed over tokens. A weight of 0 skips the work of its part."""
     hidden = model(batch.tokens)
@@ -37,6 +37,10 @@ def supervised_loss(
         balance = balance * (batch.num_loss_tokens / batch.tokens.num_tokens)
         total = total + balance_weight * balance
         metrics["balance"] = balance.detach() / len(routers)
+    if indexers := model.indexers():
+        imitation = model.pop_indexer_loss() * (batch.num_loss_tokens / batch.tokens.num_tokens)
+        total = total + indexer_weight * imitation
+        metrics["indexer"] = imitation.detach() / len(indexers)
     return total, metrics
 
 

@@ -36,6 +36,7 @@ from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe
 from kogia.train.config import SupervisedConfig
 from kogia.train.estimate import train_memory
+from kogia.train.indexer import prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -77,6 +78,7 @@ def build_run(config: SupervisedConfig) -> Run:
     tokenizer = build_tokenizer(config, checkpoint)
     shards = build_shards(config.data, tokenizer, out / "data")
     model = _build_model(config, tokenizer, checkpoint, device)
+    prepare_indexer(model, config)
     optimizer = build_optimizer(model, config.optim)
     weights = tuple(source.weight for source in config.data.sources)
     loader = Loader(shards["train"], weights=weights, batch_tokens=config.data.batch_tokens, seed=config.seed)
@@ -122,9 +124,15 @@ def train(run: Run) -> None:
 def loss_for_step(config: SupervisedConfig, state: TrainState) -> LossFn[Batch]:
     """The loss function of the next step; also sets the step's bias speed. Both change late in a run."""
     done = state.step / state.num_steps
-    state.bias_update_speed = config.bias_update_speed if done < config.bias_freeze_at else 0.0
+    moving = done < config.bias_freeze_at and config.train_only == "all"
+    state.bias_update_speed = config.bias_update_speed if moving else 0.0
     mtp_weight = config.mtp_weight if done < config.mtp_late_at else config.mtp_weight_late
-    return partial(supervised_loss, mtp_weight=mtp_weight, balance_weight=config.balance_weight)
+    return partial(
+        supervised_loss,
+        mtp_weight=mtp_weight,
+        balance_weight=config.balance_weight,
+        indexer_weight=config.indexer_weight,
+    )
 
 
 def save(run: Run) -> None:
@@ -208,8 +216,12 @@ def _build_model(
             "lower it or raise max_position"
         )
     if source:
-        return load_model(source, device=device)
-    model_config = replace(model_config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+        model = load_model(source, device=device)
+        if config.add_indexer is not None and checkpoint is None:
+            model = with_indexer(model, config.add_indexer, config.seed)
+        return model
+    bos_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as Qwen's files do without one
+    model_config = replace(model_config, bos_id=bos_id, eos_id=tokenizer.eos_id)
     return build_model(model_config, device=device, seed=config.seed)
 
 
