@@ -1,258 +1,180 @@
-"""Safetensors <-> Transformer, in the published Hugging Face layout: the only name rules of the project.
+"""Load and save a `Transformer` as a directory in the published Hugging Face layout, FP8 included.
 
-Parameters already carry their published names. Three structural rules remain:
-  experts   the stacked [experts, gate | up, dim] tensor is `experts.{i}.gate_proj.weight` and `.up_proj.weight` on disk
-  MTP       module k is layer `num_layers + k`, with copies of the embedding and the head beside it
-  tied      a tied head is not stored
+Tensors go piece by piece between the files and the memory where they stay, so neither direction holds more than a few
+pieces on the side. What they are called is in layout.py, the files in directory.py and tensorfile.py.
 """
 
-import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kogia import log
+from kogia.checkpoint.directory import (
+    CONFIG,
+    create_weight_files,
+    load_config,
+    read_config,
+    replacing,
+    resolve_model_dir,
+    stored_tensors,
+    sync_weight_files,
+)
+from kogia.checkpoint.layout import (
+    CODES,
+    DTYPES,
+    FP8,
+    QUANTIZATION,
+    SCALE,
+    check_agreement,
+    check_quantization,
+    disk_views,
+    empty_model,
+    stored_dtype,
+    without_absent_mtp,
+)
+from kogia.checkpoint.tensorfile import StoredTensor, has_nonfinite, in_parallel, read, row_ranges, write
 from kogia.log import write_json
-from kogia.model.config import ModelConfig
-from kogia.model.hf_config import config_from_hf, config_to_hf
+from kogia.model.hf_config import config_to_hf
 from kogia.model.transformer import Transformer
+from kogia.ops.fp8 import BLOCK, dequantize_blocks
 from kogia.text.tokenizer import Tokenizer
 
-_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
-_STEP = re.compile(r"^step-(\d+)$")
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = ["load_config", "load_model", "resolve_model_dir", "save_model", "write_model_files"]
 
-
-def resolve_model_dir(path: str | Path) -> Path:
-    """The model directory that `path` means: itself, or the newest complete checkpoint of a run directory."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    steps = [p for p in (path / "checkpoints").glob("step-*") if _STEP.match(p.name) and (p / "config.json").is_file()]
-    if steps:
-        return max(steps, key=lambda p: int(p.name.removeprefix("step-")))
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or directory; give a model directory or a run directory")
-    raise ValueError(
-        f"{path}: not a model. Expected config.json beside {WEIGHTS}, or a run directory with checkpoints/step-*"
-    )
-
-
-def load_config(path: str | Path) -> ModelConfig:
-    """Read `config.json` of a model or run directory."""
-    file = resolve_model_dir(path) / "config.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); the file is damaged, restore it") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: holds a JSON {type(data).__name__}, not an object; restore the file")
-    return config_from_hf(data)
+SHARD_BYTES = 5 * 2**30
 
 
 def load_model(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    keep_fp8: bool = False,
 ) -> Transformer:
-    """Build the model of a directory and stream its tensors into place. `dtype` None keeps the stored one.
+    """Build the model of a directory and stream its tensors into place.
 
-    Raises ValueError naming the file for a damaged one, and listing all missing, extra and mis-shaped tensors at once.
+    `dtype` None keeps the stored one, bfloat16 for an FP8 checkpoint; router biases stay float32. FP8 weights are
+    dequantised, or with `keep_fp8` stay FP8 and are dequantised whenever they are used.
+
+    Raises ValueError naming the file for a damaged one, and listing all tensors that do not fit `config.json` at once.
+    Weights that are not finite are warned of.
     """
     directory = resolve_model_dir(path)
-    config = load_config(directory)
-    files = _weight_files(directory)
-    stored = _stored_dtype(files)
-    config = _without_absent_mtp(config, files)
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype or stored).to_empty(device=device)
+    config, stored = load_config(directory), stored_tensors(directory)
+    check_quantization(read_config(directory), directory)
+    if keep_fp8 and all(tensor.dtype != FP8 for tensor in stored.values()):
+        raise ValueError(f"{directory}: holds no FP8 weights to keep; `kogia convert SRC DST --dtype fp8` makes them")
+    config = without_absent_mtp(config, stored, directory)
+    model = empty_model(config, stored, dtype=dtype or stored_dtype(stored), keep_fp8=keep_fp8)
+    check_agreement(model, stored, directory)
+    model = model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
-    for router in model.routers():
-        if router.e_score_correction_bias is not None:
-            router.e_score_correction_bias = router.e_score_correction_bias.float()
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    targets = dict(_disk_views(model))
-    problems: list[str] = []
-    for file in files:
-        for name, tensor in _read(file):
-            target = targets.pop(name, None)
-            if target is None:
-                if not _is_known_copy(name, config):
-                    problems.append(f"extra: {name} {list(tensor.shape)}")
-            elif target.shape != tensor.shape:
-                problems.append(f"mis-shaped: {name} is {list(tensor.shape)}, config.json says {list(target.shape)}")
-            else:
-                target.copy_(tensor)
-    problems += [f"missing: {name} {list(target.shape)}" for name, target in targets.items()]
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{directory}: config.json and the weights do not agree:\n  {shown}")
+    warn_of_nonfinite(in_parallel(_fill, _pieces(model, stored)), directory)
     return model.eval()
 
 
-def save_model(model: Transformer, directory: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a complete model directory that other tools can serve. Appears under its name only when complete."""
-    directory = Path(directory)
-    partial, replaced = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write_model_files(model, partial, tokenizer)
-        if directory.exists():
-            shutil.rmtree(replaced, ignore_errors=True)  # left by a process that died below; rename wants it gone
-            os.replace(directory, replaced)
-        try:
-            os.replace(partial, directory)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, directory)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return directory
+Piece = tuple[StoredTensor, StoredTensor | None, int, Tensor]
 
 
-def write_model_files(model: Transformer, directory: Path, tokenizer: Tokenizer | None) -> None:
+def _pieces(model: Transformer, stored: Mapping[str, StoredTensor]) -> Iterator[Piece]:
+    """(tensor, scales to apply, first row, where its rows go), in the order of the files."""
+    targets = sorted(disk_views(model), key=lambda item: (stored[item[0]].file, stored[item[0]].offset))
+    for name, target in targets:
+        source = stored[name]
+        dequantize = source.dtype == FP8 and target.dtype != DTYPES[FP8]
+        for start, stop in row_ranges(source):
+            rows = target[start:stop] if target.dim() else target[None]
+            yield source, stored[name + SCALE] if dequantize else None, start, rows
+
+
+def _fill(piece: Piece) -> str | None:
+    """Read one piece into its place. Returns the tensor's name where it holds NaN or infinity."""
+    source, scale, start, target = piece
+    if target.is_cpu and target.is_contiguous() and target.dtype == DTYPES[source.dtype]:
+        rows = target
+        read(source, start, as_bytes(rows))
+    else:
+        rows = read_rows(source, scale, start, start + len(target), target.dtype)
+        target.copy_(rows)
+    if source.name.endswith(SCALE):
+        _check_scales(source, rows)
+    return source.name if has_nonfinite(CODES[rows.dtype], as_bytes(rows)) else None
+
+
+def read_rows(source: StoredTensor, scale: StoredTensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows start:stop of a stored tensor on the CPU, rounded once to `dtype`; FP8 with scales is dequantised."""
+    rows = torch.empty((stop - start, *source.shape[1:]), dtype=DTYPES[source.dtype])
+    read(source, start, as_bytes(rows))
+    if scale is None:
+        return rows.to(dtype)
+    blocks = read_rows(scale, None, start // BLOCK, -(-stop // BLOCK), torch.float32)
+    _check_scales(scale, blocks)
+    return dequantize_blocks(rows, blocks, dtype)
+
+
+def _check_scales(scale: StoredTensor, blocks: Tensor) -> None:
+    if not bool(((blocks > 0) & (blocks < torch.inf)).all()):  # also false for NaN
+        raise ValueError(f"{scale.file}: {scale.name} holds scales that are not positive numbers; the file is damaged")
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def warn_of_nonfinite(names: Iterator[str | None], directory: Path) -> None:
+    """Run through the results of reading and name the tensors that hold NaN or infinity."""
+    found = sorted({name for name in names if name})
+    if found:
+        shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
+        log.warn(f"{directory}: NaN or infinite values in {shown}")
+
+
+def save_model(
+    model: Transformer,
+    directory: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a complete model directory that other tools can serve. Appears under its name only when complete.
+
+    Weights beyond `max_shard_bytes` go into several files with an index.
+    """
+    with replacing(Path(directory)) as partial:
+        write_model_files(model, partial, tokenizer, max_shard_bytes=max_shard_bytes)
+    return Path(directory)
+
+
+def write_model_files(
+    model: Transformer, directory: Path, tokenizer: Tokenizer | None, *, max_shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write config, weights, generation settings and tokenizer into an existing directory, synced to disk."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    write_json(directory / "config.json", config_to_hf(model.config, dtype))
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in _disk_views(model, copies=True)}
-    _save_tensors(tensors, directory / WEIGHTS)
+    views = dict(disk_views(model, copies=True))
+    write_json(directory / CONFIG, _config_json(model, views))
+    layout = [(name, CODES[view.dtype], tuple(view.shape)) for name, view in views.items()]
+    planned = create_weight_files(directory, layout, max_shard_bytes)
+    for name, view in views.items():
+        for start, stop in row_ranges(planned[name]):
+            rows = view[start:stop] if view.dim() else view
+            write(planned[name], start, as_bytes(rows.contiguous().cpu()))
+    sync_weight_files(planned.values())
     eos, bos = model.config.eos_id, model.config.bos_id
     write_json(directory / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True})
     if tokenizer is not None:
         tokenizer.save(directory)
 
 
-def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    # safetensors refuses tensors that share storage; the experts and the MTP copies do
-    seen: set[int] = set()
-    separate: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    try:
-        save_file(separate, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # safetensors reports a full disk as its own error type
-        raise OSError(f"{file}: could not be written ({error}); free some disk space") from None
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _disk_views(model: Transformer, *, copies: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(name on disk, view of the model's own storage). With `copies`, the MTP modules' copies as well."""
-    tied = model.config.tie_embeddings
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and tied:
-            continue
-        if name.endswith("experts.gate_up_proj"):
-            prefix = name.removesuffix(".gate_up_proj")
-            for i, expert in enumerate(tensor):
-                gate, up = expert.chunk(2)
-                yield f"{prefix}.{i}.gate_proj.weight", gate
-                yield f"{prefix}.{i}.up_proj.weight", up
-        elif name.endswith("experts.down_proj"):
-            prefix = name.removesuffix(".down_proj")
-            for i, expert in enumerate(tensor):
-                yield f"{prefix}.{i}.down_proj.weight", expert
-        else:
-            yield name, tensor
-    if copies:
-        for k in range(model.config.num_mtp_layers):
-            prefix = f"model.layers.{model.config.num_layers + k}"
-            yield f"{prefix}.embed_tokens.weight", model.model.embed_tokens.weight
-            yield f"{prefix}.shared_head.head.weight", model.lm_head.weight
-
-
-def _is_known_copy(name: str, config: ModelConfig) -> bool:
-    """MTP copies of shared tensors, a stored tied head, and rotary tables of old exports carry nothing new."""
-    if (name == "lm_head.weight" and config.tie_embeddings) or name.endswith("rotary_emb.inv_freq"):
-        return True
-    layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
-    return any(
-        name in (f"model.layers.{i}.embed_tokens.weight", f"model.layers.{i}.shared_head.head.weight") for i in layers
-    )
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not a weight index ({error!r}); restore the file") from None
-        if not names:
-            raise ValueError(f"{index}: not a weight index (it names no file); restore the file")
-    else:
-        names = [WEIGHTS]
-    for name in names:
-        if Path(name).name != name or name in ("", ".."):
-            raise ValueError(f"{index}: shard name {name!r} leaves the model directory; refusing to follow it")
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory / name}: missing; the checkpoint is incomplete, copy the file again")
-    return [directory / name for name in names]
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or truncated ({error}); copy or download it again") from None
-
-
-def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with _open(file) as handle:
-        for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-            yield name, handle.get_tensor(name)
-
-
-def _without_absent_mtp(config: ModelConfig, files: list[Path]) -> ModelConfig:
-    """transformers writes `num_nextn_predict_layers` but never the module: such a checkpoint has no MTP to load."""
-    first = f"model.layers.{config.num_layers}."
-    if config.num_mtp_layers and not any(name.startswith(first) for file in files for name in _names(file)):
-        log.warn(f"{files[0].parent}: config.json announces multi-token prediction but no weights are stored; left out")
-        return replace(config, num_mtp_layers=0)
-    return config
-
-
-def _names(file: Path) -> list[str]:
-    with _open(file) as handle:
-        return list(handle.keys())
-
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-
-
-def _stored_dtype(files: list[Path]) -> torch.dtype:
-    """Dtype of the matrices, from the file headers alone; norms and router biases may be wider."""
-    found = None
-    for file in files:
-        with _open(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                if not name.endswith("_proj.weight"):
-                    continue
-                stored = handle.get_slice(name).get_dtype()
-                if stored not in _DTYPES:
-                    what = "FP8 weights are" if stored.startswith("F8") else f"weights of type {stored} are"
-                    raise ValueError(
-                        f"{file}: {what} not supported yet ({name}); convert the checkpoint to bfloat16 first"
-                    )
-                found = found or _DTYPES[stored]
-    return found or torch.float32
+def _config_json(model: Transformer, views: Mapping[str, Tensor]) -> dict[str, Any]:
+    data = config_to_hf(model.config, str(model.dtype).removeprefix("torch."))
+    scales = [view for name, view in views.items() if name.endswith(SCALE)]
+    if scales:
+        powers_of_two = all(bool((torch.frexp(scale).mantissa == 0.5).all()) for scale in scales)
+        data["quantization_config"] = QUANTIZATION | ({"scale_fmt": "ue8m0"} if powers_of_two else {})
+    return data

@@ -1,0 +1,208 @@
+"""A model directory: `config.json` beside safetensors files, one or several with an index. Torch-free.
+
+What it holds was written by others. Files are bounded before they are parsed, links may not lead out of it, nothing in
+it is executed, and pickled weights are never opened.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kogia.checkpoint.tensorfile import StoredTensor, create, read_header, sync
+from kogia.log import write_json
+from kogia.model.config import ModelConfig
+from kogia.model.hf_config import config_from_hf
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_CONFIG = 10_000_000
+MAX_INDEX = 100_000_000
+_STEP = re.compile(r"^step-(\d+)$")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def resolve_model_dir(path: str | Path) -> Path:
+    """The model directory that `path` means: itself, or the newest complete checkpoint of a run directory."""
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path}: a file; give the model directory that holds {CONFIG} and the weights")
+    if (path / CONFIG).is_file():
+        return path
+    steps = [p for p in (path / "checkpoints").glob("step-*") if _STEP.match(p.name) and (p / CONFIG).is_file()]
+    if steps:
+        return max(steps, key=lambda p: int(p.name.removeprefix("step-")))
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or directory; give a model directory or a run directory")
+    raise ValueError(
+        f"{path}: not a model. Expected {CONFIG} beside {WEIGHTS}, or a run directory with checkpoints/step-*"
+    )
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Read `config.json` of a model or run directory."""
+    return config_from_hf(read_config(resolve_model_dir(path)))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` as it is."""
+    file = member(directory, CONFIG)
+    data = _read_json(file, MAX_CONFIG)
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: holds a JSON {type(data).__name__}, not an object; restore the file")
+    return data
+
+
+def member(directory: Path, name: str) -> Path:
+    """The file `name` of a model directory. Raises ValueError if a link leads out of it.
+
+    Links within a repository of the Hugging Face cache are its layout: models--X/snapshots/REV/file -> ../../blobs.
+    """
+    file, root = directory / name, Path(os.path.realpath(directory))
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent
+    target = Path(os.path.realpath(file))
+    if not target.is_relative_to(root):
+        raise ValueError(
+            f"{file}: a link to {target}, outside the model directory; refusing to follow it. Copy the file"
+        )
+    if not target.is_file():
+        raise ValueError(f"{file}: missing; the checkpoint is incomplete, copy the file again")
+    return file
+
+
+def _read_json(file: Path, limit: int) -> Any:
+    size = file.stat().st_size
+    if size > limit:
+        raise ValueError(f"{file}: {size / 1e6:.0f} MB, over the limit of {limit / 1e6:.0f} MB; not what its name says")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); the file is damaged, restore it") from None
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by name, from the headers of its files alone."""
+    weight_map = _weight_map(directory)
+    found: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())) or [WEIGHTS]:
+        for tensor in read_header(member(directory, name)):
+            if weight_map.get(tensor.name, name) != name:
+                continue
+            if tensor.name in found:
+                raise ValueError(f"{directory}: {tensor.name} is in {found[tensor.name].file.name} and in {name}")
+            found[tensor.name] = tensor
+    absent = sorted(weight_map.keys() - found.keys())
+    if absent:
+        more = f" (and {len(absent) - 1} more)" if absent[1:] else ""
+        raise ValueError(
+            f"{directory / INDEX}: {absent[0]}{more} is not in {weight_map[absent[0]]}, where the index has it; "
+            "copy both files again"
+        )
+    return found
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name by the index; empty for a directory with one file."""
+    if not os.path.lexists(directory / INDEX):
+        _require_weights(directory)
+        return {}
+    index = member(directory, INDEX)
+    data = _read_json(index, MAX_INDEX)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
+        raise ValueError(f"{index}: not a weight index (it has no weight_map from tensors to files); restore the file")
+    for name in set(weight_map.values()):
+        if Path(name).name != name or name in ("", "..") or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: shard name {name!r} is no safetensors file of the model directory; refusing to follow it"
+            )
+    return weight_map
+
+
+def _require_weights(directory: Path) -> None:
+    """Say what is wrong where the one weight file is not there."""
+    if os.path.lexists(directory / WEIGHTS):
+        return
+    shards = sorted(p.name for p in directory.glob("*.safetensors"))
+    if shards:
+        raise ValueError(f"{directory}: holds {shards[0]} ({len(shards)} files) but no {INDEX}; copy the index as well")
+    pickled = sorted(p.name for pattern in _PICKLED for p in directory.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"{directory}: its weights are pickled ({pickled[0]}), and unpickling runs code of whoever wrote them; "
+            "they are never loaded here. Convert them to safetensors where you trust them"
+        )
+    raise ValueError(f"{directory / WEIGHTS}: missing; the checkpoint is incomplete, copy the file again")
+
+
+def create_weight_files(
+    directory: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int
+) -> dict[str, StoredTensor]:
+    """Lay tensors (name, dtype, shape) out over as few files as the bound allows, with an index if that is several.
+
+    Headers and index are written; the data of the returned tensors is the caller's to write. 0 means one file.
+    """
+    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    size = 0
+    for name, dtype, shape in tensors:
+        nbytes = StoredTensor(name, dtype, shape, directory, 0).nbytes
+        if max_shard_bytes and shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, dtype, shape))
+        size += nbytes
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    planned = {t.name: t for name, shard in zip(names, shards) for t in create(directory / name, shard)}
+    if len(shards) > 1:
+        weight_map = {name: tensor.file.name for name, tensor in planned.items()}
+        total = {"total_size": sum(tensor.nbytes for tensor in planned.values())}
+        write_json(directory / INDEX, {"metadata": total, "weight_map": weight_map})
+    return planned
+
+
+def sync_weight_files(tensors: Iterable[StoredTensor]) -> None:
+    for file in {tensor.file for tensor in tensors}:
+        sync(file)
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A directory to write into that takes the place of `directory` when the block ends well, and else vanishes."""
+    directory = directory.resolve()
+    partial, replaced = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        if directory.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # left by a process that died below; rename wants it gone
+            os.replace(directory, replaced)
+        try:
+            os.replace(partial, directory)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, directory)
+            raise
+        sync(directory.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def copy_members(source: Path, target: Path, names: Sequence[str]) -> list[str]:
+    """Copy those of the named files that are there; returns their names."""
+    copied = [name for name in names if os.path.lexists(source / name)]
+    for name in copied:
+        shutil.copyfile(member(source, name), target / name)
+        sync(target / name)
+    return copied

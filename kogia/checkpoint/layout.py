@@ -1,0 +1,177 @@
+"""What the tensors of a `Transformer` are called on disk, and whether a checkpoint has them: the project's name rules.
+
+Parameters already carry their published names. Four structural rules remain:
+  experts   the stacked [experts, gate | up, dim] tensor is `experts.{i}.gate_proj.weight` and `.up_proj.weight` on disk
+  FP8       an E4M3 weight has its block scales beside it: `X.weight` and `X.weight_scale_inv`
+  MTP       module k is layer `num_layers + k`, with copies of the embedding and the head beside it
+  tied      a tied head is not stored
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kogia import log
+from kogia.checkpoint.tensorfile import StoredTensor
+from kogia.model.config import ModelConfig
+from kogia.model.linear import Linear
+from kogia.model.moe import Experts
+from kogia.model.transformer import Transformer
+from kogia.ops.fp8 import BLOCK, scale_shape
+
+FP8 = "F8_E4M3"
+SCALE = "_scale_inv"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    FP8: torch.float8_e4m3fn,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_SCALE_DTYPES = ("F32", "BF16")
+_STACKS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), "weight"),
+    "gate_up_scale_inv": (("gate_proj", "up_proj"), "weight_scale_inv"),
+    "down_proj": (("down_proj",), "weight"),
+    "down_scale_inv": (("down_proj",), "weight_scale_inv"),
+}
+QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+
+
+def disk_views(model: Transformer, *, copies: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name on disk, view of the model's own storage). With `copies`, the MTP modules' copies as well."""
+    tied = model.config.tie_embeddings
+    for name, tensor in model.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        if prefix.endswith(".experts") and last in _STACKS:
+            projections, suffix = _STACKS[last]
+            for i, expert in enumerate(tensor):
+                for projection, view in zip(projections, expert.view(len(projections), -1, expert.shape[-1])):
+                    yield f"{prefix}.{i}.{projection}.{suffix}", view
+        elif not (tied and name == "lm_head.weight"):
+            yield name, tensor
+    for k in range(model.config.num_mtp_layers if copies else 0):
+        prefix = f"model.layers.{model.config.num_layers + k}"
+        yield f"{prefix}.embed_tokens.weight", model.model.embed_tokens.weight
+        yield f"{prefix}.shared_head.head.weight", model.lm_head.weight
+
+
+def _is_known_copy(name: str, config: ModelConfig) -> bool:
+    """MTP copies of shared tensors, a stored tied head, and rotary tables of old exports carry nothing new."""
+    if (name == "lm_head.weight" and config.tie_embeddings) or name.endswith("rotary_emb.inv_freq"):
+        return True
+    layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
+    return any(
+        name in (f"model.layers.{i}.embed_tokens.weight", f"model.layers.{i}.shared_head.head.weight") for i in layers
+    )
+
+
+def empty_model(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], *, dtype: torch.dtype, keep_fp8: bool = False
+) -> Transformer:
+    """The model without storage, on the meta device. With `keep_fp8`, its weights are FP8 where the stored ones are."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype)
+    for router in model.routers():
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias = router.e_score_correction_bias.float()
+    fp8 = [name for name, tensor in stored.items() if keep_fp8 and tensor.dtype == FP8]
+    # X.weight belongs to the module X, X.experts.0.gate_proj.weight to the stack X.experts
+    owners = {name.rsplit(".", 1)[0] for name in fp8} | {name.rsplit(".", 3)[0] for name in fp8}
+    for name, module in model.named_modules():
+        if name in owners and isinstance(module, Linear | Experts):
+            module.make_fp8()
+    return model
+
+
+def check_agreement(model: Transformer, stored: Mapping[str, StoredTensor], directory: Path) -> None:
+    """Raise one ValueError that lists all missing, extra, mis-shaped and mistyped tensors, if there are any."""
+    if found := problems(model, stored):
+        shown = "\n  ".join(found[:20]) + (f"\n  ... and {len(found) - 20} more" if len(found) > 20 else "")
+        raise ValueError(f"{directory}: config.json and the weights do not agree:\n  {shown}")
+
+
+def problems(model: Transformer, stored: Mapping[str, StoredTensor]) -> list[str]:
+    """One line for each tensor that is missing, extra, mis-shaped or of a type that cannot be read as it should."""
+    targets = dict(disk_views(model))
+    found = [line for tensor in stored.values() if (line := _problem(tensor, targets, stored, model.config))]
+    absent = (name for name in targets if name not in stored and not name.endswith(SCALE))
+    return found + [f"missing: {name} {list(targets[name].shape)}" for name in absent]
+
+
+def _problem(
+    tensor: StoredTensor, targets: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], config: ModelConfig
+) -> str | None:
+    name, shape = tensor.name, list(tensor.shape)
+    if name.endswith(SCALE):
+        return _scale_problem(tensor, stored.get(name.removesuffix(SCALE)))
+    if name not in targets:
+        return None if _is_known_copy(name, config) else f"extra: {name} {shape}"
+    target = targets[name]
+    if tensor.dtype not in DTYPES:
+        return f"wrong dtype: {name} is {tensor.dtype}; weights are one of {', '.join(DTYPES)}"
+    if target.shape != tensor.shape:
+        return f"mis-shaped: {name} is {shape}, config.json says {list(target.shape)}"
+    if tensor.dtype == FP8 and f"{name}{SCALE}" not in stored:
+        return f"missing: {name}{SCALE} {list(scale_shape(tensor.shape))}, the scales of an FP8 weight"
+    if target.dtype == torch.float8_e4m3fn and tensor.dtype != FP8:
+        return f"wrong dtype: {name} is {tensor.dtype} beside experts in FP8; load them with keep_fp8=False"
+    return None
+
+
+def _scale_problem(scale: StoredTensor, weight: StoredTensor | None) -> str | None:
+    if weight is None or weight.dtype != FP8 or len(weight.shape) != 2:
+        what = "has no weight" if weight is None else f"stands beside a weight {list(weight.shape)} of {weight.dtype}"
+        return f"extra: {scale.name} {what}; scales belong to FP8 matrices"
+    if scale.dtype not in _SCALE_DTYPES:
+        return f"wrong dtype: {scale.name} is {scale.dtype}; scales are {' or '.join(_SCALE_DTYPES)}"
+    if scale.shape != scale_shape(weight.shape):
+        want = list(scale_shape(weight.shape))
+        return f"mis-shaped: {scale.name} is {list(scale.shape)}, its weight {list(weight.shape)} needs {want}"
+    return None
+
+
+def without_absent_mtp(config: ModelConfig, stored: Mapping[str, StoredTensor], directory: Path) -> ModelConfig:
+    """transformers writes `num_nextn_predict_layers` but never the module: such a checkpoint has no MTP to load."""
+    first = f"model.layers.{config.num_layers}."
+    if config.num_mtp_layers and not any(name.startswith(first) for name in stored):
+        log.warn(f"{directory}: config.json announces multi-token prediction but no weights are stored; left out")
+        return replace(config, num_mtp_layers=0)
+    return config
+
+
+def stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype that most of the matrices have; bfloat16 beside FP8. Norms and router biases may be wider."""
+    count: Counter[str] = Counter()
+    for tensor in stored.values():
+        if len(tensor.shape) > 1 and tensor.dtype in DTYPES and not tensor.name.endswith(SCALE):
+            count[tensor.dtype] += tensor.nbytes
+    if not count:
+        return torch.float32
+    return torch.bfloat16 if FP8 in count else DTYPES[count.most_common(1)[0][0]]
+
+
+def check_quantization(data: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a `config.json` that announces another quantisation than FP8 in 128 x 128 blocks."""
+    settings = data.get("quantization_config")
+    if settings is None:
+        return
+    for key in ("quant_method", "fmt", "weight_block_size"):
+        value = settings.get(key, QUANTIZATION[key]) if isinstance(settings, dict) else settings
+        if value != QUANTIZATION[key]:
+            raise ValueError(
+                f"{directory}: quantization_config.{key} = {value!r} in config.json; only {QUANTIZATION[key]!r} is "
+                "supported. Use a checkpoint in bfloat16 or in block-scaled FP8"
+            )

@@ -1,0 +1,242 @@
+"""Block-scaled FP8 checkpoints: kept as they are, dequantised, saved, and refused where weights and scales part."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoint.tiny import BLOCKS, CONFIG, DENSE, assert_same, edit, rewrite, shard, stored, tiny, tiny_fp8
+from safetensors.torch import load_file
+
+from kogia.checkpoint.directory import load_config
+from kogia.checkpoint.hf import load_model, save_model
+from kogia.model.packed import pack
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+
+@pytest.fixture(params=["one file", "scales in other files"])
+def saved(tmp_path, request):
+    directory = save_model(tiny_fp8(), tmp_path / "model")
+    if request.param != "one file":
+        shard(directory, 2)
+    return directory
+
+
+@pytest.fixture
+def one_file(tmp_path):
+    return save_model(tiny_fp8(), tmp_path / "model")
+
+
+def dequantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The published rule, element by element: W[a, b] = q[a, b] * scale_inv[a // 128, b // 128]."""
+    out = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = tensors[f"{name}_scale_inv"].double()
+            rows, columns = (torch.arange(n) // 128 for n in tensor.shape)
+            tensor = (tensor.double() * scale[rows][:, columns]).float()
+        if not name.endswith("_scale_inv"):
+            out[name] = tensor
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_fp8_weights_are_dequantised_in_float32_and_rounded_once(saved, dtype):
+    loaded = load_model(saved, dtype=dtype)
+    want = dequantized(stored(saved))
+    again = stored(save_model(loaded, saved.parent / "dense"))
+    assert again.keys() == want.keys()
+    for name, tensor in again.items():
+        kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype or torch.bfloat16
+        assert tensor.dtype == kept, name
+        torch.testing.assert_close(tensor, want[name].to(kept), rtol=0, atol=0, msg=name)
+
+
+def test_kept_fp8_weights_are_the_stored_bytes_and_compute_the_same(saved):
+    model = tiny_fp8()
+    kept = load_model(saved, keep_fp8=True)
+    assert_same(kept, model)
+    names = {name for name, tensor in kept.state_dict().items() if tensor.dtype == torch.float8_e4m3fn}
+    assert {"gate", "embed_tokens", "lm_head", "eh_proj", "norm"}.isdisjoint(name.split(".")[-2] for name in names)
+    batch = pack([[3, 1, 4, 1, 5], [9, 2]])
+    with torch.no_grad():
+        dense = load_model(saved)
+        torch.testing.assert_close(kept(batch), dense(batch), rtol=0, atol=2e-2 * dense(batch).abs().max().item())
+        exact = load_model(saved, keep_fp8=True, dtype=torch.float32)
+        want = load_model(saved, dtype=torch.float32)(batch)
+        torch.testing.assert_close(exact(batch), want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+def test_saving_kept_fp8_weights_gives_the_same_bytes(one_file, tmp_path):
+    again = save_model(load_model(one_file, keep_fp8=True), tmp_path / "again")
+    for file in ("config.json", "model.safetensors"):
+        assert (again / file).read_bytes() == (one_file / file).read_bytes()
+
+
+def test_names_types_and_config_of_a_saved_fp8_model_are_the_published_ones(one_file):
+    tensors = stored(one_file)
+    fp8 = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+    leaves = {name.split(".")[-2] for name in fp8}
+    assert leaves == {
+        "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert {name for name in tensors if name.endswith("_scale_inv")} == {f"{name}_scale_inv" for name in fp8}
+    for name in fp8:
+        rows, columns = tensors[name].shape
+        scale = tensors[f"{name}_scale_inv"]
+        assert (scale.dtype, scale.shape) == (torch.float32, (-(-rows // 128), -(-columns // 128))), name
+    settings = json.loads((one_file / "config.json").read_text())["quantization_config"]
+    want = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert settings == want
+    assert json.loads((one_file / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert load_config(one_file) == BLOCKS
+
+
+def test_scales_that_are_powers_of_two_are_announced(tmp_path):
+    directory = save_model(tiny_fp8(power_of_two=True), tmp_path / "model")
+    assert json.loads((directory / "config.json").read_text())["quantization_config"]["scale_fmt"] == "ue8m0"
+    assert_same(load_model(directory, keep_fp8=True), tiny_fp8(power_of_two=True))
+
+
+def test_scales_in_bfloat16_are_read(tmp_path):
+    directory = save_model(tiny_fp8(power_of_two=True), tmp_path / "model")
+    wide = load_model(directory, keep_fp8=True), load_model(directory)
+    rewrite(directory, lambda t: t.update({n: s.bfloat16() for n, s in t.items() if n.endswith("_scale_inv")}))
+    assert_same(load_model(directory, keep_fp8=True), wide[0])
+    assert_same(load_model(directory), wide[1])
+
+
+@pytest.mark.parametrize("config", [CONFIG, DENSE, replace(BLOCKS, tie_embeddings=True, num_mtp_layers=2)])
+def test_fp8_models_of_other_shapes_come_back(config, tmp_path):
+    model = tiny_fp8(config)
+    assert_same(load_model(save_model(model, tmp_path / "model"), keep_fp8=True), model)
+
+
+def test_an_fp8_matrix_in_a_layer_that_stays_dense_is_dequantised(one_file):
+    """Some publish the head in FP8 as well: only projections can stay so."""
+
+    def quantise_head(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+        tensors["lm_head.weight_scale_inv"] = torch.full((1, 2), 0.5)
+
+    rewrite(one_file, quantise_head)
+    want = load_file(one_file / "model.safetensors")["lm_head.weight"].float() * 0.5
+    for keep in (True, False):
+        assert torch.equal(load_model(one_file, keep_fp8=keep).lm_head.weight, want.bfloat16())
+
+
+def test_fp8_in_some_layers_only_is_kept_there(one_file):
+    def dense_gate(tensors):
+        tensors[GATE] = tensors[GATE].bfloat16()
+        del tensors[f"{GATE}_scale_inv"]
+
+    rewrite(one_file, dense_gate)
+    model = load_model(one_file, keep_fp8=True)
+    assert model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+
+
+# Bad input
+
+
+def refused(directory, change, **options) -> str:
+    rewrite(directory, change)
+    with pytest.raises(ValueError) as error:
+        load_model(directory, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("keep_fp8", [True, False])
+@pytest.mark.parametrize("name", [GATE, EXPERT])
+def test_an_fp8_weight_without_scales_is_named(one_file, name, keep_fp8):
+    message = refused(one_file, lambda t: t.pop(f"{name}_scale_inv"), keep_fp8=keep_fp8)
+    assert f"missing: {name}_scale_inv" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("keep_fp8", [True, False])
+def test_scales_without_an_fp8_weight_are_named(one_file, keep_fp8):
+    message = refused(one_file, lambda t: t.update({GATE: t[GATE].bfloat16()}), keep_fp8=keep_fp8)
+    assert f"extra: {GATE}_scale_inv stands beside a weight [272, 144] of BF16" in message
+    message = refused(one_file, lambda t: t.pop(GATE), keep_fp8=keep_fp8)
+    assert f"extra: {GATE}_scale_inv has no weight" in message
+    assert f"missing: {GATE}" in message
+
+
+@pytest.mark.parametrize("keep_fp8", [True, False])
+def test_swapped_scales_are_named(one_file, keep_fp8):
+    down = GATE.replace("gate_proj", "down_proj")
+
+    def swap(t):
+        t[f"{GATE}_scale_inv"], t[f"{down}_scale_inv"] = t[f"{down}_scale_inv"], t[f"{GATE}_scale_inv"]
+
+    message = refused(one_file, swap, keep_fp8=keep_fp8)
+    assert f"mis-shaped: {GATE}_scale_inv is [2, 3], its weight [272, 144] needs [3, 2]" in message
+    assert f"mis-shaped: {down}_scale_inv is [3, 2], its weight [144, 272] needs [2, 3]" in message
+
+
+@pytest.mark.parametrize("keep_fp8", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_scales_that_are_no_positive_numbers_are_named(one_file, value, keep_fp8):
+    name = f"{EXPERT}_scale_inv"
+
+    def damage(t):
+        t[name][-1, -1] = value
+
+    message = refused(one_file, damage, keep_fp8=keep_fp8)
+    assert f"model.safetensors: {name} holds scales that are not positive numbers" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.float8_e5m2])
+def test_scales_of_another_type_are_named(one_file, dtype):
+    name = f"{GATE}_scale_inv"
+    message = refused(one_file, lambda t: t.update({name: t[name].to(dtype)}))
+    assert f"wrong dtype: {name} is" in message
+    assert "scales are F32 or BF16" in message
+
+
+def test_nan_in_fp8_is_warned_of_by_name(one_file, capsys):
+    def damage(t):
+        t[EXPERT].view(torch.uint8)[3, 5] = 0xFF
+        t[GATE].view(torch.uint8)[3, 5] = 0x7F
+
+    rewrite(one_file, damage)
+    for keep in (True, False):
+        load_model(one_file, keep_fp8=keep)
+        message = "".join(capsys.readouterr().err.split())
+        assert message.endswith(f"NaNorinfinitevaluesin{GATE},{EXPERT}")
+
+
+def test_experts_that_are_partly_fp8_cannot_be_kept_but_load(one_file):
+    def damage(t):
+        t[EXPERT] = t[EXPERT].bfloat16()
+        del t[f"{EXPERT}_scale_inv"]
+
+    assert f"wrong dtype: {EXPERT} is BF16 beside experts in FP8" in refused(one_file, damage, keep_fp8=True)
+    load_model(one_file)
+
+
+def test_keeping_fp8_that_is_not_there_is_refused(tmp_path):
+    save_model(tiny(), tmp_path / "model")
+    with pytest.raises(ValueError, match="holds no FP8 weights to keep.*kogia convert"):
+        load_model(tmp_path / "model", keep_fp8=True)
+
+
+def test_an_fp8_checkpoint_loads_without_its_announcement(one_file):
+    want = load_model(one_file)
+    data = json.loads((one_file / "config.json").read_text())
+    del data["quantization_config"]
+    (one_file / "config.json").write_text(json.dumps(data))
+    assert_same(load_model(one_file), want)
+    edit(one_file, quantization_config=None)
+    assert_same(load_model(one_file), want)
+
+
+def test_a_vector_in_fp8_is_refused(one_file):
+    def damage(t):
+        t["model.norm.weight"] = t["model.norm.weight"].to(torch.float8_e4m3fn)
+        t["model.norm.weight_scale_inv"] = torch.ones(2, 1)
+
+    assert "extra: model.norm.weight_scale_inv stands beside a weight [144]" in refused(one_file, damage)
