@@ -113,15 +113,16 @@ def is_held_out(document: Document, val_share: float) -> bool:
 
 
 def tokenise(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int], list[int]]]:
-    """(document, token ids, loss mask) in order: BOS text EOS with all but BOS counting, or a rendered chat example."""
+    """(document, token ids, loss mask) in order: [BOS] text EOS with all but the first counting, or a chat example."""
     documents = iter(documents)
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     while chunk := list(itertools.islice(documents, CHUNK)):
         plain = iter(tokenizer.encode_batch([document.text for document in chunk if not document.prompt]))
         for document in chunk:
             if document.prompt:
                 ids, mask = render_example(document.prompt, document.text, tokenizer)
             else:
-                ids = [tokenizer.bos_id, *next(plain), tokenizer.eos_id]
+                ids = [*start, *next(plain), tokenizer.eos_id]
                 mask = [0] + [1] * (len(ids) - 1)
             yield document, ids, mask
 

@@ -15,9 +15,10 @@ from kogia.engine.config import ChatConfig
 from kogia.engine.llm import LLM
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
-from kogia.text.chat import Message, parse_response
-from kogia.text.tokenizer import END_THINK
+from kogia.text.chat import Message, opens_thought, parse_response, render_prompt
+from kogia.text.tokenizer import END_THINK, THINK
 
+TRIAL_DRAFTS, LEAST_ACCEPTANCE = 64, 0.1  # drafts that are hardly ever right only cost time
 HELP = "Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D leaves."
 
 
@@ -39,14 +40,18 @@ def main(config: ChatConfig) -> int:
             console.print(f"unknown command {line.split()[0]}. {HELP}", style="yellow", markup=False)
             continue
         messages.append(Message("user", line))
+        prompt = render_prompt(messages, llm.tokenizer, config.thinking)
+        opened = opens_thought(prompt, llm.tokenizer)
         try:
-            answer = _answer(llm, messages, config, console)
+            answer = _answer(llm, prompt, opened, config, console)
         except ValueError as error:  # the conversation has outgrown the context, which /reset cures
             messages.pop()
             log.warn(f"{error}, or /reset the conversation")
             continue
-        parsed = parse_response(answer)
+        parsed = parse_response(answer, opened)
         messages.append(Message("assistant", parsed.answer, parsed.thinking))
+        if llm.engine.stats.num_drafted >= TRIAL_DRAFTS and llm.engine.stats.acceptance < LEAST_ACCEPTANCE:
+            llm.engine.num_draft_tokens = 0
     return 0
 
 
@@ -70,15 +75,15 @@ def _questions(console: Console) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(llm: LLM, messages: list[Message], config: ChatConfig, console: Console) -> str:
+def _answer(llm: LLM, prompt: list[int], opened: bool, config: ChatConfig, console: Console) -> str:
     """Stream one answer to the console and return its text, whole or as far as it came."""
     params = SamplingParams(
         temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens, seed=config.seed
     )
-    thought = ThoughtStyle(console)
+    thought = ThoughtStyle(console, opened)
     started, num_tokens, text = time.perf_counter(), 0, ""
     completion: Completion | None = None
-    with _interrupt_flag() as interrupted, contextlib.closing(llm.stream(messages, params)) as events:
+    with _interrupt_flag() as interrupted, contextlib.closing(llm.stream(prompt, params)) as events:
         for event in events:
             num_tokens += len(event.token_ids)
             text += event.text
@@ -104,15 +109,26 @@ def _summary(num_tokens: int, seconds: float, completion: Completion | None) -> 
 
 
 class ThoughtStyle:
-    """Writes a streamed answer, dim until `</think>` has passed. The mark may arrive in pieces."""
+    """Writes a streamed answer, its thought dim: what stands before `</think>`. The marks may arrive in pieces.
 
-    def __init__(self, console: Console) -> None:
+    Unless the prompt `opened` a thought, there is one only if the answer begins with `<think>`.
+    """
+
+    def __init__(self, console: Console, opened: bool = True) -> None:
         self._console = console
-        self._thinking = True
+        self._thinking = opened
+        self._may_open = not opened
         self._pending = ""
 
     def write(self, text: str) -> None:
         self._pending += text
+        if self._may_open:
+            start = self._pending.lstrip()
+            if THINK.startswith(start):
+                return
+            self._may_open, self._thinking = False, start.startswith(THINK)
+            if self._thinking:
+                self._pending = start.removeprefix(THINK).lstrip("\n")
         if self._thinking and END_THINK in self._pending:
             thought, _, self._pending = self._pending.partition(END_THINK)
             self._print(thought + "\n")

@@ -49,6 +49,8 @@ class GenerateConfig:
     """Continue the text itself instead of answering it as a chat message."""
     system: str | None = None
     """System message put before every prompt."""
+    thinking: bool | None = None
+    """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
     n: int = 1
     """Completions per prompt."""
     max_tokens: int = 512
@@ -77,6 +79,8 @@ class ChatConfig:
     """Model directory or run directory."""
     system: str | None = None
     """System message of the conversation."""
+    thinking: bool | None = None
+    """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
     max_tokens: int = 2048
     temperature: float = 0.6
     """0 is greedy."""

@@ -60,6 +60,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.stats = EngineStats()
         self.weights_version = 0
+        self.num_draft_tokens = config.num_draft_tokens
+        """Drafts per step from now on; may be set to 0 between steps, but not back."""
         if config.num_draft_tokens and not model.config.num_mtp_layers:
             raise ValueError(
                 f"engine.num_draft_tokens = {config.num_draft_tokens}: the model has no MTP module to draft with; set 0"
@@ -68,7 +70,7 @@ class Engine:
         cached = model.config if config.num_draft_tokens else replace(model.config, num_mtp_layers=0)
         num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype)
         cache = build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device)
-        self.scheduler = Scheduler(config, num_blocks, tokenizer.eos_id if tokenizer else model.config.eos_id)
+        self.scheduler = Scheduler(config, num_blocks, tokenizer.eos_ids if tokenizer else (model.config.eos_id,))
         self.runner = Runner(model, cache, self.scheduler.table)
         self._num_requests = 0
 
@@ -126,8 +128,8 @@ class Engine:
                     result.logprobs,
                     lookahead=self.scheduler.lookahead,
                 )
-                if self.config.num_draft_tokens:
-                    self.runner.draft(result, plan, self.config.num_draft_tokens)
+                if self.num_draft_tokens:
+                    self.runner.draft(result, plan, self.num_draft_tokens)
         except BaseException:  # Ctrl-C included: blocks were promised to the prefix index but not written
             self.scheduler.recompute_all()
             raise

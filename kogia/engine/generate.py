@@ -15,7 +15,7 @@ from kogia.engine.config import GenerateConfig
 from kogia.engine.llm import LLM
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
-from kogia.text.chat import Message, parse_response, render_prompt
+from kogia.text.chat import Message, opens_thought, parse_response, render_prompt
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ def main(config: GenerateConfig) -> int:
     llm = LLM(config.path, device=config.device, dtype=config.dtype, **options)
     names = ("n", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
     params = SamplingParams(**{name: getattr(config, name) for name in names})
-    prompts = texts if config.raw else [render_prompt(_messages(config, t), llm.tokenizer) for t in texts]
+    prompts = texts if config.raw else _render(config, texts, llm.tokenizer)
     with Progress(
         TextColumn("generating"),
         BarColumn(),
@@ -41,7 +41,8 @@ def main(config: GenerateConfig) -> int:
             progress.update(task, completed=finished, total=total, tokens=tokens)
 
         groups = llm.generate(prompts, params, show)
-    _write(config, texts, groups, llm.tokenizer)
+    opened = [not isinstance(prompt, str) and opens_thought(prompt, llm.tokenizer) for prompt in prompts]
+    _write(config, texts, opened, groups)
     stats = llm.engine.stats
     drafts = f", {stats.acceptance:.0%} of drafts accepted" if stats.num_drafted else ""
     log.info(f"{stats.num_generated_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{drafts}")
@@ -80,16 +81,21 @@ def _read_file(path: Path) -> list[str]:
     return prompts
 
 
-def _messages(config: GenerateConfig, text: str) -> list[Message]:
+def _render(config: GenerateConfig, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     system = [] if config.system is None else [Message("system", config.system)]
-    return [*system, Message("user", text)]
+    return [render_prompt([*system, Message("user", text)], tokenizer, config.thinking) for text in texts]
 
 
-def _write(config: GenerateConfig, texts: Sequence[str], groups: list[list[Completion]], tokenizer: Tokenizer) -> None:
+def _write(
+    config: GenerateConfig,
+    texts: Sequence[str],
+    opened: Sequence[bool],
+    groups: list[list[Completion]],
+) -> None:
     """One JSON line per completion into `--out`, else the bare texts to stdout."""
     rows = [
-        _row(config, prompt, index, completion)
-        for prompt, group in zip(texts, groups, strict=True)
+        _row(config, prompt, opens, index, completion)
+        for prompt, opens, group in zip(texts, opened, groups, strict=True)
         for index, completion in enumerate(group)
     ]
     if config.out is not None:
@@ -102,9 +108,9 @@ def _write(config: GenerateConfig, texts: Sequence[str], groups: list[list[Compl
         print(printable(row["text"]) if sys.stdout.isatty() else row["text"])
 
 
-def _row(config: GenerateConfig, prompt: str, index: int, completion: Completion) -> dict[str, Any]:
+def _row(config: GenerateConfig, prompt: str, opened: bool, index: int, completion: Completion) -> dict[str, Any]:
     row: dict[str, Any] = {"prompt": prompt, "index": index, "text": completion.text}
     if not config.raw:
-        parsed = parse_response(completion.text)
+        parsed = parse_response(completion.text, opened)
         row |= {"thinking": parsed.thinking, "answer": parsed.answer}
     return row | {"finish_reason": completion.finish_reason, "num_tokens": len(completion.token_ids)}

@@ -59,13 +59,18 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_progress: Callable[[int, int, int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Continue texts or token ids, `n` completions each. Texts get a leading BOS unless they start with one."""
+        """Continue texts or token ids, `n` completions each. Texts get the leading BOS that the model's texts have."""
         each = [prompts] if isinstance(prompts, str) else prompts
         return self.engine.generate([self._ids(p) for p in each], params or SamplingParams(), on_progress)
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> list[Completion]:
-        """Answer one conversation that ends with a user message; `params.n` answers."""
-        return self.generate([render_prompt(messages, self.tokenizer)], params)[0]
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, thinking: bool | None = None
+    ) -> list[Completion]:
+        """Answer one conversation that ends with a user message; `params.n` answers.
+
+        `thinking` turns thoughts on or off for models whose chat template has that switch.
+        """
+        return self.generate([render_prompt(messages, self.tokenizer, thinking)], params)[0]
 
     def stream(
         self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
@@ -94,8 +99,7 @@ class LLM:
     def _ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
-        ids = self.tokenizer.encode(prompt)
-        return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
+        return self.tokenizer.encode_raw(prompt)
 
 
 def pick_device(device: str) -> torch.device:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from kogia.text.tokenizer import IncrementalDecoder, Tokenizer
+from kogia.text.stream import IncrementalDecoder
+from kogia.text.tokenizer import Tokenizer
 
 
 class TextStream:
@@ -13,26 +14,32 @@ class TextStream:
         self._decoder = IncrementalDecoder(tokenizer)
         self._stop = tuple(stop)
         self._num_sent = 0
+        self._is_cut = False
 
     def push(self, token_ids: Sequence[int]) -> int | None:
         """Append tokens. At the first stop string, cut the text before it and return how many tokens that took."""
         if not self._stop:
             self.text += self._decoder.push(token_ids)
             return None
-        longest = max(map(len, self._stop))
         for count, token_id in enumerate(token_ids, start=1):
-            since = max(0, len(self.text) - longest + 1)
-            self.text += self._decoder.push([token_id])
-            found = [place for stop in self._stop if (place := self.text.find(stop, since)) >= 0]
-            if found:
-                self.text = self.text[: min(found)]
+            if self._append(self._decoder.push([token_id])):
                 return count
         return None
 
     def finish(self) -> str:
         """The whole text, closed."""
-        self.text += self._decoder.flush()
+        if not self._is_cut:
+            self._append(self._decoder.flush())
         return self.text
+
+    def _append(self, fresh: str) -> bool:
+        """Add text; at a stop string, cut it before that and return True."""
+        since = max(0, len(self.text) - max(map(len, self._stop), default=1) + 1)
+        self.text += fresh
+        found = [place for stop in self._stop if (place := self.text.find(stop, since)) >= 0]
+        if found:
+            self.text, self._is_cut = self.text[: min(found)], True
+        return self._is_cut
 
     def take(self, *, final: bool) -> str:
         """Text not taken yet. Before the end, what may still become a stop string is held back."""

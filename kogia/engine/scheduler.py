@@ -9,6 +9,7 @@ run: every layer writes all new rows of a step before its attention reads any, s
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +42,9 @@ class StepPlan:
 class Scheduler:
     """Owns the waiting queue, the running order and every block."""
 
-    def __init__(self, config: EngineConfig, num_blocks: int, eos_id: int) -> None:
+    def __init__(self, config: EngineConfig, num_blocks: int, eos_ids: Sequence[int]) -> None:
         self.config = config
-        self.eos_id = eos_id
+        self.eos_ids = frozenset(eos_ids)
         self.pool = BlockPool(num_blocks)
         self.table = SequenceTable(config.max_sequences, config.block_size)
         self.waiting: deque[Request] = deque()
@@ -174,7 +175,7 @@ class Scheduler:
         if missing + spare > self.pool.num_free:
             self.pool.release(shared)
             return None
-        stops = set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else {self.eos_id})
+        stops = set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else self.eos_ids)
         row = self.table.open(request, sorted(stops))
         self.table.append_blocks(row, shared + self.pool.allocate(missing))
         self.table.num_computed[row] = cached

@@ -207,7 +207,7 @@ def sample_rows(answered: Answered, tokenizer: Tokenizer, *, greedy: bool) -> li
             "sample": GREEDY if greedy else index,
             "text": sample.completion.text,
             "num_tokens": len(sample.completion.token_ids),
-            "think_tokens": think_tokens(sample.completion.token_ids, tokenizer),
+            "think_tokens": think_tokens(sample.completion.token_ids, tokenizer, answered.opened),
             "reward": sample.verdict.reward,
             "correct": sample.verdict.correct,
             "status": sample.verdict.status,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from kogia.engine.request import Completion, SamplingParams
 from kogia.tasks.task import Problem, Response, Task, Verdict
-from kogia.text.chat import render_prompt
-from kogia.text.tokenizer import END_THINK, Tokenizer
+from kogia.text.chat import canonical_completion, opens_thought, render_prompt
+from kogia.text.stream import IncrementalDecoder
+from kogia.text.tokenizer import END_THINK, THINK, Tokenizer
 
 if TYPE_CHECKING:
     from kogia.engine.engine import Engine
@@ -37,6 +38,8 @@ class Answered:
 
     problem: Problem
     samples: list[Sample]
+    opened: bool = True
+    """Whether the prompt ended inside a thought, as the built-in chat format does."""
 
 
 def answer_problems(
@@ -53,7 +56,7 @@ def answer_problems(
 
     The engine must be idle and is idle again when the iterator ends, also by an error or by being closed.
     """
-    finished: list[tuple[Problem, list[Completion]]] = []
+    finished: list[tuple[Problem, bool, list[Completion]]] = []
     for done, item in enumerate(_complete(engine, tokenizer, problems, params, on_progress), start=1):
         finished.append(item)
         if len(finished) >= batch or done == len(problems):
@@ -78,10 +81,18 @@ def choose_problems(task: Task, split: str, num: int, seed: int) -> list[Problem
     return chosen
 
 
-def think_tokens(token_ids: Sequence[int], tokenizer: Tokenizer) -> int:
+def think_tokens(token_ids: Sequence[int], tokenizer: Tokenizer, opened: bool = True) -> int:
     """Tokens of the thought: those before the last `</think>`, or all of them when it was never closed."""
-    end = tokenizer.token_id(END_THINK)
-    return next((i for i in range(len(token_ids) - 1, -1, -1) if token_ids[i] == end), len(token_ids))
+    text = tokenizer.decode(token_ids)
+    end = text.rfind(END_THINK)
+    if end < 0:
+        return len(token_ids) if opened or text.lstrip().startswith(THINK) else 0
+    decoder, length = IncrementalDecoder(tokenizer), 0
+    for count, token_id in enumerate(token_ids):
+        length += len(decoder.push([token_id]))
+        if length > end:
+            return count
+    return len(token_ids)
 
 
 def is_truncated(completion: Completion) -> bool:
@@ -89,9 +100,10 @@ def is_truncated(completion: Completion) -> bool:
     return completion.finish_reason != "stop"
 
 
-def to_response(completion: Completion) -> Response:
-    """What a task sees of a completion."""
-    return Response(completion.text, len(completion.token_ids), is_truncated(completion))
+def to_response(completion: Completion, opened: bool) -> Response:
+    """What a task sees of a completion: its text as after "<think>\\n", also where the prompt `opened` no thought."""
+    text = canonical_completion(completion.text, opened)
+    return Response(text, len(completion.token_ids), is_truncated(completion))
 
 
 def _complete(
@@ -100,11 +112,14 @@ def _complete(
     problems: Sequence[Problem],
     params: SamplingParams,
     on_progress: Progress | None,
-) -> Iterator[tuple[Problem, list[Completion]]]:
-    """Each problem with its completions as soon as all of them are there; the engine is kept full to the end."""
+) -> Iterator[tuple[Problem, bool, list[Completion]]]:
+    """Each problem with its completions as soon as all of them are there; the engine is kept full to the end.
+
+    Between them, whether the prompt opened a thought.
+    """
     assert engine.num_unfinished == 0, f"{engine.num_unfinished} requests are unfinished"
     waiting, before = iter(problems), engine.stats.num_generated_tokens
-    owners: dict[int, tuple[Problem, int]] = {}  # request -> its problem and its place among the samples
+    owners: dict[int, tuple[Problem, bool, int]] = {}  # request -> its problem, opened, its place among the samples
     arrived: dict[str, dict[int, Completion]] = {}  # problem id -> completions by place
     num_done = 0
     try:
@@ -113,34 +128,40 @@ def _complete(
                 problem = next(waiting, None)
                 if problem is None:
                     break
-                requests = _add(engine, tokenizer, problem, params)
-                owners.update((request, (problem, place)) for place, request in enumerate(requests))
+                requests, opened = _add(engine, tokenizer, problem, params)
+                owners.update((request, (problem, opened, place)) for place, request in enumerate(requests))
             if not owners:
                 return
             for event in engine.step():
                 if event.completion is None:
                     continue
-                problem, place = owners.pop(event.request_id)
+                problem, opened, place = owners.pop(event.request_id)
                 group = arrived.setdefault(problem.id, {})
                 group[place] = event.completion
                 if len(group) == params.n:
                     num_done += 1
                     del arrived[problem.id]
-                    yield problem, [group[i] for i in range(params.n)]
+                    yield problem, opened, [group[i] for i in range(params.n)]
             if on_progress is not None:
                 on_progress(num_done, len(problems), engine.stats.num_generated_tokens - before)
     finally:
         engine.abort_all()
 
 
-def _add(engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams) -> Iterable[int]:
+def _add(
+    engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams
+) -> tuple[Iterable[int], bool]:
     try:
-        return engine.add(render_prompt(problem.messages, tokenizer), params)
+        prompt = render_prompt(problem.messages, tokenizer)
+        return engine.add(prompt, params), opens_thought(prompt, tokenizer)
     except ValueError as error:
         raise ValueError(f"problem {problem.id!r}: {error}") from error
 
 
-def _verify(pool: "VerifyPool", finished: list[tuple[Problem, list[Completion]]]) -> list[Answered]:
-    pairs = [(problem, to_response(c)) for problem, completions in finished for c in completions]
+def _verify(pool: "VerifyPool", finished: list[tuple[Problem, bool, list[Completion]]]) -> list[Answered]:
+    pairs = [(problem, to_response(c, opened)) for problem, opened, completions in finished for c in completions]
     verdicts = iter(pool.verify_all(pairs))
-    return [Answered(problem, [Sample(c, next(verdicts)) for c in completions]) for problem, completions in finished]
+    return [
+        Answered(problem, [Sample(c, next(verdicts)) for c in completions], opened)
+        for problem, opened, completions in finished
+    ]

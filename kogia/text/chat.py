@@ -1,18 +1,24 @@
-"""The chat format of DeepSeek-R1: how messages become one prompt, and how a completion is read back.
+"""How messages become one prompt, and how a completion is read back. The built-in format is DeepSeek-R1's:
 
     prompt       BOS {system}<｜User｜>question<｜Assistant｜><think>\\n
     completion   thought</think>answer EOS
+
+A model with a chat template of its own is prompted by that. Prompts that do not end in "<think>" leave the tag to the
+model (Qwen3) or have no thought (V3); tasks and data see one form all the same, the text that would follow the tag.
 
 Earlier assistant turns keep only what follows their last `</think>`, closed by EOS (R1 drops old thoughts). Prompt and
 completion are tokenised apart, here and in every rollout, so training sees the very split that sampling produced.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kogia.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 
 ROLES = ("system", "user", "assistant")
+THINKING_SWITCHES = ("thinking", "enable_thinking")
+"""Variables by which chat templates turn thinking on and off: DeepSeek-V3.1's and Qwen3's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +45,7 @@ class ParsedResponse:
 
 def render_text(messages: Sequence[Message], *, bos: str = BOS, eos: str = EOS) -> str:
     """The prompt as text, ending where the model starts to think. System messages come first, blank lines between."""
-    if not messages or messages[-1].role != "user":
-        last = messages[-1].role if messages else "nothing"
-        raise ValueError(f"a prompt must end with a user message, this one ends with {last}; append the question")
+    _check_question(messages)
     system = "\n\n".join(message.content for message in messages if message.role == "system")
     parts = [bos, system]
     for message in messages:
@@ -52,23 +56,82 @@ def render_text(messages: Sequence[Message], *, bos: str = BOS, eos: str = EOS) 
     return "".join([*parts, ASSISTANT, THINK, "\n"])
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Prompt ids with exactly one BOS: the only tokenisation of a prompt in the system."""
-    return tokenizer.encode(render_text(messages, bos=tokenizer.bos, eos=tokenizer.eos))
+def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, thinking: bool | None = None) -> list[int]:
+    """Prompt ids: the only tokenisation of a prompt in the system. A BOS is there once, if the format has one.
+
+    The format is the model's own chat template, or R1's where it has none. `thinking` sets that switch of templates
+    that have it (V3.1, Qwen3); None leaves them their default.
+    """
+    template = tokenizer.template
+    if thinking is not None and not has_thinking_switch(tokenizer):
+        raise ValueError(f"thinking = {thinking}: this model's chat template has no such switch; leave it out")
+    if template is None:
+        return tokenizer.encode(render_text(messages, bos=tokenizer.bos or "", eos=tokenizer.eos))
+    _check_question(messages)
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    fixed = {"messages": turns, "add_generation_prompt": True, "tools": None, "documents": None}
+    switches = {} if thinking is None else dict.fromkeys(THINKING_SWITCHES, thinking)
+    return tokenizer.encode(template.render(tokenizer.special_tokens | fixed | switches))
+
+
+def has_thinking_switch(tokenizer: Tokenizer) -> bool:
+    """Whether the model's chat template can turn thinking on and off."""
+    template = tokenizer.template
+    return template is not None and any(re.search(rf"\b{name}\b", template.source) for name in THINKING_SWITCHES)
+
+
+def opens_thought(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether a rendered prompt ends in "<think>", so that the completion starts inside the thought."""
+    return tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK)  # the tag may be several tokens
 
 
 def render_example(
     messages: Sequence[Message], completion_text: str, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
-    """(ids, mask) of one training example: mask is 1 on the completion and its EOS, 0 on the prompt."""
-    prompt = render_prompt(messages, tokenizer)
-    completion = [*tokenizer.encode(completion_text), tokenizer.eos_id]
+    """(ids, mask) of one training example: mask is 1 on the completion and its EOS, 0 on the prompt.
+
+    `completion_text` is in the built-in format, as after "<think>\\n". Where the model's template leaves the opening
+    tag to the model, the example has it in the completion.
+    """
+    thinks = bool(completion_text.rpartition(END_THINK)[0].strip())
+    prompt = render_prompt(messages, tokenizer, True if thinks and has_thinking_switch(tokenizer) else None)
+    own = _own_completion(completion_text, opens_thought(prompt, tokenizer))
+    completion = [*tokenizer.encode(own), tokenizer.eos_id]
     return prompt + completion, [0] * len(prompt) + [1] * len(completion)
 
 
-def parse_response(completion_text: str) -> ParsedResponse:
-    """Splits a completion, which continues after "<think>\\n". A thought that was cut off has no answer to score."""
-    thinking, closing, answer = completion_text.rpartition(END_THINK)
+def canonical_completion(completion_text: str, opened: bool) -> str:
+    """The completion as it would follow "<think>\\n", whether or not its prompt `opened` a thought."""
+    if opened:
+        return completion_text
+    start = completion_text.lstrip()
+    if start.startswith(THINK):
+        return start.removeprefix(THINK).removeprefix("\n")
+    return completion_text if END_THINK in completion_text else f"{END_THINK}\n\n{completion_text}"
+
+
+def parse_response(completion_text: str, opened: bool = True) -> ParsedResponse:
+    """Splits a completion at its last `</think>`. A thought that was cut off has no answer to score.
+
+    `opened`: the prompt ended in "<think>". If it did not, a completion that neither opens nor closes a thought is all
+    answer.
+    """
+    text = canonical_completion(completion_text, opened)
+    thinking, closing, answer = text.rpartition(END_THINK)
     if not closing:
-        return ParsedResponse(thinking=completion_text.strip() or None, answer="", closed=False)
+        return ParsedResponse(thinking=text.strip() or None, answer="", closed=False)
     return ParsedResponse(thinking=thinking.strip() or None, answer=answer.strip(), closed=True)
+
+
+def _own_completion(canonical: str, opened: bool) -> str:
+    """What the model writes after its prompt: the inverse of `canonical_completion`."""
+    thought, closing, answer = canonical.rpartition(END_THINK)
+    if opened or not closing or thought.lstrip().startswith(THINK):
+        return canonical
+    return f"{THINK}\n{canonical}" if thought.strip() else answer.lstrip("\n")
+
+
+def _check_question(messages: Sequence[Message]) -> None:
+    if not messages or messages[-1].role != "user":
+        last = messages[-1].role if messages else "nothing"
+        raise ValueError(f"a prompt must end with a user message, this one ends with {last}; append the question")

@@ -1,22 +1,33 @@
-"""Strings to token ids and back: byte-level BPE in the Hugging Face file formats.
+"""Strings to token ids and back, in the Hugging Face file formats: any model's tokenizer, and new byte-level BPE ones.
 
-The splitting rules are those of DeepSeek-V3: digits in groups of at most three, then CJK runs, then words and
-punctuation; every byte is in the alphabet, so any text survives the round trip. The seven special tokens come first, so
-their ids do not depend on the vocabulary size.
+New ones split as DeepSeek-V3 does: digits in groups of at most three, then CJK runs, then words and punctuation; every
+byte is in the alphabet, so any text survives the round trip. Their seven special tokens come first, so their ids do not
+depend on the vocabulary size.
 
-A beginning-of-sentence token is never added here: the rendered chat already carries one, and a second one silently
+`encode` never adds a beginning-of-sentence token: the rendered chat already carries one, and a second one silently
 costs accuracy.
 """
 
-import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
+
+from kogia.text.files import (
+    EXTRA_FILES,
+    MAX_VOCABULARY_BYTES,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    parse_object,
+    read_eos_ids,
+    read_object,
+    read_text,
+)
+from kogia.text.template import ChatTemplate
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -27,6 +38,7 @@ THINK = "<think>"
 END_THINK = "</think>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # The same words as kogia.text.chat.render_text, for every tool that reads tokenizer_config.json.
 CHAT_TEMPLATE = (
@@ -48,46 +60,73 @@ _WORDS = (
 
 
 class Tokenizer:
-    """A byte-level tokenizer with its `tokenizer_config.json`; both are written back by `save` as they were read."""
+    """A `tokenizer.json` with what the files beside it say; `save` writes all of them back as they were read."""
 
-    def __init__(self, backend: Backend, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        config: dict[str, Any],
+        *,
+        files: Mapping[str, str] | None = None,
+        eos_ids: Sequence[int] = (),
+        origin: str = "chat_template",
+    ) -> None:
+        """`config` is tokenizer_config.json; `files` are further files by name, `eos_ids` further ids that end a text.
+
+        `origin` names the place of the chat template in error messages.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.config = config
-        self.bos = _token_name(config, "bos_token")
-        self.eos = _token_name(config, "eos_token")
-        self.bos_id = self.token_id(self.bos)
+        self.files = dict(files or {})
+        self.is_byte_level = _is_byte_level(backend)
+        self.special_tokens = _special_tokens(config, self.files)
+        """Names by role ("bos_token", "pad_token", ...), as chat templates see them."""
+        self.bos = self.special_tokens.get("bos_token")
+        """None for a model without one (Qwen)."""
+        self.bos_id = None if self.bos is None else self.token_id(self.bos)
+        self.eos = self.special_tokens.get("eos_token") or _name_of(backend, eos_ids)
         self.eos_id = self.token_id(self.eos)
+        self.eos_ids = tuple(dict.fromkeys((self.eos_id, *eos_ids)))
+        """Every id that ends a text; the first is `eos_id`, the one that training writes."""
+        self._origin = origin
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
-        """Raises ValueError, naming the file, when one of the two files is missing or cannot be read."""
-        path = Path(directory) / "tokenizer.json"
-        text = _read(path)
+        """Reads tokenizer.json and tokenizer_config.json, and what there is of the other files that a model has.
+
+        Raises ValueError, naming the file, when one is missing, too large, or cannot be read.
+        """
+        directory = Path(directory)
+        path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
+        text = read_text(path, MAX_VOCABULARY_BYTES)
         try:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises bare Exception for every malformed file
             raise ValueError(
                 f"{path}: not a tokenizer.json ({error}); copy the file again or train a new one"
             ) from error
-        if "ByteLevel" not in str(json.loads(text).get("decoder")):
-            raise ValueError(f"{path}: not a byte-level tokenizer; use one of the DeepSeek, Qwen or Llama 3 kind")
-        config_path = path.with_name("tokenizer_config.json")
+        config = read_object(config_path)
+        files = {name: read_text(directory / name) for name in EXTRA_FILES if (directory / name).exists()}
+        origin = directory / (TEMPLATE_FILE if TEMPLATE_FILE in files else config_path.name)
         try:
-            config = json.loads(_read(config_path))
-            return cls(backend, config)
-        except ValueError as error:  # json's own error is a ValueError too
-            prefix = "" if str(config_path) in str(error) else f"{config_path}: "
+            return cls(backend, config, files=files, eos_ids=read_eos_ids(directory), origin=str(origin))
+        except ValueError as error:
+            prefix = "" if str(directory) in str(error) else f"{config_path}: "
             raise ValueError(f"{prefix}{error}") from error
 
     def save(self, directory: Path | str) -> None:
-        """Writes tokenizer.json and tokenizer_config.json (with the chat template) into `directory`."""
+        """Writes tokenizer.json, tokenizer_config.json and the further files into `directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         config = json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"
         (directory / "tokenizer_config.json").write_text(config, encoding="utf-8")
+        for name in EXTRA_FILES:
+            (directory / name).unlink(missing_ok=True)
+        for name, text in self.files.items():
+            (directory / name).write_text(text, encoding="utf-8", newline="")
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written out in `text` become their ids; no BOS is added."""
@@ -97,9 +136,34 @@ class Tokenizer:
         """`encode` of each text, on all cores."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_raw(self, text: str) -> list[int]:
+        """A text to be continued as it is: with one BOS in front if this model's texts have one."""
+        ids = self.encode(text)
+        return [self.bos_id, *ids] if self.bos_id is not None and self.adds_bos and ids[:1] != [self.bos_id] else ids
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Bytes that are no valid UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The model's own chat template; None where the built-in format is meant: there is no other."""
+        source = self.files.get(TEMPLATE_FILE, self.config.get("chat_template"))
+        if isinstance(source, list):  # several templates by name
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default", named)
+        if source is None or source == CHAT_TEMPLATE:
+            return None
+        if not isinstance(source, str):
+            raise ValueError(f"{self._origin}: chat_template is no text and none named 'default'; correct the file")
+        return ChatTemplate(source, self._origin)
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether texts of this model start with BOS, by its configuration or by the post-processor of its file."""
+        if self.bos_id is None:
+            return False
+        return self.config.get("add_bos_token") is True or self.bos_id in self.backend.encode("").ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -120,7 +184,7 @@ class Tokenizer:
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for; empty for an id outside the vocabulary, as in `decode`."""
+        """The bytes one byte-level token stands for; empty for an id outside the vocabulary, as in `decode`."""
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -128,27 +192,6 @@ class Tokenizer:
             return bytes(_BYTE_OF[char] for char in token)
         except KeyError:  # an added token with characters outside the byte alphabet, e.g. <｜User｜>
             return token.encode()
-
-
-class IncrementalDecoder:
-    """Turns a stream of ids into text without ever emitting part of a character.
-
-    All pushed text and the final `flush` joined equal `Tokenizer.decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: Sequence[int]) -> str:
-        """Text completed by these ids; may be empty while a character is unfinished."""
-        chunk = b"".join(self._tokenizer.token_bytes(i) for i in ids if i not in self._skipped)
-        return self._decoder.decode(chunk)
-
-    def flush(self) -> str:
-        """U+FFFD when the stream stopped inside a character, else nothing."""
-        return self._decoder.decode(b"", final=True)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -179,30 +222,55 @@ def _default_config() -> dict[str, Any]:
         "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": PAD,
-        "add_bos_token": False,
+        "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
 
 
-def _token_name(config: dict[str, Any], key: str) -> str:
-    """A special token's text; the files hold it plain or as a table with `content`."""
-    value = config.get(key)
-    name = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(name, str):
-        raise ValueError(f"{key}={value!r}: tokenizer_config.json must name this token; add it to the file")
+def _special_tokens(config: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, str]:
+    """Names by role from tokenizer_config.json, else special_tokens_map.json; there plain or tables with `content`."""
+    known = parse_object(files.get(SPECIAL_TOKENS_FILE, "{}"), SPECIAL_TOKENS_FILE) | config
+    names: dict[str, str] = {}
+    for role in SPECIAL_ROLES:
+        value = known.get(role)
+        name = value.get("content") if isinstance(value, dict) else value
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{role}={value!r}: must be the token's text or null; correct the file")
+        if name is not None:
+            names[role] = name
+    return names
+
+
+def _name_of(backend: Backend, eos_ids: Sequence[int]) -> str:
+    name = backend.id_to_token(eos_ids[0]) if eos_ids else None
+    if name is None:
+        raise ValueError("eos_token=None: tokenizer_config.json must name this token; add it to the file")
     return name
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+def _is_byte_level(backend: Backend) -> bool:
+    """True for tokens in GPT-2's byte alphabet, False for text with byte fallback; ValueError for anything else."""
+    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return True
+    # Streaming needs a token's text to depend on its neighbours only through runs of bytes and the first place.
+    plain = all(_is_local(step) for step in steps)
+    if not plain or ("Fuse" in kinds and set(kinds[kinds.index("Fuse") :]) - {"Fuse", "Strip"}):
         raise ValueError(
-            f"{path}: {reason}; a model directory must hold tokenizer.json and tokenizer_config.json; "
-            "copy them there or save the model again with its tokenizer"
-        ) from error
+            f"tokenizer.json: decoder {kinds} is not supported; use a tokenizer of the DeepSeek, Qwen or Llama kind"
+        )
+    return False
+
+
+def _is_local(step: Mapping[str, Any]) -> bool:
+    if step["type"] == "Strip":
+        return step["start"] <= 1 and step["stop"] == 0
+    if step["type"] == "Replace":
+        return "String" in step["pattern"] and step["content"] != ""
+    return step["type"] in ("ByteFallback", "Fuse", "Metaspace")
 
 
 def _byte_alphabet() -> dict[str, int]:

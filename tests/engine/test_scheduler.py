@@ -25,7 +25,7 @@ class Simulation:
 
     def __init__(self, config: EngineConfig, num_blocks: int, seed: int = 0) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, num_blocks, EOS)
+        self.scheduler = Scheduler(config, num_blocks, (EOS,))
         self.slots: dict[int, tuple[int, ...]] = {}
         self.rng = np.random.default_rng(seed)
         self.finished: list[Request] = []
@@ -241,7 +241,7 @@ def test_when_blocks_run_out_the_youngest_is_sent_back_and_keeps_its_tokens():
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
-    scheduler = Scheduler(EngineConfig(block_size=4), 5, EOS)
+    scheduler = Scheduler(EngineConfig(block_size=4), 5, (EOS,))
     scheduler.add(make_request(0, [2] * 10, 11))  # the last token needs no cache row: 20 of 20
     with pytest.raises(ValueError, match="10 tokens.*max_tokens = 12.*21 cached tokens.*holds 20.*num_blocks"):
         scheduler.add(make_request(1, [2] * 10, 12))

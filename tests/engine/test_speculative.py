@@ -12,7 +12,7 @@ EOS = 1
 
 def verify(drafts: list[int], samples: list[int], *, block_size: int = 2, max_tokens: int = 20, **params):
     """Prompt [5, 6, 7], one step to sample 8, then a step that verifies `drafts` against `samples`."""
-    scheduler = Scheduler(EngineConfig(block_size=block_size, num_draft_tokens=max(1, len(drafts))), 50, EOS)
+    scheduler = Scheduler(EngineConfig(block_size=block_size, num_draft_tokens=max(1, len(drafts))), 50, (EOS,))
     sampling = SamplingParams(max_tokens=max_tokens, **params)
     scheduler.add(Request(0, np.array([5, 6, 7]), sampling, 0, 3 + max_tokens))
     table = scheduler.table

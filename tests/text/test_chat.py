@@ -2,9 +2,18 @@ import jinja2.sandbox
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_families import LLAMA3, QWEN3, R1, V3, V31, write_deepseek, write_llama3, write_qwen
 
-from kogia.text.chat import Message, parse_response, render_example, render_prompt, render_text
-from kogia.text.tokenizer import BOS, CHAT_TEMPLATE, END_THINK, EOS, train_bpe
+from kogia.text.chat import (
+    Message,
+    canonical_completion,
+    opens_thought,
+    parse_response,
+    render_example,
+    render_prompt,
+    render_text,
+)
+from kogia.text.tokenizer import BOS, CHAT_TEMPLATE, END_THINK, EOS, Tokenizer, train_bpe
 
 TOKENIZER = train_bpe([f"numbers {a} {b} target {a + b} no\n" for a in range(30) for b in range(9)], 500)
 
@@ -100,6 +109,30 @@ def test_an_example_is_masked_to_the_completion_and_its_end():
 
 
 @pytest.mark.parametrize(
+    ("write", "template", "completion", "written"),
+    [
+        (write_deepseek, R1, "one\n</think>\n\n2", "one\n</think>\n\n2"),
+        (write_deepseek, V3, "</think>\n\n2", "2"),
+        (write_deepseek, V31, "one\n</think>\n\n2", "one\n</think>\n\n2"),  # the template's switch is on
+        (write_deepseek, V31, "</think>\n\n2", "2"),
+        (write_qwen, QWEN3, "one\n</think>\n\n2", "<think>\none\n</think>\n\n2"),
+        (write_qwen, QWEN3, "<think>\none\n</think>\n\n2", "<think>\none\n</think>\n\n2"),
+        (write_llama3, LLAMA3, "2", "2"),
+    ],
+)
+def test_an_example_is_what_the_model_itself_writes_after_its_template(tmp_path, write, template, completion, written):
+    tokenizer = Tokenizer.load(write(tmp_path, template))
+    messages = CONVERSATIONS[0]
+    ids, mask = render_example(messages, completion, tokenizer)
+    start = mask.index(1)
+    assert tokenizer.decode(ids[start:]) == written + tokenizer.eos
+    thinks = True if template == V31 and completion.startswith("one") else None
+    assert ids[:start] == render_prompt(messages, tokenizer, thinks)
+    opened = opens_thought(ids[:start], tokenizer)
+    assert parse_response(written, opened).answer == parse_response(completion, END_THINK in completion).answer == "2"
+
+
+@pytest.mark.parametrize(
     ("text", "thinking", "answer", "closed"),
     [
         ("a b no\n</think>\n(1+2)", "a b no", "(1+2)", True),
@@ -113,6 +146,25 @@ def test_an_example_is_masked_to_the_completion_and_its_end():
 def test_a_response_splits_at_the_last_end_of_thought(text, thinking, answer, closed):
     parsed = parse_response(text)
     assert (parsed.thinking, parsed.answer, parsed.closed) == (thinking, answer, closed)
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer", "closed"),
+    [
+        ("<think>\na b\n</think>\n\n7", "a b", "7", True),
+        ("\n<think>a</think>b</think>7", "a</think>b", "7", True),
+        ("<think>\n\n</think>\n\n7", None, "7", True),
+        ("<think>\ncut off: 7", "cut off: 7", "", False),
+        ("<think>", None, "", False),
+        (" 7 and <think> 8", None, "7 and <think> 8", True),
+        ("no opening tag</think>7", "no opening tag", "7", True),
+        ("", None, "", True),
+    ],
+)
+def test_a_response_to_a_prompt_that_opens_no_thought_may_open_one_itself(text, thinking, answer, closed):
+    parsed = parse_response(text, opened=False)
+    assert (parsed.thinking, parsed.answer, parsed.closed) == (thinking, answer, closed)
+    assert parse_response(canonical_completion(text, opened=False)) == parsed
 
 
 @given(st.text(), st.text().filter(lambda text: END_THINK not in text))

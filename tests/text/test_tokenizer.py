@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+from kogia.text.stream import IncrementalDecoder
 from kogia.text.tokenizer import (
     BOS,
     END_THINK,
@@ -12,7 +13,6 @@ from kogia.text.tokenizer import (
     MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,
     THINK,
-    IncrementalDecoder,
     Tokenizer,
     train_bpe,
 )
@@ -122,7 +122,11 @@ def test_added_token_tables_in_the_config_are_understood(tmp_path):
         ("tokenizer.json", "[]", "not a tokenizer.json"),
         ("tokenizer_config.json", None, "copy them there"),
         ("tokenizer_config.json", "{", "tokenizer_config.json: "),
-        ("tokenizer_config.json", "{}", "bos_token=None"),
+        ("tokenizer_config.json", "{}", "eos_token=None"),
+        ("tokenizer_config.json", "[]", "a JSON list, not an object"),
+        ("tokenizer_config.json", "[" * 100_000, "not JSON"),
+        ("tokenizer_config.json", "{" + " " * 1_000_000 + "}", "larger than 1,000,000 bytes"),
+        ("tokenizer_config.json", json.dumps({"bos_token": 7, "eos_token": EOS}), "bos_token=7: must be"),
         ("tokenizer_config.json", json.dumps({"bos_token": BOS, "eos_token": "<eos>"}), "'<eos>' is not in the vocab"),
     ],
 )

@@ -1,0 +1,58 @@
+"""The files of a model directory that belong to its tokenizer, read within limits: they may come from anywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+EXTRA_FILES = (TEMPLATE_FILE, SPECIAL_TOKENS_FILE)
+MAX_VOCABULARY_BYTES = 200_000_000
+MAX_BYTES = 1_000_000
+
+
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """The text of a file of at most `limit` bytes; ValueError naming the file if it cannot be read."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: not a file; copy the model's own file there")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"{path}: larger than {limit:,} bytes; that is no tokenizer file, restore the real one")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text; restore the file") from error
+    except OSError as error:
+        raise ValueError(
+            f"{path}: {error.strerror}; a model directory must hold tokenizer.json and tokenizer_config.json; "
+            "copy them there or save the model again with its tokenizer"
+        ) from error
+
+
+def parse_object(text: str, name: str) -> dict[str, Any]:
+    """A JSON object; ValueError opening with `name` for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error}); restore the file") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: holds a JSON {type(value).__name__}, not an object; restore the file")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    return parse_object(read_text(path), str(path))
+
+
+def read_eos_ids(directory: Path) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, else of config.json: none, one, or a list (Llama 3)."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        found = read_object(path).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(i) is int and i >= 0 for i in ids):
+                raise ValueError(f"{path}: eos_token_id={found!r}: must be a token id or a list of them")
+            return tuple(ids)
+    return ()
