@@ -27,6 +27,7 @@ from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
+from kogia.text.chat import canonical_completion
 from kogia.text.tokenizer import Tokenizer
 
 HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "threads", "overwrite", "dry_run", "quiet")
@@ -178,7 +179,7 @@ class Record:
                     "task": task,
                     "problem_id": problem.id,
                     "messages": [{"role": m.role, "content": m.content} for m in problem.messages],
-                    "completion": sample.completion.text,
+                    "completion": canonical_completion(sample.completion.text, answered.opened),
                     "reward": sample.verdict.reward,
                     "num_tokens": len(sample.completion.token_ids),
                     "source_checkpoint": checkpoint,

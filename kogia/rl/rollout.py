@@ -19,7 +19,7 @@ from kogia.model.packed import PackedTokens, pack
 from kogia.rl.loss import PolicyBatch
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, Verdict
-from kogia.text.chat import render_prompt
+from kogia.text.chat import opens_thought, render_prompt
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -103,7 +103,8 @@ def collect(
     verdicts: list[list[Verdict]] = [[] for _ in problems]
     for source in {id(source): source for source, _ in drawn}.values():
         rows = [row for row, (owner, _) in enumerate(drawn) if owner is source]
-        pairs = [(problems[row], to_response(c)) for row in rows for c in completions[row]]
+        opened = {row: opens_thought(prompts[row], tokenizer) for row in rows}
+        pairs = [(problems[row], to_response(c, opened[row])) for row in rows for c in completions[row]]
         results = iter(source.pool.verify_all(pairs))
         for row in rows:
             verdicts[row] = [next(results) for _ in completions[row]]
