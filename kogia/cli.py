@@ -36,6 +36,11 @@ COMMANDS = {
     ),
     "generate": Command("kogia.engine.config:GenerateConfig", "kogia.engine.generate:main", "Complete prompts"),
     "chat": Command("kogia.engine.config:ChatConfig", "kogia.engine.chat:main", "Talk to a model in the terminal"),
+    "inspect": Command(
+        "kogia.checkpoint.config:InspectConfig",
+        "kogia.checkpoint.inspect:main",
+        "What a model or a preset is and costs",
+    ),
     "report": Command("kogia.report.config:ReportConfig", "kogia.report.build:main", "Write one HTML page about a run"),
 }
 

@@ -1,0 +1,37 @@
+"""Settings of the commands about model files. Torch-free."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What a model is and costs, and where its files contradict its config.json (then the exit status is 1)."""
+
+    model: Positional[str]
+    """Model directory, run directory or preset, such as deepseek-v3."""
+    context: int | None = None
+    """Tokens of context that the cache and the FLOPs are given for; None takes the longest the model is made for."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Rewrite a checkpoint in another type or other files, piece by piece: memory does not grow with the model."""
+
+    src: Positional[str]
+    """Model directory or run directory."""
+    dst: Positional[str]
+    """Directory to write; it appears under its name only when complete."""
+    dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = None
+    """Type to convert to; None keeps every tensor's own. fp8 takes the matrices that DeepSeek-V3 publishes in FP8, with
+    a scale per 128 x 128 block; other matrices become bfloat16 and vectors stay as they are."""
+    shard_gib: float = 5.0
+    """Largest size of one weight file; 0 writes a single file."""
+    overwrite: bool = False
+    """Replace a model directory that is there already."""
+    dry_run: bool = False
+    """Print what would be written and stop."""
