@@ -123,7 +123,8 @@ def _print_disagreements(console: Console, report: Report) -> None:
             table.add_row(Text(" -", "red"), Text(line, overflow="fold"))
         console.print(table)
     elif report.stored is not None:
-        console.print(Text("config.json, tensors and tokenizer agree", "green"))
+        others = "tensors and tokenizer" if report.tokenizer is not None else "tensors"
+        console.print(Text(f"config.json and {others} agree", "green"))
 
 
 def count(number: float) -> str:
