@@ -165,10 +165,12 @@ def write_model_files(
             rows = view[start:stop] if view.dim() else view
             write(planned[name], start, as_bytes(rows.contiguous().cpu()))
     sync_weight_files(planned.values())
-    eos, bos = model.config.eos_id, model.config.bos_id
-    write_json(directory / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True})
+    bos, eos = model.config.bos_id, (model.config.eos_id,)
     if tokenizer is not None:
+        bos, eos = tokenizer.bos_id, tokenizer.eos_ids
         tokenizer.save(directory)
+    ids = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos)} | ({} if bos is None else {"bos_token_id": bos})
+    write_json(directory / "generation_config.json", {**ids, "do_sample": True})
 
 
 def _config_json(model: Transformer, views: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tokenizer_families import QWEN3, write_llama2, write_qwen
 
 from kogia import cli
 from kogia.checkpoint.hf import load_model, save_model
@@ -22,7 +23,7 @@ from kogia.engine.request import SamplingParams
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import build_model
 from kogia.text.chat import Message, render_prompt
-from kogia.text.tokenizer import train_bpe
+from kogia.text.tokenizer import Tokenizer, train_bpe
 
 CONFIG = ModelConfig(
     vocab_size=290,
@@ -184,6 +185,86 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(directory, monkeypatch, ca
     assert out.count("stopped") == 1
     assert out.count("tokens/s") == 2
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """A model with Qwen3's tokenizer and template that soon ends with <|endoftext|>, the second of its end ids."""
+    root = tmp_path_factory.mktemp("qwen")
+    tokenizer = Tokenizer.load(write_qwen(root / "tokenizer"))
+    model = build_model(ModelConfig(**{**vars(CONFIG), "vocab_size": tokenizer.vocab_size}), seed=5)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 1.0
+        model.lm_head.weight[tokenizer.token_id("<|endoftext|>")] = 10.0 / CONFIG.dim
+    return save_model(model, root / "model", tokenizer)
+
+
+def test_a_model_without_bos_gets_none_and_stops_at_any_of_its_end_tokens(qwen):
+    llm = LLM(qwen, device="cpu")
+    assert llm.generate("The", PARAMS) == llm.generate([llm.tokenizer.encode("The")], PARAMS)
+    params = SamplingParams(n=8, max_tokens=100, seed=0)
+    completions = llm.generate("The", params)[0]
+    assert {completion.token_ids[-1] for completion in completions} == {0}
+    assert {completion.finish_reason for completion in completions} == {"stop"}
+    assert all("<|endoftext|>" not in completion.text for completion in completions)
+
+
+def test_a_model_saved_again_keeps_its_end_tokens_and_its_template(qwen):
+    assert json.loads((qwen / "generation_config.json").read_text()) == {"eos_token_id": [2, 0], "do_sample": True}
+    again = Tokenizer.load(qwen)
+    assert again.eos_ids == (2, 0)
+    assert again.template is not None
+    assert again.template.source == QWEN3
+
+
+def test_generate_command_reads_answers_of_a_model_that_opens_no_thought(qwen, tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = ["--prompt", "one", "--max-tokens", "8", "--seed", "1", "--device", "cpu", "--thinking", "False"]
+    assert cli.main(["generate", str(qwen), "--out", str(out), *flags]) == 0
+    (row,) = (json.loads(line) for line in out.read_text().splitlines())
+    params = SamplingParams(max_tokens=8, seed=1, temperature=0.6, top_p=0.95)
+    (expected,) = LLM(qwen, device="cpu").chat([Message("user", "one")], params, thinking=False)
+    assert row["text"] == expected.text
+    assert (row["thinking"], row["answer"]) == (None, expected.text.strip())
+
+
+def test_chat_command_stops_drafting_when_drafts_are_hardly_ever_right(directory, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\n"))
+    config = ChatConfig(path=str(directory), max_tokens=90, seed=4, device="cpu", single=True)
+    assert chat_command.main(config) == 0
+    summaries = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert ["drafts" in line for line in summaries] == [True, False, False]
+
+
+def test_a_stream_of_pieces_with_byte_fallback_is_the_whole_text(tmp_path):
+    tokenizer = Tokenizer.load(write_llama2(tmp_path / "tokenizer"))
+    model = build_model(ModelConfig(**{**vars(CONFIG), "vocab_size": tokenizer.vocab_size}), seed=1)
+    llm = LLM(save_model(model, tmp_path / "model", tokenizer), device="cpu")
+    params = SamplingParams(max_tokens=60, seed=2, ignore_eos=True)
+    (answer,) = llm.generate("The answer", params)[0]
+    events = list(llm.stream("The answer", params))
+    assert "\N{REPLACEMENT CHARACTER}" in answer.text  # runs of random bytes
+    assert "".join(event.text for event in events) == answer.text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "dim", "normal"),
+    [
+        (("\n<th", "ink>", "\na", "b</think>", "c"), "ab", "\nc\n"),
+        (("<thin", " air>"), "", "<thin air>\n"),
+        (("a</think>",), "", "a</think>\n"),
+        (("<think",), "", "<think\n"),
+    ],
+)
+def test_an_answer_to_a_prompt_that_opens_no_thought_is_dimmed_only_if_it_opens_one(pieces, dim, normal):
+    file = io.StringIO()
+    style = ThoughtStyle(Console(file=file, force_terminal=True, color_system="standard", width=200), opened=False)
+    for piece in pieces:
+        style.write(piece)
+    style.close()
+    parts = file.getvalue().split("\x1b[0m")
+    assert "".join(part.removeprefix("\x1b[2m") for part in parts[:-1]) == dim
+    assert parts[-1] == normal
 
 
 def test_thoughts_are_dimmed_until_the_mark_even_in_pieces():

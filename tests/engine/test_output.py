@@ -1,6 +1,7 @@
 """Text of a growing completion: stop strings that span tokens, characters that span tokens, what is held back."""
 
 import pytest
+from tokenizer_families import write_llama2
 
 from kogia.engine.output import TextStream, printable
 from kogia.text.tokenizer import Tokenizer, train_bpe
@@ -55,6 +56,21 @@ def test_half_a_character_is_not_shown(tokenizer):
     assert stream.take(final=False) == ""
     stream.push(ids[-1:])
     assert stream.take(final=False) == "🐋"
+
+
+def test_a_stop_string_is_found_in_what_was_held_back_to_the_end(tmp_path):
+    pieces = Tokenizer.load(write_llama2(tmp_path))
+    ids = pieces.encode("a\n")  # the newline is a byte token, which waits for the end of its run
+    stream = TextStream(pieces, ("\n",))
+    assert stream.push(ids) is None
+    assert stream.finish() == "a"
+
+
+def test_nothing_follows_a_stop_string_at_the_end(tokenizer):
+    whale = tokenizer.encode("🐋")
+    stream = TextStream(tokenizer, ("END",))
+    assert stream.push([*tokenizer.encode("one END"), *whale[:2]]) is not None
+    assert stream.finish() == "one "
 
 
 def test_control_characters_do_not_reach_the_terminal():
