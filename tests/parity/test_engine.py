@@ -10,7 +10,7 @@ import torch
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import Completion, SamplingParams, derive_seed
-from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig
 from kogia.model.packed import pack
 from kogia.model.transformer import Transformer, build_model
 from kogia.ops.sample import counter_uniforms
@@ -27,6 +27,26 @@ CONFIGS = {
         num_mtp_layers=1,
         max_position=128,
         init_std=0.2,
+    ),
+    "mla_sparse_mtp": ModelConfig(
+        vocab_size=61,
+        dim=32,
+        num_layers=2,
+        ffn_dim=64,
+        attention=MLAConfig(
+            num_heads=4,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+            indexer=IndexerConfig(num_heads=16, head_dim=16, topk=7),
+        ),
+        moe=MOE,
+        num_mtp_layers=1,
+        max_position=128,
+        init_std=0.2,
+        eos_id=60,
     ),
     "gqa_dense": ModelConfig(
         vocab_size=61,
