@@ -41,6 +41,11 @@ COMMANDS = {
         "kogia.checkpoint.inspect:main",
         "What a model or a preset is and costs",
     ),
+    "convert": Command(
+        "kogia.checkpoint.config:ConvertConfig",
+        "kogia.checkpoint.convert:main",
+        "Rewrite a checkpoint: dtype, FP8 and back, merged or in shards",
+    ),
     "report": Command("kogia.report.config:ReportConfig", "kogia.report.build:main", "Write one HTML page about a run"),
 }
 

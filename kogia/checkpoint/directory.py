@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kogia.checkpoint.tensorfile import StoredTensor, create, read_header, sync
+from kogia.checkpoint.tensorfile import Spec, StoredTensor, create, num_bytes, read_header, sync
 from kogia.log import write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import config_from_hf
@@ -141,22 +141,26 @@ def _require_weights(directory: Path) -> None:
     raise ValueError(f"{directory / WEIGHTS}: missing; the checkpoint is incomplete, copy the file again")
 
 
-def create_weight_files(
-    directory: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int
-) -> dict[str, StoredTensor]:
-    """Lay tensors (name, dtype, shape) out over as few files as the bound allows, with an index if that is several.
-
-    Headers and index are written; the data of the returned tensors is the caller's to write. 0 means one file.
-    """
-    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+def split_shards(tensors: Iterable[Spec], max_shard_bytes: int) -> list[list[Spec]]:
+    """The tensors in order, in as few lists as the bound allows; 0 means one. A larger tensor has a list of its own."""
+    shards: list[list[Spec]] = [[]]
     size = 0
     for name, dtype, shape in tensors:
-        nbytes = StoredTensor(name, dtype, shape, directory, 0).nbytes
+        nbytes = num_bytes(dtype, shape)
         if max_shard_bytes and shards[-1] and size + nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append((name, dtype, shape))
         size += nbytes
+    return shards
+
+
+def create_weight_files(directory: Path, tensors: Iterable[Spec], max_shard_bytes: int) -> dict[str, StoredTensor]:
+    """Lay tensors out over files of at most `max_shard_bytes` (0: one file), with an index where they are several.
+
+    Headers and index are written; the data of the returned tensors is the caller's to write.
+    """
+    shards = split_shards(tensors, max_shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [WEIGHTS]

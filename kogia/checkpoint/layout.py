@@ -117,15 +117,17 @@ def _problem(
     name, shape = tensor.name, list(tensor.shape)
     if name.endswith(SCALE):
         return _scale_problem(tensor, stored.get(name.removesuffix(SCALE)))
-    if name not in targets:
-        return None if _is_known_copy(name, config) else f"extra: {name} {shape}"
-    target = targets[name]
+    if name not in targets and not _is_known_copy(name, config):
+        return f"extra: {name} {shape}"
     if tensor.dtype not in DTYPES:
         return f"wrong dtype: {name} is {tensor.dtype}; weights are one of {', '.join(DTYPES)}"
+    if tensor.dtype == FP8 and f"{name}{SCALE}" not in stored:
+        return f"missing: {name}{SCALE}, the scales of an FP8 weight {shape}"
+    target = targets.get(name)
+    if target is None:
+        return None
     if target.shape != tensor.shape:
         return f"mis-shaped: {name} is {shape}, config.json says {list(target.shape)}"
-    if tensor.dtype == FP8 and f"{name}{SCALE}" not in stored:
-        return f"missing: {name}{SCALE} {list(scale_shape(tensor.shape))}, the scales of an FP8 weight"
     if target.dtype == torch.float8_e4m3fn and tensor.dtype != FP8:
         return f"wrong dtype: {name} is {tensor.dtype} beside experts in FP8; load them with keep_fp8=False"
     return None

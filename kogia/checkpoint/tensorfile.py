@@ -41,6 +41,8 @@ _NOT_FINITE = {
     "F64": ("i8", 0x7FF0_0000_0000_0000),
 }
 
+Spec = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape of a tensor to be written."""
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -64,11 +66,15 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
+        return num_bytes(self.dtype, self.shape[1:])
 
     @property
     def nbytes(self) -> int:
-        return self.num_rows * self.row_bytes
+        return num_bytes(self.dtype, self.shape)
+
+
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _ITEM_BYTES[dtype]
 
 
 def row_ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
@@ -129,8 +135,8 @@ def read(tensor: StoredTensor, row: int, into: memoryview) -> None:
             into = into[count:]
 
 
-def create(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[StoredTensor]:
-    """Write the header of a new file for tensors (name, dtype, shape); their data is then written in any order."""
+def create(file: Path, tensors: Iterable[Spec]) -> list[StoredTensor]:
+    """Write the header of a new file; the data of the returned tensors is then written in any order."""
     # widest elements first, so that each tensor is aligned to its element: some readers map the file
     ordered = sorted(tensors, key=lambda spec: -_ITEM_BYTES[spec[1]])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,0 +1,249 @@
+"""`kogia convert SRC DST`: another dtype, FP8 or back, merged or split, without building the model.
+
+Each tensor goes piece by piece from its old file to its new one, rounded once; what is FP8 is dequantised in float32.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kogia import log
+from kogia.checkpoint.config import ConvertConfig
+from kogia.checkpoint.directory import (
+    CONFIG,
+    copy_members,
+    create_weight_files,
+    load_config,
+    read_config,
+    replacing,
+    resolve_model_dir,
+    split_shards,
+    stored_tensors,
+    sync_weight_files,
+)
+from kogia.checkpoint.hf import as_bytes, read_rows, warn_of_nonfinite
+from kogia.checkpoint.layout import (
+    CODES,
+    DTYPES,
+    FP8,
+    QUANTIZATION,
+    SCALE,
+    check_agreement,
+    check_quantization,
+    empty_model,
+    stored_dtype,
+    without_absent_mtp,
+)
+from kogia.checkpoint.tensorfile import (
+    Spec,
+    StoredTensor,
+    has_nonfinite,
+    in_parallel,
+    num_bytes,
+    row_ranges,
+    write,
+)
+from kogia.log import write_json
+from kogia.ops.fp8 import BLOCK, quantize_blocks, scale_shape
+
+# What DeepSeek-V3 and V3.2 publish in FP8; embedding, head, router, eh_proj and weights_proj are not
+_FP8_MATRICES = frozenset(
+    "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj wq_b wk "
+    "gate_proj up_proj down_proj".split()
+)
+_KEPT = ("e_score_correction_bias", "rotary_emb.inv_freq")  # float32 in every checkpoint, and needed so
+_TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COPIED = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
+    "merges.txt chat_template.jinja generation_config.json"
+).split()
+_PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One tensor to read, apply `scale` to and write in `dtype`, with scales of its own where that quantises it."""
+
+    source: StoredTensor
+    scale: StoredTensor | None
+    dtype: torch.dtype
+
+    @property
+    def quantizes(self) -> bool:
+        return self.dtype == DTYPES[FP8] and self.source.dtype != FP8
+
+    def outputs(self) -> Iterator[Spec]:
+        name, shape = self.source.name, self.source.shape
+        yield name, CODES[self.dtype], shape
+        if self.quantizes:
+            yield name + SCALE, "F32", scale_shape(shape)
+
+
+def main(config: ConvertConfig) -> None:
+    if config.shard_gib < 0:
+        raise ValueError(f"shard_gib = {config.shard_gib}: must be positive, or 0 for a single file")
+    max_shard_bytes = int(config.shard_gib * 2**30)
+    if config.dry_run:
+        source = resolve_model_dir(config.src)
+        print(_summary(source, Path(config.dst), plan(source, config.dtype), max_shard_bytes))
+        return
+    convert(config.src, config.dst, dtype=config.dtype, max_shard_bytes=max_shard_bytes, overwrite=config.overwrite)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    overwrite: bool = False,
+) -> Path:
+    """Rewrite a model directory. `dtype` float32, bfloat16, float16 or fp8; None keeps each tensor's own.
+
+    Raises ValueError for a source that does not load, or an existing target unless it is a model to `overwrite`.
+    """
+    source, target = resolve_model_dir(source), Path(target)
+    _check_target(source, target, overwrite)
+    steps = plan(source, dtype)
+    log.info(_summary(source, target, steps, max_shard_bytes))
+    _check_space(target, _size(steps))
+    with replacing(target) as partial:
+        write_json(partial / CONFIG, _config_json(read_config(source), steps, dtype))
+        copy_members(source, partial, COPIED)
+        planned = create_weight_files(partial, [spec for step in steps for spec in step.outputs()], max_shard_bytes)
+        jobs = [(step, *rows, planned) for step in steps for rows in row_ranges(step.source)]
+        warn_of_nonfinite(_shown(in_parallel(_convert, jobs), _size(steps)), source)
+        sync_weight_files(planned.values())
+    log.info(f"written: {target}")
+    return target
+
+
+def plan(source: Path, dtype: str | None) -> list[Step]:
+    """What to do with each stored tensor, in the order of the files. Checks the source as loading it would."""
+    config, stored = load_config(source), stored_tensors(source)
+    check_quantization(read_config(source), source)
+    model = empty_model(without_absent_mtp(config, stored, source), stored, dtype=stored_dtype(stored))
+    check_agreement(model, stored, source)
+    steps = []
+    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset)):
+        target = _target(tensor, dtype)
+        if name.endswith(SCALE):  # kept beside a weight that stays FP8, else applied to it
+            if _target(stored[name.removesuffix(SCALE)], dtype) == DTYPES[FP8]:
+                steps.append(Step(tensor, None, DTYPES[tensor.dtype]))
+        elif tensor.dtype == FP8 and target != DTYPES[FP8]:
+            steps.append(Step(tensor, stored[name + SCALE], target))
+        else:
+            steps.append(Step(tensor, None, target))
+    return steps
+
+
+def _target(tensor: StoredTensor, dtype: str | None) -> torch.dtype:
+    own = DTYPES[tensor.dtype]
+    if dtype is None or tensor.name.endswith(_KEPT):
+        return own
+    if dtype != "fp8":
+        return _TARGETS[dtype]
+    if len(tensor.shape) < 2 or own == DTYPES[FP8]:
+        return own
+    return DTYPES[FP8] if tensor.name.split(".")[-2] in _FP8_MATRICES else torch.bfloat16
+
+
+Job = tuple[Step, int, int, Mapping[str, StoredTensor]]
+
+
+def _convert(job: Job) -> tuple[int, str | None]:
+    """Move one piece. Returns the bytes written, and the tensor's name where it holds NaN or infinity."""
+    step, start, stop, planned = job
+    name = step.source.name
+    rows = read_rows(step.source, step.scale, start, stop, torch.float32 if step.quantizes else step.dtype)
+    finite = not has_nonfinite(CODES[rows.dtype], as_bytes(rows))
+    if step.quantizes:
+        if not finite:
+            raise ValueError(f"{step.source.file}: {name} holds NaN or infinity and has no FP8 form; repair the source")
+        rows, scales = quantize_blocks(rows)
+        write(planned[name + SCALE], start // BLOCK, as_bytes(scales))
+    elif not finite and step.dtype == torch.float16 and _is_finite(step, start, stop):
+        raise ValueError(f"{step.source.file}: {name} exceeds float16's largest number, 65504; use bfloat16")
+    write(planned[name], start, as_bytes(rows))
+    return rows.nbytes, None if finite else name
+
+
+def _is_finite(step: Step, start: int, stop: int) -> bool:
+    return bool(read_rows(step.source, step.scale, start, stop, torch.float32).isfinite().all())
+
+
+def _shown(results: Iterator[tuple[int, str | None]], total: int) -> Iterator[str | None]:
+    """The names among the results, while saying now and then how far the conversion is."""
+    done, last = 0, time.monotonic()
+    for nbytes, name in results:
+        done += nbytes
+        if time.monotonic() - last > _PROGRESS_SECONDS:
+            log.info(f"  {_gib(done)} of {_gib(total)} ({done / total:.0%})")
+            last = time.monotonic()
+        yield name
+
+
+def _config_json(data: dict[str, Any], steps: Sequence[Step], dtype: str | None) -> dict[str, Any]:
+    """The source's, with its own words about type and quantisation. Code that it points to is not copied."""
+    announced = data.get("quantization_config") or QUANTIZATION
+    data = {key: value for key, value in data.items() if key not in ("auto_map", "quantization_config")}
+    if dtype is not None:
+        data["dtype" if "dtype" in data else "torch_dtype"] = "bfloat16" if dtype == "fp8" else dtype
+    if any(step.dtype == DTYPES[FP8] for step in steps):
+        data["quantization_config"] = announced
+    return data
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{target}: exists already; choose another place, or replace it with --overwrite")
+    if not (target / CONFIG).is_file() or target.resolve() in source.resolve().parents:
+        raise ValueError(f"{target}: not just a model directory; --overwrite replaces only those. Choose another place")
+
+
+def _check_space(target: Path, needed: int) -> None:
+    place = next(parent for parent in target.resolve().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{target}: needs {_gib(needed)}, {place} has {_gib(free)} free; make room first")
+
+
+def _size(steps: Sequence[Step]) -> int:
+    return sum(num_bytes(dtype, shape) for step in steps for _, dtype, shape in step.outputs())
+
+
+def _summary(source: Path, target: Path, steps: Sequence[Step], max_shard_bytes: int) -> str:
+    outputs = [spec for step in steps for spec in step.outputs()]
+    before = {tensor.name: tensor for step in steps for tensor in (step.source, step.scale) if tensor}
+    copied = [name for name in COPIED if os.path.lexists(source / name)]
+    return "\n".join(
+        [
+            f"{source} -> {target}",
+            f"  from    {_types((t.dtype, t.nbytes) for t in before.values())}",
+            f"  to      {_types((dtype, num_bytes(dtype, shape)) for _, dtype, shape in outputs)}",
+            f"  files   {len(split_shards(outputs, max_shard_bytes))} with {len(outputs):,} tensors; {CONFIG}",
+            f"  copied  {', '.join(copied) or 'nothing: no tokenizer is there'}",
+        ]
+    )
+
+
+def _types(tensors: Iterator[tuple[str, int]]) -> str:
+    """`638.1 GiB: F8_E4M3 637.2 GiB, BF16 0.9 GiB`."""
+    sizes: Counter[str] = Counter()
+    for dtype, nbytes in tensors:
+        sizes[dtype] += nbytes
+    return f"{_gib(sizes.total())}: " + ", ".join(f"{dtype} {_gib(nbytes)}" for dtype, nbytes in sizes.most_common())
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**20 * 10 else f"{nbytes / 2**20:,.2f} MiB"
