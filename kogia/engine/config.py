@@ -67,7 +67,8 @@ class GenerateConfig:
     stop: tuple[str, ...] = ()
     """Texts that end a completion; they are cut off."""
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     engine: EngineConfig = EngineConfig()
 
 
@@ -93,4 +94,5 @@ class ChatConfig:
     draft_tokens: int | None = None
     """Tokens drafted per step by the MTP module; None uses 1 where the model has one."""
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""

@@ -36,13 +36,14 @@ class LLM:
         """Load a model directory or the newest checkpoint of a run directory.
 
         `device` "auto" is the GPU where there is one; `dtype` "auto" is the checkpoint's, float32 on a CPU;
+        "fp8" keeps the FP8 weights of an FP8 checkpoint, which halves their memory;
         `num_draft_tokens` None drafts one token per step where the model has an MTP module. `engine_options` are fields
         of `EngineConfig`.
         """
         directory = resolve_model_dir(path)
         place = pick_device(device)
         self.tokenizer = Tokenizer.load(directory)
-        self.model = load_model(directory, device=place, dtype=pick_dtype(dtype, place))
+        self.model = load_model(directory, device=place, dtype=pick_dtype(dtype, place), keep_fp8=dtype == "fp8")
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise ValueError(
                 f"{directory}: tokenizer.json has {self.tokenizer.vocab_size} tokens, the model only "
@@ -116,10 +117,10 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to load with; None keeps the checkpoint's."""
-    if dtype == "auto":
+    """The dtype to load with; None keeps the checkpoint's. Beside FP8 weights the rest is as in "auto"."""
+    if dtype in ("auto", "fp8"):
         return torch.float32 if device.type == "cpu" else None
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in choices:
-        raise ValueError(f"dtype = {dtype!r}: must be auto, {', '.join(choices)}")
+        raise ValueError(f"dtype = {dtype!r}: must be auto, {', '.join(choices)} or fp8")
     return choices[dtype]

@@ -12,6 +12,7 @@ from rich.console import Console
 from tokenizer_families import QWEN3, write_llama2, write_qwen
 
 from kogia import cli
+from kogia.checkpoint.convert import convert
 from kogia.checkpoint.hf import load_model, save_model
 from kogia.engine import chat as chat_command
 from kogia.engine.chat import ThoughtStyle
@@ -276,3 +277,14 @@ def test_thoughts_are_dimmed_until_the_mark_even_in_pieces():
     dim, normal = file.getvalue().rsplit("\x1b[0m", 1)
     assert dim.replace("\x1b[2m", "").replace("\x1b[0m", "") == "let me <think"
     assert normal == "\nthe answer </think>\n"
+
+
+def test_fp8_weights_are_kept_on_demand_and_answer_as_their_dequantised_copy(directory, tmp_path):
+    convert(directory, tmp_path / "fp8", dtype="fp8")
+    kept, dense = (LLM(tmp_path / "fp8", device="cpu", dtype=dtype, block_size=4) for dtype in ("fp8", "float32"))
+    assert {p.dtype for p in kept.model.parameters()} == {torch.float32, torch.float8_e4m3fn}
+    ids = [[0, 11, 12], [0, 7]]
+    greedy = SamplingParams(max_tokens=12, temperature=0.0)
+    assert [c[0].token_ids for c in kept.generate(ids, greedy)] == [c[0].token_ids for c in dense.generate(ids, greedy)]
+    with pytest.raises(ValueError, match="holds no FP8 weights to keep"):
+        LLM(directory, device="cpu", dtype="fp8")
