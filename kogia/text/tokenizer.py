@@ -101,6 +101,7 @@ class Tokenizer:
         directory = Path(directory)
         path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
         text = read_text(path, MAX_VOCABULARY_BYTES)
+        _check_model(path, parse_object(text, f"{path}: not a tokenizer.json"))
         try:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises bare Exception for every malformed file
@@ -230,7 +231,7 @@ def _default_config() -> dict[str, Any]:
 
 def _special_tokens(config: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, str]:
     """Names by role from tokenizer_config.json, else special_tokens_map.json; there plain or tables with `content`."""
-    known = parse_object(files.get(SPECIAL_TOKENS_FILE, "{}"), SPECIAL_TOKENS_FILE) | config
+    known = parse_object(files.get(SPECIAL_TOKENS_FILE, "{}"), SPECIAL_TOKENS_FILE) | dict(config)
     names: dict[str, str] = {}
     for role in SPECIAL_ROLES:
         value = known.get(role)
@@ -249,9 +250,20 @@ def _name_of(backend: Backend, eos_ids: Sequence[int]) -> str:
     return name
 
 
+def _check_model(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuses what no model of these families has; on a wrong prefix the library ends the whole process."""
+    model = data.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError(f"{path}: not a tokenizer.json of the BPE kind; use one of the DeepSeek, Qwen or Llama kind")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{path}: model.{key} = {model[key]!r} is not supported; it must be empty")
+
+
 def _is_byte_level(backend: Backend) -> bool:
     """True for tokens in GPT-2's byte alphabet, False for text with byte fallback; ValueError for anything else."""
-    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
+    decoder: Any = backend.decoder
+    state: dict[str, Any] = {"type": None} if decoder is None else json.loads(decoder.__getstate__())
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:

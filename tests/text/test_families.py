@@ -245,6 +245,23 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path):
             Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("type", "WordPiece", "not a tokenizer.json of the BPE kind"),
+        ("continuing_subword_prefix", "x", "continuing_subword_prefix = 'x' is not supported"),  # would abort python
+        ("merges", [["T", "no such token"]], "not a tokenizer.json"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(tmp_path, key, value, message):
+    write_qwen(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"][key] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"])
 def test_a_file_of_a_megabyte_is_refused(tmp_path, name):
     write_qwen(tmp_path)
