@@ -70,7 +70,8 @@ def load_model(
     config = without_absent_mtp(config, stored, directory)
     model = empty_model(config, stored, dtype=dtype or stored_dtype(stored), keep_fp8=keep_fp8)
     check_agreement(model, stored, directory)
-    model = model.to_empty(device=device)
+    # what to_empty does, without its empty_like: that one imports sympy, which takes longer than to read 500 MB
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     for buffer in model.buffers():
         buffer.zero_()
     if config.tie_embeddings:
