@@ -22,6 +22,11 @@ class EngineConfig:
     """Sequences that run at once; the rest wait."""
     num_draft_tokens: int = 0
     """Tokens drafted per step by the model's MTP module; 0 turns speculative decoding off."""
+    cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the cached latents: the model's dtype, or FP8 with 16-bit rotary keys (latent attention only)."""
+    rank_by_context: tuple[tuple[int, int], ...] = ()
+    """[[tokens, rank], ...]: from a context of `tokens` on, queries read only the first `rank` numbers of the latents.
+    Starts at 0, falls; no more than the first rank is stored. For models trained with `nested_rank_min`."""
     prefix_cache: bool = True
     """Share the blocks of equal prefixes between sequences, and keep them after a sequence ends."""
 
@@ -31,6 +36,13 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"engine.{name} = {value}: must be at least {bound}")
+        table = self.rank_by_context
+        tokens, ranks = [pair[0] for pair in table], [pair[1] for pair in table]
+        if table and (tokens[0] != 0 or tokens != sorted(set(tokens)) or ranks != sorted(ranks, reverse=True)):
+            raise ValueError(
+                f"engine.rank_by_context = {[list(pair) for pair in table]}: must start at 0 tokens, with rising "
+                "tokens and falling ranks, as [[0, 512], [32768, 256]]"
+            )
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from kogia.engine.request import Completion, FinishReason, Request, SamplingPara
 from kogia.engine.runner import Runner
 from kogia.engine.scheduler import Scheduler, StepPlan
 from kogia.engine.speculative import Accepted, accept
-from kogia.model.cache import build_cache
+from kogia.model.cache import build_cache, latent_row
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer
+from kogia.ops.cache_rows import LatentRow
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -68,10 +69,12 @@ class Engine:
             )
         # Rows of the MTP layer are only kept for drafting.
         cached = model.config if config.num_draft_tokens else replace(model.config, num_mtp_layers=0)
-        num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype)
-        cache = build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device)
+        rank = config.rank_by_context[0][1] if config.rank_by_context else None
+        row = latent_row(cached, fp8=config.cache_dtype == "fp8", rank=rank)
+        num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype, row)
+        cache = build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device, row=row)
         self.scheduler = Scheduler(config, num_blocks, tokenizer.eos_ids if tokenizer else (model.config.eos_id,))
-        self.runner = Runner(model, cache, self.scheduler.table)
+        self.runner = Runner(model, cache, self.scheduler.table, config.rank_by_context)
         self._num_requests = 0
 
     @property
@@ -258,9 +261,11 @@ class Engine:
         stats.num_preemptions += self.scheduler.take_preemptions()
 
 
-def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:
+def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, row: LatentRow | None) -> int:
     """Blocks within `cache_memory_bytes`, but no more than all sequences at full context could use."""
-    block_bytes = model.num_cache_layers * model.attention.cache_row * dtype.itemsize * config.block_size
+    width = model.attention.cache_row if row is None else row.width
+    row_bytes = width if row is not None and row.fp8 else width * dtype.itemsize
+    block_bytes = model.num_cache_layers * row_bytes * config.block_size
     if config.cache_memory_bytes < block_bytes:
         raise ValueError(
             f"engine.cache_memory_bytes = {config.cache_memory_bytes}: one block of {config.block_size} tokens takes "

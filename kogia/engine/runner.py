@@ -35,11 +35,19 @@ class StepResult:
 class Runner:
     """Runs plans over one model and its paged cache."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, table: SequenceTable) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        table: SequenceTable,
+        rank_by_context: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         self.model = model
         self.cache = cache
         self.table = table
         self.device = model.device
+        # one rank for all: the rows are that narrow, and nothing is left to choose
+        self._rank_from = np.array(rank_by_context, dtype=np.int64) if len(rank_by_context) > 1 else None
 
     def run(self, plan: StepPlan) -> StepResult:
         """Forward every planned token, then sample where the plan asks for it; logits exist for those rows only."""
@@ -103,7 +111,12 @@ class Runner:
             int(counts.max()),
         )
         block_tables = self._tensor(table.blocks[seq_rows, : -(-longest // size)])
-        return batch, StepCache(self.cache, self._tensor(slots), block_tables, self._tensor(context_lens), longest)
+        ranks = None
+        if self._rank_from is not None:  # a token at position p has a context of p + 1
+            starts, values = self._rank_from.T
+            ranks = self._tensor(values[np.searchsorted(starts, positions + 1, side="right") - 1])
+        slots, lens = self._tensor(slots), self._tensor(context_lens)
+        return batch, StepCache(self.cache, slots, block_tables, lens, longest, ranks)
 
     def _sample(self, plan: StepPlan, hidden: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         samples = plan.num_samples

@@ -63,6 +63,9 @@ class MLAConfig:
     num_heads: int = 4
     q_lora_rank: int | None = None
     """Rank of the query compression; None projects queries directly, as DeepSeek-V2-Lite does."""
+    q_lora_ranks: tuple[int, ...] = ()
+    """Depth-aware query compression: one rank per decoder layer instead of `q_lora_rank` (MTP layers take the last).
+    Not in any DeepSeek release: all their layers share one rank."""
     kv_lora_rank: int = 32
     qk_nope_head_dim: int = 16
     qk_rope_head_dim: int = 16
@@ -70,6 +73,10 @@ class MLAConfig:
     rope_theta: float = 10000.0
     rope_scaling: YarnConfig | None = None
     indexer: IndexerConfig | None = None
+
+    def query_rank(self, layer: int) -> int | None:
+        """Rank of the query compression of a layer; None where queries are projected directly."""
+        return self.q_lora_ranks[min(layer, len(self.q_lora_ranks) - 1)] if self.q_lora_ranks else self.q_lora_rank
 
     @property
     def latent_row(self) -> int:
@@ -155,6 +162,11 @@ class ModelConfig:
         if self.num_mtp_layers < 0:
             raise ValueError(f"model.num_mtp_layers = {self.num_mtp_layers}: must not be negative")
         _check_attention(self.attention)
+        if self.attention.kind == "mla" and len(self.attention.q_lora_ranks) not in (0, self.num_layers):
+            raise ValueError(
+                f"model.attention.q_lora_ranks has {len(self.attention.q_lora_ranks)} ranks: must have one for each of "
+                f"the {self.num_layers} layers"
+            )
         moe = self.moe
         if moe is None:
             return
@@ -233,13 +245,14 @@ class ModelConfig:
         routed = 0
         if moe is not None:
             routed = moe.num_experts * 3 * self.dim * moe.expert_dim * sum(self.is_moe_layer(i) for i in layers)
-        attention = self.num_layers * _attention_params(self)
+        attention = sum(_attention_params(self, layer) for layer in layers)
+        inner_norms = sum(_attention_norm_params(self, layer) for layer in layers)
         norms = _norm_params(self)
         yield "embedding and head", _vocab_params(self)
-        yield "attention", attention - self.num_layers * _attention_norm_params(self)
+        yield "attention", attention - inner_norms
         yield "routed experts", routed
         rest = self.num_params() - _vocab_params(self) - attention - routed - norms
-        yield "dense, shared experts and router", rest + self.num_layers * _attention_norm_params(self)
+        yield "dense, shared experts and router", rest + inner_norms
         yield "norms", norms
         yield "multi-token prediction", self.num_mtp_params()
 
@@ -249,6 +262,8 @@ def _check_attention(attention: MLAConfig | GQAConfig) -> None:
     if attention.kind == "mla" and attention.indexer is not None:
         _check_indexer(attention, attention.indexer)
     sizes = {name: value for name, value in vars(attention).items() if name.endswith(("_heads", "_dim", "_rank"))}
+    if attention.kind == "mla" and min(attention.q_lora_ranks, default=1) < 1:
+        raise ValueError(f"model.attention.q_lora_ranks = {attention.q_lora_ranks}: each must be at least 1")
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"model.attention.{name} = {value}: must be at least 1")
@@ -265,7 +280,7 @@ def _check_indexer(attention: MLAConfig, indexer: IndexerConfig) -> None:
     for name in ("num_heads", "head_dim", "topk"):
         if getattr(indexer, name) < 1:
             raise ValueError(f"model.attention.indexer.{name} = {getattr(indexer, name)}: must be at least 1")
-    if attention.q_lora_rank is None:
+    if attention.query_rank(0) is None:
         raise ValueError("model.attention.indexer needs q_lora_rank: its queries come from the compressed query")
     if indexer.head_dim < attention.qk_rope_head_dim:
         raise ValueError(
@@ -278,40 +293,44 @@ def _vocab_params(config: ModelConfig) -> int:
     return config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
 
 
-def _attention_norm_params(config: ModelConfig) -> int:
+def _attention_norm_params(config: ModelConfig, layer: int) -> int:
     a = config.attention
     if a.kind == "gqa":
         return 2 * a.head_dim if a.qk_norm else 0
-    return (a.q_lora_rank or 0) + a.kv_lora_rank + (2 * a.indexer.head_dim if a.indexer is not None else 0)
+    return (a.query_rank(layer) or 0) + a.kv_lora_rank + (2 * a.indexer.head_dim if a.indexer is not None else 0)
 
 
 def _norm_params(config: ModelConfig) -> int:
-    return config.num_layers * (2 * config.dim + _attention_norm_params(config)) + config.dim
+    own = sum(_attention_norm_params(config, layer) for layer in range(config.num_layers))
+    return config.num_layers * 2 * config.dim + own + config.dim
 
 
-def _attention_params(config: ModelConfig) -> int:
+def _attention_params(config: ModelConfig, layer: int) -> int:
+    """Projections, indexer and inner norms of one layer."""
     a, dim = config.attention, config.dim
     if a.kind == "gqa":
         qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
         bias = qkv if a.qkv_bias else 0
-        return dim * qkv + bias + a.num_heads * a.head_dim * dim + _attention_norm_params(config)
+        return dim * qkv + bias + a.num_heads * a.head_dim * dim + _attention_norm_params(config, layer)
     q_out = a.num_heads * a.qk_head_dim
-    query = dim * q_out if a.q_lora_rank is None else a.q_lora_rank * (dim + q_out)
+    rank = a.query_rank(layer)
+    query = dim * q_out if rank is None else rank * (dim + q_out)
     kv = dim * a.latent_row + a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
-    return query + kv + a.num_heads * a.v_head_dim * dim + _indexer_params(config) + _attention_norm_params(config)
+    indexer = _indexer_params(config, layer)
+    return query + kv + a.num_heads * a.v_head_dim * dim + indexer + _attention_norm_params(config, layer)
 
 
-def _indexer_params(config: ModelConfig) -> int:
+def _indexer_params(config: ModelConfig, layer: int) -> int:
     a = config.attention
     if a.kind == "gqa" or a.indexer is None:
         return 0
-    i, rank = a.indexer, a.q_lora_rank or 0
+    i, rank = a.indexer, a.query_rank(layer) or 0
     return rank * i.num_heads * i.head_dim + config.dim * (i.head_dim + i.num_heads)
 
 
 def _layer_params(config: ModelConfig, layer: int) -> int:
     dim, moe = config.dim, config.moe
-    total = _attention_params(config) + 2 * dim
+    total = _attention_params(config, layer) + 2 * dim
     if moe is None or not config.is_moe_layer(layer):
         return total + 3 * dim * config.ffn_dim
     experts = moe.num_experts + moe.num_shared_experts

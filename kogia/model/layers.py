@@ -23,10 +23,19 @@ class StepContext:
     sin: Tensor
     buckets: list[Bucket]
     cache: StepCache | None
+    latent_ranks: Tensor | None = None
+    """[tokens] how much of each token's latent is left; nested dropout, without a cache only."""
 
 
-def step_context(batch: PackedTokens, cos: Tensor, sin: Tensor, cache: StepCache | None) -> StepContext:
-    return StepContext(batch, cos, sin, buckets_by_length(batch.cu_seqlens, batch.max_seqlen), cache)
+def step_context(
+    batch: PackedTokens, cos: Tensor, sin: Tensor, cache: StepCache | None, latent_ranks: Tensor | None = None
+) -> StepContext:
+    """`latent_ranks` is per sequence."""
+    if latent_ranks is not None:
+        lengths = batch.cu_seqlens.diff()
+        latent_ranks = torch.repeat_interleave(latent_ranks, lengths, output_size=batch.num_tokens)
+    buckets = buckets_by_length(batch.cu_seqlens, batch.max_seqlen)
+    return StepContext(batch, cos, sin, buckets, cache, latent_ranks)
 
 
 class RMSNorm(nn.Module):

@@ -40,25 +40,26 @@ class MLA(nn.Module):
         super().__init__()
         self.config, self.layer, self.scale = config, layer, softmax_scale(config)
         heads, rank = config.num_heads, config.kv_lora_rank
-        if config.q_lora_rank is None:
+        self.q_rank = q_rank = config.query_rank(layer)
+        if q_rank is None:
             self.q_proj = Linear(dim, heads * config.qk_head_dim)
         else:
-            self.q_a_proj = Linear(dim, config.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, norm_eps)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+            self.q_a_proj = Linear(dim, q_rank)
+            self.q_a_layernorm = RMSNorm(q_rank, norm_eps)
+            self.q_b_proj = Linear(q_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(dim, rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(rank, norm_eps)
         self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, dim)
         self.indexer = None
         if config.indexer is not None:
-            assert config.q_lora_rank is not None, "ModelConfig checks this"
-            self.indexer = Indexer(dim, config.q_lora_rank, config.qk_rope_head_dim, config.indexer)
+            assert q_rank is not None, "ModelConfig checks this"
+            self.indexer = Indexer(dim, q_rank, config.qk_rope_head_dim, config.indexer)
 
     def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
         c = self.config
-        q_latent = x if c.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
-        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(q_latent)
+        q_latent = x if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(q_latent)
         q_nope, q_rope = q.view(-1, c.num_heads, c.qk_head_dim).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent = self.kv_a_layernorm(latent)
@@ -81,6 +82,8 @@ class MLA(nn.Module):
         index: IndexVectors | None,
     ) -> Float[Tensor, "tokens heads v"]:
         c = self.config
+        if step.latent_ranks is not None:
+            latent = latent * (torch.arange(c.kv_lora_rank, device=latent.device) < step.latent_ranks[:, None])
         kv = self.kv_b_proj(latent).view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         q = torch.cat((q_nope, q_rope), -1)
@@ -100,12 +103,15 @@ class MLA(nn.Module):
         index: IndexVectors | None,
     ) -> Float[Tensor, "tokens heads v"]:
         c = self.config
-        rows = cache.pool.rows[self.layer]
-        parts = (latent, k_rope) if index is None else (latent, k_rope, index.k)
-        rows.index_copy_(0, cache.slots, torch.cat(parts, -1).to(rows.dtype))
+        row, rows = cache.pool.row, cache.pool.rows[self.layer]
+        assert row is not None, "a latent cache has latent rows"
+        rows.index_copy_(0, cache.slots, row.pack(latent, k_rope, None if index is None else index.k).to(rows.dtype))
         up = self.kv_b_proj.dense_weight(latent.dtype).view(c.num_heads, -1, c.kv_lora_rank)
-        w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        w_uk, w_uv = up[..., : row.latent].split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+        if cache.ranks is not None:  # numbers of the latent past a query's rank neither score nor mix
+            used = (torch.arange(row.latent, device=rows.device) < cache.ranks[:, None])[:, None]
+            q_latent = q_latent * used
         mixed = paged_attention(
             torch.cat((q_latent, q_rope), -1),
             rows,
@@ -117,9 +123,11 @@ class MLA(nn.Module):
             max_context=cache.max_context,
             num_kv_heads=1,
             value_offset=0,
-            value_dim=c.kv_lora_rank,
+            value_dim=row.latent,
             scale=self.scale,
+            row=row,
             index=index,
-            index_offset=c.latent_row,
         )
+        if cache.ranks is not None:
+            mixed = mixed * used
         return torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)

@@ -78,7 +78,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        # given a weight, it draws none: drawing on the meta device would import the compiler, which takes a second
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         layers = [DecoderLayer(config, i) for i in range(config.num_layers)]
         layers += [MTPLayer(config, config.num_layers + k) for k in range(config.num_mtp_layers)]
         self.layers = nn.ModuleList(layers)
@@ -102,9 +103,18 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
-    def forward(self, batch: PackedTokens, cache: StepCache | None = None) -> Float[Tensor, "tokens dim"]:
-        """Residual stream before the final norm. With a cache, the batch's rows are written to it first."""
-        step = self._step(batch, cache)
+    def forward(
+        self,
+        batch: PackedTokens,
+        cache: StepCache | None = None,
+        latent_ranks: Int[Tensor, " seqs"] | None = None,
+    ) -> Float[Tensor, "tokens dim"]:
+        """Residual stream before the final norm. With a cache, the batch's rows are written to it first.
+
+        `latent_ranks` cuts the latents of each sequence to a prefix: nested dropout in training, or a model's loss at a
+        smaller rank. Without a cache only; there the cache's row and its ranks say it.
+        """
+        step = self._step(batch, cache, latent_ranks)
         x = self.model.embed_tokens(batch.token_ids)
         for layer in self.model.layers[: self.config.num_layers]:
             x = layer(x, step)
@@ -117,6 +127,7 @@ class Transformer(nn.Module):
         next_ids: Int[Tensor, " tokens"],
         batch: PackedTokens,
         cache: StepCache | None = None,
+        latent_ranks: Int[Tensor, " seqs"] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """Hidden states of MTP module `depth` (from 0): row i sees `hidden[i]` and the token `next_ids[i]`.
 
@@ -126,7 +137,7 @@ class Transformer(nn.Module):
         """
         module: MTPLayer = self.model.layers[self.config.num_layers + depth]  # pyright: ignore[reportAssignmentType]
         pair = torch.cat((module.enorm(self.model.embed_tokens(next_ids)), module.hnorm(hidden)), -1)
-        return module(module.eh_proj(pair), self._step(batch, cache))
+        return module(module.eh_proj(pair), self._step(batch, cache, latent_ranks))
 
     def logits(self, hidden: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows vocab"]:
         """Final norm and output head."""
@@ -184,9 +195,9 @@ class Transformer(nn.Module):
             indexer.loss = None
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
-    def _step(self, batch: PackedTokens, cache: StepCache | None) -> StepContext:
+    def _step(self, batch: PackedTokens, cache: StepCache | None, latent_ranks: Tensor | None = None) -> StepContext:
         cos, sin = rope_angles(batch.positions, *_rope(self.config, batch.positions.device))
-        return step_context(batch, cos, sin, cache)
+        return step_context(batch, cos, sin, cache, latent_ranks)
 
 
 def _rope(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:

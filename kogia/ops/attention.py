@@ -7,9 +7,10 @@ Either may be sparse: a lightning indexer then picks the keys of every query (ko
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from kogia.ops.cache_rows import LatentRow
 from kogia.ops.grid import Bucket
 from kogia.ops.sparse import IndexVectors, index_scores, keep_topk
 
@@ -53,8 +54,8 @@ def selected_keys(index: IndexVectors, bucket: Bucket) -> Bool[Tensor, "seqs wid
 
 
 def gather_context(
-    rows: Float[Tensor, "slots row"], block_tables: Int[Tensor, "seqs blocks"], block_size: int, max_context: int
-) -> Float[Tensor, "seqs context row"]:
+    rows: Shaped[Tensor, "slots row"], block_tables: Int[Tensor, "seqs blocks"], block_size: int, max_context: int
+) -> Shaped[Tensor, "seqs context row"]:
     """Copy each sequence's cached rows out of its blocks, up to the block that ends `max_context`."""
     num_blocks = -(-max_context // block_size)
     tables = block_tables[:, :num_blocks]
@@ -70,7 +71,7 @@ def _visible(q_lens: Tensor, context_lens: Tensor, width: int, keys: int) -> Ten
 
 def paged_attention(
     q: Float[Tensor, "tokens heads qk"],
-    rows: Float[Tensor, "slots row"],
+    rows: Shaped[Tensor, "slots row"],
     block_tables: Int[Tensor, "seqs blocks"],
     context_lens: Int[Tensor, " seqs"],
     cu_seqlens: Int[Tensor, " seqs_plus_1"],
@@ -82,14 +83,15 @@ def paged_attention(
     value_offset: int,
     value_dim: int,
     scale: float,
+    row: LatentRow | None = None,
     index: IndexVectors | None = None,
-    index_offset: int = 0,
 ) -> Float[Tensor, "tokens heads value"]:
     """Attend to cached rows. A row holds `num_kv_heads` keys at its start and values from `value_offset` on.
 
     GQA: keys then values, value_offset = kv_heads * head_dim. Absorbed MLA (DeepSeek-V2 section 2.1.2) is the case of
-    one key/value head whose value is the first `kv_lora_rank` numbers of the key itself: value_offset = 0. With an
-    `index`, every row also holds an index key at `index_offset`, and a query attends to `index.topk` rows at most.
+    one key/value head whose value is the first `kv_lora_rank` numbers of the key itself: value_offset = 0. `row`
+    says how such rows are stored. With an `index`, every row ends in an index key, and a query attends to `index.topk`
+    rows at most.
     """
     q_lens = cu_seqlens[1:] - cu_seqlens[:-1]
     out = q.new_empty(q.shape[0], q.shape[1], value_dim)
@@ -100,9 +102,10 @@ def paged_attention(
             tables, contexts, lens = (x[bucket.seqs] for x in (block_tables, context_lens, q_lens))
             longest = int(contexts.max())
         context = gather_context(rows, tables, block_size, longest)
+        context = context if row is None else row.unpack(context, q.dtype)
         visible = _visible(lens, contexts, bucket.width, context.shape[1])
         if index is not None and context.shape[1] > index.topk:
-            context, visible = _narrow(context, visible, index, index_offset, bucket)
+            context, visible = _narrow(context, visible, index, bucket)
         mixed = _attend(bucket.to_grid(q), context, visible, num_kv_heads, value_offset, value_dim, scale)
         picked = bucket.from_grid(mixed)
         if bucket.rows is None:
@@ -112,10 +115,10 @@ def paged_attention(
 
 
 def _narrow(
-    context: Tensor, visible: Tensor, index: IndexVectors, offset: int, bucket: Bucket
+    context: Tensor, visible: Tensor, index: IndexVectors, bucket: Bucket
 ) -> tuple[Float[Tensor, "seqs keys row"], Bool[Tensor, "seqs width keys"]]:
     """Leave each query its selected keys: one query per sequence gathers them, several share a masked context."""
-    keys = context[..., offset : offset + index.k.shape[-1]].float()
+    keys = context[..., -index.k.shape[-1] :]
     scores = index_scores(bucket.to_grid(index.q), keys, bucket.to_grid(index.weights))
     if bucket.width > 1:
         return context, keep_topk(scores, visible, index.topk)

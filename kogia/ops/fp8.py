@@ -49,3 +49,23 @@ def quantize_blocks(
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     quantized = padded[..., :rows, :columns].div_(_spread(scale, rows, columns))
     return quantized.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def quantize_groups(x: Float[Tensor, "... width"]) -> tuple[Float[Tensor, "... width"], Float[Tensor, "... groups"]]:
+    """(E4M3 numbers, float32 scales) with one scale per 128 neighbours of a row; the last group may be shorter.
+
+    This is how activations and cache rows are scaled (DeepSeek-V3 section 3.3.2: tiles of 1 x 128).
+    """
+    width, groups = x.shape[-1], -(-x.shape[-1] // BLOCK)
+    padded = torch.nn.functional.pad(x.float(), (0, groups * BLOCK - width)).unflatten(-1, (groups, BLOCK))
+    amax = padded.abs().amax(-1)
+    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    rounded = (padded / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return rounded.flatten(-2)[..., :width].contiguous(), scale
+
+
+def dequantize_groups(
+    x: Float[Tensor, "... width"], scale: Float[Tensor, "... groups"], dtype: torch.dtype
+) -> Float[Tensor, "... width"]:
+    """The numbers `quantize_groups` rounded."""
+    return (x.float() * scale.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]).to(dtype)

@@ -78,6 +78,9 @@ class SupervisedConfig:
     """Change of a router bias per step (gamma, DeepSeek-V3 section 2.1.2); 0 freezes the biases."""
     indexer_weight: float = 1.0
     """Weight of the lightning indexers' own loss (DeepSeek-V3.2 section 2.1.1), which reaches nothing else."""
+    nested_rank_min: int | None = None
+    """Nested dropout over the latent's rank: half of the sequences see only a prefix of at least this many numbers, so
+    that the engine may store or read fewer (`engine.rank_by_context`). None trains the full rank alone."""
     add_indexer: IndexerConfig | None = None
     """Give the model of `init` fresh lightning indexers: the first step towards sparse attention."""
     index_topk: int | None = None
@@ -122,6 +125,8 @@ class SupervisedConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if self.nested_rank_min is not None and self.nested_rank_min < 1:
+            raise ValueError(f"nested_rank_min = {self.nested_rank_min}: must be at least 1")
         if (self.steps is not None and self.steps < 1) or (self.epochs is not None and self.epochs <= 0):
             raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: must be above 0")
 

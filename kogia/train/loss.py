@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kogia.data.loader import Batch
+from kogia.model.config import MLAConfig
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
 from kogia.ops.logprob import linear_logprob
@@ -19,16 +20,23 @@ from kogia.train.step import Metrics
 
 
 def supervised_loss(
-    model: Transformer, batch: Batch, *, mtp_weight: float, balance_weight: float, indexer_weight: float = 0.0
+    model: Transformer,
+    batch: Batch,
+    *,
+    mtp_weight: float,
+    balance_weight: float,
+    indexer_weight: float = 0.0,
+    nested_rank_min: int | None = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """Loss of one micro-batch and its parts, all summed over tokens. A weight of 0 skips the work of its part."""
-    hidden = model(batch.tokens)
+    ranks = None if nested_rank_min is None else nested_ranks(model, batch.tokens, nested_rank_min)
+    hidden = model(batch.tokens, latent_ranks=ranks)
     logprobs, entropy = model.logprobs_from_hidden(hidden, batch.tokens, mask=batch.loss_mask)
     main = -logprobs.sum()
     metrics: Metrics = {"loss": main.detach(), "entropy": entropy.detach().sum()}
     total = main
     depths = model.config.num_mtp_layers if mtp_weight else 0
-    for depth, loss in enumerate(mtp_losses(model, hidden, batch, depths)):
+    for depth, loss in enumerate(mtp_losses(model, hidden, batch, depths, ranks)):
         total = total + mtp_weight / depths * loss
         metrics[f"mtp_loss_{depth + 1}"] = loss.detach()
     balance = model.pop_balance_loss()
@@ -45,18 +53,34 @@ def supervised_loss(
 
 
 def mtp_losses(
-    model: Transformer, hidden: Float[Tensor, "tokens dim"], batch: Batch, depths: int
+    model: Transformer,
+    hidden: Float[Tensor, "tokens dim"],
+    batch: Batch,
+    depths: int,
+    latent_ranks: Int[Tensor, " seqs"] | None = None,
 ) -> list[Float[Tensor, ""]]:
     """Summed negative log-probability of each MTP depth, the depths chained."""
     losses = []
     for depth in range(depths):
         next_ids, _ = shifted_ids(batch.tokens, depth + 1)
-        hidden = model.mtp_hidden(depth, hidden, next_ids, batch.tokens)
+        hidden = model.mtp_hidden(depth, hidden, next_ids, batch.tokens, latent_ranks=latent_ranks)
         rows, targets = mtp_targets(batch.tokens, batch.loss_mask, depth)
         normed = model.mtp_norm(depth, hidden[rows])
         logprobs, _ = linear_logprob(normed, model.lm_head.weight, targets)
         losses.append(-logprobs.sum())
     return losses
+
+
+def nested_ranks(model: Transformer, tokens: PackedTokens, smallest: int) -> Int[Tensor, " seqs"]:
+    """Nested dropout (Rippel et al. 2014) over the latent: full rank for half of the sequences, for the others a rank
+    drawn evenly from `smallest` up, so that every prefix is trained and the early numbers carry most."""
+    attention = model.config.attention
+    if not isinstance(attention, MLAConfig) or smallest > attention.kv_lora_rank:
+        what = f"kv_lora_rank = {attention.kv_lora_rank}" if isinstance(attention, MLAConfig) else "no latent attention"
+        raise ValueError(f"nested_rank_min = {smallest}: the model has {what}")
+    full, num_seqs = attention.kv_lora_rank, len(tokens.cu_seqlens) - 1
+    drawn = torch.randint(smallest, full + 1, (num_seqs,))
+    return torch.where(torch.rand(num_seqs) < 0.5, full, drawn).to(tokens.token_ids.device)
 
 
 def shifted_ids(tokens: PackedTokens, by: int) -> tuple[Int[Tensor, " tokens"], Bool[Tensor, " tokens"]]:

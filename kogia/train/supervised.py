@@ -132,6 +132,7 @@ def loss_for_step(config: SupervisedConfig, state: TrainState) -> LossFn[Batch]:
         mtp_weight=mtp_weight,
         balance_weight=config.balance_weight,
         indexer_weight=config.indexer_weight,
+        nested_rank_min=config.nested_rank_min,
     )
 
 

@@ -75,7 +75,7 @@ def test_cached_sparse_attention_chooses_the_same_keys_for_one_and_for_several_q
     cu = boundaries([new] * 3)
     got = paged_attention(
         q, rows, tables, torch.tensor(contexts), cu, buckets_by_length(cu, new), block_size=size, max_context=20,
-        num_kv_heads=1, value_offset=0, value_dim=5, scale=0.3, index=index, index_offset=width,
+        num_kv_heads=1, value_offset=0, value_dim=5, scale=0.3, index=index,
     )  # fmt: skip
     for seq, context in enumerate(contexts):
         own = rows.view(16, size, -1)[tables[seq]].flatten(0, 1)
