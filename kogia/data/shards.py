@@ -27,7 +27,7 @@ from kogia.config import to_dict
 from kogia.data.config import DataConfig, is_file_spec
 from kogia.data.sources import Document, read_source
 from kogia.text.chat import render_example
-from kogia.text.tokenizer import Tokenizer
+from kogia.text.tokenizer import BOS, EOS, Tokenizer
 
 CHUNK = 1024  # documents tokenised at a time, on all cores
 
@@ -101,7 +101,10 @@ def shard_fingerprint(data: DataConfig, tokenizer: Tokenizer) -> str:
             entry |= {"size": path.stat().st_size, "time": path.stat().st_mtime_ns}
         sources.append(entry)
     settings = {"sources": sources, "max_seqlen": data.max_seqlen, "val_share": data.val_share}
+    template = tokenizer.template
+    marks = (tokenizer.bos, tokenizer.eos, None if template is None else template.source)
     text = json.dumps(settings, sort_keys=True) + tokenizer.backend.to_str()
+    text += json.dumps(marks) if marks != (BOS, EOS, None) else ""  # the built-in format came before there were others
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

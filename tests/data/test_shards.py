@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_families import QWEN25, write_qwen
 
 from kogia.data.config import DataConfig, SourceConfig
-from kogia.data.shards import Shard, build_shards, cut, is_held_out
+from kogia.data.shards import Shard, build_shards, cut, is_held_out, shard_fingerprint
 from kogia.data.sources import Document
 from kogia.text.chat import Message, render_example
 from kogia.text.tokenizer import Tokenizer, train_bpe
@@ -55,6 +56,19 @@ def test_texts_become_bos_text_eos_and_chats_count_only_their_completion(tmp_pat
     assert shard.source_ends == (2, 4)
     assert shard.counts.too_long == 1, "the third chat is longer than max_seqlen and must not be cut"
     assert shard.tokens.dtype == np.uint16
+
+
+def test_a_tokenizer_without_bos_and_its_own_template_are_used(tmp_path):
+    data = DataConfig((source("stories", num=2), source("chats")), batch_tokens=128, max_seqlen=128)
+    qwen = Tokenizer.load(write_qwen(tmp_path / "qwen"))
+    shard = build_shards(data, qwen, tmp_path / "data")["train"]
+    ids, mask = sequence(shard, 1)
+    assert ids == [*qwen.encode(f"{WORDS} 1"), qwen.eos_id]
+    assert mask == [0] + [1] * (len(ids) - 1)
+    example = "".join(qwen.decode(sequence(shard, 2)[0]))
+    assert example == f"<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n{WORDS}</think>yes<|im_end|>"
+    other = Tokenizer.load(write_qwen(tmp_path / "other", QWEN25))
+    assert shard_fingerprint(data, other) != shard_fingerprint(data, qwen)
 
 
 def test_a_long_text_is_cut_so_that_every_token_is_predicted_exactly_once():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from statistics import fmean
 
 import pytest
+from tokenizer_families import write_llama3
 from toy_task import Checksum
 
 from kogia.config import from_dict, to_dict
@@ -203,6 +204,22 @@ def test_think_tokens_end_at_the_last_closing_tag(checkpoint):
     assert think_tokens([9, 9, end, 9, end, 9], tokenizer) == 4
     assert think_tokens([9, 9, 9], tokenizer) == 3
     assert think_tokens([end], tokenizer) == 0
+
+
+def test_think_tokens_where_the_prompt_opens_no_thought(checkpoint):
+    tokenizer = Tokenizer.load(checkpoint)
+    begin, end = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
+    assert think_tokens([9, 9, 9], tokenizer, opened=False) == 0
+    assert think_tokens([begin, 9, 9], tokenizer, opened=False) == 3
+    assert think_tokens([begin, 9, end, 9], tokenizer, opened=False) == 2
+
+
+def test_think_tokens_where_the_tag_is_no_token(tmp_path):
+    tokenizer = Tokenizer.load(write_llama3(tmp_path))
+    thought = tokenizer.encode("The answer")
+    ids = [*thought, *tokenizer.encode("</think>"), *tokenizer.encode("7")]
+    assert len(ids) > len(thought) + 2
+    assert think_tokens(ids, tokenizer) == len(thought)
 
 
 def test_the_output_directory_follows_the_run():
