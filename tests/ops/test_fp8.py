@@ -90,3 +90,17 @@ def test_fp8_experts_compute_what_their_dequantised_stacks_do():
             dense.gate_up_proj[i], dense.down_proj[i] = gate_up, down
     torch.testing.assert_close(got, dense(x, counts), rtol=1e-4, atol=1e-4)
     assert experts(x[:0], torch.tensor([0, 0, 0])).shape == (0, 144)
+
+
+def test_every_e4m3_pattern_is_dequantised_as_torch_casts_it():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
+    ones = torch.ones(1, 1)
+    torch.testing.assert_close(
+        dequantize_blocks(every, ones, torch.float32), every.float(), rtol=0, atol=0, equal_nan=True
+    )
+    transposed = every.T.contiguous().T  # strides are kept apart from values
+    torch.testing.assert_close(
+        dequantize_blocks(transposed, ones, torch.float32), every.float(), rtol=0, atol=0, equal_nan=True
+    )
+    empty = every[:0]
+    assert dequantize_blocks(empty, ones[:0], torch.float32).shape == (0, 128)
