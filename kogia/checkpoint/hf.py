@@ -101,7 +101,9 @@ def _fill(piece: Piece) -> str | None:
         rows = target
         read(source, start, as_bytes(rows))
     else:
-        rows = read_rows(source, scale, start, start + len(target), target.dtype)
+        # cast by the copy; but in float16 first, which may overflow, to see that
+        early = scale is not None or target.dtype == torch.float16
+        rows = read_rows(source, scale, start, start + len(target), target.dtype if early else DTYPES[source.dtype])
         target.copy_(rows)
     if source.name.endswith(SCALE):
         _check_scales(source, rows)

@@ -337,6 +337,14 @@ def test_the_largest_finite_numbers_raise_no_warning(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_weight_that_overflows_float16_is_warned_of(tmp_path, capsys):
+    model = tiny(dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight[0] = 1e5
+    load_model(save_model(model, tmp_path / "model"), dtype=torch.float16)
+    assert "NaN or infinite values in lm_head.weight" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_long_list_of_weights_that_are_not_finite_is_cut(tmp_path, capsys):
     model = tiny()
     with torch.no_grad():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CHILD = """
-import json, sys
+import ctypes, json, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def status(key):
 
 def extra(run):
     "Bytes at the peak of run() beyond what was resident before and what its result holds."
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed must not hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     result = run()
@@ -73,13 +74,13 @@ def found(tmp_path_factory) -> dict[str, int]:
     return json.loads(output.splitlines()[-1])
 
 
-@pytest.mark.parametrize("what", ["load", "load float32", "keep fp8", "save", "save one file"])
-def test_loading_and_saving_take_less_than_half_a_shard_on_the_side(found, what):
+@pytest.mark.parametrize("what", ["load", "keep fp8", "save", "save one file"])
+def test_what_is_stored_as_it_is_held_takes_next_to_nothing_on_the_side(found, what):
     assert found["model"] > 140e6
-    assert found[what] < 20e6, found
+    assert found[what] < 4e6, found
 
 
-@pytest.mark.parametrize("what", ["load fp8", "convert float32", "convert fp8"])
+@pytest.mark.parametrize("what", ["load float32", "load fp8", "convert float32", "convert fp8"])
 def test_conversions_hold_a_few_pieces_whatever_the_model_is(found, what):
-    # four threads, each with a piece of 2 million elements in several forms
-    assert found[what] < 4 * 2**21 * 20, found
+    # four threads, each with a piece of 2 million elements in its types, and what malloc keeps of the piece before
+    assert found[what] < 4 * 2**21 * 12, found
