@@ -240,3 +240,24 @@ def test_a_vector_in_fp8_is_refused(one_file):
         t["model.norm.weight_scale_inv"] = torch.ones(2, 1)
 
     assert "extra: model.norm.weight_scale_inv stands beside a weight [144]" in refused(one_file, damage)
+
+
+@torch.no_grad()
+def test_transformers_dequantises_what_we_save_to_the_same_weights(tmp_path):
+    """At sizes of whole blocks: transformers takes a scale's block to be an even share of the matrix."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="transformers reads FP8 checkpoints with it only")
+    transformers.utils.logging.disable_progress_bar()
+    attention = replace(
+        BLOCKS.attention, num_heads=4, q_lora_rank=128, kv_lora_rank=96, qk_rope_head_dim=32, qk_nope_head_dim=32,
+        v_head_dim=32,
+    )  # fmt: skip
+    moe = replace(BLOCKS.moe, expert_dim=128)
+    config = replace(BLOCKS, dim=256, ffn_dim=384, attention=attention, moe=moe, num_mtp_layers=0)
+    model = tiny_fp8(config)
+    directory = save_model(model, tmp_path / "model", max_shard_bytes=200_000)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    ours = load_model(directory).state_dict()
+    assert theirs.state_dict().keys() == ours.keys()
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(tensor, ours[name].to(tensor.dtype), rtol=0, atol=0, msg=name)
