@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from kogia.checkpoint.directory import load_config
 from kogia.checkpoint.hf import load_model, save_model
+from kogia.model.config import IndexerConfig
 from kogia.model.packed import pack
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -108,7 +109,19 @@ def test_scales_in_bfloat16_are_read(tmp_path):
     assert_same(load_model(directory), wide[1])
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE, replace(BLOCKS, tie_embeddings=True, num_mtp_layers=2)])
+INDEXER = IndexerConfig(num_heads=2, head_dim=136, topk=4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        DENSE,
+        replace(BLOCKS, tie_embeddings=True, num_mtp_layers=2),
+        replace(BLOCKS, attention=replace(BLOCKS.attention, indexer=INDEXER)),
+        replace(BLOCKS, attention=replace(BLOCKS.attention, q_lora_rank=None, q_lora_ranks=(130, 20))),
+    ],
+)
 def test_fp8_models_of_other_shapes_come_back(config, tmp_path):
     model = tiny_fp8(config)
     assert_same(load_model(save_model(model, tmp_path / "model"), keep_fp8=True), model)

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from kogia.checkpoint import hf
 from kogia.checkpoint.directory import stored_tensors
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir, save_model
-from kogia.model.config import YarnConfig
+from kogia.model.config import IndexerConfig, MoEConfig, YarnConfig
 from kogia.model.packed import pack
 from kogia.text.tokenizer import train_bpe
+
+SOFTMAX = MoEConfig(num_experts=4, topk=2, expert_dim=6, score="softmax", num_shared_experts=0, num_dense_layers=0)
 
 
 @pytest.fixture
@@ -43,8 +45,23 @@ def saved(tmp_path: Path) -> Path:
         replace(CONFIG, moe=replace(CONFIG.moe, num_shared_experts=0, num_dense_layers=0), num_mtp_layers=0),
         DENSE,
         replace(DENSE, attention=replace(DENSE.attention, qkv_bias=True), tie_embeddings=True),
+        replace(CONFIG, attention=replace(MLA, indexer=IndexerConfig(num_heads=2, head_dim=6, topk=4))),
+        replace(CONFIG, attention=replace(DENSE.attention, qk_norm=True), moe=SOFTMAX, num_mtp_layers=0),
+        replace(CONFIG, attention=replace(MLA, q_lora_rank=None, q_lora_ranks=(5, 3)), tie_embeddings=True),
+        replace(CONFIG, attention=replace(DENSE.attention, qk_norm=True), num_mtp_layers=2),
     ],
-    ids=["v3", "tied, two mtp", "v2-lite queries, yarn", "no shared expert", "llama", "qwen2 tied"],
+    ids=[
+        "v3",
+        "tied, two mtp",
+        "v2-lite queries, yarn",
+        "no shared expert",
+        "llama",
+        "qwen2 tied",
+        "v3.2",
+        "qwen3-moe",
+        "own: ranks",
+        "own: gqa",
+    ],
 )
 def test_a_saved_model_comes_back_exactly(config, dtype, tmp_path):
     model = tiny(config, dtype)
