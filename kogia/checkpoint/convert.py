@@ -29,7 +29,7 @@ from kogia.checkpoint.directory import (
     stored_tensors,
     sync_weight_files,
 )
-from kogia.checkpoint.hf import as_bytes, read_rows, warn_of_nonfinite
+from kogia.checkpoint.hf import as_bytes, check_scales, read_rows, warn_of_nonfinite
 from kogia.checkpoint.layout import (
     CODES,
     DTYPES,
@@ -165,6 +165,8 @@ def _convert(job: Job) -> tuple[int, str | None]:
     name = step.source.name
     rows = read_rows(step.source, step.scale, start, stop, torch.float32 if step.quantizes else step.dtype)
     finite = not has_nonfinite(CODES[rows.dtype], as_bytes(rows))
+    if name.endswith(SCALE):
+        check_scales(step.source, rows)
     if step.quantizes:
         if not finite:
             raise ValueError(f"{step.source.file}: {name} holds NaN or infinity and has no FP8 form; repair the source")

@@ -106,7 +106,7 @@ def _fill(piece: Piece) -> str | None:
         rows = read_rows(source, scale, start, start + len(target), target.dtype if early else DTYPES[source.dtype])
         target.copy_(rows)
     if source.name.endswith(SCALE):
-        _check_scales(source, rows)
+        check_scales(source, rows)
     return source.name if has_nonfinite(CODES[rows.dtype], as_bytes(rows)) else None
 
 
@@ -117,11 +117,11 @@ def read_rows(source: StoredTensor, scale: StoredTensor | None, start: int, stop
     if scale is None:
         return rows.to(dtype)
     blocks = read_rows(scale, None, start // BLOCK, -(-stop // BLOCK), torch.float32)
-    _check_scales(scale, blocks)
+    check_scales(scale, blocks)
     return dequantize_blocks(rows, blocks, dtype)
 
 
-def _check_scales(scale: StoredTensor, blocks: Tensor) -> None:
+def check_scales(scale: StoredTensor, blocks: Tensor) -> None:
     if not bool(((blocks > 0) & (blocks < torch.inf)).all()):  # also false for NaN
         raise ValueError(f"{scale.file}: {scale.name} holds scales that are not positive numbers; the file is damaged")
 

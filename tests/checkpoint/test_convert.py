@@ -231,10 +231,11 @@ def test_numbers_beyond_float16_are_refused_not_made_infinite(tmp_path, capsys):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_scales_that_are_no_positive_numbers_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("words", [("--dtype", "bfloat16"), ("--dtype", "fp8"), ()])
+def test_scales_that_are_no_positive_numbers_are_named(tmp_path, capsys, words):
     source, name = save_model(tiny_fp8(), tmp_path / "source"), "model.layers.0.mlp.up_proj.weight_scale_inv"
     rewrite(source, lambda t: t[name].fill_(-1))
-    assert kogia(source, tmp_path / "target", "--dtype", "bfloat16") == 2
+    assert kogia(source, tmp_path / "target", *words) == 2
     assert f"{name} holds scales that are not positive numbers" in capsys.readouterr().err
 
 
