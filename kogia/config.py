@@ -352,7 +352,7 @@ def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: 
         table[name] = given
     chosen = next((t for t in tables if len(tables) > 1 and _kind_of(t) == kind), tables[0])
     used = _absorb(chosen, fallback if type(fallback) is chosen else None, given, inner, value)
-    if used:
+    if used or given:  # given without used: an absent part further in was named, and is there now
         table[name] = given
     return used
 

@@ -7,8 +7,47 @@ from tyro.conf import Positional
 
 
 @dataclass(frozen=True)
+class PruneConfig:
+    """Drop the least attended rows of long contexts, layer by layer: an approximation (engine.pruning says what of).
+
+    The layers between the first and the last have budgets in a straight line between theirs. A cache block spans all
+    layers, so a sequence holds blocks for its largest budget and slack: a smaller one in other layers saves the time to
+    read rows, not their memory.
+    """
+
+    first_budget: int
+    """Tokens kept per sequence in the first decoder layer."""
+    last_budget: int
+    """Tokens kept per sequence in the last decoder layer."""
+    recent: int = 64
+    """Newest tokens that are never dropped."""
+    slack: int = 64
+    """Layers are cut back to their budgets every `slack` tokens. Prefill chunks end there: raise it for longer ones."""
+
+    def __post_init__(self) -> None:
+        for name, bound in {"first_budget": 1, "last_budget": 1, "recent": 0, "slack": 1}.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"engine.prune.{name} = {getattr(self, name)}: must be at least {bound}")
+        if self.recent > min(self.first_budget, self.last_budget):
+            raise ValueError(
+                f"engine.prune.recent = {self.recent}: must fit into the budgets {self.first_budget} and "
+                f"{self.last_budget}, which count the newest tokens too; lower it or raise them"
+            )
+
+    @property
+    def first_cut(self) -> int:
+        """Context length at which a layer may first drop rows: a multiple of `slack`, as all later ones are."""
+        return (min(self.first_budget, self.last_budget) // self.slack + 1) * self.slack
+
+    @property
+    def most_rows(self) -> int:
+        """Most rows that a layer ever holds of one sequence."""
+        return max(self.first_budget, self.last_budget) + self.slack
+
+
+@dataclass(frozen=True)
 class EngineConfig:
-    """How much the engine may run at once."""
+    """How much the engine may run at once. Naming a field of `prune`, such as `first_budget`, switches pruning on."""
 
     block_size: int = 16
     """Tokens per cache block: the unit of allocation and of prefix sharing."""
@@ -29,6 +68,8 @@ class EngineConfig:
     Starts at 0, falls; no more than the first rank is stored. For models trained with `nested_rank_min`."""
     prefix_cache: bool = True
     """Share the blocks of equal prefixes between sequences, and keep them after a sequence ends."""
+    prune: PruneConfig | None = None
+    """Bounds what long contexts cost by dropping little-attended rows (latent attention only); None keeps them all."""
 
     def __post_init__(self) -> None:
         least = {"block_size": 1, "max_batch_tokens": 1, "max_sequences": 1, "num_draft_tokens": 0, "num_blocks": 1}
@@ -42,6 +83,12 @@ class EngineConfig:
             raise ValueError(
                 f"engine.rank_by_context = {[list(pair) for pair in table]}: must start at 0 tokens, with rising "
                 "tokens and falling ranks, as [[0, 512], [32768, 256]]"
+            )
+        if self.prune is not None and (self.prefix_cache or self.num_draft_tokens):
+            raise ValueError(
+                f"engine.prune with prefix_cache = {self.prefix_cache} and num_draft_tokens = {self.num_draft_tokens}: "
+                "pruned rows move up within their blocks, layer by layer, so no prefix can be shared and no rejected "
+                "draft taken back; set prefix_cache = false and num_draft_tokens = 0"
             )
 
 

@@ -1,6 +1,6 @@
 """The engine: requests in, completions out, any number of sequences per step.
 
-    step:  Scheduler.plan -> Runner.run -> speculative.accept -> Runner.draft -> events
+    step:  Scheduler.plan -> Runner.run -> speculative.accept -> Pruner.prune or Runner.draft -> events
 
 The model is the trainer's own `Transformer`, used without gradients; nothing of it is copied.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kogia.engine.config import EngineConfig
 from kogia.engine.output import TextStream
+from kogia.engine.pruning import Pruner
 from kogia.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent, derive_seed
 from kogia.engine.runner import Runner
 from kogia.engine.scheduler import Scheduler, StepPlan
@@ -40,6 +41,8 @@ class EngineStats:
     num_preemptions: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_dropped_rows: int = 0
+    """Cache rows that pruning dropped, each layer's counted."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,10 +74,16 @@ class Engine:
         cached = model.config if config.num_draft_tokens else replace(model.config, num_mtp_layers=0)
         rank = config.rank_by_context[0][1] if config.rank_by_context else None
         row = latent_row(cached, fp8=config.cache_dtype == "fp8", rank=rank)
+        if config.prune is not None and row is None:
+            raise ValueError(
+                "engine.prune: attention mass is counted on latent rows, but this model has key and value heads; "
+                "leave it out"
+            )
         num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype, row)
         cache = build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device, row=row)
         self.scheduler = Scheduler(config, num_blocks, tokenizer.eos_ids if tokenizer else (model.config.eos_id,))
-        self.runner = Runner(model, cache, self.scheduler.table, config.rank_by_context)
+        self.pruner = None if config.prune is None else Pruner(config.prune, cache, self.scheduler.table)
+        self.runner = Runner(model, cache, self.scheduler.table, config.rank_by_context, self.pruner)
         self._num_requests = 0
 
     @property
@@ -131,6 +140,8 @@ class Engine:
                     result.logprobs,
                     lookahead=self.scheduler.lookahead,
                 )
+                if self.pruner is not None:
+                    self.stats.num_dropped_rows += self.pruner.prune(plan)
                 if self.num_draft_tokens:
                     self.runner.draft(result, plan, self.num_draft_tokens)
         except BaseException:  # Ctrl-C included: blocks were promised to the prefix index but not written
@@ -265,13 +276,17 @@ def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dt
     """Blocks within `cache_memory_bytes`, but no more than all sequences at full context could use."""
     width = model.attention.cache_row if row is None else row.width
     row_bytes = width if row is not None and row.fp8 else width * dtype.itemsize
+    longest = model.max_position
+    if config.prune is not None:
+        row_bytes += 4  # its attention mass
+        longest = min(longest, config.prune.most_rows)
     block_bytes = model.num_cache_layers * row_bytes * config.block_size
     if config.cache_memory_bytes < block_bytes:
         raise ValueError(
             f"engine.cache_memory_bytes = {config.cache_memory_bytes}: one block of {config.block_size} tokens takes "
             f"{block_bytes} bytes; give more"
         )
-    most = config.max_sequences * -(-model.max_position // config.block_size)
+    most = config.max_sequences * -(-longest // config.block_size)
     return min(config.cache_memory_bytes // block_bytes, most)
 
 

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kogia.engine.pruning import Pruner
 from kogia.engine.scheduler import StepPlan
 from kogia.engine.sequences import SequenceTable
 from kogia.model.cache import PagedCache, StepCache
@@ -41,10 +42,12 @@ class Runner:
         cache: PagedCache,
         table: SequenceTable,
         rank_by_context: tuple[tuple[int, int], ...] = (),
+        pruner: Pruner | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.table = table
+        self.pruner = pruner
         self.device = model.device
         # one rank for all: the rows are that narrow, and nothing is left to choose
         self._rank_from = np.array(rank_by_context, dtype=np.int64) if len(rank_by_context) > 1 else None
@@ -100,9 +103,6 @@ class Runner:
         positions: NDArray[np.int64],
     ) -> tuple[PackedTokens, StepCache]:
         table, size = self.table, self.cache.block_size
-        context_lens = starts + counts
-        longest = int(context_lens.max())
-        slots = table.blocks[rows, positions // size] * size + positions % size
         cu_seqlens = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
         batch = PackedTokens(
             self._tensor(table.token_ids[rows, positions]),
@@ -110,13 +110,17 @@ class Runner:
             self._tensor(cu_seqlens),
             int(counts.max()),
         )
-        block_tables = self._tensor(table.blocks[seq_rows, : -(-longest // size)])
         ranks = None
         if self._rank_from is not None:  # a token at position p has a context of p + 1
-            starts, values = self._rank_from.T
-            ranks = self._tensor(values[np.searchsorted(starts, positions + 1, side="right") - 1])
-        slots, lens = self._tensor(slots), self._tensor(context_lens)
-        return batch, StepCache(self.cache, slots, block_tables, lens, longest, ranks)
+            tokens, values = self._rank_from.T
+            ranks = self._tensor(values[np.searchsorted(tokens, positions + 1, side="right") - 1])
+        if self.pruner is not None:
+            return batch, self.pruner.step_cache(seq_rows, starts, counts, rows, positions, ranks)
+        context_lens = starts + counts
+        longest = int(context_lens.max())
+        slots = self._tensor(table.blocks[rows, positions // size] * size + positions % size)
+        block_tables = self._tensor(table.blocks[seq_rows, : -(-longest // size)])
+        return batch, StepCache(self.cache, slots, block_tables, self._tensor(context_lens), longest, ranks)
 
     def _sample(self, plan: StepPlan, hidden: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         samples = plan.num_samples

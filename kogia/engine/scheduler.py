@@ -8,6 +8,7 @@ A full block of known tokens enters the prefix index as soon as the chunk that f
 run: every layer writes all new rows of a step before its attention reads any, so a sibling may read them in that step.
 """
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class Scheduler:
         self.config = config
         self.eos_ids = frozenset(eos_ids)
         self.pool = BlockPool(num_blocks)
-        self.table = SequenceTable(config.max_sequences, config.block_size)
+        most_rows = sys.maxsize if config.prune is None else config.prune.most_rows
+        self.table = SequenceTable(config.max_sequences, config.block_size, most_rows)
         self.waiting: deque[Request] = deque()
         self.running = np.empty(0, dtype=np.int64)
         """Table rows in order of admission."""
@@ -62,10 +64,11 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if the whole pool could not hold it."""
         capacity = self.pool.num_blocks * self.config.block_size
-        if request.max_length - 1 > capacity:
+        rows = self.table.cache_rows_of(request)
+        if rows > capacity:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens with max_tokens = {request.params.max_tokens} may need "
-                f"{request.max_length - 1} cached tokens, but the whole cache holds {capacity}: lower max_tokens, or "
+                f"{rows} cached tokens, but the whole cache holds {capacity}: lower max_tokens, or "
                 "raise engine.num_blocks or engine.cache_memory_bytes"
             )
         self.waiting.append(request)
@@ -126,6 +129,7 @@ class Scheduler:
         while True:
             rows = self.running
             want = table.num_known[rows] - table.num_computed[rows] + table.num_drafts[rows]
+            want = self._until_cut(table.num_computed[rows], want)
             granted = np.clip(self.config.max_batch_tokens - (np.cumsum(want) - want), 0, want)
             missing = self._blocks_to_cover(rows, granted) - table.num_blocks[rows]
             if int(missing.clip(0).sum()) <= self.pool.num_free:
@@ -136,11 +140,18 @@ class Scheduler:
             table.append_blocks(int(rows[index]), self.pool.allocate(int(missing[index])))
         return granted
 
+    def _until_cut(self, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """No run goes past the position where pruning is next due, so that the cuts do not depend on the runs."""
+        prune = self.config.prune
+        if prune is None:
+            return counts
+        return np.minimum(counts, np.maximum((starts // prune.slack + 1) * prune.slack, prune.first_cut) - starts)
+
     def _blocks_to_cover(self, rows: NDArray[np.int64], granted: NDArray[np.int64]) -> NDArray[np.int64]:
         table = self.table
         ends = table.num_computed[rows] + granted
         ahead = np.where((granted > 0) & (ends >= table.num_known[rows]), self.lookahead, 0)
-        return -(-np.minimum(ends + ahead, table.max_length[rows] - 1) // self.config.block_size)
+        return -(-np.minimum(ends + ahead, table.max_cache_rows[rows]) // self.config.block_size)
 
     def _preempt_last(self) -> None:
         self.waiting.appendleft(self.finish(int(self.running[-1])))
@@ -151,11 +162,12 @@ class Scheduler:
         rows, counts = [], []
         while self.waiting and budget > 0 and self.table.num_rows_free:
             # One spare block per running sequence: else the newcomer is preempted as soon as the others grow.
-            row = self._open(self.waiting[0], budget, spare=len(self.running) + len(rows))
+            most = budget if self.config.prune is None else min(budget, self.config.prune.first_cut)
+            row = self._open(self.waiting[0], most, spare=len(self.running) + len(rows))
             if row is None:
                 break
             self.waiting.popleft()
-            count = min(budget, int(self.table.num_known[row] - self.table.num_computed[row]))
+            count = min(most, int(self.table.num_known[row] - self.table.num_computed[row]))
             self._name_full_blocks(np.array([row]), np.array([count]))
             rows.append(row)
             counts.append(count)
@@ -170,7 +182,7 @@ class Scheduler:
         shared = self._acquire_prefix(request)
         cached, known = len(shared) * self.config.block_size, len(request.token_ids)
         end = min(cached + budget, known)
-        end = min(end + (self.lookahead if end == known else 0), request.max_length - 1)
+        end = min(end + (self.lookahead if end == known else 0), self.table.cache_rows_of(request))
         missing = max(0, -(-end // self.config.block_size) - len(shared))
         if missing + spare > self.pool.num_free:
             self.pool.release(shared)

@@ -5,6 +5,8 @@ Counters of a row, all in tokens: `num_computed` have valid cache rows, `num_kno
 known token is still to be run.
 """
 
+import sys
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,8 +16,9 @@ from kogia.engine.request import Request
 class SequenceTable:
     """Rows for `max_sequences` sequences. Token and block columns grow to the longest sequence seen."""
 
-    def __init__(self, max_sequences: int, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self, max_sequences: int, block_size: int, most_cache_rows: int = sys.maxsize) -> None:
+        """No sequence will hold more than `most_cache_rows` at once."""
+        self.block_size, self.most_cache_rows = block_size, most_cache_rows
         self.requests: list[Request | None] = [None] * max_sequences
         self._free = list(range(max_sequences - 1, -1, -1))
         self.token_ids = np.zeros((max_sequences, 0), dtype=np.int64)
@@ -30,6 +33,7 @@ class SequenceTable:
         self.num_drafted = np.zeros(max_sequences, dtype=np.int64)
         self.num_accepted = np.zeros(max_sequences, dtype=np.int64)
         self.max_length = np.zeros(max_sequences, dtype=np.int64)
+        self.max_cache_rows = np.zeros(max_sequences, dtype=np.int64)
         self.temperature = np.zeros(max_sequences, dtype=np.float32)
         self.top_k = np.zeros(max_sequences, dtype=np.int64)
         self.top_p = np.zeros(max_sequences, dtype=np.float32)
@@ -42,6 +46,10 @@ class SequenceTable:
     @property
     def num_rows_free(self) -> int:
         return len(self._free)
+
+    def cache_rows_of(self, request: Request) -> int:
+        """Most cache rows that it will hold: the last token is never run."""
+        return min(request.max_length - 1, self.most_cache_rows)
 
     def open(self, request: Request, stop_ids: list[int]) -> int:
         """Give `request` a row with nothing computed and no blocks."""
@@ -57,6 +65,7 @@ class SequenceTable:
         self.num_computed[row] = self.num_drafts[row] = self.num_blocks[row] = self.num_named[row] = 0
         self.num_drafted[row], self.num_accepted[row] = request.num_drafted, request.num_accepted
         self.max_length[row], self.seed[row] = request.max_length, request.seed
+        self.max_cache_rows[row] = self.cache_rows_of(request)
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
         self.top_p[row], self.min_p[row] = params.top_p, params.min_p
         self.watched[row] = request.stream or request.output is not None

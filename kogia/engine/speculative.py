@@ -52,7 +52,7 @@ def accept(
     table.num_known[rows] += num_new
     table.num_computed[rows] = np.where(sampled, table.num_known[rows] - 1, plan.starts + plan.counts)
     table.num_drafts[rows[sampled]] = 0
-    needed = -(-np.minimum(table.num_known[rows] + lookahead, table.max_length[rows] - 1) // table.block_size)
+    needed = -(-np.minimum(table.num_known[rows] + lookahead, table.max_cache_rows[rows]) // table.block_size)
     for where in np.flatnonzero(sampled & (table.num_blocks[rows] > needed)).tolist():
         row, keep = int(rows[where]), int(needed[where])
         pool.release(table.row_blocks(row)[keep:])

@@ -8,7 +8,7 @@ the keys and then the values of all key/value heads for GQA. A sequence owns a l
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from kogia.model.config import MLAConfig, ModelConfig
@@ -77,3 +77,10 @@ class StepCache:
     """The largest of `context_lens`, known on the host."""
     ranks: Int[Tensor, " tokens"] | None = None
     """How many numbers of the latents each new token's query reads; None: all that are stored."""
+    mass: Float[Tensor, " slots"] | None = None
+    """Where one layer's attention is added up, row by row, for pruning."""
+    layers: tuple["StepCache", ...] = ()
+    """What each layer sees instead, where layers keep different rows (engine.pruning)."""
+
+    def at(self, layer: int) -> "StepCache":
+        return self.layers[layer] if self.layers else self

@@ -69,7 +69,7 @@ class MLA(nn.Module):
         if step.cache is None:
             mixed = self._expanded(q_nope, q_rope, latent, k_rope, step, index)
         else:
-            mixed = self._absorbed(q_nope, q_rope, latent, k_rope, step, step.cache, index)
+            mixed = self._absorbed(q_nope, q_rope, latent, k_rope, step, step.cache.at(self.layer), index)
         return self.o_proj(mixed.flatten(1))
 
     def _expanded(
@@ -127,6 +127,7 @@ class MLA(nn.Module):
             scale=self.scale,
             row=row,
             index=index,
+            mass=cache.mass,
         )
         if cache.ranks is not None:
             mixed = mixed * used

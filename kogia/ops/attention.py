@@ -85,13 +85,14 @@ def paged_attention(
     scale: float,
     row: LatentRow | None = None,
     index: IndexVectors | None = None,
+    mass: Float[Tensor, " slots"] | None = None,
 ) -> Float[Tensor, "tokens heads value"]:
     """Attend to cached rows. A row holds `num_kv_heads` keys at its start and values from `value_offset` on.
 
     GQA: keys then values, value_offset = kv_heads * head_dim. Absorbed MLA (DeepSeek-V2 section 2.1.2) is the case of
     one key/value head whose value is the first `kv_lora_rank` numbers of the key itself: value_offset = 0. `row`
     says how such rows are stored. With an `index`, every row ends in an index key, and a query attends to `index.topk`
-    rows at most.
+    rows at most. With `mass`, which takes one key/value head, the attention that each row gets is added to its own.
     """
     q_lens = cu_seqlens[1:] - cu_seqlens[:-1]
     out = q.new_empty(q.shape[0], q.shape[1], value_dim)
@@ -104,9 +105,15 @@ def paged_attention(
         context = gather_context(rows, tables, block_size, longest)
         context = context if row is None else row.unpack(context, q.dtype)
         visible = _visible(lens, contexts, bucket.width, context.shape[1])
+        chosen = None
         if index is not None and context.shape[1] > index.topk:
-            context, visible = _narrow(context, visible, index, bucket)
-        mixed = _attend(bucket.to_grid(q), context, visible, num_kv_heads, value_offset, value_dim, scale)
+            context, visible, chosen = _narrow(context, visible, index, bucket)
+        mixed, weights = _attend(bucket.to_grid(q), context, visible, num_kv_heads, value_offset, value_dim, scale)
+        if mass is not None:
+            assert weights is not None, "attention mass is counted for one key head only"
+            slots = _context_slots(tables, block_size, longest)
+            _add_mass(mass, weights, lens, slots if chosen is None else slots.gather(1, chosen))
+        del weights  # as large as the scores: not to be held while the next bucket is gathered
         picked = bucket.from_grid(mixed)
         if bucket.rows is None:
             return picked
@@ -116,15 +123,18 @@ def paged_attention(
 
 def _narrow(
     context: Tensor, visible: Tensor, index: IndexVectors, bucket: Bucket
-) -> tuple[Float[Tensor, "seqs keys row"], Bool[Tensor, "seqs width keys"]]:
-    """Leave each query its selected keys: one query per sequence gathers them, several share a masked context."""
+) -> tuple[Float[Tensor, "seqs keys row"], Bool[Tensor, "seqs width keys"], Int[Tensor, "seqs keys"] | None]:
+    """Leave each query its selected keys: one query per sequence gathers them, several share a masked context.
+
+    Third, which keys were gathered.
+    """
     keys = context[..., -index.k.shape[-1] :]
     scores = index_scores(bucket.to_grid(index.q), keys, bucket.to_grid(index.weights))
     if bucket.width > 1:
-        return context, keep_topk(scores, visible, index.topk)
+        return context, keep_topk(scores, visible, index.topk), None
     best = scores.masked_fill(~visible, float("-inf")).topk(index.topk, dim=-1).indices[:, 0]
     narrow = context.gather(1, best[..., None].expand(-1, -1, context.shape[-1]))
-    return narrow, visible.gather(2, best[:, None])
+    return narrow, visible.gather(2, best[:, None]), best
 
 
 def _attend(
@@ -135,17 +145,38 @@ def _attend(
     value_offset: int,
     value_dim: int,
     scale: float,
-) -> Float[Tensor, "seqs width heads value"]:
+) -> tuple[Float[Tensor, "seqs width heads value"], Float[Tensor, "seqs width heads keys"] | None]:
+    """The mixed values, and the weights behind them where there is one key head."""
     heads, qk_dim = q.shape[2:]
     values = context[..., value_offset : value_offset + num_kv_heads * value_dim]
     if num_kv_heads > 1:
         keys = context[..., : num_kv_heads * qk_dim].unflatten(-1, (num_kv_heads, qk_dim)).transpose(1, 2)
         values = values.unflatten(-1, (num_kv_heads, value_dim)).transpose(1, 2)
         shared = heads != num_kv_heads
-        return F.scaled_dot_product_attention(
+        mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=shared
-        ).transpose(1, 2)
+        )
+        return mixed.transpose(1, 2), None
     # one key head: all query heads are rows of a single product, and no key is copied for them
     scores = (q.flatten(1, 2) @ context[..., :qk_dim].transpose(1, 2)).float().mul_(scale)
-    scores = scores.unflatten(1, (-1, heads)).masked_fill_(~visible[:, :, None], float("-inf"))
-    return (scores.softmax(-1).to(values.dtype).flatten(1, 2) @ values).unflatten(1, (-1, heads))
+    weights = scores.unflatten(1, (-1, heads)).masked_fill_(~visible[:, :, None], float("-inf")).softmax(-1)
+    del scores
+    return (weights.to(values.dtype).flatten(1, 2) @ values).unflatten(1, (-1, heads)), weights
+
+
+def _context_slots(tables: Tensor, block_size: int, max_context: int) -> Int[Tensor, "seqs context"]:
+    """Where the rows of `gather_context` stand."""
+    tables = tables[:, : -(-max_context // block_size), None]
+    return (tables * block_size + torch.arange(block_size, device=tables.device)).flatten(1)
+
+
+def _add_mass(
+    mass: Float[Tensor, " slots"],
+    weights: Float[Tensor, "seqs width heads keys"],
+    q_lens: Int[Tensor, " seqs"],
+    slots: Int[Tensor, "seqs keys"],
+) -> None:
+    """Add up what every row got: averaged over heads, summed over queries, without those that pad the grid."""
+    padding = torch.arange(weights.shape[1], device=q_lens.device) >= q_lens[:, None]
+    received = weights.mean(2).masked_fill(padding[..., None], 0.0).sum(1)
+    mass.index_add_(0, slots.flatten(), received.flatten())  # behind a context's end this adds 0 to anyone's row

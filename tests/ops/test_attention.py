@@ -190,6 +190,30 @@ def test_decode_only_steps_take_the_path_of_width_one():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pairs", [[(9, 4), (3, 1), (7, 7)], [(6, 1), (3, 1)], [(40, 1)] * 12 + [(300, 290), (9, 3)]])
+def test_mass_is_the_attention_that_a_row_got_from_real_queries(pairs):
+    """The weights themselves are what attention gives when the values are unit vectors. Unused rows are NaN."""
+    blocks_of, size = [-(-context // 4) for context, _ in pairs], 4
+    tables = torch.randperm(sum(blocks_of) + 1, generator=torch.Generator().manual_seed(1)).tolist()
+    rows = torch.full((len(tables) * size, 5), float("nan"), dtype=torch.float64)
+    mass, want = torch.ones(len(rows)), torch.ones(len(rows), dtype=torch.float64)
+    own = [[tables.pop() for _ in range(count)] for count in blocks_of]
+    queries = [draw(new, 3, 5, seed=s) for s, (_, new) in enumerate(pairs)]
+    for table, q, (context, new) in zip(own, queries, pairs, strict=True):
+        slots = (torch.tensor(table)[:, None] * size + torch.arange(size)).flatten()[:context]
+        rows[slots] = draw(context, 5, seed=context)
+        weights = attend(q, rows[slots][:, None], torch.eye(context).double()[:, None], 0.4, first=context - new)
+        want[slots] += weights.mean(1).sum(0)
+    cu = ends([new for _, new in pairs])
+    paged_attention(
+        torch.cat(queries), rows, torch.tensor([t + own[0][:1] * (max(blocks_of) - len(t)) for t in own]),
+        torch.tensor([context for context, _ in pairs]), cu, buckets_by_length(cu, max(new for _, new in pairs)),
+        block_size=size, max_context=max(context for context, _ in pairs), num_kv_heads=1, value_offset=0, value_dim=4,
+        scale=0.4, mass=mass,
+    )  # fmt: skip
+    torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_gathered_context_follows_the_block_table():
     rows = torch.arange(12.0)[:, None] * torch.tensor([1.0, 100.0])
     context = gather_context(rows, torch.tensor([[2, 0, 1], [1, 1, 0]]), 3, 5)

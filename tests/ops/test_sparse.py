@@ -72,10 +72,10 @@ def test_cached_sparse_attention_chooses_the_same_keys_for_one_and_for_several_q
     rows = drawn(64, width + DIM)
     tables = torch.randperm(16, generator=torch.Generator().manual_seed(1))[:15].view(3, 5)
     q, index = drawn(3 * new, 2, width), some_index(3 * new, topk)
-    cu = boundaries([new] * 3)
+    cu, mass, received = boundaries([new] * 3), torch.ones(64), torch.ones(64)
     got = paged_attention(
         q, rows, tables, torch.tensor(contexts), cu, buckets_by_length(cu, new), block_size=size, max_context=20,
-        num_kv_heads=1, value_offset=0, value_dim=5, scale=0.3, index=index,
+        num_kv_heads=1, value_offset=0, value_dim=5, scale=0.3, index=index, mass=mass,
     )  # fmt: skip
     for seq, context in enumerate(contexts):
         own = rows.view(16, size, -1)[tables[seq]].flatten(0, 1)
@@ -85,6 +85,8 @@ def test_cached_sparse_attention_chooses_the_same_keys_for_one_and_for_several_q
             best = score[0, 0].topk(min(topk, seen)).indices
             weights = (q[query] @ own[best, :width].T * 0.3).softmax(-1)
             torch.testing.assert_close(got[query], weights @ own[best, :5], atol=1e-5, rtol=1e-5)
+            received[(tables[seq, best // size] * size + best % size)] += weights.mean(0)
+    torch.testing.assert_close(mass, received, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("topk", [3, 99])
