@@ -22,8 +22,9 @@ import numpy as np
 
 MAX_HEADER = 100_000_000
 """Bytes; the bound of the format's own library."""
-PIECE = 1 << 21
-"""Elements that are read, converted and written at a time: a few MiB, so that the second look finds them cached."""
+PIECE = 1 << 19
+"""Elements that are read, converted and written at a time: about a MiB, so that each step finds them in the processor's
+cache and the memory of the piece before is used again."""
 BLOCK_ROWS = 128
 """Pieces are cut at whole FP8 blocks."""
 NUM_THREADS = 4
@@ -77,10 +78,10 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * _ITEM_BYTES[dtype]
 
 
-def row_ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Ranges (start, stop) of rows of about PIECE elements each; none for an empty tensor."""
+def row_ranges(tensor: StoredTensor, num_pieces: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges (start, stop) of rows of about `num_pieces` * PIECE elements each; none for an empty tensor."""
     if tensor.nbytes:
-        step = max(1, PIECE // (math.prod(tensor.shape[1:]) * BLOCK_ROWS)) * BLOCK_ROWS
+        step = max(1, num_pieces * PIECE // (math.prod(tensor.shape[1:]) * BLOCK_ROWS)) * BLOCK_ROWS
         for start in range(0, tensor.num_rows, step):
             yield start, min(start + step, tensor.num_rows)
 
