@@ -35,7 +35,7 @@ from kogia.checkpoint.layout import (
     stored_dtype,
     without_absent_mtp,
 )
-from kogia.checkpoint.tensorfile import StoredTensor, has_nonfinite, in_parallel, read, row_ranges, write
+from kogia.checkpoint.tensorfile import StoredTensor, has_nonfinite, in_parallel, populate, read, row_ranges, write
 from kogia.log import write_json
 from kogia.model.hf_config import config_to_hf
 from kogia.model.transformer import Transformer
@@ -100,6 +100,7 @@ def _fill(piece: Piece) -> str | None:
     source, scale, start, target = piece
     if target.is_cpu and target.is_contiguous() and target.dtype == DTYPES[source.dtype]:
         rows = target
+        populate(as_bytes(rows))
         read(source, start, as_bytes(rows))
     else:
         # cast by the copy; but in float16 first, which may overflow, to see that

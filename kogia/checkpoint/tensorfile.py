@@ -7,10 +7,13 @@
 Reading goes straight into the memory it is meant for. A mapping would count every touched page of the file as resident.
 """
 
+import ctypes
 import errno
 import json
 import math
+import mmap
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,6 +44,9 @@ _NOT_FINITE = {
     "F32": ("i4", 0x7F80_0000),
     "F64": ("i8", 0x7FF0_0000_0000_0000),
 }
+
+_MADV_POPULATE_WRITE = 23
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 Spec = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape of a tensor to be written."""
@@ -134,6 +140,19 @@ def read(tensor: StoredTensor, row: int, into: memoryview) -> None:
             if not count:
                 raise _damaged(tensor.file, f"it ends within {tensor.name}")
             into = into[count:]
+
+
+def populate(memory: memoryview) -> None:
+    """Have fresh memory brought in at once, which takes a third off the time of reading into it page by page.
+
+    A hint: where the kernel does not know it (before Linux 5.14), the pages come as they are written.
+    """
+    if _libc is not None:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        begin, end = -(-address // mmap.PAGESIZE), (address + len(memory)) // mmap.PAGESIZE  # whole pages
+        if begin < end:
+            place, size = ctypes.c_void_p(begin * mmap.PAGESIZE), ctypes.c_size_t((end - begin) * mmap.PAGESIZE)
+            _libc.madvise(place, size, _MADV_POPULATE_WRITE)
 
 
 def create(file: Path, tensors: Iterable[Spec]) -> list[StoredTensor]:
