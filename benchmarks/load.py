@@ -4,8 +4,9 @@
 
 A DeepSeek-V3-type checkpoint of random bfloat16 weights is written in four shards, and again in FP8. Each load runs in
 a fresh process, ours and theirs in turn, with every import done and a tiny checkpoint loaded before the clock starts;
-the files are in the page cache. Extra memory is the process's peak resident set during the load (the kernel's VmHWM,
-which counts touched pages of mapped files), less what was resident before and the bytes of the model itself.
+the files are in the page cache, and a first round is not counted. Extra memory is the process's peak resident set
+during the load (the kernel's VmHWM, which counts touched pages of mapped files), less what was resident before and the
+bytes of the model itself.
 
 transformers maps the files and leaves what it need not stack for later, so a second clock runs until one number of
 every page of the weights has been read. It loads FP8 only where accelerate is installed.
@@ -27,7 +28,7 @@ import torch
 from result import row, write_result
 
 from kogia.checkpoint.convert import convert
-from kogia.checkpoint.directory import create_weight_files
+from kogia.checkpoint.directory import create_weight_files, sync_weight_files
 from kogia.checkpoint.hf import as_bytes, load_model
 from kogia.checkpoint.layout import CODES, disk_views, empty_model
 from kogia.checkpoint.tensorfile import row_ranges, write
@@ -98,10 +99,12 @@ def make_checkpoint(directory: Path, config: ModelConfig, max_shard_bytes: int) 
     views = dict(disk_views(empty_model(config, {}, dtype=torch.bfloat16)))
     specs = [(name, CODES[view.dtype], tuple(view.shape)) for name, view in views.items()]
     generator = torch.Generator().manual_seed(0)
-    for name, tensor in create_weight_files(directory, specs, max_shard_bytes).items():
+    planned = create_weight_files(directory, specs, max_shard_bytes)
+    for name, tensor in planned.items():
         for start, stop in row_ranges(tensor):
             rows = torch.empty(stop - start, *tensor.shape[1:]).normal_(0.0, 0.02, generator=generator)
             write(tensor, start, as_bytes(rows.to(views[name].dtype)))
+    sync_weight_files(planned.values())  # or the disk is still busy with them during the first load
 
 
 # One load, in a process of its own ------------------------------------------------------------------------------------
@@ -167,14 +170,14 @@ def touch(model: torch.nn.Module) -> None:
 
 
 def in_turn(directory: Path, loaders: list[str], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """`repeats` measurements of each loader, one after the other so that both see the same machine."""
+    """`repeats` measurements of each loader in turn, so that all see the same machine. A first round is dropped."""
     found: dict[str, list[dict[str, float]]] = {loader: [] for loader in loaders}
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         for loader in loaders:
             command = [sys.executable, __file__, "--dir", str(directory), "--child", loader]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[loader].append(json.loads(output.splitlines()[-1]))
-    return found
+    return {loader: each[1:] for loader, each in found.items()}
 
 
 def bfloat16_rows(scratch: Path, repeats: int) -> list[dict[str, Any]]:
