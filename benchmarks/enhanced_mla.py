@@ -89,7 +89,7 @@ def variants(args: argparse.Namespace) -> dict[str, SupervisedConfig]:
     """Every training: query ranks by seed, and nested dropout by seed (its plain twin is "uniform")."""
     source = SourceConfig(args.text) if args.text else SourceConfig("kogia.tasks.synthetic:base_corpus", num=40000)
     data = DataConfig(
-        (source,), batch_tokens=16384, max_seqlen=1024, val_share=0.02, cache_dir=str(args.runs / "tokens")
+        (source,), batch_tokens=16384, max_seqlen=1024, val_share=0.04, cache_dir=str(args.runs / "tokens")
     )
     found = {}
     for seed in args.seeds:
