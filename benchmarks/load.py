@@ -268,8 +268,8 @@ def figures(result: dict[str, Any]) -> list[str]:
         f"| FP8 kept, seconds | {cells('load-fp8-kept-seconds', '.2f')} |",
         f"| its peak extra memory, in shards | {cells('load-fp8-kept-overhead-shards', '.3f')} |",
         "",
-        "Extra memory is the peak of the resident set less the model. Of transformers' share, much is pages of the mapped "
-        "files, which the kernel can take back. FP8 it reads only where accelerate is installed.",
+        "Extra memory is the peak of the resident set less the model. Of transformers' share, much is pages of the "
+        "mapped files, which the kernel can take back. FP8 it reads only where accelerate is installed.",
     ]
 
 
