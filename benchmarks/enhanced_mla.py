@@ -13,6 +13,7 @@ arithmetic generator of the demonstration is used. Interrupted, it goes on where
 
 import argparse
 import itertools
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--eval-tokens", type=int, default=262144)
     parser.add_argument("--long-sequences", type=int, default=32, help="sequences that pruning is measured on")
+    parser.add_argument("--docs", type=Path, default=None, help="page to write the figures into")
     args = parser.parse_args()
     configs = variants(args)
     batches = prepare(next(iter(configs.values())), args.runs)
@@ -83,6 +85,8 @@ def main() -> None:
         rows += measure(configs, args.seeds, batches)
     rows += prune_rows(configs, args.seeds, long_sequences(batches, args.long_sequences))
     write_result(args.out, "enhanced-mla", rows)
+    if args.docs:
+        write_docs(args.docs, json.loads(args.out.read_text()))
 
 
 def variants(args: argparse.Namespace) -> dict[str, SupervisedConfig]:
@@ -237,6 +241,56 @@ def prefill_cache(model: Transformer, batch: Batch, layout: LatentRow, block_siz
     slots: Tensor = tables[owner, tokens.positions // block_size] * block_size + tokens.positions % block_size
     pool = build_cache(model.config, tables.numel(), block_size, dtype=model.dtype, device=model.device, row=layout)
     return StepCache(pool, slots, tables, lengths, tokens.max_seqlen)
+
+
+BEGIN, END = "<!-- figures: benchmarks/results/enhanced_mla.json -->", "<!-- end of figures -->"
+
+
+def write_docs(page: Path, result: dict[str, Any]) -> None:
+    """Put the figures between the marks of docs/enhanced-mla.md."""
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    _, tail = rest.split(END)
+    page.write_text(head + BEGIN + "\n" + figures(result) + "\n" + END + tail, encoding="utf-8")
+
+
+def figures(result: dict[str, Any]) -> str:
+    """The tables, in nats per held-out token; differences are to the first line of each."""
+    rows = {r["id"]: r for r in result["rows"]}
+
+    def line(words: str, id: str, base: str, *more: str) -> str:
+        r = rows[f"enhanced-{id}-loss"]
+        change = r["value"] - rows[f"enhanced-{base}-loss"]["value"]
+        spread = f"{r['value']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
+        return f"| {' | '.join((words, *more, spread, f'{change:+.4f}'))} |"
+
+    def ranks(name: str) -> str:
+        return ", ".join(map(str, rows[f"enhanced-query-ranks-{name}-loss"]["ranks"]))
+
+    lines = ["| query ranks, same number of parameters | by layer | loss | change |", "|---|---|---|---|"]
+    lines += [line(name, f"query-ranks-{name}", "query-ranks-uniform", ranks(name)) for name in QUERY_RANKS]
+    lines += [
+        "",
+        "| latent kept of 64 | trained plainly | change | with nested dropout | change |",
+        "|---|---|---|---|---|",
+    ]
+    for rank in sorted(LATENT_RANKS, reverse=True):
+        parts = [line("", f"{kind}-rank-{rank}", "plain-rank-64").strip("| ") for kind in ("plain", "nested")]
+        lines.append(f"| {rank} | {parts[0]} | {parts[1]} |")
+    lines += ["", "| cache row | bytes | loss | change |", "|---|---|---|---|"]
+    for kind in ("bfloat16", "fp8"):
+        lines.append(
+            line(kind, f"cache-{kind}", "cache-bfloat16", str(rows[f"enhanced-cache-{kind}-loss"]["row_bytes"]))
+        )
+    lines += [
+        "",
+        "| rows kept per layer, context 1024 | share of all rows | loss, last quarter | change |",
+        "|---|---|---|---|",
+    ]
+    words = {"none": "all", "uniform-256": "256 in every layer", "window-256": "the newest 256 in every layer"}
+    for name in ("none", *BUDGETS):
+        share = f"{rows[f'enhanced-prune-{name}-loss']['rows_kept_share']:.0%}"
+        lines.append(line(words.get(name, name.replace("-", " ")), f"prune-{name}", "prune-none", share))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
