@@ -78,7 +78,10 @@ def config_from_hf(data: Mapping[str, Any]) -> ModelConfig:
             "loading would ignore what they mean. Remove them only if they change nothing in the forward pass."
         )
     if kind == "kogia":
-        return from_dict(ModelConfig, data.get("kogia"), "config.json: kogia")
+        table = data.get("kogia")
+        if not isinstance(table, Mapping):
+            raise ValueError(f"config.json of kogia: field 'kogia' is {table!r}; it must hold the model's settings")
+        return from_dict(ModelConfig, table, "config.json: kogia")
     for key, value in data.items():
         fits = type(value) is int or (key in _SIZES_OR_NULL and value is None)
         if key in _SIZES | _SIZES_OR_NULL and not fits:

@@ -9,7 +9,7 @@ from kogia.ops.fp8 import dequantize_blocks, quantize_blocks, scale_shape
 
 
 class Linear(nn.Linear):
-    """x W^T + b. An FP8 weight is dequantised to the dtype of `x` when it is used; it takes no gradient."""
+    """x W^T + b. An FP8 weight is dequantised to the dtype of the input when it is used; it takes no gradient."""
 
     weight_scale_inv: Tensor | None
     """[ceil(out / 128), ceil(in / 128)] float32 where the weight is FP8, else None."""
@@ -18,8 +18,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.register_buffer("weight_scale_inv", None)
 
-    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+    def forward(self, input: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        return F.linear(input, self.dense_weight(input.dtype), self.bias)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight itself, or its dequantised copy in `dtype`."""

@@ -14,7 +14,7 @@ The rotary part is decoupled because a rotation between W_UQ and W_UK would bloc
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
@@ -82,8 +82,7 @@ class MLA(nn.Module):
         index: IndexVectors | None,
     ) -> Float[Tensor, "tokens heads v"]:
         c = self.config
-        if step.latent_ranks is not None:
-            latent = latent * (torch.arange(c.kv_lora_rank, device=latent.device) < step.latent_ranks[:, None])
+        latent = _up_to_rank(latent, step.latent_ranks)
         kv = self.kv_b_proj(latent).view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         q = torch.cat((q_nope, q_rope), -1)
@@ -109,9 +108,7 @@ class MLA(nn.Module):
         up = self.kv_b_proj.dense_weight(latent.dtype).view(c.num_heads, -1, c.kv_lora_rank)
         w_uk, w_uv = up[..., : row.latent].split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-        if cache.ranks is not None:  # numbers of the latent past a query's rank neither score nor mix
-            used = (torch.arange(row.latent, device=rows.device) < cache.ranks[:, None])[:, None]
-            q_latent = q_latent * used
+        q_latent = _up_to_rank(q_latent, cache.ranks)  # numbers past a query's rank neither score nor, below, mix
         mixed = paged_attention(
             torch.cat((q_latent, q_rope), -1),
             rows,
@@ -129,6 +126,13 @@ class MLA(nn.Module):
             index=index,
             mass=cache.mass,
         )
-        if cache.ranks is not None:
-            mixed = mixed * used
+        mixed = _up_to_rank(mixed, cache.ranks)
         return torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+
+def _up_to_rank(x: Float[Tensor, "tokens *heads rank"], ranks: Int[Tensor, " tokens"] | None) -> Tensor:
+    """`x` with zeros past each token's rank; unchanged without ranks."""
+    if ranks is None:
+        return x
+    used = torch.arange(x.shape[-1], device=x.device) < ranks[:, None]
+    return x * (used if x.ndim == 2 else used[:, None])
