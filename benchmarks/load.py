@@ -34,7 +34,7 @@ from kogia.checkpoint.layout import CODES, disk_views, empty_model
 from kogia.checkpoint.tensorfile import row_ranges, write
 from kogia.log import write_json
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
-from kogia.model.hf_config import config_to_hf
+from kogia.model.hf_export import config_to_hf
 
 ROOT = Path(__file__).parent.parent
 NUM_SHARDS = 4

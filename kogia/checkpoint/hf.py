@@ -37,7 +37,7 @@ from kogia.checkpoint.layout import (
 )
 from kogia.checkpoint.tensorfile import StoredTensor, has_nonfinite, in_parallel, populate, read, row_ranges, write
 from kogia.log import write_json
-from kogia.model.hf_config import config_to_hf
+from kogia.model.hf_export import config_to_hf
 from kogia.model.transformer import Transformer
 from kogia.ops.fp8 import BLOCK, dequantize_blocks
 from kogia.text.tokenizer import Tokenizer

@@ -1,14 +1,14 @@
-"""Hugging Face `config.json` <-> `ModelConfig`. Torch-free: planning and `--dry-run` read models without loading them.
+"""Hugging Face `config.json` -> `ModelConfig` (the way back is hf_export.py). Torch-free: planning and `--dry-run` read
+models without loading them.
 
 An architecture field this code does not know is an error that names it: a model that silently ignores a field computes
 something else than its author meant.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from kogia.config import from_dict, to_dict
+from kogia.config import from_dict
 from kogia.model.config import (
     GQAConfig,
     IndexerConfig,
@@ -37,7 +37,7 @@ _EXPERTS = frozenset(
     "moe_intermediate_size n_shared_experts n_routed_experts num_experts_per_tok moe_layer_freq first_k_dense_replace "
     "n_group topk_group topk_method scoring_func norm_topk_prob routed_scaling_factor mlp_layer_types".split()
 )
-_LATENT = frozenset("q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split())
+LATENT_FIELDS = frozenset("q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split())
 _INDEXER = frozenset("index_n_heads index_head_dim index_topk".split())
 _MTP = frozenset({"num_nextn_predict_layers"})
 _WINDOW = frozenset({"use_sliding_window", "sliding_window"})
@@ -47,9 +47,9 @@ _QWEN_EXPERTS = frozenset(
 )
 _FIELDS = {
     "deepseek": _SHARED | _EXPERTS,
-    "deepseek_v2": _SHARED | _EXPERTS | _LATENT,
-    "deepseek_v3": _SHARED | _EXPERTS | _LATENT | _MTP,
-    "deepseek_v32": _SHARED | _EXPERTS | _LATENT | _MTP | _INDEXER,
+    "deepseek_v2": _SHARED | _EXPERTS | LATENT_FIELDS,
+    "deepseek_v3": _SHARED | _EXPERTS | LATENT_FIELDS | _MTP,
+    "deepseek_v32": _SHARED | _EXPERTS | LATENT_FIELDS | _MTP | _INDEXER,
     "llama": _SHARED,
     "qwen2": _SHARED | _WINDOW,
     "qwen3": _SHARED | _WINDOW,
@@ -128,7 +128,7 @@ def _common(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_YARN = {
+YARN_FIELDS = {
     "factor": "factor",
     "original_max_position_embeddings": "original_max_position",
     "beta_fast": "beta_fast",
@@ -136,7 +136,7 @@ _YARN = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
 }
-_LLAMA3 = {
+LLAMA3_FIELDS = {
     "factor": "factor",
     "original_max_position_embeddings": "original_max_position",
     "low_freq_factor": "low_freq_factor",
@@ -156,7 +156,7 @@ def _rope(data: Mapping[str, Any]) -> tuple[float, YarnConfig | Llama3RopeConfig
         return theta, None
     if kind not in ("yarn", "llama3"):
         raise ValueError(f"config.json: rope type {kind!r} is not supported; known: default, yarn, llama3")
-    names = _YARN if kind == "yarn" else _LLAMA3
+    names = YARN_FIELDS if kind == "yarn" else LLAMA3_FIELDS
     unknown = sorted(set(table) - set(names))
     if unknown:
         raise ValueError(
@@ -259,125 +259,3 @@ def _qwen_experts(data: Mapping[str, Any]) -> MoEConfig:
         normalize_topk=data.get("norm_topk_prob", False),
         num_dense_layers=0,
     )
-
-
-def published_type(config: ModelConfig) -> str:
-    """The `model_type` whose published format holds this model; "kogia" where there is none."""
-    a, moe = config.attention, config.moe
-    if isinstance(a, MLAConfig):
-        if a != replace(MLAConfig(), **{name: getattr(a, name) for name in _PLAIN_MLA}):
-            return "kogia"
-        if moe is None:
-            return "kogia" if config.num_mtp_layers else ("deepseek_v3" if a.indexer is None else "deepseek_v32")
-        if moe.score == "sigmoid":
-            return "deepseek_v3" if a.indexer is None else "deepseek_v32"
-        plain = a.indexer is None and not moe.normalize_topk and not config.num_mtp_layers
-        return "deepseek_v2" if plain else "kogia"
-    if config.num_mtp_layers or (a.qkv_bias and (a.qk_norm or moe is not None)):
-        return "kogia"
-    if moe is None:
-        return "qwen3" if a.qk_norm else "qwen2" if a.qkv_bias else "llama"
-    if moe.score != "softmax" or moe.num_groups != 1 or moe.routed_scale != 1.0:
-        return "kogia"
-    if not a.qk_norm:
-        return "deepseek"
-    return "qwen3_moe" if not moe.num_shared_experts and not moe.num_dense_layers else "kogia"
-
-
-_PLAIN_MLA = (
-    "num_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_theta rope_scaling indexer"
-).split()
-_CLASSES = {
-    "deepseek": "DeepseekForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "deepseek_v32": "DeepseekV32ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "kogia": "KogiaForCausalLM",
-}
-
-
-def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The published form. A model without one is written as model_type "kogia", which only this project reads."""
-    kind = published_type(config)
-    data: dict[str, Any] = {"architectures": [_CLASSES[kind]], "model_type": kind, "torch_dtype": dtype}
-    data |= {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
-    if kind == "kogia":
-        return data | {"kogia": to_dict(config)}
-    data |= {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.num_layers,
-        "intermediate_size": config.ffn_dim,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_position,
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
-        "hidden_act": "silu",
-        "use_cache": True,
-        "rope_theta": config.attention.rope_theta,
-        "rope_scaling": _rope_table(config.attention.rope_scaling),
-    }
-    if kind != "qwen2":  # Qwen2 has no such field: its bias is part of the architecture
-        data["attention_bias"] = False
-    data |= _attention_fields(config.attention)
-    if kind == "qwen3_moe" and config.moe is not None:
-        return data | _qwen_expert_fields(config.moe)
-    if kind.startswith("deepseek"):
-        data |= _deepseek_expert_fields(config)
-    if kind in ("deepseek_v3", "deepseek_v32"):
-        data["num_nextn_predict_layers"] = config.num_mtp_layers
-    return data
-
-
-def _rope_table(scaling: YarnConfig | Llama3RopeConfig | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if isinstance(scaling, Llama3RopeConfig):
-        return {"rope_type": "llama3"} | {key: getattr(scaling, name) for key, name in _LLAMA3.items()}
-    return {"type": "yarn"} | {key: getattr(scaling, name) for key, name in _YARN.items()}
-
-
-def _attention_fields(a: MLAConfig | GQAConfig) -> dict[str, Any]:
-    if isinstance(a, GQAConfig):
-        return {"num_attention_heads": a.num_heads, "num_key_value_heads": a.num_kv_heads, "head_dim": a.head_dim}
-    data = {"num_attention_heads": a.num_heads, "num_key_value_heads": a.num_heads}
-    data |= {name: getattr(a, name) for name in sorted(_LATENT)}
-    if a.indexer is not None:
-        i = a.indexer
-        data |= {"index_n_heads": i.num_heads, "index_head_dim": i.head_dim, "index_topk": i.topk}
-    return data
-
-
-def _deepseek_expert_fields(config: ModelConfig) -> dict[str, Any]:
-    """A dense model is one whose every layer is replaced by a dense one; the expert fields then mean nothing."""
-    moe = config.moe or MoEConfig(num_dense_layers=config.num_layers, expert_dim=config.ffn_dim)
-    softmax = moe.score == "softmax"
-    return {
-        "n_routed_experts": moe.num_experts,
-        "n_shared_experts": moe.num_shared_experts,
-        "num_experts_per_tok": moe.topk,
-        "moe_intermediate_size": moe.expert_dim,
-        "first_k_dense_replace": moe.num_dense_layers,
-        "moe_layer_freq": 1,
-        "n_group": moe.num_groups,
-        "topk_group": moe.topk_groups,
-        "topk_method": ("greedy" if moe.num_groups == 1 else "group_limited_greedy") if softmax else "noaux_tc",
-        "scoring_func": moe.score,
-        "norm_topk_prob": moe.normalize_topk,
-        "routed_scaling_factor": moe.routed_scale,
-    }
-
-
-def _qwen_expert_fields(moe: MoEConfig) -> dict[str, Any]:
-    return {
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.topk,
-        "moe_intermediate_size": moe.expert_dim,
-        "norm_topk_prob": moe.normalize_topk,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }

@@ -30,7 +30,7 @@ from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
 from kogia.model.config import ModelConfig
-from kogia.model.hf_config import config_to_hf
+from kogia.model.hf_export import config_to_hf
 from kogia.model.transformer import Transformer, build_model
 from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe

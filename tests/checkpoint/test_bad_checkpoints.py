@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from kogia.checkpoint.directory import stored_tensors
 from kogia.checkpoint.hf import load_model, read_rows, save_model
 from kogia.model.config import YarnConfig
-from kogia.model.hf_config import config_from_hf, config_to_hf
+from kogia.model.hf_config import config_from_hf
+from kogia.model.hf_export import config_to_hf
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "reference" / "hf_configs"
 
