@@ -35,24 +35,13 @@ from kogia.engine.request import SamplingParams
 from kogia.engine.runner import StepResult
 from kogia.engine.scheduler import StepPlan
 from kogia.model.cache import StepCache, build_cache, latent_row
-from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
+from kogia.model.presets import preset
 from kogia.model.transformer import Transformer
 from kogia.ops.cache_rows import LatentRow
 from kogia.train.config import OptimConfig, SupervisedConfig
 from kogia.train.supervised import build_run
 
-MODEL = ModelConfig(
-    vocab_size=4096,
-    dim=256,
-    num_layers=6,
-    ffn_dim=704,
-    attention=MLAConfig(
-        num_heads=8, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
-    ),
-    moe=MoEConfig(num_experts=8, topk=2, expert_dim=192),
-    max_position=1024,
-    init_std=0.02,
-)
+MODEL = preset("kogia-10m")
 QUERY_RANKS = {"uniform": (64,) * 6, "rising": (14, 34, 54, 74, 94, 114), "falling": (114, 94, 74, 54, 34, 14)}
 LATENT_RANKS = (8, 16, 24, 32, 48, 64)
 BUDGETS = {  # (first layer, last layer, newest tokens kept)

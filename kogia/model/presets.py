@@ -1,4 +1,4 @@
-"""The published models by name, as values: `preset("deepseek-v3")`. Torch-free.
+"""The published models and our own small ones by name, as values: `preset("deepseek-v3")`. Torch-free.
 
 Sizes are those of the published `config.json` files. Two things differ from them on purpose: `init_std` of DeepSeek's
 own models is the 0.006 they were trained with (their files carry the library's default, 0.02), and the models that were
@@ -213,6 +213,32 @@ _QWEN25_32B = _qwen25(5120, 64, 40, 8, 27648)
 _LLAMA31_8B = _llama31(4096, 32, 32, 14336)
 _LLAMA33_70B = _llama31(8192, 80, 64, 28672)
 
+# This project's own, trained from scratch -----------------------------------------------------------------------------
+
+_KOGIA_DEMO = ModelConfig(
+    vocab_size=526,
+    dim=96,
+    num_layers=3,
+    ffn_dim=384,
+    attention=MLAConfig(num_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
+    moe=MoEConfig(num_experts=8, num_shared_experts=1, topk=2, expert_dim=64),
+    num_mtp_layers=1,
+    max_position=512,
+    init_std=0.04,
+)
+_KOGIA_10M = ModelConfig(
+    vocab_size=4096,
+    dim=256,
+    num_layers=6,
+    ffn_dim=704,
+    attention=MLAConfig(
+        num_heads=8, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+    ),
+    moe=MoEConfig(num_experts=8, topk=2, expert_dim=192),
+    max_position=1024,
+    init_std=0.02,
+)
+
 PRESETS: dict[str, ModelConfig] = {
     "deepseek-v3": _V3,
     "deepseek-r1": _V3,
@@ -226,6 +252,8 @@ PRESETS: dict[str, ModelConfig] = {
     "gshard-2b": _moe_2b(16, shared=0, topk=2, width=_STANDARD_FFN),
     "switch-2b": _moe_2b(16, shared=0, topk=1, width=_STANDARD_FFN),
     "dense-0.2b": _DENSE_02B,
+    "kogia-demo": _KOGIA_DEMO,
+    "kogia-10m": _KOGIA_10M,
     "r1-distill-qwen-1.5b": replace(_with_theta(_QWEN25_15B, 10000.0, context=131072), tie_embeddings=False),
     "r1-distill-qwen-7b": _with_theta(_QWEN25_7B, 10000.0, context=131072),
     "r1-distill-qwen-14b": _QWEN25_14B,

@@ -1,10 +1,13 @@
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from kogia.config import from_dict
+from kogia.demo.config import RECIPES
 from kogia.model.config import MLAConfig, ModelConfig
 from kogia.model.hf_config import config_from_hf
 from kogia.model.presets import PRESETS, attention_twins, preset
@@ -187,3 +190,8 @@ def test_twins_cache_what_the_v2_report_tabulates():
     assert list(attention_twins(llama)) == ["MHA", "MQA", "MLA"]  # it is GQA-8 itself
     assert attention_twins(llama)["MLA"].cache_bytes_per_token(1) == 4.5 * 128 * 32
     assert "GQA-6" in attention_twins(preset("qwen2.5-1.5b"))  # 12 heads do not split into 8 groups
+
+
+def test_the_demonstration_trains_its_preset():
+    recipe = tomllib.loads((RECIPES / "pretrain.toml").read_text(encoding="utf-8"))
+    assert from_dict(ModelConfig, recipe["model"], "model") == preset("kogia-demo")
