@@ -30,7 +30,6 @@ from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
 from kogia.model.config import ModelConfig
-from kogia.model.hf_export import config_to_hf
 from kogia.model.transformer import Transformer, build_model
 from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe
@@ -195,7 +194,6 @@ def print_plan(config: SupervisedConfig) -> None:
 
 def _model_config(config: SupervisedConfig) -> ModelConfig:
     if config.model is not None:
-        config_to_hf(config.model, "float32")  # refuses now what could not be saved after hours of training
         return config.model
     assert config.init is not None
     return load_config(config.init)

@@ -31,7 +31,7 @@ def chosen_by_loop(index: IndexVectors, start: int, query: int) -> list[int]:
     for key in range(start, query + 1):
         total = 0.0
         for head in range(HEADS):
-            product = float(index.q[query, head].double() @ index.k[key].double())
+            product = float(index.q[query, head].detach().double() @ index.k[key].double())
             total += float(index.weights[query, head]) * max(product, 0.0)
         scores.append((total, key))
     return sorted(key for _, key in sorted(scores, reverse=True)[: index.topk])

@@ -205,7 +205,6 @@ def test_a_dry_run_prints_a_configuration_that_reads_back_and_writes_nothing(con
         ({"model": replace(MODEL, vocab_size=100)}, r"vocab_size=100"),
         ({"tokenizer": "no/such/place"}, "no/such/place"),
         ({"init": "no/such/model", "model": None}, "no/such/model"),
-        ({"model": replace(MODEL, moe=None, num_mtp_layers=0)}, "no published format yet: keep model.moe"),
     ],
 )
 def test_wrong_settings_are_errors_that_name_the_value(config, fields, words):
