@@ -79,9 +79,11 @@ def draw_curves(stage: Stage, curves: Sequence[Curve]) -> list[Markup]:
 
 
 def draw_accuracy(measurements: Sequence[Measurement], labels: Sequence[str]) -> Markup | None:
-    """pass@1 with its interval, greedy and pass@k beside it, one row per measurement."""
-    if not any(m.pass_1 for m in measurements):
+    """pass@1 with its interval, greedy and pass@k beside it, one row per measurement that has a pass@1."""
+    shown = [(m, label) for m, label in zip(measurements, labels, strict=True) if m.pass_1]
+    if not shown:
         return None
+    measurements, labels = [m for m, _ in shown], [label for _, label in shown]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 0.9 + 0.5 * len(measurements)))
         axes = figure.add_subplot()
@@ -95,9 +97,9 @@ def draw_accuracy(measurements: Sequence[Measurement], labels: Sequence[str]) ->
         axes.set_xlabel("problems solved, %")
         axes.grid(axis="y", visible=False)
         figure.legend(loc="upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
-        figure.subplots_adjust(
-            left=0.17, right=0.97, top=1 - 0.35 / figure.get_figheight(), bottom=0.45 / figure.get_figheight()
-        )
+        height = figure.get_figheight()
+        left = max(0.17, 0.05 + 0.012 * max(map(len, labels)))  # room for the longest label
+        figure.subplots_adjust(left=left, right=0.97, top=1 - 0.35 / height, bottom=0.45 / height)
         parts = [
             f"{text}: {100 * m.pass_1.mean:.1f}%" for text, m in zip(labels, measurements, strict=True) if m.pass_1
         ]
