@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
+from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from kogia.model.mla import softmax_scale
 from kogia.model.transformer import Transformer
 
@@ -89,8 +89,15 @@ def configs(draw) -> ModelConfig:
     kv_heads = draw(st.integers(1, 3))
     gqa = st.builds(
         GQAConfig, num_heads=st.sampled_from([kv_heads, 3 * kv_heads]), num_kv_heads=st.just(kv_heads), head_dim=even,
-        qkv_bias=st.booleans(),
+        qkv_bias=st.booleans(), qk_norm=st.booleans(),
     )  # fmt: skip
+    num_layers, attention = draw(st.integers(1, 3)), draw(mla | gqa)
+    if attention.kind == "mla" and draw(st.booleans()):
+        ranks = draw(st.lists(small, min_size=num_layers, max_size=num_layers))
+        attention = replace(attention, q_lora_ranks=tuple(ranks))
+    if attention.kind == "mla" and attention.query_rank(0) is not None and draw(st.booleans()):
+        head_dim = attention.qk_rope_head_dim + draw(small)
+        attention = replace(attention, indexer=IndexerConfig(num_heads=draw(small), head_dim=head_dim))
     experts = draw(st.integers(2, 6))
     moe = st.builds(
         MoEConfig, num_experts=st.just(experts), num_shared_experts=st.integers(0, 2), topk=st.integers(1, experts),
@@ -99,9 +106,9 @@ def configs(draw) -> ModelConfig:
     return ModelConfig(
         vocab_size=draw(st.integers(1, 20)),
         dim=draw(st.integers(1, 9)),
-        num_layers=draw(st.integers(1, 3)),
+        num_layers=num_layers,
         ffn_dim=draw(small),
-        attention=draw(mla | gqa),
+        attention=attention,
         moe=draw(st.none() | moe),
         num_mtp_layers=draw(st.integers(0, 2)),
         tie_embeddings=draw(st.booleans()),

@@ -101,10 +101,9 @@ def test_the_indexer_loss_is_the_divergence_from_the_attention_it_imitates(topk)
         for query in range(start, end):
             rows = chosen_by_loop(index, start, query)
             p = (torch.einsum("hd,khd->hk", q[query], k[rows]).double() * 0.5).softmax(-1).mean(0)
-            score = index_scores(index.q[query : query + 1], index.k[rows], index.weights[query : query + 1])[
-                0
-            ].double()
-            want += float((p * (p.log() - score.log_softmax(-1))).sum())
+            one = slice(query, query + 1)
+            score = index_scores(index.q[one], index.k[rows], index.weights[one])[0].double()
+            want += (p * (p.log() - score.log_softmax(-1))).sum().item()
     assert math.isclose(got.item(), want, rel_tol=1e-5)
     got.backward()
     assert q.grad is None
