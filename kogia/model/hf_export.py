@@ -26,8 +26,8 @@ def published_type(config: ModelConfig) -> str:
         return "qwen3" if a.qk_norm else "qwen2" if a.qkv_bias else "llama"
     if moe.score != "softmax" or moe.num_groups != 1 or moe.routed_scale != 1.0:
         return "kogia"
-    if not a.qk_norm:
-        return "deepseek"
+    if not a.qk_norm:  # that format has neither a head width of its own nor these rope scalings
+        return "deepseek" if a.rope_scaling is None and a.num_heads * a.head_dim == config.dim else "kogia"
     return "qwen3_moe" if not moe.num_shared_experts and not moe.num_dense_layers else "kogia"
 
 

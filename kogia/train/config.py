@@ -125,8 +125,10 @@ class SupervisedConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
-        if self.nested_rank_min is not None and self.nested_rank_min < 1:
-            raise ValueError(f"nested_rank_min = {self.nested_rank_min}: must be at least 1")
+        for name in ("nested_rank_min", "index_topk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
         if (self.steps is not None and self.steps < 1) or (self.epochs is not None and self.epochs <= 0):
             raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: must be above 0")
 

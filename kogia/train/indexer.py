@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from kogia.model.config import IndexerConfig, MLAConfig
+from kogia.model.config import IndexerConfig, MLAConfig, ModelConfig
 from kogia.model.transformer import Transformer, build_model
 from kogia.train.config import SupervisedConfig
 
@@ -31,14 +31,19 @@ def prepare_indexer(model: Transformer, config: SupervisedConfig) -> None:
             parameter.requires_grad_(id(parameter) in trained)
 
 
-@torch.no_grad()
-def with_indexer(model: Transformer, indexer: IndexerConfig, seed: int) -> Transformer:
-    """The same weights with freshly initialised indexers beside the attention of every layer."""
-    attention = model.config.attention
+def indexed_config(model: ModelConfig, indexer: IndexerConfig) -> ModelConfig:
+    """The architecture with lightning indexers. Raises ValueError for one that has them, or no latent attention."""
+    attention = model.attention
     if not isinstance(attention, MLAConfig) or attention.indexer is not None:
         what = "has one already" if isinstance(attention, MLAConfig) else "has no latent attention"
         raise ValueError(f"add_indexer: the model of init {what}; remove add_indexer")
-    config = replace(model.config, attention=replace(attention, indexer=indexer))
+    return replace(model, attention=replace(attention, indexer=indexer))
+
+
+@torch.no_grad()
+def with_indexer(model: Transformer, indexer: IndexerConfig, seed: int) -> Transformer:
+    """The same weights with freshly initialised indexers beside the attention of every layer."""
+    config = indexed_config(model.config, indexer)
     grown = build_model(config, device=model.device, dtype=model.dtype, seed=seed)
     grown.load_state_dict(model.state_dict(), strict=False)
     return grown

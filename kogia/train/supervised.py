@@ -35,7 +35,7 @@ from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe
 from kogia.train.config import SupervisedConfig
 from kogia.train.estimate import train_memory
-from kogia.train.indexer import prepare_indexer, with_indexer
+from kogia.train.indexer import indexed_config, prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -196,7 +196,8 @@ def _model_config(config: SupervisedConfig) -> ModelConfig:
     if config.model is not None:
         return config.model
     assert config.init is not None
-    return load_config(config.init)
+    model = load_config(config.init)
+    return model if config.add_indexer is None else indexed_config(model, config.add_indexer)
 
 
 def _build_model(

@@ -14,6 +14,7 @@ from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from kogia.model.hf_config import config_from_hf
+from kogia.model.hf_export import published_type
 from kogia.model.packed import pack
 from kogia.model.presets import preset
 from kogia.model.transformer import Transformer, build_model
@@ -199,3 +200,14 @@ def shrink(config: ModelConfig) -> ModelConfig:
         config, vocab_size=50, dim=24, num_layers=3, ffn_dim=40, attention=a, moe=moe, max_position=64,
         bos_id=0, eos_id=1, init_std=0.2,
     )  # fmt: skip
+
+
+def test_a_model_that_a_published_format_cannot_say_is_saved_under_our_own_name(tmp_path):
+    """A head width of its own has no field in DeepSeekMoE's format: other tools would read another model."""
+    moe = MoEConfig(score="softmax", normalize_topk=False)
+    fits = replace(PLAIN, attention=GQAConfig(num_heads=2, num_kv_heads=2, head_dim=8), moe=moe)
+    assert published_type(fits) == "deepseek"
+    wide = replace(fits, attention=replace(fits.attention, head_dim=12))
+    save_model(build_model(wide), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "kogia"
+    assert load_model(tmp_path).config == wide

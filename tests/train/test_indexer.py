@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kogia.checkpoint.hf import load_model
+from kogia.checkpoint.hf import load_config, load_model
 from kogia.data.config import DataConfig, SourceConfig
 from kogia.log import read_metrics
 from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig
@@ -83,9 +83,19 @@ def test_an_indexer_that_learnt_catches_more_attention_than_a_fresh_one(dense, t
 def test_settings_of_the_indexer_need_a_model_that_has_one(dense, tmp_path):
     with pytest.raises(ValueError, match="add_indexer gives it one"):
         build_run(replace(dense, index_topk=4))
+    with pytest.raises(ValueError, match="index_topk = 0: must be at least 1"):
+        replace(dense, index_topk=0)
     with pytest.raises(ValueError, match="add_indexer is for the model of `init`"):
         main(replace(dense, add_indexer=INDEXER))
     students = replace(MODEL, attention=GQAConfig(), moe=None, num_mtp_layers=0)
     main(replace(dense, model=students, steps=1))
     with pytest.raises(ValueError, match="no latent attention"):
         build_run(replace(dense, out=str(tmp_path / "b"), model=None, init=dense.out, add_indexer=INDEXER))
+
+
+def test_a_dry_run_counts_the_indexers_to_be_added(dense, tmp_path, capsys):
+    main(replace(dense, steps=1))
+    capsys.readouterr()
+    main(replace(dense, out=str(tmp_path / "b"), model=None, init=dense.out, add_indexer=INDEXER, dry_run=True))
+    want = replace(MODEL, vocab_size=load_config(dense.out).vocab_size, attention=replace(MLA, indexer=INDEXER))
+    assert f"# parameters  {want.num_params():,} " in capsys.readouterr().out
