@@ -33,9 +33,7 @@ from kogia.checkpoint.hf import as_bytes, check_scales, read_rows, warn_of_nonfi
 from kogia.checkpoint.layout import (
     CODES,
     DTYPES,
-    FP8,
     QUANTIZATION,
-    SCALE,
     check_agreement,
     check_quantization,
     empty_model,
@@ -43,6 +41,8 @@ from kogia.checkpoint.layout import (
     without_absent_mtp,
 )
 from kogia.checkpoint.tensorfile import (
+    FP8,
+    SCALE,
     Spec,
     StoredTensor,
     has_nonfinite,

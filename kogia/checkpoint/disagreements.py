@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from kogia.checkpoint.tensorfile import StoredTensor, read
+from kogia.checkpoint.tensorfile import FP8, SCALE, StoredTensor, read
 from kogia.model.config import ModelConfig
 
 Stored = Mapping[str, StoredTensor]
 
-SCALE = "_scale_inv"
-FP8 = "F8_E4M3"
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")

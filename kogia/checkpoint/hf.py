@@ -25,9 +25,7 @@ from kogia.checkpoint.directory import (
 from kogia.checkpoint.layout import (
     CODES,
     DTYPES,
-    FP8,
     QUANTIZATION,
-    SCALE,
     check_agreement,
     check_quantization,
     disk_views,
@@ -35,7 +33,17 @@ from kogia.checkpoint.layout import (
     stored_dtype,
     without_absent_mtp,
 )
-from kogia.checkpoint.tensorfile import StoredTensor, has_nonfinite, in_parallel, populate, read, row_ranges, write
+from kogia.checkpoint.tensorfile import (
+    FP8,
+    SCALE,
+    StoredTensor,
+    has_nonfinite,
+    in_parallel,
+    populate,
+    read,
+    row_ranges,
+    write,
+)
 from kogia.log import write_json
 from kogia.model.hf_export import config_to_hf
 from kogia.model.transformer import Transformer

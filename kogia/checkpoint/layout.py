@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from kogia import log
-from kogia.checkpoint.tensorfile import StoredTensor
+from kogia.checkpoint.tensorfile import FP8, SCALE, StoredTensor
 from kogia.model.config import ModelConfig
 from kogia.model.linear import Linear
 from kogia.model.moe import Experts
 from kogia.model.transformer import Transformer
 from kogia.ops.fp8 import BLOCK, scale_shape
 
-FP8 = "F8_E4M3"
-SCALE = "_scale_inv"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

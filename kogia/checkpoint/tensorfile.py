@@ -23,6 +23,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+FP8 = "F8_E4M3"
+SCALE = "_scale_inv"
+"""What the scales of an FP8 tensor have behind its name."""
 MAX_HEADER = 100_000_000
 """Bytes; the bound of the format's own library."""
 PIECE = 1 << 19
