@@ -32,12 +32,13 @@ from kogia.data.loader import Batch
 from kogia.engine.config import EngineConfig, PruneConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
-from kogia.engine.runner import StepResult
-from kogia.engine.scheduler import StepPlan
-from kogia.model.cache import StepCache, build_cache, latent_row
+from kogia.engine.runner import Flight
+from kogia.engine.step import StepPlan
+from kogia.engine.views import token_runs
+from kogia.model.cache import StepCache, build_cache, cache_row
 from kogia.model.presets import preset
 from kogia.model.transformer import Transformer
-from kogia.ops.cache_rows import LatentRow
+from kogia.ops.cache import LatentRow
 from kogia.train.config import OptimConfig, SupervisedConfig
 from kogia.train.supervised import build_run
 
@@ -140,7 +141,7 @@ def fp8_rows(configs: dict[str, SupervisedConfig], seeds: list[int], batches: li
     rows = []
     models = [load(configs, f"uniform-{seed}").to(torch.bfloat16) for seed in seeds]
     for fp8 in (False, True):
-        layout = latent_row(models[0].config, fp8=fp8)
+        layout = cache_row(models[0].config, fp8=fp8)
         assert layout is not None
         losses = [loss(model, batches, layout=layout) for model in models]
         size = layout.width * (1 if fp8 else 2)
@@ -165,7 +166,7 @@ def long_sequences(batches: list[Batch], most: int) -> list[list[int]]:
     """Held-out sequences of the full training length."""
     found = []
     for batch in batches:
-        ids, ends = batch.tokens.token_ids.tolist(), batch.tokens.cu_seqlens.tolist()
+        ids, ends = batch.tokens.token_ids.tolist(), batch.tokens.segments.cu_seqlens.tolist()
         found += [ids[a:b] for a, b in itertools.pairwise(ends) if b - a == MODEL.max_position]
     if not found:
         raise ValueError(f"no held-out document is {MODEL.max_position} tokens long: give a longer --text")
@@ -177,19 +178,22 @@ def engine_loss(model: Transformer, sequences: list[list[int]], prune: PruneConf
     """(nats per token in the last quarter, share of all cache rows still held), the text forced through the engine."""
     config = EngineConfig(prune=prune, prefix_cache=False, max_sequences=len(sequences), max_batch_tokens=4096)
     engine = Engine(model, None, config)
-    run, seen = engine.runner.run, []
+    launch, hidden, seen = engine.runner.launch, [], []
+    hook = model.model.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
 
-    def recording(plan: StepPlan) -> StepResult:
-        result = run(plan)
-        late = torch.from_numpy(result.positions >= 3 * MODEL.max_position // 4).to(model.device)
-        targets = torch.from_numpy(engine.scheduler.table.token_ids[result.rows, result.positions + 1])
-        logprobs = model.logits(result.hidden[late]).float().log_softmax(-1)
+    def recording(plan: StepPlan, num_drafts: int) -> Flight:
+        runs = token_runs(plan)
+        targets = torch.from_numpy(engine.scheduler.table.token_ids[runs.rows, runs.positions + 1])
+        late = torch.from_numpy(runs.positions >= 3 * MODEL.max_position // 4).to(model.device)
+        flight = launch(plan, num_drafts)
+        logprobs = model.logits(hidden.pop()[late]).float().log_softmax(-1)
         seen.append(-logprobs.gather(1, targets.to(model.device)[late, None]).flatten().cpu())
-        return result
+        return flight
 
-    engine.runner.run = recording
+    engine.runner.launch = recording
     # the last token is sampled, not forced: its prediction is left out
     engine.generate([ids[:-1] for ids in sequences], SamplingParams(temperature=0.0, max_tokens=1))
+    hook.remove()
     held = 1 - engine.stats.num_dropped_rows / (len(sequences) * (MODEL.max_position - 1) * MODEL.num_layers)
     values = torch.cat(seen)
     return float(values.double().mean()), held
@@ -211,11 +215,11 @@ def loss(
     """Nats per held-out token; `rank` cuts the latents, `layout` sends every row through a paged cache."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in (b.to(model.device) for b in batches):
-        num_seqs = len(batch.tokens.cu_seqlens) - 1
+        num_seqs = batch.tokens.segments.num_seqs
         ranks = None if rank is None else torch.full((num_seqs,), rank, device=model.device)
         cache = None if layout is None else prefill_cache(model, batch, layout)
-        hidden = model(batch.tokens, cache, ranks)
-        total -= model.logprobs_from_hidden(hidden, batch.tokens, mask=batch.loss_mask)[0].double().sum().cpu()
+        hidden = model(batch.tokens, step=model.step(batch.tokens, cache, latent_ranks=ranks))
+        total -= model.logprobs_from_hidden(hidden, batch.tokens, rows=batch.loss_rows)[0].double().sum().cpu()
         count += batch.num_loss_tokens
     return float(total / count)
 
@@ -223,13 +227,12 @@ def loss(
 def prefill_cache(model: Transformer, batch: Batch, layout: LatentRow, block_size: int = 16) -> StepCache:
     """A fresh cache into which the whole batch is about to be written."""
     tokens = batch.tokens
-    lengths = tokens.cu_seqlens.diff()
-    blocks = -(-tokens.max_seqlen // block_size)
-    tables = torch.arange(len(lengths) * blocks, device=model.device).view(len(lengths), blocks)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=model.device), lengths)
-    slots: Tensor = tables[owner, tokens.positions // block_size] * block_size + tokens.positions % block_size
+    segments = tokens.segments
+    blocks = -(-segments.longest // block_size)
+    tables = torch.arange(segments.num_seqs * blocks, device=model.device).view(segments.num_seqs, blocks)
+    slots: Tensor = tables[segments.owner, tokens.positions // block_size] * block_size + tokens.positions % block_size
     pool = build_cache(model.config, tables.numel(), block_size, dtype=model.dtype, device=model.device, row=layout)
-    return StepCache(pool, slots, tables, lengths, tokens.max_seqlen)
+    return pool.step(slots, tables, segments.cu_seqlens.diff(), segments.lengths)
 
 
 BEGIN, END = "<!-- figures: benchmarks/results/enhanced_mla.json -->", "<!-- end of figures -->"

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 from kogia.checkpoint.hf import load_model
-from kogia.model.cache import StepCache, build_cache
+from kogia.model.cache import build_cache
 from kogia.model.packed import pack
 from kogia.model.transformer import Transformer
 
@@ -217,8 +217,9 @@ def cached_logits(model: Transformer, block_size: int = 4, chunk: int = 17) -> T
         positions = torch.arange(start, end)
         batch = replace(pack(TOKENS[:, start:end].tolist()), positions=positions.repeat(num_seqs))
         slots = (tables[:, positions // block_size] * block_size + positions % block_size).flatten()
-        step = StepCache(pool, slots, tables, torch.full((num_seqs,), end), end)
-        found.append(model.logits(model(batch, step)).view(num_seqs, end - start, -1))
+        contexts = torch.full((num_seqs,), end)
+        cache = pool.step(slots, tables, contexts, contexts.numpy())
+        found.append(model.logits(model(batch, cache)).view(num_seqs, end - start, -1))
     return torch.cat(found, 1)
 
 

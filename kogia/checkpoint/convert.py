@@ -36,7 +36,7 @@ from kogia.checkpoint.layout import (
     QUANTIZATION,
     check_agreement,
     check_quantization,
-    empty_model,
+    model_for,
     stored_dtype,
     without_absent_mtp,
 )
@@ -52,7 +52,7 @@ from kogia.checkpoint.tensorfile import (
     write,
 )
 from kogia.log import write_json
-from kogia.ops.fp8 import BLOCK, quantize_blocks, scale_shape
+from kogia.ops.packed import FORMATS, format_of
 
 # What DeepSeek-V3 and V3.2 publish in FP8; embedding, head, router, eh_proj and weights_proj are not
 _FP8_MATRICES = frozenset(
@@ -77,14 +77,19 @@ class Step:
     dtype: torch.dtype
 
     @property
+    def format(self) -> str:
+        """The key in `FORMATS` of what is written; empty for a dense tensor."""
+        return format_of(self.dtype) or ""
+
+    @property
     def quantizes(self) -> bool:
-        return self.dtype == DTYPES[FP8] and self.source.dtype != FP8
+        return bool(self.format) and self.source.dtype != CODES[self.dtype]
 
     def outputs(self) -> Iterator[Spec]:
         name, shape = self.source.name, self.source.shape
         yield name, CODES[self.dtype], shape
         if self.quantizes:
-            yield name + SCALE, "F32", scale_shape(shape)
+            yield name + SCALE, "F32", FORMATS[self.format].scale_shape(shape)
 
 
 def main(config: ConvertConfig) -> None:
@@ -130,7 +135,7 @@ def plan(source: Path, dtype: str | None) -> list[Step]:
     """What to do with each stored tensor, in the order of the files. Checks the source as loading it would."""
     config, stored = load_config(source), stored_tensors(source)
     check_quantization(read_config(source), source)
-    model = empty_model(without_absent_mtp(config, stored, source), stored, dtype=stored_dtype(stored))
+    model = model_for(without_absent_mtp(config, stored, source), stored, dtype=stored_dtype(stored))
     check_agreement(model, stored, source)
     steps = []
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset)):
@@ -170,8 +175,9 @@ def _convert(job: Job) -> tuple[int, str | None]:
     if step.quantizes:
         if not finite:
             raise ValueError(f"{step.source.file}: {name} holds NaN or infinity and has no FP8 form; repair the source")
-        rows, scales = quantize_blocks(rows)
-        write(planned[name + SCALE], start // BLOCK, as_bytes(scales))
+        packed = FORMATS[step.format].pack(rows)
+        write(planned[name + SCALE], start // FORMATS[step.format].row_block, as_bytes(packed.scale))
+        rows = packed.data
     elif not finite and step.dtype == torch.float16 and _is_finite(step, start, stop):
         raise ValueError(f"{step.source.file}: {name} exceeds float16's largest number, 65504; use bfloat16")
     write(planned[name], start, as_bytes(rows))

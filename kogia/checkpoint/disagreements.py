@@ -27,13 +27,13 @@ def disagreements(config: ModelConfig, data: Mapping[str, Any], stored: Stored) 
     """One line each; `data` is config.json as it is. Imports torch, to know the tensors that the model has."""
     import torch
 
-    from kogia.checkpoint.layout import empty_model, problems
+    from kogia.checkpoint.layout import model_for, problems
 
     lines = [*_sizes(config, stored), *_mtp(config, stored), *_head(config, stored)]
     lines += [*_quantisation(data, stored), *_dtypes(data, stored)]
     # what is announced but not there at all has its line above
     present = replace(config, num_mtp_layers=min(config.num_mtp_layers, _extra_layers(config, stored)))
-    return lines + grouped(problems(empty_model(present, stored, dtype=torch.float32), stored))
+    return lines + grouped(problems(model_for(present, stored, dtype=torch.float32), stored))
 
 
 def grouped(lines: Iterable[str]) -> list[str]:

@@ -29,8 +29,9 @@ from kogia.checkpoint.layout import (
     check_agreement,
     check_quantization,
     disk_views,
-    empty_model,
+    model_for,
     stored_dtype,
+    stored_format,
     without_absent_mtp,
 )
 from kogia.checkpoint.tensorfile import (
@@ -46,8 +47,8 @@ from kogia.checkpoint.tensorfile import (
 )
 from kogia.log import write_json
 from kogia.model.hf_export import config_to_hf
-from kogia.model.transformer import Transformer
-from kogia.ops.fp8 import BLOCK, dequantize_blocks
+from kogia.model.transformer import Transformer, materialize
+from kogia.ops.packed import FORMATS, Packed
 from kogia.text.tokenizer import Tokenizer
 
 __all__ = ["load_config", "load_model", "resolve_model_dir", "save_model", "write_model_files"]
@@ -76,14 +77,9 @@ def load_model(
     if keep_fp8 and all(tensor.dtype != FP8 for tensor in stored.values()):
         raise ValueError(f"{directory}: holds no FP8 weights to keep; `kogia convert SRC DST --dtype fp8` makes them")
     config = without_absent_mtp(config, stored, directory)
-    model = empty_model(config, stored, dtype=dtype or stored_dtype(stored), keep_fp8=keep_fp8)
+    model = model_for(config, stored, dtype=dtype or stored_dtype(stored), keep_packed=keep_fp8)
     check_agreement(model, stored, directory)
-    # what to_empty does, without its empty_like: that one imports sympy, which takes longer than to read 500 MB
-    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
-    for buffer in model.buffers():
-        buffer.zero_()
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    materialize(model, device)
     warn_of_nonfinite(in_parallel(_fill, _pieces(model, stored)), directory)
     return model.eval()
 
@@ -126,9 +122,11 @@ def read_rows(source: StoredTensor, scale: StoredTensor | None, start: int, stop
     read(source, start, as_bytes(rows))
     if scale is None:
         return rows.to(dtype)
-    blocks = read_rows(scale, None, start // BLOCK, -(-stop // BLOCK), torch.float32)
+    name = stored_format(source)
+    height = FORMATS[name].row_block
+    blocks = read_rows(scale, None, start // height, -(-stop // height), torch.float32)
     check_scales(scale, blocks)
-    return dequantize_blocks(rows, blocks, dtype)
+    return Packed(rows, blocks, None, name).dense(dtype)
 
 
 def check_scales(scale: StoredTensor, blocks: Tensor) -> None:

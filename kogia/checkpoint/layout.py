@@ -1,8 +1,8 @@
 """What the tensors of a `Transformer` are called on disk, and whether a checkpoint has them: the project's name rules.
 
 Parameters already carry their published names. Four structural rules remain:
-  experts   the stacked [experts, gate | up, dim] tensor is `experts.{i}.gate_proj.weight` and `.up_proj.weight` on disk
-  FP8       an E4M3 weight has its block scales beside it: `X.weight` and `X.weight_scale_inv`
+  experts   the stack `experts.gate_up_proj` is `experts.{i}.gate_proj` and `experts.{i}.up_proj` on disk
+  packed    a weight has its scales beside it, as in the model: FP8's `X.weight` and `X.weight_scale_inv`
   MTP       module k is layer `num_layers + k`, with copies of the embedding and the head beside it
   tied      a tied head is not stored
 """
@@ -20,9 +20,9 @@ from kogia import log
 from kogia.checkpoint.tensorfile import FP8, SCALE, StoredTensor
 from kogia.model.config import ModelConfig
 from kogia.model.linear import Linear
-from kogia.model.moe import Experts
-from kogia.model.transformer import Transformer
-from kogia.ops.fp8 import BLOCK, scale_shape
+from kogia.model.transformer import Transformer, empty_model
+from kogia.ops.fp8 import BLOCK
+from kogia.ops.packed import FORMATS, format_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,12 +33,8 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _SCALE_DTYPES = ("F32", "BF16")
-_STACKS = {
-    "gate_up_proj": (("gate_proj", "up_proj"), "weight"),
-    "gate_up_scale_inv": (("gate_proj", "up_proj"), "weight_scale_inv"),
-    "down_proj": (("down_proj",), "weight"),
-    "down_scale_inv": (("down_proj",), "weight_scale_inv"),
-}
+_STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Stack of experts -> what its matrices are called on disk."""
 QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -51,12 +47,13 @@ def disk_views(model: Transformer, *, copies: bool = False) -> Iterator[tuple[st
     """(name on disk, view of the model's own storage). With `copies`, the MTP modules' copies as well."""
     tied = model.config.tie_embeddings
     for name, tensor in model.state_dict().items():
-        prefix, _, last = name.rpartition(".")
-        if prefix.endswith(".experts") and last in _STACKS:
-            projections, suffix = _STACKS[last]
+        module, _, last = name.rpartition(".")
+        owner, _, stack = module.rpartition(".")
+        if owner.endswith(".experts") and stack in _STACKS:
+            projections = _STACKS[stack]
             for i, expert in enumerate(tensor):
-                for projection, view in zip(projections, expert.view(len(projections), -1, expert.shape[-1])):
-                    yield f"{prefix}.{i}.{projection}.{suffix}", view
+                for projection, view in zip(projections, expert.view(len(projections), *tensor.shape[-2:])):
+                    yield f"{owner}.{i}.{projection}.{last}", view
         elif not (tied and name == "lm_head.weight"):
             yield name, tensor
     for k in range(model.config.num_mtp_layers if copies else 0):
@@ -75,23 +72,32 @@ def _is_known_copy(name: str, config: ModelConfig) -> bool:
     )
 
 
-def empty_model(
-    config: ModelConfig, stored: Mapping[str, StoredTensor], *, dtype: torch.dtype, keep_fp8: bool = False
+def model_for(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], *, dtype: torch.dtype, keep_packed: bool = False
 ) -> Transformer:
-    """The model without storage, on the meta device. With `keep_fp8`, its weights are FP8 where the stored ones are."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype)
-    for router in model.routers():
-        if router.e_score_correction_bias is not None:
-            router.e_score_correction_bias = router.e_score_correction_bias.float()
-    fp8 = [name for name, tensor in stored.items() if keep_fp8 and tensor.dtype == FP8]
-    # X.weight belongs to the module X, X.experts.0.gate_proj.weight to the stack X.experts
-    owners = {name.rsplit(".", 1)[0] for name in fp8} | {name.rsplit(".", 3)[0] for name in fp8}
+    """The model without storage, on the meta device. With `keep_packed`, weights are packed as they are stored."""
+    model = empty_model(config, dtype)
+    formats = {_module_of(name): stored_format(tensor) for name, tensor in stored.items() if stored_format(tensor)}
     for name, module in model.named_modules():
-        if name in owners and isinstance(module, Linear | Experts):
-            module.make_fp8()
+        if keep_packed and name in formats and isinstance(module, Linear):
+            module.make_packed(formats[name])
     return model
+
+
+def stored_format(tensor: StoredTensor) -> str:
+    """The key in `FORMATS` of a stored weight; empty for numbers that stand for themselves."""
+    dtype = DTYPES.get(tensor.dtype)
+    return (dtype and format_of(dtype)) or ""
+
+
+def _module_of(name: str) -> str:
+    """The module that holds a stored weight: X for X.weight, the stack for one of the experts."""
+    module = name.rpartition(".")[0]
+    owner, _, projection = module.rpartition(".")
+    experts, _, number = owner.rpartition(".")
+    if number.isdigit() and experts.endswith(".experts"):
+        return next((f"{experts}.{stack}" for stack, names in _STACKS.items() if projection in names), module)
+    return module
 
 
 def check_agreement(model: Transformer, stored: Mapping[str, StoredTensor], directory: Path) -> None:
@@ -137,8 +143,9 @@ def _scale_problem(scale: StoredTensor, weight: StoredTensor | None) -> str | No
         return f"extra: {scale.name} {what}; scales belong to FP8 matrices"
     if scale.dtype not in _SCALE_DTYPES:
         return f"wrong dtype: {scale.name} is {scale.dtype}; scales are {' or '.join(_SCALE_DTYPES)}"
-    if scale.shape != scale_shape(weight.shape):
-        want = list(scale_shape(weight.shape))
+    expected = FORMATS[stored_format(weight)].scale_shape(weight.shape)
+    if scale.shape != expected:
+        want = list(expected)
         return f"mis-shaped: {scale.name} is {list(scale.shape)}, its weight {list(weight.shape)} needs {want}"
     return None
 

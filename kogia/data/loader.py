@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kogia.data.packing import fill, gather_rows, pack_arrays
+from kogia.data.packing import fill, gather_rows
 from kogia.data.shards import Shard
-from kogia.model.packed import PackedTokens
+from kogia.model.packed import PackedTokens, pack_arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,13 @@ class Batch:
 
     tokens: PackedTokens
     loss_mask: Bool[Tensor, " tokens"]
-    num_loss_tokens: int = -1
-    """True entries of the mask, known on the host; counted when left out."""
+    num_loss_tokens: int
+    """True entries of the mask, known on the host."""
 
-    def __post_init__(self) -> None:
-        if self.num_loss_tokens < 0:
-            object.__setattr__(self, "num_loss_tokens", int(self.loss_mask.sum()))
+    @property
+    def loss_rows(self) -> Int[Tensor, " rows"]:
+        """The tokens that count, in order."""
+        return torch.nonzero_static(self.loss_mask, size=self.num_loss_tokens).flatten()
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.tokens.to(device), self.loss_mask.to(device), self.num_loss_tokens)
@@ -129,6 +130,6 @@ def gather_batch(shard: Shard, sequences: np.ndarray) -> Batch:
     starts = shard.offsets[sequences]
     lengths = shard.offsets[sequences + 1] - starts
     rows = gather_rows(starts, lengths)
-    mask = torch.from_numpy(shard.mask[rows].astype(bool))
+    mask = shard.mask[rows].astype(bool)
     tokens = pack_arrays(shard.tokens[rows].astype("int64"), lengths)
-    return Batch(tokens, mask)
+    return Batch(tokens, torch.from_numpy(mask), int(mask.sum()))

@@ -1,10 +1,7 @@
 """Greedy packing: whole sequences in their given order, laid end to end until the next one no longer fits."""
 
 import numpy as np
-import torch
 from jaxtyping import Int64
-
-from kogia.model.packed import PackedTokens
 
 
 def fill(lengths_cumulative: Int64[np.ndarray, " n_plus_1"], cursor: int, budget: int) -> int:
@@ -22,12 +19,3 @@ def gather_rows(
     """Row numbers of sequences that begin at `starts`, end to end."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def pack_arrays(token_ids: Int64[np.ndarray, " tokens"], lengths: Int64[np.ndarray, " seqs"]) -> PackedTokens:
-    """Sequences already laid end to end as a `PackedTokens`, positions starting at 0 in each."""
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
-    return PackedTokens(
-        torch.from_numpy(token_ids), torch.from_numpy(positions), torch.from_numpy(cu_seqlens), int(lengths.max())
-    )

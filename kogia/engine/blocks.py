@@ -76,6 +76,12 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Let nobody find these blocks any more. Their owners keep them."""
+        for block in blocks:
+            if self._names[block] is not None:
+                self._forget(block)
+
     def flush(self) -> None:
         """Forget every prefix. Owned blocks stay with their owners."""
         for block in list(self._index.values()):

@@ -61,6 +61,9 @@ class EngineConfig:
     """Sequences that run at once; the rest wait."""
     num_draft_tokens: int = 0
     """Tokens drafted per step by the model's MTP module; 0 turns speculative decoding off."""
+    overlap: bool | None = None
+    """Plan the next step while the present one runs; not with drafts. None: on a GPU, where it hides the planning; on a
+    CPU, which has nothing to hide it behind, a sequence that ends would only run one token more."""
     cache_dtype: Literal["auto", "fp8"] = "auto"
     """Of the cached latents: the model's dtype, or FP8 with 16-bit rotary keys (latent attention only)."""
     rank_by_context: tuple[tuple[int, int], ...] = ()

@@ -1,29 +1,35 @@
 """The engine: requests in, completions out, any number of sequences per step.
 
-    step:  Scheduler.plan -> Runner.run -> speculative.accept -> Pruner.prune or Runner.draft -> events
+    step:  Scheduler.plan -> Runner.launch -> (Flight.wait) -> Scheduler.settle, propose -> events
 
+Where steps overlap, the next one is planned and launched before the flight of the last one is waited for.
 The model is the trainer's own `Transformer`, used without gradients; nothing of it is copied.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kogia.engine.config import EngineConfig
+from kogia.engine.loop import OnProgress, Stream, StreamLoop
 from kogia.engine.output import TextStream
 from kogia.engine.pruning import Pruner
-from kogia.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent, derive_seed
-from kogia.engine.runner import Runner
-from kogia.engine.scheduler import Scheduler, StepPlan
-from kogia.engine.speculative import Accepted, accept
-from kogia.model.cache import build_cache, latent_row
+from kogia.engine.ranks import RankByContext
+from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent, derive_seed
+from kogia.engine.runner import Flight, Runner
+from kogia.engine.scheduler import Outcome, Scheduler
+from kogia.engine.step import StepPlan
+from kogia.engine.views import CacheView, WholeCache
+from kogia.model.cache import PagedCache, build_cache, cache_row
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer
-from kogia.ops.cache_rows import LatentRow
+from kogia.ops.cache import KVRow, LatentRow
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -55,7 +61,11 @@ class EngineStats:
 
 
 class Engine:
-    """Continuous batching over one model. Not thread-safe: one thread adds, steps and aborts."""
+    """Continuous batching over one model.
+
+    `submit`, `generate` and `update_weights` may be called from several threads. `add`, `step` and `abort` are what
+    they are made of, for one thread that does without them.
+    """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None, config: EngineConfig | None = None) -> None:
         """Without a tokenizer there are no texts and no stop strings, only token ids."""
@@ -70,28 +80,51 @@ class Engine:
             raise ValueError(
                 f"engine.num_draft_tokens = {config.num_draft_tokens}: the model has no MTP module to draft with; set 0"
             )
-        # Rows of the MTP layer are only kept for drafting.
-        cached = model.config if config.num_draft_tokens else replace(model.config, num_mtp_layers=0)
-        rank = config.rank_by_context[0][1] if config.rank_by_context else None
-        row = latent_row(cached, fp8=config.cache_dtype == "fp8", rank=rank)
-        if config.prune is not None and row is None:
-            raise ValueError(
-                "engine.prune: attention mass is counted on latent rows, but this model has key and value heads; "
-                "leave it out"
-            )
-        num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype, row)
-        cache = build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device, row=row)
-        self.scheduler = Scheduler(config, num_blocks, tokenizer.eos_ids if tokenizer else (model.config.eos_id,))
-        self.pruner = None if config.prune is None else Pruner(config.prune, cache, self.scheduler.table)
-        self.runner = Runner(model, cache, self.scheduler.table, config.rank_by_context, self.pruner)
-        self._num_requests = 0
+        self.overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
+        cache = _build_cache(model, config)
+        self.pruner = None if config.prune is None else Pruner(config.prune, cache, config.max_sequences)
+        self.scheduler = Scheduler(
+            config,
+            cache.num_blocks,
+            tokenizer.eos_ids if tokenizer else (model.config.eos_id,),
+            **({} if self.pruner is None else self.pruner.limits()),
+        )
+        view: CacheView = self.pruner or WholeCache(cache, self.scheduler.lookahead)
+        if len(config.rank_by_context) > 1:  # one rank for all: the rows are that narrow, nothing is left to choose
+            view = RankByContext(view, config.rank_by_context, model.device)
+        self.runner = Runner(model, cache, self.scheduler.table, view)
+        self.loop = StreamLoop(self)
+        self._flights: deque[Flight] = deque()
+        self._news: list[TokenEvent] = []
+        self._ids = count()
+        model.absorb()
 
     @property
     def num_unfinished(self) -> int:
         return self.scheduler.num_unfinished
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[int]:
-        """Queue `params.n` continuations of a prompt; returns their request ids.
+    @property
+    def num_generated_tokens(self) -> int:
+        return self.stats.num_generated_tokens
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = True) -> Stream:
+        """Start `params.n` continuations of a prompt; see `Stream`. Raises ValueError as `add` does."""
+        return self.loop.submit(prompt, params, stream=stream)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        on_progress: OnProgress | None = None,
+    ) -> list[list[Completion]]:
+        """Continue every prompt to the end: `n` completions each, in order of the prompts.
+
+        If anything fails, Ctrl-C included, nothing of this call stays in the engine.
+        """
+        return self.loop.generate(prompts, params, on_progress)
+
+    def requests(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[Request]:
+        """`params.n` continuations of a prompt, checked and not yet queued.
 
         With `stream`, `step` reports their tokens as they come, else only their ends. Raises ValueError for a prompt
         that is empty, too long for the model or the cache, or not made of the model's tokens.
@@ -112,86 +145,50 @@ class Engine:
             raise ValueError(f"SamplingParams.stop = {params.stop}: stop strings need a tokenizer; use stop_token_ids")
         max_length = min(len(ids) + params.max_tokens, limit)
         requests = [
-            Request(self._num_requests + index, ids, params, derive_seed(params.seed, prompt, index), max_length)
+            Request(next(self._ids), ids, params, derive_seed(params.seed, prompt, index), max_length)
             for index in range(params.n)
         ]
         for request in requests:
             request.stream = stream
             if self.tokenizer is not None and (stream or params.stop):
                 request.output = TextStream(self.tokenizer, params.stop)
-            self.scheduler.add(request)
-        self._num_requests += len(requests)
+            self.scheduler.check(request)
+        return requests
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[int]:
+        """Queue what `requests` makes of a prompt; returns the ids that events will name."""
+        requests = self.requests(prompt, params, stream=stream)
+        self.queue(requests)
         return [request.id for request in requests]
 
+    def queue(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.scheduler.add(request)
+
     def step(self) -> list[TokenEvent]:
-        """Run one step. Events: the end of each request that ended, and new tokens of those that stream."""
+        """Run one step. Events: the end of each request that ended, and new tokens of those that stream.
+
+        Where steps overlap, they are those of the step before.
+        """
         started = time.perf_counter()
-        plan = self.scheduler.plan()
-        if plan is None:
-            return []
         try:
-            with torch.no_grad():
-                result = self.runner.run(plan)
-                accepted = accept(
-                    self.scheduler.table,
-                    self.scheduler.pool,
-                    plan,
-                    result.tokens,
-                    result.logprobs,
-                    lookahead=self.scheduler.lookahead,
-                )
-                if self.pruner is not None:
-                    self.stats.num_dropped_rows += self.pruner.prune(plan)
-                if self.num_draft_tokens:
-                    self.runner.draft(result, plan, self.num_draft_tokens)
+            launched = self._launch()
+            while len(self._flights) > (launched and self.overlap):
+                self._land()
+            if not self.num_unfinished:
+                self._land_all()
         except BaseException:  # Ctrl-C included: blocks were promised to the prefix index but not written
+            self._flights.clear()
             self.scheduler.recompute_all()
             raise
-        events = self._report(plan, accepted)
-        self._count(plan, accepted, time.perf_counter() - started)
+        self.stats.seconds += time.perf_counter() - started
+        events, self._news = self._news, []
         return events
 
     def abort(self, request_id: int) -> Completion | None:
         """Give up a request and free its blocks; returns what it had, or None if it is not (any more) in the engine."""
         request = self.scheduler.abort(request_id)
-        return None if request is None else self._complete(request, "abort", stopped=False)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams],
-        on_progress: Callable[[int, int, int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """Continue every prompt to the end: `n` completions each, in order of the prompts.
-
-        `on_progress(num_finished, total, num_tokens)` is called after every step. If anything fails, Ctrl-C included,
-        nothing of this call stays in the engine.
-        """
-        if self.num_unfinished:
-            raise ValueError(f"generate() needs an idle engine, {self.num_unfinished} requests are unfinished")
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(each)} SamplingParams: give one for all, or one each")
-        ids: list[list[int]] = []
-        done: dict[int, Completion] = {}
-        before = self.stats.num_generated_tokens
-        try:
-            for prompt, own in zip(prompts, each, strict=True):
-                ids.append(self.add(prompt, own))
-            total = sum(map(len, ids))
-            while self.num_unfinished:
-                done.update({e.request_id: e.completion for e in self.step() if e.completion is not None})
-                if on_progress is not None:
-                    on_progress(len(done), total, self.stats.num_generated_tokens - before)
-        except BaseException:
-            self.abort_all()
-            raise
-        return [[done[request_id] for request_id in group] for group in ids]
-
-    def abort_all(self) -> None:
-        """Empty the engine."""
-        self.scheduler.recompute_all()
-        self.scheduler.waiting.clear()
+        return None if request is None else self._complete(Outcome(request, [], [], "abort"))
 
     def update_weights(self, source: Transformer | Mapping[str, Tensor], version: int | None = None) -> None:
         """Use new weights from the next step on: copied into the model in place, so whoever shares it sees them too.
@@ -199,83 +196,94 @@ class Engine:
         `source` may be the engine's own model, already updated by a trainer. Cached prefixes are forgotten; unfinished
         requests keep their tokens and recompute their cache. `version` defaults to one more than before.
         """
-        if source is not self.model:
-            _copy_weights(self.model, source.state_dict() if isinstance(source, Transformer) else source)
-        self.scheduler.recompute_all()
-        for request in self.scheduler.waiting:
-            if request.weights_version is None and len(request.token_ids) > len(request.prompt):
-                request.weights_version = self.weights_version
-        self.weights_version = self.weights_version + 1 if version is None else version
+        with self.loop.paused():
+            self._land_all()
+            if source is not self.model:
+                _copy_weights(self.model, source.state_dict() if isinstance(source, Transformer) else source)
+            self.model.absorb()
+            self.scheduler.recompute_all()
+            for request in self.scheduler.waiting:
+                if request.weights_version is None and len(request.token_ids) > len(request.prompt):
+                    request.weights_version = self.weights_version
+            self.weights_version = self.weights_version + 1 if version is None else version
 
-    def _report(self, plan: StepPlan, accepted: Accepted) -> list[TokenEvent]:
-        """Events of the step; finished sequences leave their rows."""
-        done = (accepted.num_new > 0) & (accepted.stopped | accepted.full)
-        watched = self.scheduler.table.watched[plan.rows] & (accepted.num_new > 0)
-        events = []
-        for index in np.flatnonzero(done | watched).tolist():
-            row, stopped = int(plan.rows[index]), bool(accepted.stopped[index])
-            event = self._report_row(row, int(accepted.num_new[index]), stopped, bool(accepted.full[index]))
-            if event is not None:
-                events.append(event)
-        return events
+    def _launch(self) -> bool:
+        """Plan a step and start it, if there is one to plan."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return False
+        self._flights.append(self.runner.launch(plan, self.num_draft_tokens))
+        self._count(plan)
+        return True
 
-    def _report_row(self, row: int, num_new: int, stopped: bool, full: bool) -> TokenEvent | None:
-        table = self.scheduler.table
-        request = table.requests[row]
-        assert request is not None
-        known = int(table.num_known[row])
-        fresh: list[int] = table.token_ids[row, known - num_new : known].tolist()
-        matched = None
-        if request.output is not None:
-            matched = request.output.push(fresh[:-1] if stopped else fresh)
-            if matched is not None:  # tokens after the stop string, accepted in the same step, never were
-                fresh, stopped = fresh[:matched], False
-                table.num_known[row] = known - num_new + matched
-        completion = None
-        if stopped or full or matched is not None:
-            reason = "stop" if stopped or matched is not None else "length"
-            completion = self._complete(self.scheduler.finish(row), reason, stopped=stopped)
-        if completion is None and not request.stream:
-            return None
-        text = request.output.take(final=completion is not None) if request.output else ""
-        return TokenEvent(request.id, fresh, text, completion)
+    def _land(self) -> None:
+        """Wait for the oldest step in flight and take in what it brings."""
+        flight = self._flights.popleft()
+        plan, result = flight.plan, flight.wait()
+        outcomes, num_new = self.scheduler.settle(plan, result)
+        if self.num_draft_tokens:
+            self.scheduler.propose(plan, result.drafts)
+        if self.pruner is not None:
+            self.stats.num_dropped_rows += self.pruner.prune(self.scheduler.table, plan)
+        if tainted := self.scheduler.take_tainted_blocks():
+            self.runner.clear(tainted)
+        self._news += [self._event(outcome) for outcome in outcomes]
+        self.stats.num_generated_tokens += int(num_new.sum())
+        self.stats.num_accepted += int(np.maximum(num_new - 1, 0).sum())
 
-    def _complete(self, request: Request, reason: FinishReason, *, stopped: bool) -> Completion:
+    def _land_all(self) -> None:
+        while self._flights:
+            self._land()
+
+    def _event(self, outcome: Outcome) -> TokenEvent:
+        request = outcome.request
+        completion = None if outcome.finish_reason is None else self._complete(outcome)
+        text = "" if request.output is None else request.output.take(final=completion is not None)
+        return TokenEvent(request.id, outcome.token_ids, outcome.logprobs, text, completion)
+
+    def _complete(self, outcome: Outcome) -> Completion:
+        request = outcome.request
+        assert outcome.finish_reason is not None, "only what has ended is complete"
         start = len(request.prompt)
         token_ids: list[int] = request.token_ids[start:].tolist()
         if request.output is not None:
             text = request.output.finish()
         elif self.tokenizer is not None:
-            text = self.tokenizer.decode(token_ids[:-1] if stopped else token_ids)
+            text = self.tokenizer.decode(token_ids[:-1] if outcome.ends_in_stop_token else token_ids)
         else:
             text = ""
         return Completion(
             token_ids=token_ids,
             text=text,
             logprobs=request.logprobs[start:].tolist() if request.params.logprobs else None,
-            finish_reason=reason,
+            finish_reason=outcome.finish_reason,
             weights_version=self.weights_version if request.weights_version is None else request.weights_version,
             num_cached_tokens=request.num_cached_tokens or 0,
             num_drafted=request.num_drafted,
             num_accepted=request.num_accepted,
         )
 
-    def _count(self, plan: StepPlan, accepted: Accepted, seconds: float) -> None:
+    def _count(self, plan: StepPlan) -> None:
         stats = self.stats
-        stats.seconds += seconds
         stats.num_steps += 1
         stats.num_run_tokens += plan.num_tokens
-        stats.num_generated_tokens += int(accepted.num_new.sum())
         stats.num_drafted += int(np.maximum(plan.num_samples - 1, 0).sum())
-        stats.num_accepted += int(np.maximum(accepted.num_new - 1, 0).sum())
         stats.num_prefix_hit_tokens += self.scheduler.take_prefix_hit_tokens()
         stats.num_preemptions += self.scheduler.take_preemptions()
 
 
-def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, row: LatentRow | None) -> int:
+def _build_cache(model: Transformer, config: EngineConfig) -> PagedCache:
+    # rows of the MTP layer are only kept for drafting
+    cached = model.config if config.num_draft_tokens else replace(model.config, num_mtp_layers=0)
+    rank = config.rank_by_context[0][1] if config.rank_by_context else None
+    row = cache_row(cached, fp8=config.cache_dtype == "fp8", rank=rank)
+    num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype, row)
+    return build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device, row=row)
+
+
+def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, row: LatentRow | KVRow) -> int:
     """Blocks within `cache_memory_bytes`, but no more than all sequences at full context could use."""
-    width = model.attention.cache_row if row is None else row.width
-    row_bytes = width if row is not None and row.fp8 else width * dtype.itemsize
+    row_bytes = row.width if isinstance(row, LatentRow) and row.fp8 else row.width * dtype.itemsize
     longest = model.max_position
     if config.prune is not None:
         row_bytes += 4  # its attention mass

@@ -86,16 +86,11 @@ class LLM:
         if prompt and isinstance(prompt[0], Message):
             prompt = render_prompt([m for m in prompt if isinstance(m, Message)], self.tokenizer)
         ids = self._ids(prompt)  # pyright: ignore[reportArgumentType]
-        (request_id,) = self.engine.add(ids, params, stream=True)
+        stream = self.engine.submit(ids, params)
         try:
-            while self.engine.num_unfinished:
-                for event in self.engine.step():
-                    if event.request_id == request_id:
-                        yield event
-                        if event.completion is not None:
-                            return
+            yield from stream
         finally:
-            self.engine.abort(request_id)
+            stream.cancel()
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

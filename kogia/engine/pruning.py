@@ -17,7 +17,8 @@ order of their positions, and new rows follow. The rotary position is inside a r
 attention reads only what is kept. Blocks span all layers; a sequence never needs more than `PruneConfig.most_rows`.
 """
 
-from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,51 +27,76 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.config import PruneConfig
-from kogia.engine.scheduler import StepPlan
+from kogia.engine.inputs import Upload
 from kogia.engine.sequences import SequenceTable
+from kogia.engine.step import StepPlan
+from kogia.engine.views import TokenRuns
 from kogia.model.cache import PagedCache, StepCache
+from kogia.ops.attention import cached_attention
+from kogia.ops.cache import LatentRow, LayerCache
+from kogia.ops.mass import attention_mass
+from kogia.ops.segments import Segments
 
 
 class Pruner:
-    """Knows which rows each layer still holds of the running sequences, and drops some after a step."""
+    """Knows which rows each layer still holds of the running sequences, and drops some after a step.
 
-    def __init__(self, config: PruneConfig, cache: PagedCache, table: SequenceTable) -> None:
-        self.config, self.cache, self.table = config, cache, table
+    It is a `CacheView` whose layers differ, and a limit on the runs of tokens that the scheduler plans.
+    """
+
+    def __init__(self, config: PruneConfig, cache: PagedCache, max_sequences: int) -> None:
+        if not isinstance(cache.row, LatentRow):
+            raise ValueError(
+                "engine.prune: attention mass is counted on latent rows, but this model has key and value heads; "
+                "leave it out"
+            )
+        self.config, self.cache = config, cache
         num_layers, num_slots = cache.rows.shape[:2]
         self.budgets = np.linspace(config.first_budget, config.last_budget, num_layers).round().astype(np.int64)
         self.mass = torch.zeros(num_layers, num_slots, dtype=torch.float32, device=cache.rows.device)
         """Attention that each row of the cache has received."""
-        self.dropped = np.zeros((num_layers, len(table.requests)), dtype=np.int64)
+        self.dropped = np.zeros((num_layers, max_sequences), dtype=np.int64)
         """Rows that each layer no longer has of each row of the table."""
 
-    def step_cache(
-        self,
-        seq_rows: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        ranks: Tensor | None,
-    ) -> StepCache:
-        """What each layer sees when the sequences `seq_rows` run `counts` tokens from `starts`.
+    def limits(self) -> dict[str, Any]:
+        """What the scheduler must keep to, as its keyword arguments."""
+        return {"run_limit": self.run_limit, "most_cache_rows": self.config.most_rows}
 
-        `rows` and `positions` are the table row and position of every token.
+    def run_limit(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """No run goes past the position where pruning is next due, so that the cuts do not depend on the runs."""
+        slack = self.config.slack
+        return np.maximum((starts // slack + 1) * slack, self.config.first_cut) - starts
+
+    def put(self, upload: Upload, table: SequenceTable, runs: TokenRuns) -> None:
+        self.dropped[:, runs.seq_rows[runs.starts == 0]] = 0  # new, or to be recomputed
+        contexts = runs.starts + runs.counts - self.dropped[:, runs.seq_rows]
+        num_blocks = -(-int(contexts.max()) // self.cache.block_size)
+        upload.put("slots", self._slots(table, runs.rows, runs.positions - self.dropped[:, runs.rows]))
+        upload.put("block_tables", table.blocks[runs.seq_rows, :num_blocks])
+        upload.put("context_lens", contexts)
+
+    def step_cache(self, upload: Upload, runs: TokenRuns) -> StepCache:
+        self.mass.scatter_(1, upload["slots"], 0.0)
+        contexts = runs.starts + runs.counts - self.dropped[:, runs.seq_rows]
+        lens, slots, tables = upload["context_lens"], upload["slots"], upload["block_tables"]
+        shared = self.cache.block_size, self.cache.row
+        return StepCache(
+            tuple(
+                LayerCache(
+                    rows, slots[i], tables, lens[i], contexts[i], *shared, partial(_attend_and_count, mass=self.mass[i])
+                )
+                for i, rows in enumerate(self.cache.rows)
+            )
+        )
+
+    def drafting(self, block_tables: Tensor, positions: Tensor, num_slots: Tensor, contexts: NDArray) -> StepCache:
+        raise AssertionError("EngineConfig allows no drafts beside pruning")
+
+    def prune(self, table: SequenceTable, plan: StepPlan) -> int:
+        """Once a step has settled: cut back every layer of its sequences that have come to a cut.
+
+        Returns how many rows were dropped.
         """
-        self.dropped[:, seq_rows[starts == 0]] = 0  # new, or to be recomputed
-        contexts = starts + counts - self.dropped[:, seq_rows]
-        slots = self._tensor(self._slots(rows, positions - self.dropped[:, rows]))
-        self.mass.scatter_(1, slots, 0.0)
-        longest: list[int] = contexts.max(axis=1).tolist()
-        tables = self._tensor(self.table.blocks[seq_rows, : -(-max(longest) // self.cache.block_size)])
-        lens = self._tensor(contexts)
-        layers = [
-            StepCache(self.cache, slots[layer], tables, lens[layer], longest[layer], ranks, self.mass[layer])
-            for layer in range(len(longest))
-        ]
-        return replace(layers[0], layers=tuple(layers))
-
-    def prune(self, plan: StepPlan) -> int:
-        """Cut back every layer of the planned sequences that have come to a cut; returns how many rows were dropped."""
         ends = plan.starts + plan.counts
         due = ends % self.config.slack == 0
         rows = plan.rows[due]
@@ -78,7 +104,7 @@ class Pruner:
         excess = np.maximum(held - self.budgets[:, None], 0)
         if not excess.any():
             return 0
-        slots = self._tensor(self._slots(rows[:, None], np.arange(held.max())))
+        slots = self._tensor(self._slots(table, rows[:, None], np.arange(held.max())))
         for layer in np.flatnonzero(excess.any(axis=1)).tolist():
             over = np.flatnonzero(excess[layer])
             longest = int(held[layer, over].max())
@@ -95,10 +121,16 @@ class Pruner:
         source, target = slots.gather(1, stay), slots[:, :budget]
         rows[target], mass[target] = rows[source], mass[source]  # copied before any is overwritten
 
-    def _slots(self, rows: NDArray[np.int64], index: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _slots(self, table: SequenceTable, rows: NDArray[np.int64], index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Slot of the `index`-th row that a sequence holds in a layer."""
         size = self.cache.block_size
-        return self.table.blocks[rows, index // size] * size + index % size
+        return table.blocks[rows, index // size] * size + index % size
 
     def _tensor(self, array: NDArray) -> Tensor:
         return torch.from_numpy(array).to(self.cache.rows.device)
+
+
+def _attend_and_count(q: Tensor, cache: LayerCache, segments: Segments, *, mass: Tensor, **options: Any) -> Tensor:
+    """`paged_attention` that also notes how much attention each row gets."""
+    attention_mass(q, cache, segments, mass, **options)
+    return cached_attention(q, cache, segments, **options)

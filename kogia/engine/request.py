@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from kogia.engine.output import TextStream
 
-FinishReason = Literal["stop", "length", "abort"]
+NOT_FINITE = "the model produced NaN or infinite logits: its weights or dtype overflow"
+"""What "error" means, in words for the user."""
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Completion:
     logprobs: list[float] | None
     """One per token of `token_ids`, if asked for."""
     finish_reason: FinishReason
-    """"stop": a stop token or string; "length": max_tokens or the context is full; "abort": the caller gave up."""
+    """"stop": a stop token or string; "length": max_tokens or the context is full; "abort": the caller gave up;
+    "error": the model's logits were not finite, by weights or a dtype that overflow."""
     weights_version: int
     """Version of the weights that sampled the first token."""
     num_cached_tokens: int
@@ -81,6 +84,8 @@ class TokenEvent:
     request_id: int
     token_ids: list[int]
     """New tokens."""
+    logprobs: list[float]
+    """One each, under softmax(logits / temperature), no filter applied."""
     text: str
     """New text that can no longer change; a possible beginning of a stop string is held back."""
     completion: Completion | None

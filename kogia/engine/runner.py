@@ -1,161 +1,203 @@
-"""One step on the device: plan -> packed tokens and cache slots -> model -> samples and drafts."""
+"""One step on the device: plan -> one upload -> model -> samples -> drafts -> one download.
+
+`launch` queues all of that and waits for nothing; `Flight.wait` waits for the result. What the host learns only then is
+computed on the device in the meantime: how many drafts were accepted, what the last token is, where the next drafts go.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kogia.engine.pruning import Pruner
-from kogia.engine.scheduler import StepPlan
+from kogia.engine.inputs import Staging, Upload
 from kogia.engine.sequences import SequenceTable
+from kogia.engine.speculative import num_accepted
+from kogia.engine.step import StepPlan, StepResult
+from kogia.engine.views import CacheView, TokenRuns, token_runs
 from kogia.model.cache import PagedCache, StepCache
+from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
 from kogia.ops.sample import counter_uniforms, sample
+from kogia.ops.segments import Segments
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the model made of a plan."""
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A step under way."""
 
-    tokens: NDArray[np.int64]
-    """Samples of all sequences end to end, `plan.num_samples` of each."""
-    logprobs: NDArray[np.float32]
-    """Of the samples, unfiltered, at the sequence's temperature."""
-    batch: PackedTokens
-    cache: StepCache
-    hidden: Tensor
-    """[tokens, dim] residual stream of every row, which drafting starts from."""
-    rows: NDArray[np.int64]
-    """Table row of every token that ran."""
-    positions: NDArray[np.int64]
+    plan: StepPlan
+    _numbers: Tensor
+    """Tokens, drafts and the bits of the log-probabilities, end to end; on the host as soon as it has landed."""
+    _num_drafts: int
+    _landed: torch.cuda.Event | None
+
+    def wait(self) -> StepResult:
+        """Block until the device is done with the step."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        total, sampled = int(self.plan.num_samples.sum()), len(self.plan.sampled)
+        tokens, drafts, bits = np.split(self._numbers.numpy(), [total, total + sampled * self._num_drafts])
+        logprobs = bits.view(np.float64).astype(np.float32)
+        return StepResult(tokens, logprobs, drafts.reshape(sampled, self._num_drafts))
 
 
 class Runner:
     """Runs plans over one model and its paged cache."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        cache: PagedCache,
-        table: SequenceTable,
-        rank_by_context: tuple[tuple[int, int], ...] = (),
-        pruner: Pruner | None = None,
-    ) -> None:
+    def __init__(self, model: Transformer, cache: PagedCache, table: SequenceTable, view: CacheView) -> None:
         self.model = model
         self.cache = cache
         self.table = table
-        self.pruner = pruner
+        self.view = view
         self.device = model.device
-        # one rank for all: the rows are that narrow, and nothing is left to choose
-        self._rank_from = np.array(rank_by_context, dtype=np.int64) if len(rank_by_context) > 1 else None
+        self._staging = Staging(self.device)
+        self._newest = torch.zeros(len(table.requests), dtype=torch.long, device=self.device)
+        """[table rows] what each sequence sampled last: a step that is planned before that is known runs on it."""
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Forward every planned token, then sample where the plan asks for it; logits exist for those rows only."""
-        rows, positions = _flatten(plan)
-        batch, step = self._inputs(plan.rows, plan.starts, plan.counts, rows, positions)
-        hidden = self.model(batch, step)
-        tokens, logprobs = self._sample(plan, hidden)
-        return StepResult(tokens, logprobs, batch, step, hidden, rows, positions)
+    @torch.no_grad()
+    def launch(self, plan: StepPlan, num_drafts: int = 0) -> Flight:
+        """Start a step: run every planned token, sample where the plan asks for it, draft `num_drafts` more.
 
-    def draft(self, result: StepResult, plan: StepPlan, num_drafts: int) -> None:
-        """Write MTP cache rows for this step's tokens, and up to `num_drafts` guesses behind each sampled sequence.
-
-        Runs after `accept`. Row i joins hidden[i] with the token after it, known by now for every accepted row;
-        rejected rows get a stale one, and are overwritten when their positions run again. The last MTP row of a
-        prefix block shared by two sequences holds the next token of whoever wrote it first: that can cost a draft,
-        never a wrong token, since every draft is verified.
+        Logits exist for sampled rows only.
         """
-        table = self.table
-        next_ids = self._tensor(table.token_ids[result.rows, result.positions + 1])
-        hidden = self.model.mtp_hidden(0, result.hidden, next_ids, result.batch, result.cache)
-        room = np.where(plan.num_samples > 0, table.max_length[plan.rows] - table.num_known[plan.rows] - 1, 0)
-        wanted = np.clip(room, 0, num_drafts)
-        chosen = np.flatnonzero(wanted > 0)
-        last = np.cumsum(plan.counts)[chosen] - plan.counts[chosen]
-        last += table.num_computed[plan.rows[chosen]] - 1 - plan.starts[chosen]
-        rows, hidden = plan.rows[chosen], hidden[self._tensor(last)]
-        table.num_drafts[rows] = wanted[chosen]
-        index = 0
-        while len(rows):
-            drafts = self.model.mtp_logits(0, hidden).argmax(-1)
-            table.token_ids[rows, table.num_known[rows] + index] = drafts.cpu().numpy()
-            more = np.flatnonzero(wanted[chosen] > index + 1)
-            chosen, rows, kept = chosen[more], rows[more], self._tensor(more)
-            if len(rows):
-                hidden = self._chain(rows, index, hidden[kept], drafts[kept])
-            index += 1
+        runs = token_runs(plan)
+        upload = self._upload(plan, runs, num_drafts)
+        batch = self._batch(plan, upload)
+        step = self.model.step(batch, self.view.step_cache(upload, runs))
+        hidden = self.model(batch, step=step)
+        tokens, logprobs = self._sample(plan, upload, hidden)
+        if num_drafts:
+            drafts = self._draft(plan, upload, batch, step, hidden, tokens, num_drafts)
+        else:
+            drafts = tokens[:0]
+            self._newest.index_copy_(0, upload["sampled_rows"], tokens)
+        numbers = torch.cat((tokens, drafts.flatten(), logprobs.double().view(torch.int64)))
+        numbers = numbers.to("cpu", non_blocking=True)
+        landed = None
+        if self.device.type == "cuda":
+            landed = torch.cuda.Event()
+            landed.record()
+        return Flight(plan, numbers, num_drafts, landed)
 
-    def _chain(self, rows: NDArray[np.int64], index: int, hidden: Tensor, drafts: Tensor) -> Tensor:
-        """One more pass of the module, a position further: its own output and draft stand in for the main model's."""
-        positions = self.table.num_known[rows] - 1 + index
-        batch, step = self._inputs(rows, positions, np.ones_like(rows), rows, positions)
-        return self.model.mtp_hidden(0, hidden, drafts, batch, step)
+    @torch.no_grad()
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks whose rows are not finite: attention multiplies what it masks by 0, and 0 * NaN is not 0."""
+        size = self.cache.block_size
+        slots = (np.array(blocks)[:, None] * size + np.arange(size)).ravel()
+        self.cache.rows.index_fill_(1, torch.from_numpy(slots).to(self.device), 0)
 
-    def _inputs(
-        self,
-        seq_rows: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        positions: NDArray[np.int64],
-    ) -> tuple[PackedTokens, StepCache]:
-        table, size = self.table, self.cache.block_size
-        cu_seqlens = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-        batch = PackedTokens(
-            self._tensor(table.token_ids[rows, positions]),
-            self._tensor(positions),
-            self._tensor(cu_seqlens),
-            int(counts.max()),
-        )
-        ranks = None
-        if self._rank_from is not None:  # a token at position p has a context of p + 1
-            tokens, values = self._rank_from.T
-            ranks = self._tensor(values[np.searchsorted(tokens, positions + 1, side="right") - 1])
-        if self.pruner is not None:
-            return batch, self.pruner.step_cache(seq_rows, starts, counts, rows, positions, ranks)
-        context_lens = starts + counts
-        longest = int(context_lens.max())
-        slots = self._tensor(table.blocks[rows, positions // size] * size + positions % size)
-        block_tables = self._tensor(table.blocks[seq_rows, : -(-longest // size)])
-        return batch, StepCache(self.cache, slots, block_tables, self._tensor(context_lens), longest, ranks)
+    def _upload(self, plan: StepPlan, runs: TokenRuns, num_drafts: int) -> Upload:
+        table, upload = self.table, Upload(self._staging)
+        token_ids = table.token_ids[runs.rows, runs.positions]
+        ends = np.cumsum(plan.counts)
+        token_ids[ends[plan.is_pending] - 1] = -1 - plan.rows[plan.is_pending]  # see `_batch`
+        upload.put("token_ids", token_ids)
+        upload.put("positions", runs.positions)
+        upload.put("cu_seqlens", np.concatenate([np.zeros(1, dtype=np.int64), ends]))
+        self.view.put(upload, table, runs)
+        self._put_sampling(upload, plan, ends)
+        if num_drafts:
+            self._put_drafting(upload, plan, runs)
+        upload.send()
+        return upload
 
-    def _sample(self, plan: StepPlan, hidden: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        samples = plan.num_samples
-        if not samples.any():
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        table, total = self.table, int(samples.sum())
+    def _put_sampling(self, upload: Upload, plan: StepPlan, ends: NDArray[np.int64]) -> None:
+        """What samples come from and how they are drawn; filters only where one is on."""
+        table, samples = self.table, plan.num_samples
         rows = np.repeat(plan.rows, samples)
-        # Sample j of a sequence comes from row count - num_samples + j of its run.
-        before = np.cumsum(samples) - samples
-        index = np.arange(total) + np.repeat(np.cumsum(plan.counts) - samples - before, samples)
-        positions = np.arange(total) - np.repeat(before, samples) + table.num_known[rows]
-        logits = self.model.logits(hidden if total == plan.num_tokens else hidden[self._tensor(index)])
-        temperature, top_k, top_p, min_p = (x[rows] for x in (table.temperature, table.top_k, table.top_p, table.min_p))
-        uniforms = None
-        if temperature.any():
-            uniforms = counter_uniforms(self._tensor(table.seed[rows]), self._tensor(positions))
-        tokens, logprobs = sample(
+        offsets = np.arange(len(rows)) - np.repeat(np.cumsum(samples) - samples, samples)
+        upload.put("sampled_rows", plan.rows[plan.sampled])
+        # sample j of a sequence comes from row count - num_samples + j of its run
+        upload.put("sample_rows", np.repeat(ends - samples, samples) + offsets)
+        temperature = table.temperature[rows]
+        upload.put("temperature", temperature)
+        if not temperature.any():
+            return
+        upload.put("seeds", table.seed[rows])
+        pending = table.num_pending[rows] - 1  # the plan counts its own sample among them
+        upload.put("sample_positions", table.num_known[rows] + pending + offsets)
+        active = np.zeros(len(rows), dtype=bool)
+        for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            values = getattr(table, name)[rows]
+            if (values != off).any():
+                upload.put(name, values)
+                active |= values != off
+        if active.any():
+            upload.put("filtered", np.flatnonzero(active & (temperature > 0)))
+
+    def _put_drafting(self, upload: Upload, plan: StepPlan, runs: TokenRuns) -> None:
+        """What the MTP module needs: the token after each row, as far as it is known, and where samples belong."""
+        table, entries = self.table, plan.sampled
+        rows = plan.rows[entries]
+        upload.put("next_ids", table.token_ids[runs.rows, runs.positions + 1])
+        upload.put("entries", entries)
+        upload.put("sample_grid", plan.grid(np.arange(plan.num_samples.sum()), fill=0)[entries])
+        upload.put("num_samples", plan.num_samples[entries])
+        upload.put("num_known", table.num_known[rows])
+        upload.put("num_slots", table.num_blocks[rows] * table.block_size)
+
+    def _batch(self, plan: StepPlan, upload: Upload) -> PackedTokens:
+        token_ids = upload["token_ids"]
+        if plan.is_pending.any():  # -1 - row stands for the token that this row of the table is about to get
+            newest = self._newest[(-1 - token_ids).clamp_min(0)]
+            token_ids = torch.where(token_ids < 0, newest, token_ids)
+        return PackedTokens(token_ids, upload["positions"], Segments(upload["cu_seqlens"], plan.counts))
+
+    def _sample(
+        self, plan: StepPlan, upload: Upload, hidden: Float[Tensor, "tokens dim"]
+    ) -> tuple[Int[Tensor, " samples"], Float[Tensor, " samples"]]:
+        rows = upload["sample_rows"]
+        if not len(rows):
+            return rows, upload["temperature"]
+        logits = self.model.logits(hidden if len(rows) == plan.num_tokens else hidden[rows])
+        seeds = upload.get("seeds")
+        return sample(
             logits,
-            self._tensor(temperature),
-            uniforms,
-            self._tensor(top_k) if top_k.any() else None,
-            self._tensor(top_p) if (top_p < 1).any() else None,
-            self._tensor(min_p) if min_p.any() else None,
+            upload["temperature"],
+            None if seeds is None else counter_uniforms(seeds, upload["sample_positions"]),
+            *(upload.get(name) for name in ("top_k", "top_p", "min_p", "filtered")),
         )
-        values = logprobs.cpu().numpy()
-        if not np.isfinite(values).all():
-            raise FloatingPointError("the model produced NaN or infinite logits: its weights or dtype overflow")
-        return tokens.cpu().numpy(), values
 
-    def _tensor(self, array: NDArray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _draft(
+        self,
+        plan: StepPlan,
+        upload: Upload,
+        batch: PackedTokens,
+        step: StepContext,
+        hidden: Float[Tensor, "tokens dim"],
+        tokens: Int[Tensor, " samples"],
+        num_drafts: int,
+    ) -> Int[Tensor, "sampled drafts"]:
+        """Write MTP cache rows for this step's tokens, and guess behind each sampled sequence.
 
+        Row i joins hidden[i] with the token after it. Rows of rejected drafts get a stale one, and are overwritten when
+        their positions run again. The last MTP row of a prefix block shared by two sequences holds the next token of
+        whoever wrote it first: that can cost a draft, never a wrong token, since every draft is verified.
+        """
+        next_ids = upload["next_ids"].index_copy(0, upload["sample_rows"], tokens)
+        hidden = self.model.mtp_hidden(0, hidden, next_ids, step)
+        if not len(plan.sampled):
+            return tokens[:0, None].expand(0, num_drafts)
+        samples, rows = tokens[upload["sample_grid"]], upload["sample_rows"][upload["sample_grid"]]
+        verified = batch.token_ids[(rows + 1).clamp_max(plan.num_tokens - 1)]
+        accepted = num_accepted(samples, verified, upload["num_samples"])
+        hidden = hidden[rows.gather(1, accepted[:, None]).squeeze(1)]
+        drafts = [self.model.mtp_logits(0, hidden).argmax(-1)]
+        tables = upload["block_tables"][upload["entries"]]
+        bounds = self.table.num_known[plan.rows[plan.sampled]] + plan.num_samples[plan.sampled]
+        for index in range(num_drafts - 1):
+            # one more pass, a position further: the module's own output and draft stand in for the main model's
+            positions = upload["num_known"] + accepted + index
+            cache = self.view.drafting(tables, positions, upload["num_slots"], bounds + index)
+            hidden = self.model.mtp_hidden(0, hidden, drafts[-1], self._one_each(drafts[-1], positions, cache))
+            drafts.append(self.model.mtp_logits(0, hidden).argmax(-1))
+        return torch.stack(drafts, 1)
 
-def _flatten(plan: StepPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(table row, position) of every token that runs."""
-    first = np.cumsum(plan.counts) - plan.counts
-    positions = np.arange(plan.num_tokens) + np.repeat(plan.starts - first, plan.counts)
-    return np.repeat(plan.rows, plan.counts), positions
+    def _one_each(self, token_ids: Tensor, positions: Tensor, cache: StepCache) -> StepContext:
+        count = len(token_ids)
+        segments = Segments(torch.arange(count + 1, device=self.device), np.ones(count, dtype=np.int64))
+        return self.model.step(PackedTokens(token_ids, positions, segments), cache)

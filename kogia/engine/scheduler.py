@@ -1,4 +1,4 @@
-"""Which tokens run in the next step.
+"""Which tokens run in the next step, and what a step that has run did to its sequences.
 
 One budget of tokens per step covers prefill chunks, decodes and draft verification alike: each is a run of tokens after
 the computed ones of a sequence. Running sequences come first, oldest first, then waiting ones in order of arrival. When
@@ -6,11 +6,20 @@ blocks run out, the youngest running sequence gives its blocks back and is recom
 
 A full block of known tokens enters the prefix index as soon as the chunk that fills it is scheduled, not when it has
 run: every layer writes all new rows of a step before its attention reads any, so a sibling may read them in that step.
+
+    plan     chooses tokens and blocks; from then on the step is in flight
+    settle   writes what it sampled, ends sequences, gives back blocks
+    propose  writes the guesses that the next step verifies
+
+These three, and `abort`, are all that write the state of sequences. A step may be planned while another is in flight:
+it runs on the token that the other samples, whose value only the device knows. Two things cannot be planned so, and
+`plan` then returns None until the flight has settled: drafts, as how many were accepted decides what comes next, and
+preemption, as a row is given up only when nothing in flight runs it.
 """
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,51 +27,64 @@ from numpy.typing import NDArray
 
 from kogia.engine.blocks import BlockPool, hash_block
 from kogia.engine.config import EngineConfig
-from kogia.engine.request import Request
+from kogia.engine.request import FinishReason, Request
 from kogia.engine.sequences import SequenceTable
+from kogia.engine.speculative import count_new
+from kogia.engine.step import StepPlan, StepResult
+
+RunLimit = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""Position from which a run starts -> most tokens that it may have."""
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """The runs of tokens of one step, one entry per sequence."""
+class Outcome:
+    """What a step did to one request: its end, or news for its listener."""
 
-    rows: NDArray[np.int64]
-    """Rows of the sequence table, oldest first."""
-    starts: NDArray[np.int64]
-    """Position of the first token that runs."""
-    counts: NDArray[np.int64]
-    """Tokens that run, drafts included."""
-    num_samples: NDArray[np.int64]
-    """Tokens to sample, from the last rows of the run: 0 for an unfinished prefill, else 1 + drafts verified."""
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.counts.sum())
+    request: Request
+    token_ids: list[int]
+    """New ones."""
+    logprobs: list[float]
+    finish_reason: FinishReason | None
+    """None while it goes on."""
+    ends_in_stop_token: bool = False
 
 
 class Scheduler:
     """Owns the waiting queue, the running order and every block."""
 
-    def __init__(self, config: EngineConfig, num_blocks: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        eos_ids: Sequence[int],
+        *,
+        run_limit: RunLimit | None = None,
+        most_cache_rows: int = sys.maxsize,
+    ) -> None:
+        """No sequence will hold more than `most_cache_rows` cache rows at once."""
         self.config = config
         self.eos_ids = frozenset(eos_ids)
         self.pool = BlockPool(num_blocks)
-        most_rows = sys.maxsize if config.prune is None else config.prune.most_rows
-        self.table = SequenceTable(config.max_sequences, config.block_size, most_rows)
+        self.table = SequenceTable(config.max_sequences, config.block_size, most_cache_rows)
         self.waiting: deque[Request] = deque()
         self.running = np.empty(0, dtype=np.int64)
         """Table rows in order of admission."""
+        self.num_flights = 0
+        """Steps planned and not yet settled."""
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
         self.lookahead = max(0, config.num_draft_tokens - 1)
         """A chain of k drafts also writes k - 1 rows of its own past the tokens that run."""
+        self._run_limit = run_limit
+        self._failed: set[int] = set()
+        self._tainted: list[int] = []
 
     @property
     def num_unfinished(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def add(self, request: Request) -> None:
-        """Queue a request; ValueError if the whole pool could not hold it."""
+    def check(self, request: Request) -> None:
+        """ValueError if the whole pool could not hold it."""
         capacity = self.pool.num_blocks * self.config.block_size
         rows = self.table.cache_rows_of(request)
         if rows > capacity:
@@ -71,81 +93,63 @@ class Scheduler:
                 f"{rows} cached tokens, but the whole cache holds {capacity}: lower max_tokens, or "
                 "raise engine.num_blocks or engine.cache_memory_bytes"
             )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError if the whole pool could not hold it."""
+        self.check(request)
         self.waiting.append(request)
 
+    # planning ---------------------------------------------------------------------------------------------------------
+
     def plan(self) -> StepPlan | None:
-        """Choose this step's tokens and give them blocks; None when there is nothing to run."""
+        """Choose the next step's tokens and give them blocks; None when there is nothing to run, or not yet."""
+        if self.num_flights and self.config.num_draft_tokens:
+            return None
         preemptions = self.num_preemptions
         granted = self._grant_running()
+        if granted is None:
+            return None
         self._name_full_blocks(self.running, granted)
         if self.num_preemptions == preemptions:  # else an admission would only be thrown out again
             granted = self._admit(granted)
         chosen = granted > 0
         if not chosen.any():
-            assert not self.num_unfinished, "nothing fits although sequences are unfinished"
+            assert self.num_flights or not self.num_unfinished, "nothing fits although sequences are unfinished"
             return None
-        rows, counts = self.running[chosen], granted[chosen]
-        starts = self.table.num_computed[rows]
-        num_samples = np.maximum(starts + counts - self.table.num_known[rows] + 1, 0)
-        return StepPlan(rows, starts, counts, num_samples)
+        return self._depart(self.running[chosen], granted[chosen])
 
-    def finish(self, row: int) -> Request:
-        """Take a running sequence out and release its blocks."""
-        self.running = self.running[self.running != row]
-        self.pool.release(self.table.row_blocks(row))
-        return self.table.close(row)
+    def _depart(self, rows: NDArray[np.int64], counts: NDArray[np.int64]) -> StepPlan:
+        table = self.table
+        starts, lengths = table.num_computed[rows], table.num_known[rows] + table.num_pending[rows]
+        num_samples = np.maximum(starts + counts - lengths + 1, 0)
+        is_pending = (table.num_pending[rows] > 0) & (num_samples > 0)
+        table.num_computed[rows] += counts
+        table.num_pending[rows] += num_samples > 0
+        table.num_flights[rows] += 1
+        self.num_flights += 1
+        return StepPlan(rows, starts, counts, num_samples, is_pending)
 
-    def abort(self, request_id: int) -> Request | None:
-        """Take out a waiting or running request; None if there is none of that id."""
-        for request in self.waiting:
-            if request.id == request_id:
-                self.waiting.remove(request)
-                return request
-        for row in self.running.tolist():
-            request = self.table.requests[row]
-            if request is not None and request.id == request_id:
-                return self.finish(row)
-        return None
-
-    def recompute_all(self) -> None:
-        """Send every running sequence back to the queue and forget all prefixes: no cache row is valid any more."""
-        while len(self.running):
-            self._preempt_last()
-        self.pool.flush()
-
-    def take_preemptions(self) -> int:
-        """Preemptions since the last call."""
-        count, self.num_preemptions = self.num_preemptions, 0
-        return count
-
-    def take_prefix_hit_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache since the last call."""
-        count, self.num_prefix_hit_tokens = self.num_prefix_hit_tokens, 0
-        return count
-
-    def _grant_running(self) -> NDArray[np.int64]:
+    def _grant_running(self) -> NDArray[np.int64] | None:
         """Tokens granted to each running row, with the blocks for them; preempts until the blocks suffice."""
         table = self.table
         while True:
             rows = self.running
-            want = table.num_known[rows] - table.num_computed[rows] + table.num_drafts[rows]
-            want = self._until_cut(table.num_computed[rows], want)
+            lengths = table.num_known[rows] + table.num_pending[rows]
+            want = lengths - table.num_computed[rows] + table.num_drafts[rows]
+            want = np.where(lengths < table.max_length[rows], want, 0)
+            if self._run_limit is not None:
+                want = np.minimum(want, self._run_limit(table.num_computed[rows]))
             granted = np.clip(self.config.max_batch_tokens - (np.cumsum(want) - want), 0, want)
             missing = self._blocks_to_cover(rows, granted) - table.num_blocks[rows]
             if int(missing.clip(0).sum()) <= self.pool.num_free:
                 break
+            if self.num_flights:
+                return None
             self.num_preemptions += 1
             self._preempt_last()
         for index in np.flatnonzero(missing > 0).tolist():
             table.append_blocks(int(rows[index]), self.pool.allocate(int(missing[index])))
         return granted
-
-    def _until_cut(self, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """No run goes past the position where pruning is next due, so that the cuts do not depend on the runs."""
-        prune = self.config.prune
-        if prune is None:
-            return counts
-        return np.minimum(counts, np.maximum((starts // prune.slack + 1) * prune.slack, prune.first_cut) - starts)
 
     def _blocks_to_cover(self, rows: NDArray[np.int64], granted: NDArray[np.int64]) -> NDArray[np.int64]:
         table = self.table
@@ -154,15 +158,18 @@ class Scheduler:
         return -(-np.minimum(ends + ahead, table.max_cache_rows[rows]) // self.config.block_size)
 
     def _preempt_last(self) -> None:
-        self.waiting.appendleft(self.finish(int(self.running[-1])))
+        row = int(self.running[-1])
+        self.waiting.appendleft(self.table.write_back(row))
+        self.running = self.running[:-1]
+        self._free(row)
 
     def _admit(self, granted: NDArray[np.int64]) -> NDArray[np.int64]:
         """Start waiting requests while budget, rows and blocks last; returns `granted` with theirs appended."""
         budget = self.config.max_batch_tokens - int(granted.sum())
         rows, counts = [], []
         while self.waiting and budget > 0 and self.table.num_rows_free:
+            most = budget if self._run_limit is None else min(budget, int(self._run_limit(np.zeros(1, np.int64))[0]))
             # One spare block per running sequence: else the newcomer is preempted as soon as the others grow.
-            most = budget if self.config.prune is None else min(budget, self.config.prune.first_cut)
             row = self._open(self.waiting[0], most, spare=len(self.running) + len(rows))
             if row is None:
                 break
@@ -188,7 +195,11 @@ class Scheduler:
             self.pool.release(shared)
             return None
         stops = set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else self.eos_ids)
-        row = self.table.open(request, sorted(stops))
+        try:
+            row = self.table.open(request, sorted(stops))
+        except BaseException:
+            self.pool.release(shared)
+            raise
         self.table.append_blocks(row, shared + self.pool.allocate(missing))
         self.table.num_computed[row] = cached
         self.table.num_named[row] = len(shared)
@@ -230,3 +241,147 @@ class Scheduler:
             start = len(names) * size
             names.append(hash_block(names[-1] if names else b"", token_ids[start : start + size]))
         return names[index]
+
+    # settling ---------------------------------------------------------------------------------------------------------
+
+    def settle(self, plan: StepPlan, result: StepResult) -> tuple[list[Outcome], NDArray[np.int64]]:
+        """Write what the oldest step in flight sampled. Returns the news, and the tokens gained per entry of the plan.
+
+        A sequence that got a stop token or string, or is full, ends; so does one whose logits were not finite, alone:
+        its reason is "error". Blocks that only rejected drafts needed go back. What was sampled for a sequence that
+        has ended meanwhile is dropped.
+        """
+        table, rows, samples = self.table, plan.rows, plan.num_samples
+        live = ~table.has_ended[rows]
+        tokens, column = plan.grid(result.tokens), np.arange(max(1, int(samples.max())))
+        where = np.minimum(table.num_known[rows][:, None] + column, table.token_ids.shape[1] - 1)
+        drafts = table.token_ids[rows[:, None], where]
+        num_new, stopped = count_new(tokens, drafts, samples, table.stop_ids[rows])
+        logprobs = plan.grid(result.logprobs, fill=0)
+        failed = live & (~np.isfinite(logprobs) & (column < num_new[:, None])).any(axis=1)
+        num_new = np.where(live & ~failed, num_new, 0)
+        entry, offset = np.nonzero(column < num_new[:, None])
+        table.token_ids[rows[entry], table.num_known[rows[entry]] + offset] = tokens[entry, offset]
+        table.logprobs[rows[entry], table.num_known[rows[entry]] + offset] = logprobs[entry, offset]
+        self._advance(plan, num_new)
+        full = table.num_known[rows] >= table.max_length[rows]
+        done = failed | (live & (num_new > 0) & (stopped | full))
+        outcomes = []
+        for index in np.flatnonzero(done | (table.watched[rows] & (num_new > 0))).tolist():
+            reason: FinishReason | None = "length" if full[index] else None
+            reason = "error" if failed[index] else "stop" if stopped[index] and num_new[index] else reason
+            outcomes.append(self._outcome(int(rows[index]), int(num_new[index]), reason, bool(stopped[index])))
+        for row in rows[~live & (table.num_flights[rows] == 0)].tolist():
+            self._free(row)
+        return [o for o in outcomes if o.finish_reason is not None or o.request.stream], num_new
+
+    def _advance(self, plan: StepPlan, num_new: NDArray[np.int64]) -> None:
+        """Move the counters, and each block tail back to what the known tokens need."""
+        table, rows, samples = self.table, plan.rows, plan.num_samples
+        sampled = samples > 0
+        table.num_drafted[rows] += np.maximum(samples - 1, 0)
+        table.num_accepted[rows] += np.maximum(num_new - 1, 0)
+        table.num_known[rows] += num_new
+        table.num_pending[rows] -= sampled
+        table.num_computed[rows] -= np.where(sampled, samples - num_new, 0)
+        table.num_drafts[rows[sampled]] = 0
+        table.num_flights[rows] -= 1
+        self.num_flights -= 1
+        ends = table.num_known[rows] + table.num_pending[rows] + self.lookahead
+        needed = -(-np.minimum(ends, table.max_cache_rows[rows]) // table.block_size)
+        for where in np.flatnonzero(sampled & (table.num_blocks[rows] > needed)).tolist():
+            row, keep = int(rows[where]), int(needed[where])
+            self.pool.release(table.row_blocks(row)[keep:])
+            table.num_blocks[row] = keep
+
+    def _outcome(self, row: int, num_new: int, reason: FinishReason | None, stopped: bool) -> Outcome:
+        table = self.table
+        request = table.requests[row]
+        assert request is not None
+        first = int(table.num_known[row]) - num_new
+        fresh: list[int] = table.token_ids[row, first : first + num_new].tolist()
+        if request.output is not None and fresh:
+            matched = request.output.push(fresh[:-1] if reason == "stop" else fresh)
+            if matched is not None:  # tokens after the stop string, accepted in the same step, never were
+                fresh, stopped, reason = fresh[:matched], False, "stop"
+                table.num_known[row] = first + matched
+        logprobs: list[float] = table.logprobs[row, first : first + len(fresh)].tolist()
+        if reason is not None:
+            self._end(row, failed=reason == "error")
+        return Outcome(request, fresh, logprobs, reason, stopped and reason == "stop")
+
+    def propose(self, plan: StepPlan, drafts: NDArray[np.int64]) -> None:
+        """Note guesses behind the known tokens of what the plan sampled, as far as there is room; to be verified."""
+        table, rows = self.table, plan.rows[plan.sampled]
+        lives = ~table.has_ended[rows]
+        rows, drafts = rows[lives], drafts[lives]
+        room = table.max_length[rows] - table.num_known[rows] - 1
+        table.num_drafts[rows] = np.clip(room, 0, drafts.shape[1])
+        for column in range(drafts.shape[1]):
+            fits = rows[column < table.num_drafts[rows]]
+            table.token_ids[fits, table.num_known[fits] + column] = drafts[column < table.num_drafts[rows], column]
+
+    # leaving ----------------------------------------------------------------------------------------------------------
+
+    def abort(self, request_id: int) -> Request | None:
+        """Take out a waiting or running request; None if there is none of that id."""
+        for request in self.waiting:
+            if request.id == request_id:
+                self.waiting.remove(request)
+                return request
+        for row in self.running.tolist():
+            request = self.table.requests[row]
+            if request is not None and request.id == request_id:
+                self._end(row)
+                return request
+        return None
+
+    def recompute_all(self) -> None:
+        """Send every running sequence back to the queue and forget all prefixes: no cache row is valid any more.
+
+        Steps in flight are forgotten: their samples are drawn again, and are the same.
+        """
+        table = self.table
+        self.num_flights = 0
+        table.num_flights[:] = 0
+        table.num_pending[:] = 0
+        while len(self.running):
+            self._preempt_last()
+        for row in np.flatnonzero(table.has_ended).tolist():
+            if table.requests[row] is not None:
+                self._free(row)
+        self.pool.flush()
+
+    def take_preemptions(self) -> int:
+        """Preemptions since the last call."""
+        count, self.num_preemptions = self.num_preemptions, 0
+        return count
+
+    def take_prefix_hit_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache since the last call."""
+        count, self.num_prefix_hit_tokens = self.num_prefix_hit_tokens, 0
+        return count
+
+    def take_tainted_blocks(self) -> list[int]:
+        """Free blocks that hold rows which are not finite: to be cleared before anyone shares a block with them."""
+        blocks, self._tainted = self._tainted, []
+        return blocks
+
+    def _end(self, row: int, *, failed: bool = False) -> None:
+        """A running sequence is over. Its row and blocks are free when no step in flight runs it."""
+        self.table.write_back(row)
+        self.table.has_ended[row] = True
+        self.running = self.running[self.running != row]
+        if failed:
+            self._failed.add(row)
+            self.pool.forget(self.table.row_blocks(row))
+        if self.table.num_flights[row] == 0:
+            self._free(row)
+
+    def _free(self, row: int) -> None:
+        blocks = self.table.row_blocks(row)
+        self.pool.release(blocks)
+        self.table.close(row)
+        if row in self._failed:
+            self._failed.remove(row)
+            self._tainted += [block for block in blocks if self.pool.ref_counts[block] == 0]

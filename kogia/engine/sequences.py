@@ -1,8 +1,11 @@
 """State of the running sequences as numpy columns, one row each, so that a step costs no Python per token.
 
-Counters of a row, all in tokens: `num_computed` have valid cache rows, `num_known` are prompt or accepted, and
-`num_drafts` guesses follow them in `token_ids` without being known. num_computed < num_known always: at least the last
-known token is still to be run.
+Counters of a row, all in tokens: `num_known` are prompt or sampled and read back from the device; `num_pending` more
+have been sampled there, or will be by steps in flight, and their values are not known here yet; `num_computed` have
+valid cache rows once those steps have run. `num_drafts` guesses stand in `token_ids` behind the known tokens.
+With no step in flight num_pending = 0 and num_computed < num_known: at least the last known token is still to be run.
+
+The scheduler is the only one that writes here.
 """
 
 import sys
@@ -28,8 +31,13 @@ class SequenceTable:
         self.num_named = np.zeros(max_sequences, dtype=np.int64)
         """Full blocks that are in the prefix index."""
         self.num_known = np.zeros(max_sequences, dtype=np.int64)
+        self.num_pending = np.zeros(max_sequences, dtype=np.int64)
         self.num_computed = np.zeros(max_sequences, dtype=np.int64)
         self.num_drafts = np.zeros(max_sequences, dtype=np.int64)
+        self.num_flights = np.zeros(max_sequences, dtype=np.int64)
+        """Steps in flight that run tokens of the row. It is not given to another sequence before they have settled."""
+        self.has_ended = np.zeros(max_sequences, dtype=bool)
+        """The sequence is over, and what steps in flight still sample for it is dropped."""
         self.num_drafted = np.zeros(max_sequences, dtype=np.int64)
         self.num_accepted = np.zeros(max_sequences, dtype=np.int64)
         self.max_length = np.zeros(max_sequences, dtype=np.int64)
@@ -53,35 +61,42 @@ class SequenceTable:
 
     def open(self, request: Request, stop_ids: list[int]) -> int:
         """Give `request` a row with nothing computed and no blocks."""
-        row = self._free.pop()
         self._grow(request.max_length, len(stop_ids))
+        row = self._free[-1]
         known, params = len(request.token_ids), request.params
-        self.requests[row] = request
         self.token_ids[row, :known] = request.token_ids
         self.logprobs[row, :known] = request.logprobs
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(stop_ids)] = stop_ids
         self.num_known[row] = known
-        self.num_computed[row] = self.num_drafts[row] = self.num_blocks[row] = self.num_named[row] = 0
+        for counter in (self.num_pending, self.num_computed, self.num_drafts, self.num_blocks, self.num_named):
+            counter[row] = 0
+        self.has_ended[row] = False
         self.num_drafted[row], self.num_accepted[row] = request.num_drafted, request.num_accepted
         self.max_length[row], self.seed[row] = request.max_length, request.seed
         self.max_cache_rows[row] = self.cache_rows_of(request)
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
         self.top_p[row], self.min_p[row] = params.top_p, params.min_p
         self.watched[row] = request.stream or request.output is not None
-        return row
+        self.requests[row] = request
+        return self._free.pop()
 
-    def close(self, row: int) -> Request:
-        """Empty a row, writing its tokens and counters back into its request."""
+    def write_back(self, row: int) -> Request:
+        """Hand a row's tokens and counters to its request."""
         request = self.requests[row]
         assert request is not None, f"row {row} is empty"
         known = self.num_known[row]
         request.token_ids = self.token_ids[row, :known].copy()
         request.logprobs = self.logprobs[row, :known].copy()
         request.num_drafted, request.num_accepted = int(self.num_drafted[row]), int(self.num_accepted[row])
+        return request
+
+    def close(self, row: int) -> None:
+        """Empty a row that no step in flight runs."""
+        assert self.requests[row] is not None, f"row {row} is empty"
+        assert self.num_flights[row] == 0, f"row {row} has {self.num_flights[row]} steps in flight"
         self.requests[row] = None
         self._free.append(row)
-        return request
 
     def row_blocks(self, row: int) -> list[int]:
         return self.blocks[row, : self.num_blocks[row]].tolist()

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,45 +117,31 @@ def _complete(
 
     Between them, whether the prompt opened a thought.
     """
-    assert engine.num_unfinished == 0, f"{engine.num_unfinished} requests are unfinished"
-    waiting, before = iter(problems), engine.stats.num_generated_tokens
-    owners: dict[int, tuple[Problem, bool, int]] = {}  # request -> its problem, opened, its place among the samples
-    arrived: dict[str, dict[int, Completion]] = {}  # problem id -> completions by place
+    before, prompts = engine.num_generated_tokens, []
     num_done = 0
-    try:
-        while True:
-            while engine.num_unfinished < 2 * engine.config.max_sequences:
-                problem = next(waiting, None)
-                if problem is None:
-                    break
-                requests, opened = _add(engine, tokenizer, problem, params)
-                owners.update((request, (problem, opened, place)) for place, request in enumerate(requests))
-            if not owners:
-                return
-            for event in engine.step():
-                if event.completion is None:
-                    continue
-                problem, opened, place = owners.pop(event.request_id)
-                group = arrived.setdefault(problem.id, {})
-                group[place] = event.completion
-                if len(group) == params.n:
-                    num_done += 1
-                    del arrived[problem.id]
-                    yield problem, opened, [group[i] for i in range(params.n)]
-            if on_progress is not None:
-                on_progress(num_done, len(problems), engine.stats.num_generated_tokens - before)
-    finally:
-        engine.abort_all()
+
+    def requests() -> Iterator[tuple[list[int], SamplingParams]]:
+        for problem in problems:
+            prompts.append(_prompt(engine, tokenizer, problem, params))
+            yield prompts[-1], params
+
+    def report(_: int) -> None:
+        if on_progress is not None:
+            on_progress(num_done, len(problems), engine.num_generated_tokens - before)
+
+    for place, completions in engine.loop.complete(requests(), ahead=2 * engine.config.max_sequences, on_step=report):
+        num_done += 1
+        yield problems[place], opens_thought(prompts[place], tokenizer), completions
 
 
-def _add(
-    engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams
-) -> tuple[Iterable[int], bool]:
+def _prompt(engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams) -> list[int]:
+    """Its token ids. Raises ValueError naming the problem if the engine cannot take them."""
+    prompt = render_prompt(problem.messages, tokenizer)
     try:
-        prompt = render_prompt(problem.messages, tokenizer)
-        return engine.add(prompt, params), opens_thought(prompt, tokenizer)
+        engine.requests(prompt, params)
     except ValueError as error:
         raise ValueError(f"problem {problem.id!r}: {error}") from error
+    return prompt
 
 
 def _verify(pool: "VerifyPool", finished: list[tuple[Problem, bool, list[Completion]]]) -> list[Answered]:

@@ -1,6 +1,5 @@
 """Grouped-query attention (Llama, Qwen, DeepSeekMoE). Multi-head and multi-query attention are its two ends."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -8,6 +7,7 @@ from kogia.model.config import GQAConfig
 from kogia.model.layers import RMSNorm, StepContext
 from kogia.model.linear import Linear
 from kogia.ops.attention import paged_attention, varlen_attention
+from kogia.ops.cache import write_kv
 from kogia.ops.rope import rotate_half_split
 
 
@@ -32,23 +32,10 @@ class GQA(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate_half_split(part, step.cos, step.sin) for part in (q, k))
         v = self.v_proj(x).view(-1, c.num_kv_heads, c.head_dim)
-        cache = step.cache
-        if cache is None:
-            return self.o_proj(varlen_attention(q, k, v, step.buckets, self.scale).flatten(1))
-        rows = cache.pool.rows[self.layer]
-        rows.index_copy_(0, cache.slots, torch.cat((k.flatten(1), v.flatten(1)), -1).to(rows.dtype))
-        mixed = paged_attention(
-            q,
-            rows,
-            cache.block_tables,
-            cache.context_lens,
-            step.batch.cu_seqlens,
-            step.buckets,
-            block_size=cache.pool.block_size,
-            max_context=cache.max_context,
-            num_kv_heads=c.num_kv_heads,
-            value_offset=c.num_kv_heads * c.head_dim,
-            value_dim=c.head_dim,
-            scale=self.scale,
-        )
+        if step.cache is None:
+            mixed = varlen_attention(q, k, v, step.segments, scale=self.scale)
+        else:
+            cache = step.cache.layers[self.layer]
+            write_kv(k, v, cache)
+            mixed = paged_attention(q, cache, step.segments, scale=self.scale)
         return self.o_proj(mixed.flatten(1))

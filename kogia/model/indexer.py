@@ -29,8 +29,6 @@ class Indexer(nn.Module):
         self.wk = Linear(dim, config.head_dim)
         self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(dim, config.num_heads, bias=False)
-        self.loss: Tensor | None = None
-        """Sum over this forward's tokens of the indexer's own loss; set by every training forward."""
 
     def forward(
         self, x: Float[Tensor, "tokens dim"], q_latent: Float[Tensor, "tokens q_rank"], step: StepContext

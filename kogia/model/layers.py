@@ -4,38 +4,29 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
 from kogia.model.linear import Linear
-from kogia.model.packed import PackedTokens
-from kogia.ops.grid import Bucket, buckets_by_length
+from kogia.model.routing import Routing
+from kogia.ops.logprob import linear_logprob
 from kogia.ops.norm import rms_norm
+from kogia.ops.segments import Segments
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepContext:
     """What one forward pass shares between its layers: computed once, passed as an argument."""
 
-    batch: PackedTokens
-    cos: Tensor
-    sin: Tensor
-    buckets: list[Bucket]
-    cache: StepCache | None
-    latent_ranks: Tensor | None = None
-    """[tokens] how much of each token's latent is left; nested dropout, without a cache only."""
-
-
-def step_context(
-    batch: PackedTokens, cos: Tensor, sin: Tensor, cache: StepCache | None, latent_ranks: Tensor | None = None
-) -> StepContext:
-    """`latent_ranks` is per sequence."""
-    if latent_ranks is not None:
-        lengths = batch.cu_seqlens.diff()
-        latent_ranks = torch.repeat_interleave(latent_ranks, lengths, output_size=batch.num_tokens)
-    buckets = buckets_by_length(batch.cu_seqlens, batch.max_seqlen)
-    return StepContext(batch, cos, sin, buckets, cache, latent_ranks)
+    segments: Segments
+    cos: Float[Tensor, "tokens half"]
+    sin: Float[Tensor, "tokens half"]
+    cache: StepCache | None = None
+    routing: Routing | None = None
+    """Choices to replay, and where they are recorded; None records nothing."""
+    latent_ranks: Int[Tensor, " tokens"] | None = None
+    """How much of each token's latent is left; nested dropout, without a cache only."""
 
 
 class RMSNorm(nn.Module):
@@ -57,5 +48,25 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(dim, width)
         self.down_proj = Linear(width, dim)
 
-    def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+    def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
+        """`step` is what every feed-forward part takes; this one needs nothing of it."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Head(nn.Module):
+    """The output head, applied to normed hidden states."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(
+        self,
+        x: Float[Tensor, "rows dim"],
+        targets: Int[Tensor, " rows"] | None = None,
+        temperature: float = 1.0,
+    ) -> Float[Tensor, "rows vocab"] | tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """Logits; or, given `targets`, their log-probabilities and the entropies, without ever holding the logits."""
+        if targets is None:
+            return F.linear(x, self.weight)
+        return linear_logprob(x, self.weight, targets, temperature)

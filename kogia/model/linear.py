@@ -1,41 +1,63 @@
-"""The linear layer of every projection: dense, or with FP8 weights and their block scales (kogia.ops.fp8)."""
+"""The linear layer of every projection, and of stacks of experts: dense, or packed in a format of kogia.ops.packed."""
+
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kogia.ops.fp8 import dequantize_blocks, quantize_blocks, scale_shape
+from kogia.ops.linear import linear
+from kogia.ops.packed import FORMATS, Packed, format_of
 
 
-class Linear(nn.Linear):
-    """x W^T + b. An FP8 weight is dequantised to the dtype of the input when it is used; it takes no gradient."""
+class Linear(nn.Module):
+    """x W^T + b, with one [out, in] weight or a stack of them.
 
-    weight_scale_inv: Tensor | None
-    """[ceil(out / 128), ceil(in / 128)] float32 where the weight is FP8, else None."""
+    A packed weight is made dense in the dtype of the input where it is used, and takes no gradient; its scales are a
+    buffer beside it, under the name that they have in files.
+    """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self.register_buffer("weight_scale_inv", None)
+    weight: nn.Parameter
 
-    def forward(self, input: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        return F.linear(input, self.dense_weight(input.dtype), self.bias)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, stack: tuple[int, ...] = ()) -> None:
+        """The weight is uninitialised. A stack has its axes in front: [*stack, out, in]."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.shape = (*stack, out_features, in_features)
+        """Of the dense weight."""
+        self.weight = nn.Parameter(torch.empty(self.shape))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        for each in FORMATS.values():
+            self.register_buffer(each.scale_name, None)
 
-    def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """The weight itself, or its dequantised copy in `dtype`."""
-        if self.weight_scale_inv is None:
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        return linear(x, self.operand(), self.bias)
+
+    @property
+    def format(self) -> str | None:
+        """The weight's key in `FORMATS`, or None where it is dense."""
+        return format_of(self.weight.dtype)
+
+    def operand(self) -> Tensor | Packed:
+        """The weight as ops take it."""
+        if self.format is None:
             return self.weight
-        return dequantize_blocks(self.weight, self.weight_scale_inv, dtype)
+        return Packed(self.weight, getattr(self, FORMATS[self.format].scale_name), None, self.format)
 
-    def make_fp8(self) -> None:
-        """Turn the weight into uninitialised FP8 with uninitialised scales, on its device (meta included)."""
-        device, shape = self.weight.device, self.weight.shape
-        empty = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-        self.weight = nn.Parameter(empty, requires_grad=False)
-        self.weight_scale_inv = torch.empty(scale_shape(shape), dtype=torch.float32, device=device)
+    def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "*stack out in"]:
+        """The weight itself, or a dense copy in `dtype` of a packed one."""
+        operand = self.operand()
+        return operand.dense(dtype) if isinstance(operand, Packed) else operand
+
+    def make_packed(self, format: str) -> None:
+        """Turn the weight into uninitialised storage of a format, on its device (meta included)."""
+        self._hold(FORMATS[format].empty(self.shape, self.weight.device))
 
     @torch.no_grad()
-    def quantize(self, *, power_of_two: bool = False) -> None:
-        """Round a dense weight to FP8 blocks in place."""
-        weight, self.weight_scale_inv = quantize_blocks(self.weight, power_of_two=power_of_two)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+    def pack(self, format: str, **options: Any) -> None:
+        """Round a dense weight to a format; FP8 takes `power_of_two`, for scales that are."""
+        self._hold(FORMATS[format].pack(self.weight, **options))
+
+    def _hold(self, packed: Packed) -> None:
+        self.weight = nn.Parameter(packed.data, requires_grad=False)
+        setattr(self, FORMATS[packed.format].scale_name, packed.scale)

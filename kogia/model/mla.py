@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kogia.model.cache import StepCache
 from kogia.model.config import MLAConfig
 from kogia.model.indexer import Indexer
 from kogia.model.layers import RMSNorm, StepContext
 from kogia.model.linear import Linear
 from kogia.ops.attention import paged_attention, varlen_attention
+from kogia.ops.cache import LatentRow, LayerCache, write_latent
 from kogia.ops.rope import rotate_interleaved, yarn_mscale
 from kogia.ops.sparse import IndexVectors, indexer_loss
 
@@ -55,82 +55,79 @@ class MLA(nn.Module):
         if config.indexer is not None:
             assert q_rank is not None, "ModelConfig checks this"
             self.indexer = Indexer(dim, q_rank, config.qk_rope_head_dim, config.indexer)
+        self._up: tuple[int, Tensor, Tensor] | None = None
 
     def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
         c = self.config
         q_latent = x if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(q_latent)
         q_nope, q_rope = q.view(-1, c.num_heads, c.qk_head_dim).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent = self.kv_a_layernorm(latent)
         q_rope = rotate_interleaved(q_rope, step.cos, step.sin)
-        k_rope = rotate_interleaved(k_rope[:, None], step.cos, step.sin)[:, 0]
+        kv = self.kv_a_proj_with_mqa(x)
         index = None if self.indexer is None else self.indexer(x, q_latent, step)
         if step.cache is None:
-            mixed = self._expanded(q_nope, q_rope, latent, k_rope, step, index)
+            mixed = self._expanded(q_nope, q_rope, kv, step, index)
         else:
-            mixed = self._absorbed(q_nope, q_rope, latent, k_rope, step, step.cache.at(self.layer), index)
+            mixed = self._absorbed(q_nope, q_rope, kv, step, step.cache.layers[self.layer], index)
         return self.o_proj(mixed.flatten(1))
 
     def _expanded(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latent: Tensor,
-        k_rope: Tensor,
-        step: StepContext,
-        index: IndexVectors | None,
+        self, q_nope: Tensor, q_rope: Tensor, kv: Tensor, step: StepContext, index: IndexVectors | None
     ) -> Float[Tensor, "tokens heads v"]:
         c = self.config
-        latent = _up_to_rank(latent, step.latent_ranks)
-        kv = self.kv_b_proj(latent).view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
-        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        latent, k_rope = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = up_to_rank(self.kv_a_layernorm(latent), step.latent_ranks)
+        k_rope = rotate_interleaved(k_rope[:, None], step.cos, step.sin)
+        k_nope, v = (
+            self.kv_b_proj(latent)
+            .view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+            .split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        )
         q = torch.cat((q_nope, q_rope), -1)
-        k = torch.cat((k_nope, k_rope[:, None].expand(-1, c.num_heads, -1)), -1)
-        if index is not None and self.indexer is not None and self.training and torch.is_grad_enabled():
-            self.indexer.loss = indexer_loss(q, k, index, step.buckets, self.scale)
-        return varlen_attention(q, k, v, step.buckets, self.scale, index)
+        k = torch.cat((k_nope, k_rope.expand(-1, c.num_heads, -1)), -1)
+        if index is not None and step.routing is not None and step.routing.losses:
+            step.routing.add_indexer_loss(self.layer, indexer_loss(q, k, index, step.segments, self.scale))
+        return varlen_attention(q, k, v, step.segments, scale=self.scale, index=index)
 
     def _absorbed(
         self,
         q_nope: Tensor,
         q_rope: Tensor,
-        latent: Tensor,
-        k_rope: Tensor,
+        kv: Tensor,
         step: StepContext,
-        cache: StepCache,
+        cache: LayerCache,
         index: IndexVectors | None,
     ) -> Float[Tensor, "tokens heads v"]:
-        c = self.config
-        row, rows = cache.pool.row, cache.pool.rows[self.layer]
-        assert row is not None, "a latent cache has latent rows"
-        rows.index_copy_(0, cache.slots, row.pack(latent, k_rope, None if index is None else index.k).to(rows.dtype))
-        up = self.kv_b_proj.dense_weight(latent.dtype).view(c.num_heads, -1, c.kv_lora_rank)
-        w_uk, w_uv = up[..., : row.latent].split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        norm, row = self.kv_a_layernorm, cache.row
+        assert isinstance(row, LatentRow), "a latent layer has latent rows"
+        keys = None if index is None else index.k
+        write_latent(kv, cache, norm.weight, step.cos, step.sin, eps=norm.eps, index_key=keys)
+        w_uk, w_uv = self._up_matrices()
+        if row.latent < self.config.kv_lora_rank:
+            w_uk, w_uv = w_uk[..., : row.latent], w_uv[..., : row.latent]
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-        q_latent = _up_to_rank(q_latent, cache.ranks)  # numbers past a query's rank neither score nor, below, mix
-        mixed = paged_attention(
-            torch.cat((q_latent, q_rope), -1),
-            rows,
-            cache.block_tables,
-            cache.context_lens,
-            step.batch.cu_seqlens,
-            step.buckets,
-            block_size=cache.pool.block_size,
-            max_context=cache.max_context,
-            num_kv_heads=1,
-            value_offset=0,
-            value_dim=row.latent,
-            scale=self.scale,
-            row=row,
-            index=index,
-            mass=cache.mass,
-        )
-        mixed = _up_to_rank(mixed, cache.ranks)
+        mixed = paged_attention(torch.cat((q_latent, q_rope), -1), cache, step.segments, scale=self.scale, index=index)
         return torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
 
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Make W_UK and W_UV, [heads, nope or v, latent], ready for the absorbed form.
 
-def _up_to_rank(x: Float[Tensor, "tokens *heads rank"], ranks: Int[Tensor, " tokens"] | None) -> Tensor:
+        Of a dense weight they are views, which follow it; of a packed one copies, to be made again when it changes.
+        """
+        c, weight = self.config, self.kv_b_proj.weight
+        up = self.kv_b_proj.dense_weight(self.kv_a_layernorm.weight.dtype).detach()
+        w_uk, w_uv = up.view(c.num_heads, -1, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        self._up = weight.data_ptr(), w_uk, w_uv
+
+    def _up_matrices(self) -> tuple[Tensor, Tensor]:
+        if self._up is None or self._up[0] != self.kv_b_proj.weight.data_ptr():  # moved to another device, say
+            self.absorb()
+        assert self._up is not None
+        return self._up[1:]
+
+
+def up_to_rank(x: Float[Tensor, "tokens *heads rank"], ranks: Int[Tensor, " tokens"] | None) -> Tensor:
     """`x` with zeros past each token's rank; unchanged without ranks."""
     if ranks is None:
         return x

@@ -3,37 +3,40 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 
+from kogia.ops.segments import Segments, segments_of
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedTokens:
-    """Token sequences laid end to end. Attention never crosses a boundary of `cu_seqlens`."""
+    """Token sequences laid end to end. Attention never crosses from one to the next."""
 
     token_ids: Int[Tensor, " tokens"]
     positions: Int[Tensor, " tokens"]
     """0-based within each sequence; a chunk of a longer sequence starts at its own offset."""
-    cu_seqlens: Int[Tensor, " seqs_plus_1"]
-    """Sequence i is rows cu_seqlens[i] to cu_seqlens[i+1]; the first entry is 0, the last is `tokens`."""
-    max_seqlen: int
+    segments: Segments
 
     @property
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
     def to(self, device: torch.device | str) -> "PackedTokens":
-        return PackedTokens(
-            self.token_ids.to(device), self.positions.to(device), self.cu_seqlens.to(device), self.max_seqlen
-        )
+        return PackedTokens(self.token_ids.to(device), self.positions.to(device), self.segments.to(device))
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> PackedTokens:
     """Lay whole sequences end to end, positions starting at 0 in each. Empty sequences are a caller's bug."""
-    lengths = [len(s) for s in sequences]
-    assert min(lengths, default=0) > 0, f"pack needs non-empty sequences, got lengths {lengths}"
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    ids = torch.tensor([t for s in sequences for t in s], dtype=torch.long)
-    positions = torch.arange(len(ids)) - torch.repeat_interleave(ends[:-1], torch.tensor(lengths))
-    return PackedTokens(ids, positions, ends, max(lengths))
+    lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+    return pack_arrays(np.array([t for s in sequences for t in s], dtype=np.int64), lengths)
+
+
+def pack_arrays(token_ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> PackedTokens:
+    """Sequences already laid end to end as a `PackedTokens`, positions starting at 0 in each."""
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(len(token_ids)) - np.repeat(starts, lengths)
+    return PackedTokens(torch.from_numpy(token_ids), torch.from_numpy(positions), segments_of(lengths))

@@ -10,31 +10,27 @@ paper's equation 21 writes the hidden state first), and h_i is the residual stre
 Parameter names are those of the Hugging Face checkpoints; only the routed experts are stacked (checkpoint/hf.py).
 """
 
-from typing import Any
+import hashlib
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
-from kogia.model.config import Llama3RopeConfig, MLAConfig, ModelConfig, YarnConfig
+from kogia.model.config import MLAConfig, ModelConfig
 from kogia.model.gqa import GQA
 from kogia.model.indexer import Indexer
-from kogia.model.layers import FeedForward, RMSNorm, StepContext, step_context
+from kogia.model.layers import FeedForward, Head, RMSNorm, StepContext
 from kogia.model.mla import MLA
 from kogia.model.moe import MoE, Router
 from kogia.model.packed import PackedTokens
-from kogia.ops.logprob import linear_logprob
-from kogia.ops.rope import (
-    inverse_frequencies,
-    llama3_inverse_frequencies,
-    rope_angles,
-    yarn_inverse_frequencies,
-    yarn_mscale,
-)
+from kogia.model.rotary import Rotary
+from kogia.model.routing import Routing
 
 
-class DecoderLayer(nn.Module):
+class Layer(nn.Module):
+    """Attention and a feed-forward part, each behind its norm and beside the residual stream."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim, eps, attention = config.dim, config.norm_eps, config.attention
@@ -44,14 +40,18 @@ class DecoderLayer(nn.Module):
         )
         self.post_attention_layernorm = RMSNorm(dim, eps)
         if config.moe is not None and config.is_moe_layer(layer):
-            self.mlp = MoE(dim, config.moe)
+            self.mlp = MoE(dim, config.moe, layer - config.moe.num_dense_layers)
         else:
             self.mlp = FeedForward(dim, config.ffn_dim)
 
-    def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
+    def block(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
         x = x + self.self_attn(self.input_layernorm(x), step)
-        u = self.post_attention_layernorm(x)
-        return x + (self.mlp(u, step.batch.cu_seqlens) if isinstance(self.mlp, MoE) else self.mlp(u))
+        return x + self.mlp(self.post_attention_layernorm(x), step)
+
+
+class DecoderLayer(Layer):
+    def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
+        return self.block(x, step)
 
 
 class SharedHead(nn.Module):
@@ -61,9 +61,12 @@ class SharedHead(nn.Module):
         super().__init__()
         self.norm = RMSNorm(dim, eps)
 
+    def forward(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+        return self.norm(x)
 
-class MTPLayer(DecoderLayer):
-    """One multi-token-prediction module: a decoder layer fed with [embedding of the next token ; hidden state]."""
+
+class MTPLayer(Layer):
+    """One multi-token-prediction module: a layer fed with [embedding of the next token ; hidden state]."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -71,6 +74,13 @@ class MTPLayer(DecoderLayer):
         self.hnorm = RMSNorm(config.dim, config.norm_eps)
         self.eh_proj = nn.Linear(2 * config.dim, config.dim, bias=False)
         self.shared_head = SharedHead(config.dim, config.norm_eps)
+
+    def forward(
+        self, embedded: Float[Tensor, "tokens dim"], hidden: Float[Tensor, "tokens dim"], step: StepContext
+    ) -> Float[Tensor, "tokens dim"]:
+        """`embedded` is the embedding of the token after each row."""
+        pair = torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
+        return self.block(self.eh_proj(pair), step)
 
 
 class Decoder(nn.Module):
@@ -80,10 +90,18 @@ class Decoder(nn.Module):
         super().__init__()
         # given a weight, it draws none: drawing on the meta device would import the compiler, which takes a second
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
-        layers = [DecoderLayer(config, i) for i in range(config.num_layers)]
+        self.num_layers = config.num_layers
+        layers: list[nn.Module] = [DecoderLayer(config, i) for i in range(config.num_layers)]
         layers += [MTPLayer(config, config.num_layers + k) for k in range(config.num_mtp_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, token_ids: Int[Tensor, " tokens"], step: StepContext) -> Float[Tensor, "tokens dim"]:
+        """Residual stream before the final norm."""
+        x = self.embed_tokens(token_ids)
+        for layer in self.layers[: self.num_layers]:
+            x = layer(x, step)
+        return x
 
 
 class Transformer(nn.Module):
@@ -91,9 +109,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.lm_head = Head(config.dim, config.vocab_size)
+        self.tie_head()
+        self.rotary = Rotary(config)
 
     @property
     def device(self) -> torch.device:
@@ -103,31 +121,45 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
-    def forward(
+    def tie_head(self) -> None:
+        """Let the head be the embedding where the configuration says so; needed again when either was replaced."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def step(
         self,
         batch: PackedTokens,
         cache: StepCache | None = None,
+        routing: Routing | None = None,
         latent_ranks: Int[Tensor, " seqs"] | None = None,
+    ) -> StepContext:
+        """What the layers share in the passes over one batch: those of the main model and of its MTP modules.
+
+        `routing` gives the choice of experts or records it. `latent_ranks` cuts the latents of each sequence to a
+        prefix: nested dropout in training, or a model's loss at a smaller rank; without a cache only.
+        """
+        cos, sin = self.rotary(batch.positions)
+        if routing is not None:
+            routing.bind(batch.segments)
+        if latent_ranks is not None:
+            latent_ranks = latent_ranks[batch.segments.owner]
+        return StepContext(batch.segments, cos, sin, cache, routing, latent_ranks)
+
+    def forward(
+        self, batch: PackedTokens, cache: StepCache | None = None, step: StepContext | None = None
     ) -> Float[Tensor, "tokens dim"]:
         """Residual stream before the final norm. With a cache, the batch's rows are written to it first.
 
-        `latent_ranks` cuts the latents of each sequence to a prefix: nested dropout in training, or a model's loss at a
-        smaller rank. Without a cache only; there the cache's row and its ranks say it.
+        `step` is what `Transformer.step` made of the batch, by default of the batch and cache alone.
         """
-        step = self._step(batch, cache, latent_ranks)
-        x = self.model.embed_tokens(batch.token_ids)
-        for layer in self.model.layers[: self.config.num_layers]:
-            x = layer(x, step)
-        return x
+        return self.model(batch.token_ids, step or self.step(batch, cache))
 
     def mtp_hidden(
         self,
         depth: int,
         hidden: Float[Tensor, "tokens dim"],
         next_ids: Int[Tensor, " tokens"],
-        batch: PackedTokens,
-        cache: StepCache | None = None,
-        latent_ranks: Int[Tensor, " seqs"] | None = None,
+        step: StepContext,
     ) -> Float[Tensor, "tokens dim"]:
         """Hidden states of MTP module `depth` (from 0): row i sees `hidden[i]` and the token `next_ids[i]`.
 
@@ -135,9 +167,7 @@ class Transformer(nn.Module):
         depth + 1 places after row i, and `mtp_logits` of the result predicts the token after that one. Rows whose next
         token lies beyond their sequence carry no meaning. Positions stay those of row i.
         """
-        module: MTPLayer = self.model.layers[self.config.num_layers + depth]  # pyright: ignore[reportAssignmentType]
-        pair = torch.cat((module.enorm(self.model.embed_tokens(next_ids)), module.hnorm(hidden)), -1)
-        return module(module.eh_proj(pair), self._step(batch, cache, latent_ranks))
+        return self._mtp_layer(depth)(self.model.embed_tokens(next_ids), hidden, step)
 
     def logits(self, hidden: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows vocab"]:
         """Final norm and output head."""
@@ -145,31 +175,32 @@ class Transformer(nn.Module):
 
     def mtp_norm(self, depth: int, hidden: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
         """The norm of module `depth` that stands before the shared output head."""
-        return self.model.layers[self.config.num_layers + depth].shared_head.norm(hidden)  # pyright: ignore
+        return self._mtp_layer(depth).shared_head(hidden)
 
     def mtp_logits(self, depth: int, hidden: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows vocab"]:
         """Norm of MTP module `depth` and the shared output head."""
         return self.lm_head(self.mtp_norm(depth, hidden))
 
     def logprobs(
-        self, batch: PackedTokens, temperature: float = 1.0, mask: Bool[Tensor, " tokens"] | None = None
+        self, batch: PackedTokens, temperature: float = 1.0, rows: Int[Tensor, " rows"] | None = None
     ) -> Float[Tensor, " tokens"]:
-        """log p(token_ids[i] | earlier tokens of its sequence) in nats; 0 at position 0 and where `mask` is False."""
-        return self.logprobs_from_hidden(self(batch), batch, temperature, mask)[0]
+        """log p(token_ids[i] | earlier tokens of its sequence) in nats; 0 at the start of a sequence.
+
+        With `rows`, which name no start of a sequence, for those tokens alone and 0 elsewhere.
+        """
+        return self.logprobs_from_hidden(self(batch), batch, temperature, rows)[0]
 
     def logprobs_from_hidden(
         self,
         hidden: Float[Tensor, "tokens dim"],
         batch: PackedTokens,
         temperature: float = 1.0,
-        mask: Bool[Tensor, " tokens"] | None = None,
+        rows: Int[Tensor, " rows"] | None = None,
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         """(log-probabilities as in `logprobs`, entropies of the same predictions), from `forward`'s output."""
-        wanted = torch.ones_like(batch.token_ids, dtype=torch.bool) if mask is None else mask.clone()
-        wanted[batch.cu_seqlens[:-1]] = False
-        rows = wanted.nonzero().flatten()
+        rows = batch.segments.later_rows if rows is None else rows
         normed = self.model.norm(hidden[rows - 1])
-        values, entropy = linear_logprob(normed, self.lm_head.weight, batch.token_ids[rows], temperature)
+        values, entropy = self.lm_head(normed, batch.token_ids[rows], temperature)
         zeros = values.new_zeros(batch.num_tokens)
         return zeros.index_copy(0, rows, values), zeros.index_copy(0, rows, entropy)
 
@@ -177,46 +208,45 @@ class Transformer(nn.Module):
         """Routers of all mixture layers in order, the MTP modules' last."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def pop_balance_loss(self) -> Float[Tensor, ""]:
-        """Sequence-wise balance loss summed over the tokens and routers of the last training forward, then cleared."""
-        losses = [router.balance_loss for router in self.routers() if router.balance_loss is not None]
-        for router in self.routers():
-            router.balance_loss = None
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+    def update_router_biases(self, loads: Int[Tensor, "mixtures experts"], speed: float) -> None:
+        """Move every selection bias against the loads of an optimiser step, which `Routing.loads` counts."""
+        for router, load in zip(self.routers(), loads, strict=True):
+            router.update_bias(load, speed)
 
     def indexers(self) -> list[Indexer]:
         """Lightning indexers of all layers in order, the MTP modules' last; none without sparse attention."""
         return [module for module in self.modules() if isinstance(module, Indexer)]
 
-    def pop_indexer_loss(self) -> Float[Tensor, ""]:
-        """The indexers' own loss summed over the tokens and layers of the last training forward, then cleared."""
-        losses = [indexer.loss for indexer in self.indexers() if indexer.loss is not None]
-        for indexer in self.indexers():
-            indexer.loss = None
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+    def absorb(self) -> None:
+        """Prepare latent attention for decoding; to be called again when the weights have changed."""
+        for module in self.modules():
+            if isinstance(module, MLA):
+                module.absorb()
 
-    def _step(self, batch: PackedTokens, cache: StepCache | None, latent_ranks: Tensor | None = None) -> StepContext:
-        cos, sin = rope_angles(batch.positions, *_rope(self.config, batch.positions.device))
-        return step_context(batch, cos, sin, cache, latent_ranks)
-
-
-def _rope(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
-    """Inverse frequencies of the rotary part and the factor on cos and sin."""
-    attention = config.attention
-    dim = attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
-    base, scaling = attention.rope_theta, attention.rope_scaling
-    if scaling is None:
-        return inverse_frequencies(dim, base).to(device), 1.0
-    if isinstance(scaling, Llama3RopeConfig):
-        return llama3_inverse_frequencies(dim, base, **_fields(scaling)).to(device), 1.0
-    numbers = _fields(scaling)
-    mscale, all_dim = numbers.pop("mscale"), numbers.pop("mscale_all_dim")
-    ratio = yarn_mscale(scaling.factor, mscale) / yarn_mscale(scaling.factor, all_dim)
-    return yarn_inverse_frequencies(dim, base, **numbers).to(device), ratio
+    def _mtp_layer(self, depth: int) -> MTPLayer:
+        layer = self.model.layers[self.config.num_layers + depth]
+        assert isinstance(layer, MTPLayer)
+        return layer
 
 
-def _fields(scaling: YarnConfig | Llama3RopeConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(scaling).items() if name != "kind"}
+def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model without storage, on the meta device. Selection biases stay float32 whatever the dtype."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype)
+    for router in model.routers():
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias = router.e_score_correction_bias.float()
+    return model
+
+
+def materialize(model: Transformer, device: torch.device | str) -> None:
+    """Give a model on the meta device storage: uninitialised parameters, zeroed buffers."""
+    # what to_empty does, without its empty_like: that one imports sympy, which takes longer than to read 500 MB
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+    for buffer in model.buffers():
+        buffer.zero_()
+    model.tie_head()
 
 
 def build_model(
@@ -226,13 +256,13 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Transformer:
-    """A freshly initialised model: normal(0, init_std) matrices, unit norms, zero biases. Reproducible by seed."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to_empty(device="cpu")
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    generator = torch.Generator().manual_seed(seed)
+    """A freshly initialised model: normal(0, init_std) matrices, unit norms, zero biases.
+
+    Each parameter is drawn on its device by a generator of its own, seeded by `seed` and its name: it depends neither
+    on the other parts of the model nor on the order in which they are drawn.
+    """
+    model = empty_model(config, dtype)
+    materialize(model, device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -240,11 +270,16 @@ def build_model(
             elif name.endswith(".bias"):
                 parameter.zero_()
             else:
-                parameter.normal_(0.0, config.init_std, generator=generator)
-        for buffer in model.buffers():
-            buffer.zero_()
-    # initialise in float32, then cast: drawing in bfloat16 quantises the small weights of wide layers
-    model = model.to(device=device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+                draw(parameter, config.init_std, f"{seed}/{name}")
     return model
+
+
+def draw(parameter: Tensor, std: float, key: str) -> None:
+    """Fill with normal(0, std) numbers that depend on `key`, the shape and the kind of device alone.
+
+    They are drawn in float32, then cast: drawing in bfloat16 quantises the small weights of wide layers.
+    """
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+    generator = torch.Generator(parameter.device).manual_seed(seed)
+    numbers = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    parameter.copy_(numbers.normal_(0.0, std, generator=generator))

@@ -1,7 +1,7 @@
 """Causal attention over packed sequences, and over the paged cache.
 
 Without a cache, every sequence attends within itself. With a cache, sequence s has `context_lens[s]` visible tokens of
-which the last `cu_seqlens[s+1] - cu_seqlens[s]` are this step's, so row i of them sees keys up to its own position.
+which the last `lengths[s]` are this step's, so row i of them sees keys up to its own position.
 Either may be sparse: a lightning indexer then picks the keys of every query (kogia.ops.sparse).
 """
 
@@ -10,28 +10,28 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kogia.ops.cache_rows import LatentRow
-from kogia.ops.grid import Bucket
+from kogia.ops.cache import KVRow, LatentRow, LayerCache
+from kogia.ops.dispatch import op
+from kogia.ops.segments import Bucket, Segments
 from kogia.ops.sparse import IndexVectors, index_scores, keep_topk
 
 
+@op()
 def varlen_attention(
     q: Float[Tensor, "tokens heads qk"],
     k: Float[Tensor, "tokens kv_heads qk"],
     v: Float[Tensor, "tokens kv_heads v"],
-    buckets: list[Bucket],
+    segments: Segments,
+    *,
     scale: float,
     index: IndexVectors | None = None,
 ) -> Float[Tensor, "tokens heads v"]:
-    """Causal softmax(q k^T * scale) v inside each sequence; query heads share key/value heads in equal groups.
-
-    `buckets` comes from `buckets_by_length`, made once per forward and used by every layer.
-    """
+    """Causal softmax(q k^T * scale) v inside each sequence; query heads share key/value heads in equal groups."""
     heads, qk_dim, v_dim = q.shape[1], q.shape[2], v.shape[2]
     if v_dim < qk_dim:  # the fused CPU and flash kernels want equal widths; zero columns of v change nothing
         v = F.pad(v, (0, qk_dim - v_dim))
-    out = None if buckets[0].rows is None else q.new_zeros(q.shape[0], heads, v_dim)
-    for bucket in buckets:
+    out = None if segments.buckets[0].rows is None else q.new_zeros(q.shape[0], heads, v_dim)
+    for bucket in segments.buckets:
         grid = [bucket.to_grid(x).transpose(1, 2) for x in (q, k, v)]
         mask = None
         if index is not None and bucket.width > index.topk:
@@ -57,7 +57,7 @@ def gather_context(
     rows: Shaped[Tensor, "slots row"], block_tables: Int[Tensor, "seqs blocks"], block_size: int, max_context: int
 ) -> Shaped[Tensor, "seqs context row"]:
     """Copy each sequence's cached rows out of its blocks, up to the block that ends `max_context`."""
-    num_blocks = -(-max_context // block_size)
+    num_blocks = min(-(-max_context // block_size), block_tables.shape[1])
     tables = block_tables[:, :num_blocks]
     blocks = rows.view(-1, block_size * rows.shape[1]).index_select(0, tables.reshape(-1))
     return blocks.view(tables.shape[0], num_blocks * block_size, rows.shape[1])
@@ -71,57 +71,60 @@ def _visible(q_lens: Tensor, context_lens: Tensor, width: int, keys: int) -> Ten
 
 def paged_attention(
     q: Float[Tensor, "tokens heads qk"],
-    rows: Shaped[Tensor, "slots row"],
-    block_tables: Int[Tensor, "seqs blocks"],
-    context_lens: Int[Tensor, " seqs"],
-    cu_seqlens: Int[Tensor, " seqs_plus_1"],
-    buckets: list[Bucket],
+    cache: LayerCache,
+    segments: Segments,
     *,
-    block_size: int,
-    max_context: int,
-    num_kv_heads: int,
-    value_offset: int,
-    value_dim: int,
     scale: float,
-    row: LatentRow | None = None,
     index: IndexVectors | None = None,
-    mass: Float[Tensor, " slots"] | None = None,
 ) -> Float[Tensor, "tokens heads value"]:
-    """Attend to cached rows. A row holds `num_kv_heads` keys at its start and values from `value_offset` on.
+    """Attend to cached rows, this step's included, which must have been written.
 
-    GQA: keys then values, value_offset = kv_heads * head_dim. Absorbed MLA (DeepSeek-V2 section 2.1.2) is the case of
-    one key/value head whose value is the first `kv_lora_rank` numbers of the key itself: value_offset = 0. `row`
-    says how such rows are stored. With an `index`, every row ends in an index key, and a query attends to `index.topk`
-    rows at most. With `mass`, which takes one key/value head, the attention that each row gets is added to its own.
+    GQA reads keys and values of the row's heads. Absorbed MLA (DeepSeek-V2 section 2.1.2) is the case of one key/value
+    head whose value is the first `latent` numbers of the key itself. With an `index`, every row ends in an index key,
+    and a query attends to `index.topk` rows at most.
     """
-    q_lens = cu_seqlens[1:] - cu_seqlens[:-1]
-    out = q.new_empty(q.shape[0], q.shape[1], value_dim)
-    for bucket in buckets:
-        if bucket.seqs is None:
-            tables, contexts, lens, longest = block_tables, context_lens, q_lens, max_context
-        else:
-            tables, contexts, lens = (x[bucket.seqs] for x in (block_tables, context_lens, q_lens))
-            longest = int(contexts.max())
-        context = gather_context(rows, tables, block_size, longest)
-        context = context if row is None else row.unpack(context, q.dtype)
-        visible = _visible(lens, contexts, bucket.width, context.shape[1])
-        chosen = None
+    attend = cached_attention if cache.attend is None else cache.attend
+    return attend(q, cache, segments, scale=scale, index=index)
+
+
+@op()
+def cached_attention(
+    q: Float[Tensor, "tokens heads qk"],
+    cache: LayerCache,
+    segments: Segments,
+    *,
+    scale: float,
+    index: IndexVectors | None = None,
+) -> Float[Tensor, "tokens heads value"]:
+    """`paged_attention` itself, whatever `cache.attend` says."""
+    out = None
+    for bucket in segments.buckets:
+        context, visible = bucket_context(q, cache, segments, bucket)
         if index is not None and context.shape[1] > index.topk:
-            context, visible, chosen = _narrow(context, visible, index, bucket)
-        mixed, weights = _attend(bucket.to_grid(q), context, visible, num_kv_heads, value_offset, value_dim, scale)
-        if mass is not None:
-            assert weights is not None, "attention mass is counted for one key head only"
-            slots = _context_slots(tables, block_size, longest)
-            _add_mass(mass, weights, lens, slots if chosen is None else slots.gather(1, chosen))
-        del weights  # as large as the scores: not to be held while the next bucket is gathered
-        picked = bucket.from_grid(mixed)
+            context, visible, _ = narrow(context, visible, index, bucket)
+        mixed = bucket.from_grid(_attend(bucket.to_grid(q), context, visible, cache.row, scale))
         if bucket.rows is None:
-            return picked
-        out.index_copy_(0, bucket.rows, picked)
+            return mixed
+        out = q.new_empty(q.shape[0], *mixed.shape[1:]) if out is None else out
+        out.index_copy_(0, bucket.rows, mixed)
+    assert out is not None
     return out
 
 
-def _narrow(
+def bucket_context(
+    q: Float[Tensor, "tokens heads qk"], cache: LayerCache, segments: Segments, bucket: Bucket
+) -> tuple[Float[Tensor, "seqs keys row"], Bool[Tensor, "seqs width keys"]]:
+    """The rows that a bucket's sequences may see, as numbers, and which of them each query does."""
+    tables, contexts, lens = cache.block_tables, cache.context_lens, segments.cu_seqlens.diff()
+    if bucket.seqs is not None:
+        tables, contexts, lens = (x[bucket.seqs] for x in (tables, contexts, lens))
+    context = gather_context(cache.rows, tables, cache.block_size, int(cache.contexts[bucket.members].max()))
+    if isinstance(cache.row, LatentRow):
+        context = cache.row.unpack(context, q.dtype)
+    return context, _visible(lens, contexts, bucket.width, context.shape[1])
+
+
+def narrow(
     context: Tensor, visible: Tensor, index: IndexVectors, bucket: Bucket
 ) -> tuple[Float[Tensor, "seqs keys row"], Bool[Tensor, "seqs width keys"], Int[Tensor, "seqs keys"] | None]:
     """Leave each query its selected keys: one query per sequence gathers them, several share a masked context.
@@ -133,50 +136,35 @@ def _narrow(
     if bucket.width > 1:
         return context, keep_topk(scores, visible, index.topk), None
     best = scores.masked_fill(~visible, float("-inf")).topk(index.topk, dim=-1).indices[:, 0]
-    narrow = context.gather(1, best[..., None].expand(-1, -1, context.shape[-1]))
-    return narrow, visible.gather(2, best[:, None]), best
+    chosen = context.gather(1, best[..., None].expand(-1, -1, context.shape[-1]))
+    return chosen, visible.gather(2, best[:, None]), best
+
+
+def shared_key_weights(
+    q: Float[Tensor, "seqs width heads qk"],
+    context: Float[Tensor, "seqs keys row"],
+    visible: Bool[Tensor, "seqs width keys"],
+    scale: float,
+) -> Float[Tensor, "seqs width heads keys"]:
+    """Attention probabilities over one shared key head: all query heads are rows of a single product."""
+    scores = (q.flatten(1, 2) @ context[..., : q.shape[-1]].transpose(1, 2)).float().mul_(scale)
+    return scores.unflatten(1, (-1, q.shape[2])).masked_fill_(~visible[:, :, None], float("-inf")).softmax(-1)
 
 
 def _attend(
     q: Float[Tensor, "seqs width heads qk"],
     context: Float[Tensor, "seqs keys row"],
     visible: Bool[Tensor, "seqs width keys"],
-    num_kv_heads: int,
-    value_offset: int,
-    value_dim: int,
+    row: LatentRow | KVRow,
     scale: float,
-) -> tuple[Float[Tensor, "seqs width heads value"], Float[Tensor, "seqs width heads keys"] | None]:
-    """The mixed values, and the weights behind them where there is one key head."""
-    heads, qk_dim = q.shape[2:]
-    values = context[..., value_offset : value_offset + num_kv_heads * value_dim]
-    if num_kv_heads > 1:
-        keys = context[..., : num_kv_heads * qk_dim].unflatten(-1, (num_kv_heads, qk_dim)).transpose(1, 2)
-        values = values.unflatten(-1, (num_kv_heads, value_dim)).transpose(1, 2)
-        shared = heads != num_kv_heads
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=shared
-        )
-        return mixed.transpose(1, 2), None
-    # one key head: all query heads are rows of a single product, and no key is copied for them
-    scores = (q.flatten(1, 2) @ context[..., :qk_dim].transpose(1, 2)).float().mul_(scale)
-    weights = scores.unflatten(1, (-1, heads)).masked_fill_(~visible[:, :, None], float("-inf")).softmax(-1)
-    del scores
-    return (weights.to(values.dtype).flatten(1, 2) @ values).unflatten(1, (-1, heads)), weights
-
-
-def _context_slots(tables: Tensor, block_size: int, max_context: int) -> Int[Tensor, "seqs context"]:
-    """Where the rows of `gather_context` stand."""
-    tables = tables[:, : -(-max_context // block_size), None]
-    return (tables * block_size + torch.arange(block_size, device=tables.device)).flatten(1)
-
-
-def _add_mass(
-    mass: Float[Tensor, " slots"],
-    weights: Float[Tensor, "seqs width heads keys"],
-    q_lens: Int[Tensor, " seqs"],
-    slots: Int[Tensor, "seqs keys"],
-) -> None:
-    """Add up what every row got: averaged over heads, summed over queries, without those that pad the grid."""
-    padding = torch.arange(weights.shape[1], device=q_lens.device) >= q_lens[:, None]
-    received = weights.mean(2).masked_fill(padding[..., None], 0.0).sum(1)
-    mass.index_add_(0, slots.flatten(), received.flatten())  # behind a context's end this adds 0 to anyone's row
+) -> Float[Tensor, "seqs width heads value"]:
+    heads = q.shape[2]
+    if isinstance(row, LatentRow) or row.num_heads == 1:
+        values = context[..., : row.latent] if isinstance(row, LatentRow) else context[..., row.head_dim :]
+        weights = shared_key_weights(q, context, visible, scale)
+        return (weights.to(values.dtype).flatten(1, 2) @ values).unflatten(1, (-1, heads))
+    keys, values = context.unflatten(-1, (2 * row.num_heads, row.head_dim)).transpose(1, 2).chunk(2, 1)
+    mixed = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=heads != row.num_heads
+    )
+    return mixed.transpose(1, 2)

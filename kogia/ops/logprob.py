@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kogia.ops.dispatch import op
+
 CHUNK_ELEMENTS = 1 << 20  # logits held at a time: 4 MiB in float32
 
 
@@ -58,6 +60,7 @@ class _LinearLogprob(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
+@op()
 def linear_logprob(
     hidden: Float[Tensor, "rows dim"],
     weight: Float[Tensor, "vocab dim"],

@@ -1,8 +1,10 @@
-"""Mixture-of-experts pieces: routing, permutation to expert order, grouped linear, balance loss.
+"""Mixture of experts: routing, permutation to expert order, the experts themselves, the balance loss.
 
 s_i = sigmoid(u . e_i)  (DeepSeek-V3 eq 15)   or   softmax_i(u . e_i)  (DeepSeekMoE eq 5)
 choose topk of s_i + b_i                      (eq 16: the bias only selects)
 g_i = scale * s_i / sum of chosen s           (unbiased affinities weigh)
+
+An expert id of -1 is nobody: such a copy of a token is sorted last, not counted, and weighs nothing in the sum.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from kogia.ops.dispatch import op
+from kogia.ops.linear import grouped_linear
+from kogia.ops.packed import Packed
+from kogia.ops.segments import Segments
 
 
 def affinities(logits: Float[Tensor, "tokens experts"], score: str) -> Float[Tensor, "tokens experts"]:
@@ -46,14 +53,69 @@ def select_experts(
 def gate_weights(
     scores: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens topk"], *, normalize: bool, scale: float
 ) -> Float[Tensor, "tokens topk"]:
-    """Weights of the chosen experts from their unbiased affinities, times `scale`."""
-    weights = scores.gather(-1, expert_ids)
+    """Weights of the chosen experts, none of them nobody, from their unbiased affinities, times `scale`."""
+    return _weigh(scores.gather(-1, expert_ids), normalize, scale)
+
+
+def _weigh(chosen: Tensor, normalize: bool, scale: float) -> Tensor:
     if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * scale
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return chosen * scale
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """What a router made of its tokens."""
+
+    expert_ids: Int[Tensor, "tokens topk"]
+    weights: Float[Tensor, "tokens topk"]
+    scores: Float[Tensor, "tokens experts"]
+    """All affinities, which the balance loss is of."""
+
+
+@op()
+def route(
+    x: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "experts dim"],
+    bias: Float[Tensor, " experts"] | None,
+    *,
+    score: str,
+    topk: int,
+    num_groups: int,
+    topk_groups: int,
+    normalize: bool,
+    scale: float,
+    given: Int[Tensor, "tokens topk"] | None = None,
+    may_be_nobody: bool = False,
+) -> Routed:
+    """Score tokens against experts in float32, choose and weigh. With `given` ids nothing is chosen; some of them may
+    be -1 only where `may_be_nobody` says so."""
+    scores = affinities(x.float() @ weight.float().T, score)
+    if given is None:
+        with torch.no_grad():
+            given = select_experts(scores, bias, topk=topk, num_groups=num_groups, topk_groups=topk_groups)
+    if not may_be_nobody:
+        return Routed(given, gate_weights(scores, given, normalize=normalize, scale=scale), scores)
+    chosen = scores.gather(-1, given.clamp_min(0)).masked_fill(given < 0, 0.0)
+    return Routed(given, _weigh(chosen, normalize, scale), scores)
+
+
+def expert_counts(expert_ids: Int[Tensor, "tokens topk"], num_experts: int) -> Int[Tensor, " experts"]:
+    """Copies sent to each expert; nobody's are left out. Unlike bincount, it never waits for the device."""
+    return _counts(_nobody_last(expert_ids, num_experts), num_experts)
+
+
+def _nobody_last(expert_ids: Tensor, num_experts: int) -> Tensor:
+    flat = expert_ids.flatten()
+    return torch.where(flat < 0, num_experts, flat)
+
+
+def _counts(ids: Tensor, num_experts: int) -> Tensor:
+    counts = ids.new_zeros(num_experts + 1)
+    return counts.scatter_add_(0, ids, torch.ones_like(ids))[:num_experts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertOrder:
     """Token copies sorted by expert: `order[r]` is the copy (token * topk + choice) that stands in row r."""
 
@@ -64,11 +126,10 @@ class ExpertOrder:
 
 def order_by_expert(expert_ids: Int[Tensor, "tokens topk"], num_experts: int) -> ExpertOrder:
     """Stable sort of all token copies by expert, with its inverse and the copies per expert."""
-    flat = expert_ids.flatten()
-    order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return ExpertOrder(order, inverse, torch.bincount(flat, minlength=num_experts))
+    ids = _nobody_last(expert_ids, num_experts)
+    order = ids.argsort(stable=True)
+    inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    return ExpertOrder(order, inverse, _counts(ids, num_experts))
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -98,14 +159,20 @@ def combine(
     return torch.bmm(weights.to(y.dtype)[:, None], by_token.view(*weights.shape, y.shape[1])).squeeze(1)
 
 
-def grouped_linear(
-    x: Float[Tensor, "routed in"], weight: Float[Tensor, "experts out in"], counts: Int[Tensor, " experts"]
-) -> Float[Tensor, "routed out"]:
-    """Rows in expert order times their expert's matrix, without bias. `counts` must sum to the rows of `x`."""
-    if (x.shape[1] * x.element_size()) % 16 or (weight.shape[1] * x.element_size()) % 16:
-        # grouped_mm wants 16-byte strides; odd widths take one product per expert
-        return torch.cat([rows @ w.T for rows, w in zip(x.split(counts.tolist()), weight, strict=True)])
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+@op()
+def mix_experts(
+    x: Float[Tensor, "tokens dim"],
+    expert_ids: Int[Tensor, "tokens topk"],
+    weights: Float[Tensor, "tokens topk"],
+    gate_up: Tensor | Packed,
+    down: Tensor | Packed,
+) -> Float[Tensor, "tokens dim"]:
+    """sum_j weights[t, j] * FFN_{expert_ids[t, j]}(x[t]), over experts stored as [experts, gate | up, width, dim] and
+    [experts, dim, width]."""
+    order = order_by_expert(expert_ids, len(gate_up))
+    rows = grouped_linear(dispatch(x, expert_ids.shape[1], order), gate_up, order.counts)
+    weights = weights.masked_fill(expert_ids < 0, 0.0)
+    return combine(grouped_linear(swiglu(rows), down, order.counts), weights, order)
 
 
 def swiglu(gate_up: Float[Tensor, "rows two_width"]) -> Float[Tensor, "rows width"]:
@@ -115,9 +182,7 @@ def swiglu(gate_up: Float[Tensor, "rows two_width"]) -> Float[Tensor, "rows widt
 
 
 def sequence_balance_loss(
-    scores: Float[Tensor, "tokens experts"],
-    expert_ids: Int[Tensor, "tokens topk"],
-    cu_seqlens: Int[Tensor, " seqs_plus_1"],
+    scores: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens topk"], segments: Segments
 ) -> Float[Tensor, ""]:
     """Complementary sequence-wise balance loss (DeepSeek-V3 eq 17-20), before its factor alpha.
 
@@ -125,11 +190,11 @@ def sequence_balance_loss(
     mean of s_i / sum_j s_j. It is a SUM over tokens: divide by the token count. Perfect balance gives 1 per token.
     The counts are those of the actual selection and carry no gradient.
     """
-    num_experts, topk = scores.shape[1], expert_ids.shape[1]
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    (_, num_experts), topk, num_seqs = scores.shape, expert_ids.shape[1], segments.num_seqs
+    owner = segments.owner
     normed = scores / scores.sum(-1, keepdim=True)
-    total_p = scores.new_zeros(len(lengths), num_experts).index_add(0, owner, normed)
-    copies = torch.bincount((owner[:, None] * num_experts + expert_ids).flatten(), minlength=total_p.numel())
-    f = copies.view_as(total_p).to(scores.dtype) * (num_experts / topk) / lengths[:, None]
+    total_p = scores.new_zeros(num_seqs, num_experts).index_add(0, owner, normed)
+    places = torch.where(expert_ids < 0, -1, owner[:, None] * num_experts + expert_ids)
+    copies = expert_counts(places, num_seqs * num_experts).view_as(total_p)
+    f = copies.to(scores.dtype) * (num_experts / topk) / segments.cu_seqlens.diff()[:, None]
     return (f * total_p).sum()

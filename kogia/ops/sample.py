@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kogia.ops.dispatch import op
+
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number; int64 products wrap as unsigned ones do
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
@@ -58,6 +60,7 @@ def filter_logits(
     return scaled
 
 
+@op()
 def sample(
     logits: Float[Tensor, "rows vocab"],
     temperature: Float[Tensor, " rows"],
@@ -65,19 +68,23 @@ def sample(
     top_k: Int[Tensor, " rows"] | None = None,
     top_p: Float[Tensor, " rows"] | None = None,
     min_p: Float[Tensor, " rows"] | None = None,
+    filtered: Int[Tensor, " some"] | None = None,
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
     """(token, log-probability in nats) per row; rows of temperature 0, or all when `uniforms` is None, are greedy.
 
     The log-probability is that of the token under softmax(logits / temperature) with NO filter (temperature 0 counts
     as 1 there): the behaviour log-probability of policy-gradient training, equal to `Transformer.logprobs`.
+    Sorting is what sampling costs: `filtered` names the rows that have a filter on, all of them when it is None.
     """
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
     if uniforms is None:
         tokens = scaled.argmax(-1)
     else:
-        tokens = _invert(_filter_some(scaled, greedy, top_k, top_p, min_p), uniforms)
-        tokens = torch.where(greedy, scaled.argmax(-1), tokens)
+        kept = scaled
+        if any(x is not None for x in (top_k, top_p, min_p)):
+            kept = _filter_some(scaled, (top_k, top_p, min_p), filtered)
+        tokens = torch.where(greedy, scaled.argmax(-1), _invert(kept, uniforms))
     logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - scaled.logsumexp(-1)
     return tokens, logprobs
 
@@ -89,19 +96,7 @@ def _invert(filtered: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, points, right=True).squeeze(-1).clamp_(max=filtered.shape[1] - 1)
 
 
-def _filter_some(
-    scaled: Tensor, greedy: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
-) -> Tensor:
-    """Filter the rows that have a filter on: sorting is what sampling costs, so the others are spared it."""
-    active = torch.zeros_like(greedy)
-    if top_k is not None:
-        active |= top_k > 0
-    if top_p is not None:
-        active |= top_p < 1
-    if min_p is not None:
-        active |= min_p > 0
-    if top_k is None and top_p is None and min_p is None:
-        return scaled
-    rows = (active & ~greedy).nonzero().squeeze(-1)
-    pick = [None if x is None else x[rows] for x in (top_k, top_p, min_p)]
-    return scaled.index_copy(0, rows, filter_logits(scaled[rows], *pick))
+def _filter_some(scaled: Tensor, filters: tuple[Tensor | None, ...], rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return filter_logits(scaled, *filters)
+    return scaled.index_copy(0, rows, filter_logits(scaled[rows], *(None if x is None else x[rows] for x in filters)))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kogia.ops.grid import Bucket
+from kogia.ops.segments import Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,12 @@ def indexer_loss(
     q: Float[Tensor, "tokens heads qk"],
     k: Float[Tensor, "tokens heads qk"],
     index: IndexVectors,
-    buckets: list[Bucket],
+    segments: Segments,
     scale: float,
 ) -> Float[Tensor, ""]:
     """L_I summed over the tokens. `q` and `k` are the expanded attention's and get no gradient."""
     total = torch.zeros((), device=q.device)
-    for bucket in buckets:
+    for bucket in segments.buckets:
         scores = index_scores(*(bucket.to_grid(x) for x in (index.q, index.k, index.weights)))
         causal = torch.ones(bucket.width, bucket.width, dtype=torch.bool, device=q.device).tril()
         with torch.no_grad():

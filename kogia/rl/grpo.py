@@ -24,11 +24,11 @@ from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
 from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint
 from kogia.config import to_dict
-from kogia.data.loader import Batch
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import evaluate
+from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
 from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
 from kogia.rl.config import RLConfig
@@ -41,10 +41,10 @@ from kogia.tasks.task import load_task
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.estimate import train_memory
 from kogia.train.interrupt import GracefulStop
-from kogia.train.loss import mtp_losses
+from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from kogia.train.run_dir import open_run_dir, pick_device
-from kogia.train.step import Metrics, TrainState, train_step
+from kogia.train.step import Loss, TrainState, train_step
 
 SAMPLES_EVERY = 10  # steps between groups written to samples.jsonl
 
@@ -156,7 +156,6 @@ def step(run: Run) -> dict[str, float]:
     config, model = run.config, run.state.model
     start = time.perf_counter()
     drawn = draw_problems(run.sources, run.rollouts, config.prompts_per_step, config.seed)
-    model.eval()
     params = SamplingParams(
         temperature=config.temperature,
         max_tokens=config.max_tokens,
@@ -168,9 +167,7 @@ def step(run: Run) -> dict[str, float]:
     sampled = time.perf_counter()
     rewards = shaped_rewards(rollout, config, run.rollouts)
     metrics = rollout_metrics(rollout, rewards)
-    model.train()
     metrics |= update(run, rollout, rewards)
-    model.eval()
     run.engine.update_weights(model, run.rollouts + 1)
     if run.reference is not None and config.reference_every and (run.rollouts + 1) % config.reference_every == 0:
         run.reference.load_state_dict(model.state_dict())
@@ -210,19 +207,18 @@ def update(run: Run, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
     for batches, denominator in parts:
         if not denominator:
             continue  # every group is all right or all wrong: there is nothing to learn from this part
-        worst: list[float] = []
         per_loss_token = denominator / sum(batch.num_loss_tokens for batch in batches)
         per_token = denominator / sum(batch.tokens.num_tokens for batch in batches)
         loss_fn = partial(
             grpo_loss,
             config=config,
-            mtp_weight=config.mtp_weight * per_loss_token,
-            balance_weight=config.balance_weight * per_token,
-            indexer_weight=config.indexer_weight * per_token,
-            worst=worst,
+            weights=LossWeights(
+                mtp=config.mtp_weight * per_loss_token,
+                balance=config.balance_weight * per_token,
+                indexer=config.indexer_weight * per_token,
+            ),
         )
         results.append(train_step(state, batches, loss_fn, denominator=denominator))
-        results[-1]["mismatch"] = max(worst)
     if not results:
         return {"skipped_updates": 1.0}
     # the gap between engine and trainer means something only before the first update changed the weights
@@ -257,43 +253,32 @@ def build_batches(
 @torch.no_grad()
 def scored(model: Transformer, batch: PolicyBatch, temperature: float) -> Tensor:
     """Log-probabilities of a batch under a model that is not being trained on it."""
-    return model.logprobs(batch.tokens, temperature, batch.loss_mask)
+    return model.logprobs(batch.tokens, temperature, batch.loss_rows)
 
 
-def grpo_loss(
-    model: Transformer,
-    batch: PolicyBatch,
-    *,
-    config: RLConfig,
-    mtp_weight: float,
-    balance_weight: float,
-    indexer_weight: float,
-    worst: list[float],
-) -> tuple[Tensor, Metrics]:
+def grpo_loss(model: Transformer, batch: PolicyBatch, *, config: RLConfig, weights: LossWeights) -> Loss:
     """Policy loss of a micro-batch, with the balance, indexer and multi-token-prediction losses where they are on.
 
     The weights are the configured ones times the update's denominator per token: after train_step's division these
     losses are means over tokens, whatever the aggregation of the policy loss and the split into micro-batches.
-    Appends the largest difference between the trainer's and the engine's log-probabilities to `worst`.
+    "mismatch" is the largest difference between the trainer's and the engine's log-probabilities.
     """
-    hidden = model(batch.tokens)
-    logprobs, entropy = model.logprobs_from_hidden(hidden, batch.tokens, config.temperature, batch.loss_mask)
-    kept = batch.kept
-    worst.append(float((logprobs.detach() - batch.behaviour_logprobs)[kept].abs().max()))
-    loss, metrics = policy_loss(logprobs, batch, config.loss, entropy)
-    if mtp_weight and model.config.num_mtp_layers:
-        # the draft module follows the policy's own samples; detached, so that it does not steer the policy
-        supervised = Batch(batch.tokens, kept)
-        depths = model.config.num_mtp_layers
-        for depth, mtp in enumerate(mtp_losses(model, hidden.detach(), supervised, depths)):
-            loss = loss + mtp_weight / depths * mtp
-            metrics[f"mtp_loss_{depth + 1}"] = mtp.detach()
-    balance = model.pop_balance_loss()
-    if balance_weight:
-        loss = loss + balance_weight * balance  # the routers sum over all tokens, prompts included
-    if model.indexers():
-        loss = loss + indexer_weight * model.pop_indexer_loss()  # likewise
-    return loss, metrics
+    routing = Routing(losses=True)
+    step, rows = model.step(batch.tokens, routing=routing), batch.loss_rows
+    hidden = model(batch.tokens, step=step)
+    logprobs, entropy = model.logprobs_from_hidden(hidden, batch.tokens, config.temperature, rows)
+    total, metrics = policy_loss(logprobs, batch, config.loss, entropy)
+    # the draft module follows the policy's own samples; detached, so that it does not steer the policy
+    depths = model.config.num_mtp_layers if weights.mtp else 0
+    for depth, mtp in enumerate(mtp_losses(model, hidden.detach(), batch.tokens, rows, step, depths)):
+        total = total + weights.mtp / depths * mtp
+        metrics[f"mtp_loss_{depth + 1}"] = mtp.detach()
+    # the routers and indexers sum over all tokens, prompts included
+    for weight, loss in ((weights.balance, routing.balance_loss()), (weights.indexer, routing.indexer_loss())):
+        if weight and loss is not None:
+            total = total + weight * loss
+    mismatch = (logprobs.detach() - batch.behaviour_logprobs)[rows].abs().max()
+    return Loss(total, metrics, routing.loads(len(model.routers())), {"mismatch": mismatch})
 
 
 def save(run: Run) -> None:

@@ -47,6 +47,8 @@ class PolicyBatch:
     """Of the engine that sampled the tokens; anything outside the loss mask."""
     sequence_weights: Float[Tensor, " seqs"]
     """From `aggregation_weights`; 0 takes a sequence out of loss and metrics."""
+    num_loss_tokens: int
+    """Tokens in the loss, True entries of `kept`, known on the host. What train_step divides the summed metrics by."""
     old_logprobs: Float[Tensor, " tokens"] | None = None
     """Of the trainer before the first update on this rollout. None: the ratio is taken to `behaviour_logprobs`."""
     reference_logprobs: Float[Tensor, " tokens"] | None = None
@@ -54,8 +56,7 @@ class PolicyBatch:
     @property
     def sequence_index(self) -> Int[Tensor, " tokens"]:
         """The sequence of each row."""
-        lengths = self.tokens.cu_seqlens.diff()
-        return torch.repeat_interleave(lengths, output_size=self.tokens.num_tokens)
+        return self.tokens.segments.owner
 
     @property
     def kept(self) -> Bool[Tensor, " tokens"]:
@@ -63,9 +64,9 @@ class PolicyBatch:
         return self.loss_mask & (self.sequence_weights > 0.0)[self.sequence_index]
 
     @property
-    def num_loss_tokens(self) -> int:
-        """What train_step divides the summed metrics by."""
-        return int(self.kept.sum())
+    def loss_rows(self) -> Int[Tensor, " rows"]:
+        """The same as row numbers, in order."""
+        return torch.nonzero_static(self.kept, size=self.num_loss_tokens).flatten()
 
     def to(self, device: torch.device | str) -> "PolicyBatch":
         def move(x: Tensor | None) -> Tensor | None:
@@ -77,6 +78,7 @@ class PolicyBatch:
             self.advantages.to(device),
             self.behaviour_logprobs.to(device),
             self.sequence_weights.to(device),
+            self.num_loss_tokens,
             move(self.old_logprobs),
             move(self.reference_logprobs),
         )

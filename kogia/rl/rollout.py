@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kogia.engine.engine import Engine
-from kogia.engine.request import Completion, SamplingParams
+from kogia.engine.request import NOT_FINITE, Completion, SamplingParams
 from kogia.eval.sample import is_truncated, to_response
 from kogia.model.packed import PackedTokens, pack
 from kogia.rl.loss import PolicyBatch
@@ -100,6 +101,8 @@ def collect(
     prompts = [render_prompt(problem.messages, tokenizer) for problem in problems]
     _check_lengths(problems, prompts, engine.model.config.max_position)
     completions = engine.generate(prompts, params, on_progress)
+    if any(c.finish_reason == "error" for group in completions for c in group):
+        raise FloatingPointError(NOT_FINITE)
     verdicts: list[list[Verdict]] = [[] for _ in problems]
     for source in {id(source): source for source, _ in drawn}.values():
         rows = [row for row, (owner, _) in enumerate(drawn) if owner is source]
@@ -157,11 +160,12 @@ def _policy_batch(
     mask = torch.zeros(tokens.num_tokens, dtype=torch.bool)
     behaviour = torch.zeros(tokens.num_tokens)
     per_token = torch.zeros(tokens.num_tokens)
-    for (p, g), end in zip(rows, tokens.cu_seqlens[1:].tolist(), strict=True):
+    for (p, g), end in zip(rows, np.cumsum(tokens.segments.lengths).tolist(), strict=True):
         logprobs = rollout.completions[p][g].logprobs
         assert logprobs is not None, "rollouts need SamplingParams(logprobs=True)"
         part = slice(end - len(logprobs), end)
         mask[part] = True
         behaviour[part] = torch.tensor(logprobs)
         per_token[part] = advantages[p, g]
-    return PolicyBatch(tokens, mask, per_token, behaviour, weights)
+    counted = [len(rollout.completions[p][g].token_ids) for (p, g), weight in zip(rows, weights.tolist()) if weight > 0]
+    return PolicyBatch(tokens, mask, per_token, behaviour, weights, sum(counted))

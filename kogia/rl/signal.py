@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kogia import log
@@ -106,7 +107,7 @@ def max_logprob_difference(model: Transformer, rollout: Rollout, temperature: fl
     batch = pack([rollout.prompts[p] + c.token_ids for p, c in rows]).to(model.device)
     logprobs = model.logprobs(batch, temperature).cpu()
     gaps = []
-    for (_, completion), end in zip(rows, batch.cu_seqlens[1:].tolist(), strict=True):
+    for (_, completion), end in zip(rows, np.cumsum(batch.segments.lengths).tolist(), strict=True):
         assert completion.logprobs is not None
         ours = torch.tensor(completion.logprobs)
         gaps.append(logprobs[end - len(ours) : end] - ours)

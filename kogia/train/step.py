@@ -1,16 +1,17 @@
 """One optimiser step, shared by every stage: the supervised loop and GRPO differ only in their loss function."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from kogia.model.moe import max_violation
 from kogia.model.transformer import Transformer
 from kogia.train.config import OptimConfig
 from kogia.train.optim import set_learning_rate
@@ -18,6 +19,20 @@ from kogia.train.schedule import learning_rate
 
 Metrics = dict[str, Tensor | float]
 """Of a loss function: sums over the tokens that count. Of train_step: plain floats."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loss:
+    """What a loss function makes of a micro-batch. Nothing of it is read on the host before the step's end."""
+
+    total: Float[Tensor, ""]
+    """SUM of the loss over the micro-batch's tokens, with gradient."""
+    metrics: Metrics
+    """Sums over the tokens that count."""
+    loads: Int[Tensor, "mixtures experts"] | None = None
+    """Token copies that each expert got, by which the router biases move; None without mixtures."""
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    """Metrics of which a step reports the largest, not the mean."""
 
 
 @runtime_checkable
@@ -29,8 +44,7 @@ class CountedBatch(Protocol):
 
 
 B = TypeVar("B", bound=CountedBatch)
-LossFn = Callable[[Transformer, B], tuple[Float[Tensor, ""], Metrics]]
-"""SUM of the loss over a micro-batch's tokens, and metrics summed likewise."""
+LossFn = Callable[[Transformer, B], Loss]
 
 
 @dataclass
@@ -64,36 +78,73 @@ def train_step(
     num_tokens = sum(batch.num_loss_tokens for batch in batches)
     if num_tokens == 0:
         raise ValueError(f"step {state.step + 1}: none of its tokens counts in the loss; check the data's loss mask")
-    for router in model.routers():
-        router.load.zero_()
     state.optimizer.zero_grad(set_to_none=True)
-    losses, sums = [], {}
+    results = []
     for batch in batches:
-        loss, metrics = loss_fn(model, batch)
-        (loss / (denominator or num_tokens)).backward()
-        losses.append(loss.detach())
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value
-    grad_norm = _clip(state, losses)
+        loss = loss_fn(model, batch)
+        (loss.total / (denominator or num_tokens)).backward()
+        results.append(replace(loss, total=loss.total.detach()))
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    loads = _total_loads(results)
+    values = _read([loss.total for loss in results], norm, _summed(results), _worst(results), _violations(loads))
+    _check_finite(state, *values[:2])
+    if state.optim.clip:
+        clip_grads_with_norm_(parameters, state.optim.clip, norm)
     lr = learning_rate(state.optim, state.step, state.num_steps)
     set_learning_rate(state.optimizer, lr)
     state.optimizer.step()
-    balance = _update_router_biases(state)
+    if loads is not None:
+        model.update_router_biases(loads, state.bias_update_speed)
     state.step += 1
-    means = {name: float(value) / num_tokens for name, value in sums.items()}
-    return {**means, "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, **balance}
+    _, grad_norm, sums, maxima, balance = values
+    means = {name: value / num_tokens for name, value in sums.items()}
+    return {**means, **maxima, "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, **balance}
 
 
-def _clip(state: TrainState, losses: list[Tensor]) -> float:
-    """Scale the gradients down to the norm limit; returns the norm before. The step's one finite check."""
-    parameters = [p for p in state.model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    *loss_values, norm_value = torch.stack([*losses, norm]).tolist()
-    if not all(map(math.isfinite, [*loss_values, norm_value])):
-        raise FloatingPointError(_not_finite(state, loss_values, norm_value))
-    if state.optim.clip:
-        clip_grads_with_norm_(parameters, state.optim.clip, norm)
-    return norm_value
+def _total_loads(results: Sequence[Loss]) -> Int[Tensor, "mixtures experts"] | None:
+    loads = [loss.loads for loss in results if loss.loads is not None]
+    return torch.stack(loads).sum(0) if loads else None
+
+
+def _summed(results: Sequence[Loss]) -> Metrics:
+    sums: Metrics = {}
+    for loss in results:
+        for name, value in loss.metrics.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def _worst(results: Sequence[Loss]) -> Metrics:
+    names = {name for loss in results for name in loss.maxima}
+    return {name: torch.stack([loss.maxima[name] for loss in results if name in loss.maxima]).max() for name in names}
+
+
+def _violations(loads: Int[Tensor, "mixtures experts"] | None) -> Metrics:
+    if loads is None:
+        return {}
+    violations = max_violation(loads)  # NaN for a mixture that did not run, such as an MTP module's without its loss
+    return {"max_vio": violations.nanmean(), "max_vio_worst": violations.nan_to_num(nan=0.0).max()}
+
+
+def _read(
+    losses: list[Tensor], norm: Tensor, *metrics: Metrics
+) -> tuple[list[float], float, dict[str, float], dict[str, float], dict[str, float]]:
+    """Everything that a step tells, read from the device at once: the one time that a step waits for it."""
+    tensors = [*losses, norm, *(v for part in metrics for v in part.values() if isinstance(v, Tensor))]
+    numbers: Iterator[float] = iter(torch.stack([tensor.detach().double() for tensor in tensors]).tolist())
+    loss_values, norm_value = [next(numbers) for _ in losses], next(numbers)
+
+    def read(part: Metrics) -> dict[str, float]:
+        return {name: next(numbers) if isinstance(value, Tensor) else value for name, value in part.items()}
+
+    sums, maxima, balance = (read(part) for part in metrics)
+    return loss_values, norm_value, sums, maxima, balance
+
+
+def _check_finite(state: TrainState, losses: list[float], norm: float) -> None:
+    if not all(map(math.isfinite, [*losses, norm])):
+        raise FloatingPointError(_not_finite(state, losses, norm))
 
 
 def _not_finite(state: TrainState, losses: list[float], norm: float) -> str:
@@ -108,13 +159,3 @@ def _not_finite(state: TrainState, losses: list[float], norm: float) -> str:
         f"Lower optim.lr = {state.optim.lr} or optim.clip = {state.optim.clip}, lengthen optim.warmup_steps, or look "
         "at this step's data, then go on with --resume"
     )
-
-
-def _update_router_biases(state: TrainState) -> dict[str, float]:
-    routers = state.model.routers()
-    violations = [router.max_violation() for router in routers if router.load.any()]
-    for router in routers:
-        router.update_bias(state.bias_update_speed)
-    if not violations:
-        return {}
-    return {"max_vio": sum(violations) / len(violations), "max_vio_worst": max(violations)}

@@ -7,7 +7,7 @@ tokens). Each step: loader -> train_step -> metrics -> every N steps save, then 
 import itertools
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
@@ -37,7 +37,7 @@ from kogia.train.config import SupervisedConfig
 from kogia.train.estimate import train_memory
 from kogia.train.indexer import indexed_config, prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
-from kogia.train.loss import supervised_loss, validation_loss
+from kogia.train.loss import LossWeights, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from kogia.train.run_dir import open_run_dir, pick_device
 from kogia.train.step import LossFn, TrainState, train_step
@@ -84,7 +84,7 @@ def build_run(config: SupervisedConfig) -> Run:
     num_steps = config.steps or ceil(
         (config.epochs or 0) * loader.tokens_per_epoch / (config.data.batch_tokens * config.micro_batches)
     )
-    state = TrainState(model.train(), optimizer, config.optim, num_steps, last_checkpoint=checkpoint)
+    state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint)
     run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]))
     _describe_data(shards, loader, num_steps)
     if checkpoint is not None:
@@ -107,7 +107,7 @@ def train(run: Run) -> None:
             batches = [run.loader.next_batch() for _ in range(config.micro_batches)]
             num_tokens = sum(batch.tokens.num_tokens for batch in batches)
             batches = [batch.to(state.model.device) for batch in batches]
-            metrics = train_step(state, batches, loss_for_step(config, state))
+            metrics = train_step(state, batches, loss_for_step(config, state, batches))
             metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - start)
             metric_log.log(state.step, metrics)
             last = state.step == state.num_steps
@@ -120,19 +120,15 @@ def train(run: Run) -> None:
                 raise KeyboardInterrupt
 
 
-def loss_for_step(config: SupervisedConfig, state: TrainState) -> LossFn[Batch]:
-    """The loss function of the next step; also sets the step's bias speed. Both change late in a run."""
+def loss_for_step(config: SupervisedConfig, state: TrainState, batches: Sequence[Batch]) -> LossFn[Batch]:
+    """The loss function of the step on `batches`; also sets the step's bias speed. Both change late in a run."""
     done = state.step / state.num_steps
     moving = done < config.bias_freeze_at and config.train_only == "all"
     state.bias_update_speed = config.bias_update_speed if moving else 0.0
     mtp_weight = config.mtp_weight if done < config.mtp_late_at else config.mtp_weight_late
-    return partial(
-        supervised_loss,
-        mtp_weight=mtp_weight,
-        balance_weight=config.balance_weight,
-        indexer_weight=config.indexer_weight,
-        nested_rank_min=config.nested_rank_min,
-    )
+    share = sum(b.num_loss_tokens for b in batches) / sum(b.tokens.num_tokens for b in batches)
+    weights = LossWeights(mtp_weight, config.balance_weight, config.indexer_weight, share)
+    return partial(supervised_loss, weights=weights, nested_rank_min=config.nested_rank_min)
 
 
 def save(run: Run) -> None:

@@ -318,7 +318,7 @@ def test_a_weight_of_the_wrong_type_is_named(saved, dtype):
 def test_weights_that_are_not_finite_are_warned_of_by_name(tmp_path, capsys, value, dtype):
     model = tiny(dtype=dtype)
     with torch.no_grad():
-        model.model.layers[1].mlp.experts.gate_up_proj[2, 9, 5] = value
+        model.model.layers[1].mlp.experts.gate_up_proj.weight[2, 1, 3, 5] = value
         model.lm_head.weight[-1, -1] = value
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path / "model", dtype=torch.float32)

@@ -119,9 +119,9 @@ def test_names_and_shapes_on_disk_are_the_published_ones(saved):
 
 def test_the_stacked_experts_hold_the_gate_before_the_up_projection(saved):
     tensors, model = load_file(saved / "model.safetensors"), load_model(saved)
-    stacked = model.model.layers[1].mlp.experts.gate_up_proj[2]
-    assert torch.equal(stacked[:6], tensors["model.layers.1.mlp.experts.2.gate_proj.weight"])
-    assert torch.equal(stacked[6:], tensors["model.layers.1.mlp.experts.2.up_proj.weight"])
+    stacked = model.model.layers[1].mlp.experts.gate_up_proj.weight[2]
+    assert torch.equal(stacked[0], tensors["model.layers.1.mlp.experts.2.gate_proj.weight"])
+    assert torch.equal(stacked[1], tensors["model.layers.1.mlp.experts.2.up_proj.weight"])
 
 
 def test_saving_a_loaded_model_again_gives_the_same_bytes(saved, tmp_path):

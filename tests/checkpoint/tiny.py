@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from kogia.model.linear import Linear
-from kogia.model.moe import Experts
 from kogia.model.transformer import Transformer, build_model
 
 MLA = MLAConfig(num_heads=3, q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=7)
@@ -39,8 +38,8 @@ def tiny_fp8(config: ModelConfig = BLOCKS, *, power_of_two: bool = False) -> Tra
     """A random bfloat16 model with every matrix of V3's kind in FP8."""
     model = tiny(config, torch.bfloat16)
     for module in model.modules():
-        if isinstance(module, Linear | Experts):
-            module.quantize(power_of_two=power_of_two)
+        if isinstance(module, Linear):
+            module.pack("fp8", power_of_two=power_of_two)
     return model
 
 

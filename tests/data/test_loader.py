@@ -20,7 +20,7 @@ def make_shard(lengths: list[int], source_ends: tuple[int, ...] | None = None) -
 
 def visits(batch) -> list[int]:
     """The sequences of a batch, in order."""
-    return batch.tokens.token_ids[batch.tokens.cu_seqlens[:-1]].tolist()
+    return batch.tokens.token_ids[batch.tokens.segments.cu_seqlens[:-1]].tolist()
 
 
 corpora = st.lists(st.integers(1, 12), min_size=1, max_size=25)
@@ -76,7 +76,7 @@ def test_weights_repeat_a_source_or_draw_a_fresh_part_of_it_each_epoch():
 
 def test_first_tokens_never_count_and_the_batch_knows_how_many_do():
     batch = Loader(make_shard([3, 1, 4]), weights=(1.0,), batch_tokens=8, seed=0).next_batch()
-    assert not batch.loss_mask[batch.tokens.cu_seqlens[:-1]].any()
+    assert not batch.loss_mask[batch.tokens.segments.cu_seqlens[:-1]].any()
     assert batch.num_loss_tokens == int(batch.loss_mask.sum()) == 2 + 0 + 3
 
 

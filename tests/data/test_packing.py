@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kogia.data.packing import fill, gather_rows, pack_arrays
-from kogia.model.packed import pack
+from kogia.data.packing import fill, gather_rows
+from kogia.model.packed import pack, pack_arrays
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 60), st.data())
@@ -25,6 +25,7 @@ def test_gathered_and_packed_rows_equal_packing_the_sequences_one_by_one(sequenc
     lengths = np.array([len(sequences[i]) for i in order])
     packed = pack_arrays(flat[gather_rows(starts[order], lengths)], lengths)
     expected = pack([sequences[i] for i in order])
-    for name in ("token_ids", "positions", "cu_seqlens"):
-        assert getattr(packed, name).tolist() == getattr(expected, name).tolist()
-    assert packed.max_seqlen == expected.max_seqlen
+    assert packed.token_ids.tolist() == expected.token_ids.tolist()
+    assert packed.positions.tolist() == expected.positions.tolist()
+    assert packed.segments.cu_seqlens.tolist() == expected.segments.cu_seqlens.tolist()
+    assert packed.segments.lengths.tolist() == expected.segments.lengths.tolist()

@@ -241,7 +241,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_copied():
     assert torch.equal(ours.lm_head.weight, before)
 
 
-def test_nan_weights_are_reported_and_the_engine_survives():
+def test_nan_weights_end_every_request_and_the_engine_survives():
     ours = build_model(CONFIG, seed=3)
     broken = engine(ours)
     params = SamplingParams(max_tokens=5, seed=1)
@@ -249,12 +249,32 @@ def test_nan_weights_are_reported_and_the_engine_survives():
     good = ours.lm_head.weight.detach().clone()
     with torch.no_grad():
         ours.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="NaN or infinite logits"):
-        broken.generate([[0, 9]], params)
+    (completion,) = broken.generate([[0, 9]], params)[0]
+    assert (completion.finish_reason, completion.token_ids) == ("error", [])
     assert_empty(broken)
     with torch.no_grad():
         ours.lm_head.weight.copy_(good)
     assert broken.generate([[0, 9]], params) == healthy
+
+
+@pytest.mark.parametrize("options", [{}, {"num_draft_tokens": 2}, {"overlap": True}, {"max_batch_tokens": 5}], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_their_request_alone(options, value):
+    """One token's embedding is poisoned. Its blocks, given to others afterwards, must not spoil them."""
+    ours = build_model(CONFIG, seed=3)
+    with torch.no_grad():
+        ours.model.embed_tokens.weight[100] = value
+    params = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
+    prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 8, 100, 9], [11] * 9]
+    small = engine(ours, num_blocks=30, **options)
+    for _ in range(3):
+        good, bad, other = (group[0] for group in small.generate(prompts, params))
+        assert (bad.finish_reason, bad.token_ids) == ("error", [])
+        assert [c.finish_reason for c in (good, other)] == ["length", "length"]
+        alone = engine(ours).generate([prompts[0], prompts[2]], params)
+        assert [good.token_ids, other.token_ids] == [group[0].token_ids for group in alone]
+        assert_empty(small)
+    assert small.runner.cache.rows[:, : small.runner.cache.spare_slot].isfinite().all()
 
 
 def test_a_step_that_fails_leaves_no_unwritten_block_in_the_prefix_index(model):

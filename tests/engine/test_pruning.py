@@ -12,6 +12,7 @@ from kogia.engine.config import EngineConfig, GenerateConfig, PruneConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import Completion, SamplingParams
 from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig
+from kogia.model.packed import pack
 from kogia.model.transformer import Transformer, build_model
 
 MLA = MLAConfig(num_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
@@ -96,7 +97,7 @@ def reference(model: Transformer, ids: list[int], prune: PruneConfig, budgets: l
         for index, budget in enumerate(budgets):
             layer = model.model.layers[index]
             x = x + attend(layer.self_attn, layer.input_layernorm(x), position, kept[index])
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = x + layer.mlp(layer.post_attention_layernorm(x), model.step(pack([[token]])))
             if (position + 1) % prune.slack == 0:
                 kept[index] = prune_list(kept[index], budget, prune.recent)
         logits.append(model.logits(x))

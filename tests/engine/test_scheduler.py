@@ -1,6 +1,8 @@
 """Scheduler and block bookkeeping, driven with random traffic. The model is replaced by a record of what each cache
 slot would hold, so every read of a row that is stale, foreign or not yet written is seen."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -9,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kogia.engine.config import EngineConfig
 from kogia.engine.request import Request, SamplingParams
-from kogia.engine.scheduler import Scheduler, StepPlan
-from kogia.engine.speculative import accept
+from kogia.engine.scheduler import Scheduler
+from kogia.engine.step import StepPlan, StepResult
 
 EOS = 1
 
@@ -23,46 +25,58 @@ def make_request(request_id: int, prompt: list[int], max_tokens: int, **params) 
 class Simulation:
     """A scheduler whose model is `rng`, and a cache that remembers which prefix each slot was computed from."""
 
-    def __init__(self, config: EngineConfig, num_blocks: int, seed: int = 0) -> None:
+    def __init__(self, config: EngineConfig, num_blocks: int, seed: int = 0, ahead: int = 0) -> None:
+        """`ahead` steps stay in flight while the next is planned."""
         self.config = config
         self.scheduler = Scheduler(config, num_blocks, (EOS,))
         self.slots: dict[int, tuple[int, ...]] = {}
         self.rng = np.random.default_rng(seed)
         self.finished: list[Request] = []
+        self.flights: deque[tuple[StepPlan, np.ndarray]] = deque()
+        self.newest: dict[int, int] = {}
+        self.ahead = ahead
 
     def step(self) -> StepPlan | None:
         table = self.scheduler.table
         plan = self.scheduler.plan()
+        if plan is None and self.flights:
+            self.settle()
+            plan = self.scheduler.plan()
         if plan is None:
             return None
         assert plan.num_tokens <= self.config.max_batch_tokens
         assert len(set(plan.rows.tolist())) == len(plan.rows)
         runs = list(zip(plan.rows.tolist(), plan.starts.tolist(), (plan.starts + plan.counts).tolist()))
+        contents = {row: table.token_ids[row, :end].tolist() for row, _, end in runs}
+        for row in plan.rows[plan.is_pending].tolist():
+            contents[row][-1] = self.newest[row]  # as the device would
         written: set[int] = set()
         for row, start, end in runs:
             for position in range(start, end):
                 slot = self.slot(row, position)
                 assert slot not in written, f"slot {slot} has two writers"
                 written.add(slot)
-                self.slots[slot] = tuple(table.token_ids[row, : position + 1].tolist())
+                self.slots[slot] = tuple(contents[row][: position + 1])
         for row, _, end in runs:  # attention reads after all rows of the layer are written
             for position in range(end):
-                assert self.slots[self.slot(row, position)] == tuple(table.token_ids[row, : position + 1].tolist())
+                assert self.slots[self.slot(row, position)] == tuple(contents[row][: position + 1])
         tokens = self.sample(plan)
-        accepted = accept(
-            table,
-            self.scheduler.pool,
-            plan,
-            tokens,
-            np.zeros(len(tokens), dtype=np.float32),
-            lookahead=self.scheduler.lookahead,
-        )
-        for row, num_new, done in zip(plan.rows.tolist(), accepted.num_new, accepted.stopped | accepted.full):
-            if done and num_new:
-                self.finished.append(self.scheduler.finish(row))
-            elif num_new:
-                self.draft(row)
+        self.newest.update(zip(np.repeat(plan.rows, plan.num_samples).tolist(), tokens.tolist()))
+        self.flights.append((plan, tokens))
+        while len(self.flights) > self.ahead:
+            self.settle()
         return plan
+
+    def settle(self) -> None:
+        plan, tokens = self.flights.popleft()
+        num_drafts = self.config.num_draft_tokens
+        drafts = self.rng.integers(1, 5, (len(plan.sampled), num_drafts))
+        outcomes, _ = self.scheduler.settle(plan, StepResult(tokens, np.zeros(len(tokens), np.float32), drafts))
+        self.finished += [outcome.request for outcome in outcomes if outcome.finish_reason is not None]
+        if num_drafts:
+            self.scheduler.propose(plan, drafts)
+            for row in plan.rows[plan.sampled].tolist():
+                self.draft(row)
 
     def sample(self, plan: StepPlan) -> np.ndarray:
         """Random tokens that often agree with the drafts."""
@@ -76,15 +90,10 @@ class Simulation:
         return np.array(tokens, dtype=np.int64)
 
     def draft(self, row: int) -> None:
-        """What `Runner.draft` does: guesses behind the known tokens, and chained rows written for all but the last."""
+        """What the runner does with guesses: chained rows written for all but the last."""
         table = self.scheduler.table
         known = int(table.num_known[row])
-        count = min(self.config.num_draft_tokens, int(table.max_length[row]) - known - 1)
-        if count <= 0:
-            return
-        table.token_ids[row, known : known + count] = self.rng.integers(1, 5, count)
-        table.num_drafts[row] = count
-        for position in range(known - 1, known - 1 + count - 1):
+        for position in range(known - 1, known - 1 + int(table.num_drafts[row]) - 1):
             self.slots[self.slot(row, position)] = ("draft",)  # pyright: ignore[reportArgumentType]
 
     def slot(self, row: int, position: int) -> int:
@@ -96,7 +105,10 @@ class Simulation:
         table, pool, size = self.scheduler.table, self.scheduler.pool, self.config.block_size
         owners: dict[int, list[tuple[int, int]]] = {}
         for row in self.scheduler.running.tolist():
-            assert table.num_computed[row] < table.num_known[row] <= table.max_length[row]
+            lengths = table.num_known[row] + table.num_pending[row]
+            assert lengths <= table.max_length[row]
+            assert table.num_computed[row] < lengths or table.num_flights[row] > 0
+        for row in [row for row, request in enumerate(table.requests) if request is not None]:
             for index, block in enumerate(table.row_blocks(row)):
                 owners.setdefault(block, []).append((row, index))
         assert pool.ref_counts == [len(owners.get(block, ())) for block in range(pool.num_blocks)]
@@ -108,7 +120,7 @@ class Simulation:
 
     def drain(self) -> None:
         for _ in range(10000):
-            if self.step() is None:
+            if self.step() is None and not self.flights:
                 break
             self.check()
         assert self.scheduler.num_unfinished == 0
@@ -122,8 +134,9 @@ class TrafficMachine(RuleBasedStateMachine):
         drafts=st.sampled_from([0, 1, 3]),
         prefix_cache=st.booleans(),
         num_blocks=st.integers(12, 40),
+        ahead=st.integers(0, 1),
     )
-    def build(self, block_size: int, budget: int, drafts: int, prefix_cache: bool, num_blocks: int) -> None:
+    def build(self, block_size: int, budget: int, drafts: int, prefix_cache: bool, num_blocks: int, ahead: int) -> None:
         config = EngineConfig(
             block_size=block_size,
             max_batch_tokens=budget,
@@ -131,7 +144,7 @@ class TrafficMachine(RuleBasedStateMachine):
             num_draft_tokens=drafts,
             prefix_cache=prefix_cache,
         )
-        self.simulation = Simulation(config, num_blocks)
+        self.simulation = Simulation(config, num_blocks, ahead=ahead)
         self.capacity = num_blocks * block_size
         self.added: dict[int, list[int]] = {}
 
@@ -161,6 +174,7 @@ class TrafficMachine(RuleBasedStateMachine):
     @rule()
     def recompute(self) -> None:
         self.simulation.scheduler.recompute_all()
+        self.simulation.flights.clear()
         self.simulation.slots.clear()
 
     @invariant()

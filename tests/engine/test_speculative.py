@@ -1,30 +1,37 @@
 """Acceptance of drafts: counters, tokens and block tail after one call."""
 
 import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kogia.engine.config import EngineConfig
 from kogia.engine.request import Request, SamplingParams
 from kogia.engine.scheduler import Scheduler
-from kogia.engine.speculative import accept
+from kogia.engine.speculative import count_new, num_accepted
+from kogia.engine.step import StepPlan, StepResult
 
 EOS = 1
 
 
 def verify(drafts: list[int], samples: list[int], *, block_size: int = 2, max_tokens: int = 20, **params):
     """Prompt [5, 6, 7], one step to sample 8, then a step that verifies `drafts` against `samples`."""
-    scheduler = Scheduler(EngineConfig(block_size=block_size, num_draft_tokens=max(1, len(drafts))), 50, (EOS,))
+    scheduler = Scheduler(EngineConfig(block_size=block_size, num_draft_tokens=1), 50, (EOS,))
     sampling = SamplingParams(max_tokens=max_tokens, **params)
     scheduler.add(Request(0, np.array([5, 6, 7]), sampling, 0, 3 + max_tokens))
-    table = scheduler.table
-    accept(table, scheduler.pool, scheduler.plan(), np.array([8]), np.array([-1.0], dtype=np.float32))
+    scheduler.settle(scheduler.plan(), result([8], [-1.0]))
     row = int(scheduler.running[0])
-    table.token_ids[row, 4 : 4 + len(drafts)] = drafts
-    table.num_drafts[row] = len(drafts)
+    opening = scheduler.running
+    plan_before = StepPlan(opening, opening * 0, opening * 0, opening * 0 + 1, opening > 0)
+    scheduler.propose(plan_before, np.array([drafts], dtype=np.int64))
     plan = scheduler.plan()
     assert plan.counts.tolist() == [1 + len(drafts)]
-    logprobs = -np.arange(2, 2 + len(samples), dtype=np.float32)
-    accepted = accept(table, scheduler.pool, plan, np.array(samples), logprobs)
-    return scheduler, row, accepted
+    outcomes, num_new = scheduler.settle(plan, result(samples, [-2.0 - i for i in range(len(samples))]))
+    return scheduler, row, num_new.tolist(), [outcome.finish_reason for outcome in outcomes]
+
+
+def result(tokens: list[int], logprobs: list[float]) -> StepResult:
+    return StepResult(np.array(tokens), np.array(logprobs, dtype=np.float32), np.empty((1, 0), dtype=np.int64))
 
 
 def test_drafts_are_accepted_up_to_the_first_that_differs():
@@ -34,9 +41,9 @@ def test_drafts_are_accepted_up_to_the_first_that_differs():
         ([10, 11, 12], [99, 11, 12, 13], [99]),
         ([], [42], [42]),
     ]:
-        scheduler, row, accepted = verify(drafts, samples)
+        scheduler, row, num_new, reasons = verify(drafts, samples)
         table = scheduler.table
-        assert accepted.num_new.tolist() == [len(gained)]
+        assert (num_new, reasons) == ([len(gained)], [])
         assert table.num_known[row] == 4 + len(gained)
         assert table.num_computed[row] == 3 + len(gained)
         assert table.token_ids[row, : 4 + len(gained)].tolist() == [5, 6, 7, 8, *gained]
@@ -46,27 +53,46 @@ def test_drafts_are_accepted_up_to_the_first_that_differs():
 
 
 def test_the_block_tail_goes_back_with_the_rejected_drafts():
-    scheduler, row, _ = verify([10, 11, 12, 13, 14], [99] * 6)
+    scheduler, row, *_ = verify([10, 11, 12, 13, 14], [99] * 6)
     assert scheduler.table.num_known[row] == 5
     assert scheduler.table.num_blocks[row] == 3  # of the 5 that 9 tokens took
     assert scheduler.pool.num_free == 47
 
 
 def test_a_stop_token_ends_the_accepted_run():
-    _, _, accepted = verify([10, EOS, 12], [10, EOS, 12, 13])
-    assert accepted.num_new.tolist() == [2]
-    assert accepted.stopped.tolist() == [True]
-    _, _, accepted = verify([10, EOS, 12], [10, EOS, 12, 13], ignore_eos=True)
-    assert accepted.num_new.tolist() == [4]
-    assert accepted.stopped.tolist() == [False]
-    _, _, accepted = verify([10, 11], [10, 11, 7], stop_token_ids=(11,))
-    assert accepted.num_new.tolist() == [2]
-    _, _, accepted = verify([10, 11], [10, 9, EOS])  # past the first difference: never happened
-    assert accepted.stopped.tolist() == [False]
+    assert verify([10, EOS, 12], [10, EOS, 12, 13])[2:] == ([2], ["stop"])
+    assert verify([10, EOS, 12], [10, EOS, 12, 13], ignore_eos=True)[2:] == ([4], [])
+    assert verify([10, 11], [10, 11, 7], stop_token_ids=(11,))[2:] == ([2], ["stop"])
+    assert verify([10, 11], [10, 9, EOS])[2:] == ([2], [])  # past the first difference: never happened
 
 
 def test_reaching_the_maximum_length_is_reported():
-    _, _, accepted = verify([10], [10, 11], max_tokens=3)
-    assert accepted.full.tolist() == [True]
-    _, _, accepted = verify([10], [10, 11], max_tokens=4)
-    assert accepted.full.tolist() == [False]
+    assert verify([10], [10, 11], max_tokens=3)[2:] == ([2], ["length"])
+    assert verify([10], [10, 11], max_tokens=4)[2:] == ([2], [])
+
+
+def test_logits_that_are_not_finite_end_the_sequence_without_their_tokens():
+    scheduler, _, num_new, reasons = verify([10, 11], [10, 11, 12])
+    assert (num_new, reasons) == ([3], [])
+    plan = scheduler.plan()
+    outcomes, num_new = scheduler.settle(plan, result([13], [float("nan")]))
+    assert (num_new.tolist(), outcomes[0].finish_reason, outcomes[0].token_ids) == ([0], "error", [])
+    assert outcomes[0].request.token_ids.tolist() == [5, 6, 7, 8, 10, 11, 12]
+    assert scheduler.pool.num_free == 50
+    assert scheduler.take_tainted_blocks() != []
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 999))
+def test_host_and_device_accept_the_same_drafts(seqs, width, seed):
+    rng = np.random.default_rng(seed)
+    samples, drafts = rng.integers(0, 2, (2, seqs, width))
+    num_samples = rng.integers(1, width + 1, seqs)
+    on_device = num_accepted(*(torch.from_numpy(x) for x in (samples, drafts, num_samples)))
+    num_new, stopped = count_new(samples, drafts, num_samples, np.full((seqs, 1), -1))
+    assert on_device.tolist() == (num_new - 1).tolist()
+    assert not stopped.any()
+    for s in range(seqs):
+        count = 0
+        while count < num_samples[s] - 1 and samples[s, count] == drafts[s, count]:
+            count += 1
+        assert on_device[s] == count

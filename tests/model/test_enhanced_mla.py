@@ -62,7 +62,7 @@ def test_equal_ranks_by_layer_are_the_published_form():
 def test_a_smaller_rank_is_the_model_whose_unused_columns_are_zero():
     model = build_model(CONFIG)
     batch = pack([IDS[:9], IDS])
-    got = model(batch, latent_ranks=torch.tensor([5, 16]))
+    got = model(batch, step=model.step(batch, latent_ranks=torch.tensor([5, 16])))
     torch.testing.assert_close(got[9:], model(batch)[9:])
     for layer in model.model.layers:
         layer.self_attn.kv_b_proj.weight[:, 5:] = 0
@@ -76,7 +76,8 @@ def test_one_rank_for_all_stores_narrow_rows_and_computes_the_model_at_that_rank
     engine = Engine(model, None, EngineConfig(block_size=4, num_blocks=40, rank_by_context=((0, 5),)))
     assert engine.runner.cache.rows.shape[-1] == 5 + 8 + (16 if indexer else 0)
     tokens = engine_logprobs(model, rank_by_context=((0, 5),))
-    logits = model.logits(model(pack([IDS]), latent_ranks=torch.tensor([5])))
+    batch = pack([IDS])
+    logits = model.logits(model(batch, step=model.step(batch, latent_ranks=torch.tensor([5]))))
     np.testing.assert_allclose([value for _, value in tokens], model_logprobs(logits, tokens), atol=2e-5)
 
 
@@ -91,11 +92,11 @@ def test_the_rank_of_a_query_follows_its_context():
     x = model.model.embed_tokens(batch.token_ids)
     attended = []
     for rank in (16, 6):
-        step = model._step(batch, None, torch.tensor([rank]))
+        step = model.step(batch, latent_ranks=torch.tensor([rank]))
         attended.append(layer.self_attn(layer.input_layernorm(x), step))
     late = (batch.positions + 1 >= 11)[:, None]
     h = x + torch.where(late, attended[1], attended[0])
-    logits = model.logits(h + layer.mlp(layer.post_attention_layernorm(h)))
+    logits = model.logits(h + layer.mlp(layer.post_attention_layernorm(h), step))
     np.testing.assert_allclose([value for _, value in tokens], model_logprobs(logits, tokens), atol=2e-5)
 
 

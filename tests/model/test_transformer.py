@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,9 @@ from torch import Tensor
 from kogia.model.cache import StepCache, build_cache
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from kogia.model.packed import PackedTokens, pack
+from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer, build_model
+from kogia.ops.segments import segments_of
 
 MLA = MLAConfig(num_heads=3, q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
 MOE = MoEConfig(num_experts=6, topk=2, expert_dim=8, num_groups=2, topk_groups=1, routed_scale=1.5, num_dense_layers=1)
@@ -32,7 +35,7 @@ VARIANTS = {
 
 def tiny(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float32) -> Transformer:
     """A model whose norms, biases and router biases are drawn too, so that forgetting one shows."""
-    model = build_model(config, seed=1, dtype=dtype).eval()
+    model = build_model(config, seed=1, dtype=dtype)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -58,18 +61,18 @@ class Paged:
         self.pool = build_cache(model.config, len(order), self.size, dtype=dtype, device="cpu")
 
     def plan(self, counts: dict[int, int]) -> tuple[PackedTokens, StepCache]:
-        token_ids, positions, slots, ends = [], [], [], [0]
+        token_ids, positions, slots = [], [], []
         for s, count in counts.items():
             span = range(self.done[s], self.done[s] + count)
             token_ids += self.sequences[s][span.start : span.stop]
             positions += span
             slots += [int(self.tables[s, t // self.size]) * self.size + t % self.size for t in span]
-            ends.append(ends[-1] + count)
             self.done[s] += count
-        contexts = [self.done[s] for s in counts]
-        batch = PackedTokens(torch.tensor(token_ids), torch.tensor(positions), torch.tensor(ends), max(counts.values()))
+        contexts = np.array([self.done[s] for s in counts])
+        segments = segments_of(list(counts.values()))
+        batch = PackedTokens(torch.tensor(token_ids), torch.tensor(positions), segments)
         tables = self.tables[list(counts)]
-        return batch, StepCache(self.pool, torch.tensor(slots), tables, torch.tensor(contexts), max(contexts))
+        return batch, self.pool.step(torch.tensor(slots), tables, torch.from_numpy(contexts), contexts)
 
 
 def run_in_steps(model: Transformer, sequences: list[list[int]], steps: list[dict[int, int]]) -> list[Tensor]:
@@ -156,14 +159,12 @@ def test_logprobs_are_the_log_softmax_of_the_logits_one_token_later(name):
 def test_masked_tokens_have_logprob_and_entropy_zero_and_no_gradient():
     model, batch = tiny(), pack(ids(6, 5))
     mask = torch.tensor([1, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1]).bool()
-    before = mask.clone()
-    values, entropy = model.logprobs_from_hidden(model(batch), batch, 1.0, mask)
     counted = mask.clone()
     counted[[0, 6]] = False
+    values, entropy = model.logprobs_from_hidden(model(batch), batch, 1.0, counted.nonzero().flatten())
     torch.testing.assert_close(values, model.logprobs(batch) * counted)
     assert entropy[counted].gt(0).all()
     assert entropy[~counted].eq(0).all()
-    assert torch.equal(mask, before)
     logits = model.logits(model(batch))
     want = torch.distributions.Categorical(logits=logits[counted.nonzero().flatten() - 1]).entropy()
     torch.testing.assert_close(entropy[counted], want)
@@ -187,16 +188,17 @@ def test_logprobs_see_only_earlier_tokens():
 def test_an_mtp_row_sees_tokens_and_next_tokens_up_to_itself_only(depth):
     model, batch = tiny(), pack(ids(7, 5))
     hidden, next_ids = torch.randn(12, 16), torch.arange(12)
+    step = model.step(batch)
     with torch.no_grad():
-        before = model.mtp_hidden(depth, hidden, next_ids, batch)
+        before = model.mtp_hidden(depth, hidden, next_ids, step)
         for row in (2, 8):
             sequence_end = 7 if row < 7 else 12
             other_hidden, other_ids = hidden.clone(), next_ids.clone()
             other_hidden[row] += 1.0
             other_ids[row] = 30
             for changed in (
-                model.mtp_hidden(depth, other_hidden, next_ids, batch),
-                model.mtp_hidden(depth, hidden, other_ids, batch),
+                model.mtp_hidden(depth, other_hidden, next_ids, step),
+                model.mtp_hidden(depth, hidden, other_ids, step),
             ):
                 moved = (changed - before).abs().amax(-1) > 1e-6
                 assert moved.tolist() == [row <= i < sequence_end for i in range(12)]
@@ -214,8 +216,8 @@ def test_mtp_is_the_published_formula_embedding_first():
         embedded = norm(model.model.embed_tokens.weight[next_ids], module.enorm.weight)
         left, right = module.eh_proj.weight.chunk(2, dim=1)
         joined = embedded @ left.T + norm(hidden, module.hnorm.weight) @ right.T
-        want = type(module).__mro__[1].forward(module, joined, model._step(batch, None))
-        got = model.mtp_hidden(0, hidden, next_ids, batch)
+        want = module.block(joined, model.step(batch))
+        got = model.mtp_hidden(0, hidden, next_ids, model.step(batch))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         logits = norm(got, module.shared_head.norm.weight) @ model.lm_head.weight.T
         torch.testing.assert_close(model.mtp_logits(0, got), logits, rtol=1e-5, atol=1e-5)
@@ -227,16 +229,16 @@ def test_mtp_in_the_cache_is_mtp_without_it():
         batch = pack(sequences)
         next_ids = batch.token_ids.roll(-1)
         hidden = model(batch)
-        first = model.mtp_hidden(0, hidden, next_ids, batch)
-        second = model.mtp_hidden(1, first, next_ids.roll(-1), batch)
+        first = model.mtp_hidden(0, hidden, next_ids, model.step(batch))
+        second = model.mtp_hidden(1, first, next_ids.roll(-1), model.step(batch))
         paged, got = Paged(model, sequences), [[], []]
         for counts in ({0: 4}, {0: 1, 1: 3}, {1: 2, 0: 3}):
             starts = {s: paged.done[s] + (0 if s == 0 else 8) for s in counts}
             rows = torch.cat([torch.arange(starts[s], starts[s] + n) for s, n in counts.items()])
             part, cache = paged.plan(counts)
-            main = model(part, cache)
-            one = model.mtp_hidden(0, main, next_ids[rows], part, cache)
-            two = model.mtp_hidden(1, one, next_ids.roll(-1)[rows], part, cache)
+            step = model.step(part, cache)
+            one = model.mtp_hidden(0, model(part, step=step), next_ids[rows], step)
+            two = model.mtp_hidden(1, one, next_ids.roll(-1)[rows], step)
             got[0].append((rows, one))
             got[1].append((rows, two))
     for parts, want in zip(got, (first, second), strict=True):
@@ -245,18 +247,20 @@ def test_mtp_in_the_cache_is_mtp_without_it():
 
 
 def complete_loss(model: Transformer, batch: PackedTokens) -> Tensor:
-    hidden = model(batch)
+    routing = Routing(losses=True)
+    step = model.step(batch, routing=routing)
+    hidden = model(batch, step=step)
     loss = -model.logprobs_from_hidden(hidden, batch)[0].sum()
     for depth in range(model.config.num_mtp_layers):
-        hidden = model.mtp_hidden(depth, hidden, batch.token_ids.roll(-1 - depth), batch)
+        hidden = model.mtp_hidden(depth, hidden, batch.token_ids.roll(-1 - depth), step)
         targets = batch.token_ids.roll(-2 - depth)
         loss = loss + torch.nn.functional.cross_entropy(model.mtp_logits(depth, hidden), targets)
-    return loss + 1e-3 * model.pop_balance_loss()
+    return loss + 1e-3 * (routing.balance_loss() or 0.0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_complete_loss_reaches_every_parameter(name):
-    model = tiny(VARIANTS[name]).train()
+    model = tiny(VARIANTS[name])
     complete_loss(model, pack(ids(25, 15, 20))).backward()
     for parameter, tensor in model.named_parameters():
         assert tensor.grad is not None, parameter
@@ -267,20 +271,30 @@ def test_the_complete_loss_reaches_every_parameter(name):
 def test_two_training_steps_from_the_same_state_are_bitwise_equal():
     runs = []
     for _ in range(2):
-        model = tiny().train()
+        model = tiny()
         loss = complete_loss(model, pack(ids(9, 14)))
         loss.backward()
         runs.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_the_balance_loss_is_taken_once_and_only_in_training():
-    model, batch = tiny().train(), pack(ids(6))
-    model(batch)
-    assert model.pop_balance_loss() > 0
-    assert model.pop_balance_loss() == 0
-    model.eval()(batch)
-    assert model.pop_balance_loss() == 0
+def test_each_forward_has_a_routing_of_its_own():
+    """Two passes before either is read, which attributes of the model would have mixed."""
+    model, first, second = tiny(), pack(ids(6)), pack(ids(9, seed=1))
+    alone = []
+    for batch in (first, second):
+        routing = Routing(losses=True)
+        model(batch, step=model.step(batch, routing=routing))
+        alone.append((routing.balance_loss(), routing.loads(3)))
+    together = [Routing(losses=True), Routing(losses=True)]
+    for batch, routing in zip((first, second), together, strict=True):
+        model(batch, step=model.step(batch, routing=routing))
+    for routing, (balance, loads) in zip(together, alone, strict=True):
+        assert routing.balance_loss() == balance
+        assert routing.loads(3).equal(loads)
+    assert alone[0][1].sum(1).tolist() == [12, 0, 0]  # the MTP modules did not run
+    with pytest.raises(ValueError, match="a Routing records one batch"):
+        model.step(second, routing=together[0])
 
 
 def test_mtp_routers_come_last():
@@ -296,7 +310,7 @@ def test_initialisation_is_reproducible_drawn_in_float32_and_of_the_asked_width(
         assert torch.equal(tensor, second.state_dict()[name]), name
         assert torch.equal(low.state_dict()[name], tensor.to(low.state_dict()[name].dtype)), name
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
-    assert first.model.layers[1].mlp.experts.gate_up_proj.std().item() == pytest.approx(0.006, rel=0.05)
+    assert first.model.layers[1].mlp.experts.gate_up_proj.weight.std().item() == pytest.approx(0.006, rel=0.05)
     assert first.model.norm.weight.eq(1).all()
     assert low.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +6,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kogia.ops.attention import gather_context, paged_attention, varlen_attention
-from kogia.ops.grid import buckets_by_length
+from kogia.ops.cache import KVRow, LatentRow, LayerCache
+from kogia.ops.mass import attention_mass
+from kogia.ops.segments import segments_of
 
 
 def ends(lengths: list[int]) -> Tensor:
@@ -31,14 +34,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def check_varlen(lengths, kv_heads, group, qk, width, max_seqlen=None):
+def check_varlen(lengths, kv_heads, group, qk, width):
     tokens = sum(lengths)
     q, k = draw(tokens, kv_heads * group, qk).requires_grad_(), draw(tokens, kv_heads, qk, seed=1).requires_grad_()
     v, upstream = draw(tokens, kv_heads, width, seed=2).requires_grad_(), draw(tokens, kv_heads * group, width, seed=3)
     want = torch.cat(
         [attend(q[a:b], k[a:b], v[a:b], 0.3) for a, b in zip(ends(lengths)[:-1], ends(lengths)[1:], strict=True)]
     )
-    got = varlen_attention(q, k, v, buckets_by_length(ends(lengths), max_seqlen or max(lengths)), 0.3)
+    got = varlen_attention(q, k, v, segments_of(lengths), scale=0.3)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
         torch.autograd.grad(got, (q, k, v), upstream),
@@ -64,7 +67,8 @@ def test_packed_attention_is_the_loop_over_sequences(lengths, kv_heads, group, q
     "lengths", [[300, 1, 2, 1, 40, 3], [1] * 30 + [290], [270, 130, 8, 9]], ids=["mixed", "singles", "powers"]
 )
 def test_very_uneven_lengths_take_several_buckets_and_change_nothing(lengths):
-    buckets = buckets_by_length(ends(lengths), max(lengths))
+    segments = segments_of(lengths)
+    buckets = segments.buckets
     assert len(buckets) > 1
     assert sum(b.num_seqs * b.width for b in buckets) < 2 * sum(lengths)
     seqs = torch.cat([b.seqs for b in buckets]).sort().values
@@ -73,7 +77,7 @@ def test_very_uneven_lengths_take_several_buckets_and_change_nothing(lengths):
     assert rows.tolist() == list(range(sum(lengths)))
     tokens = sum(lengths)
     q, k, v = (draw(tokens, 2, 3, seed=s).requires_grad_() for s in range(3))
-    got = varlen_attention(q, k, v, buckets, 0.5)
+    got = varlen_attention(q, k, v, segments, scale=0.5)
     want = torch.cat(
         [  # dense float64 formula, quicker than the loop at this size
             torch.einsum(
@@ -93,22 +97,18 @@ def test_very_uneven_lengths_take_several_buckets_and_change_nothing(lengths):
     )
 
 
-def test_a_generous_maximum_length_changes_nothing():
-    check_varlen([4, 7, 2], 1, 2, 3, 2, max_seqlen=20)
-
-
 def test_padding_never_leaks_between_sequences():
     lengths = [5, 3]
     q, k, v = (draw(8, 2, 4, seed=s) for s in range(3))
-    before = varlen_attention(q, k, v, buckets_by_length(ends(lengths), 5), 0.5)
+    before = varlen_attention(q, k, v, segments_of(lengths), scale=0.5)
     k[5:], v[5:] = 1e6, float("nan")
-    after = varlen_attention(q, k, v, buckets_by_length(ends(lengths), 5), 0.5)
+    after = varlen_attention(q, k, v, segments_of(lengths), scale=0.5)
     torch.testing.assert_close(after[:5], before[:5], rtol=0, atol=0)
 
 
 def test_bfloat16_is_close_to_float64():
     q, k, v = (draw(20, 4, 8, seed=s).bfloat16() for s in range(3))
-    got = varlen_attention(q, k[:, :2], v[:, :2, :6], buckets_by_length(ends([12, 8]), 12), 0.35)
+    got = varlen_attention(q, k[:, :2], v[:, :2, :6], segments_of([12, 8]), scale=0.35)
     assert got.dtype == torch.bfloat16
     wide = [t.double() for t in (q, k[:, :2], v[:, :2, :6])]
     want = torch.cat([attend(*(t[a:b] for t in wide), 0.35) for a, b in ((0, 12), (12, 20))])
@@ -125,48 +125,43 @@ def steps(draw_):
     return pairs
 
 
-def paged(pairs, block_size, kv_heads, group, qk, width, *, shared, poison, seed=0):
+def layer_cache(rows: Tensor, tables: list[list[int]], pairs, block_size: int, row, slack: int = 0) -> LayerCache:
+    """As one that has been written to; the host's bounds may lie `slack` above the contexts."""
+    contexts = np.array([context for context, _ in pairs])
+    nothing = torch.empty(0, dtype=torch.long)
+    return LayerCache(
+        rows, nothing, torch.tensor(tables), torch.from_numpy(contexts), contexts + slack, block_size, row
+    )
+
+
+def paged(pairs, block_size, kv_heads, group, qk, width, *, shared, poison, seed=0, slack=0):
     """Run paged attention on shuffled blocks, and the loop on the same keys and values."""
     generator = torch.Generator().manual_seed(seed)
     blocks_of = [-(-context // block_size) for context, _ in pairs]
     num_blocks, widest = sum(blocks_of) + 2, max(blocks_of)
     free = torch.randperm(num_blocks, generator=generator).tolist()
-    row = qk + 2 if shared else kv_heads * (qk + width) + 1
+    row = LatentRow(width, qk - width) if shared else KVRow(kv_heads, qk)
     offset = 0 if shared else kv_heads * qk
-    rows = torch.full((num_blocks * block_size, row), 1e3, dtype=torch.float64) if poison else None
-    rows = torch.zeros(num_blocks * block_size, row, dtype=torch.float64) if rows is None else rows
+    rows = torch.full((num_blocks * block_size, row.width), 1e3 if poison else 0.0, dtype=torch.float64)
     tables, queries, want = [], [], []
     for s, (context, new) in enumerate(pairs):
         table = [free.pop() for _ in range(blocks_of[s])]
         slots = torch.tensor([table[t // block_size] * block_size + t % block_size for t in range(context)])
-        rows[slots] = draw(context, row, seed=10 + s)
+        rows[slots] = draw(context, row.width, seed=10 + s)
         tables.append(table + [free[0]] * (widest + 1 - len(table)))  # padded with any valid block
         queries.append(draw(new, kv_heads * group, qk, seed=50 + s))
         k = rows[slots, : kv_heads * qk].view(context, kv_heads, qk)
         v = rows[slots, offset : offset + kv_heads * width].view(context, kv_heads, width)
         want.append(attend(queries[-1], k, v, 0.4, first=context - new))
-    cu_seqlens = ends([new for _, new in pairs])
-    got = paged_attention(
-        torch.cat(queries),
-        rows,
-        torch.tensor(tables),
-        torch.tensor([context for context, _ in pairs]),
-        cu_seqlens,
-        buckets_by_length(cu_seqlens, max(new for _, new in pairs)),
-        block_size=block_size,
-        max_context=max(context for context, _ in pairs),
-        num_kv_heads=kv_heads,
-        value_offset=offset,
-        value_dim=width,
-        scale=0.4,
-    )
+    cache = layer_cache(rows, tables, pairs, block_size, row, slack)
+    got = paged_attention(torch.cat(queries), cache, segments_of([new for _, new in pairs]), scale=0.4)
     return got, torch.cat(want)
 
 
 @given(pairs=steps(), block_size=st.sampled_from([1, 3, 4, 16]), kv_heads=st.integers(1, 2), group=st.integers(1, 3))
 @settings(max_examples=40)
 def test_paged_attention_is_the_loop_for_any_mix_of_prefill_decode_and_verify(pairs, block_size, kv_heads, group):
-    got, want = paged(pairs, block_size, kv_heads, group, 3, 2, shared=False, poison=True)
+    got, want = paged(pairs, block_size, kv_heads, group, 3, 3, shared=False, poison=True)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # scores are kept in float32
 
 
@@ -179,14 +174,14 @@ def test_values_may_be_the_first_part_of_the_key(pairs, block_size):
 
 def test_a_long_prefill_beside_many_decodes_takes_several_buckets():
     pairs = [(40, 1)] * 12 + [(300, 290)] + [(9, 3)] * 2
-    got, want = paged(pairs, 16, 1, 2, 3, 2, shared=False, poison=True)
+    got, want = paged(pairs, 16, 1, 2, 3, 3, shared=False, poison=True)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_decode_only_steps_take_the_path_of_width_one():
     pairs = [(1, 1), (17, 1), (5, 1)]
-    assert [b.width for b in buckets_by_length(ends([1, 1, 1]), 1)] == [1]
-    got, want = paged(pairs, 4, 2, 2, 3, 5, shared=False, poison=True)
+    assert [(b.width, b.slots, b.rows) for b in segments_of([1, 1, 1]).buckets] == [(1, None, None)]
+    got, want = paged(pairs, 4, 2, 2, 3, 3, shared=False, poison=True)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -204,14 +199,15 @@ def test_mass_is_the_attention_that_a_row_got_from_real_queries(pairs):
         rows[slots] = draw(context, 5, seed=context)
         weights = attend(q, rows[slots][:, None], torch.eye(context).double()[:, None], 0.4, first=context - new)
         want[slots] += weights.mean(1).sum(0)
-    cu = ends([new for _, new in pairs])
-    paged_attention(
-        torch.cat(queries), rows, torch.tensor([t + own[0][:1] * (max(blocks_of) - len(t)) for t in own]),
-        torch.tensor([context for context, _ in pairs]), cu, buckets_by_length(cu, max(new for _, new in pairs)),
-        block_size=size, max_context=max(context for context, _ in pairs), num_kv_heads=1, value_offset=0, value_dim=4,
-        scale=0.4, mass=mass,
-    )  # fmt: skip
+    padded = [t + own[0][:1] * (max(blocks_of) - len(t)) for t in own]
+    cache = layer_cache(rows, padded, pairs, size, LatentRow(4, 1))
+    attention_mass(torch.cat(queries), cache, segments_of([new for _, new in pairs]), mass, scale=0.4)
     torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_bounds_above_the_contexts_change_nothing():
+    got, want = paged([(9, 2), (3, 2), (30, 1)], 4, 1, 3, 6, 4, shared=True, poison=True, slack=5)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_gathered_context_follows_the_block_table():

@@ -60,7 +60,9 @@ def test_scales_of_another_shape_are_refused():
 
 def test_an_fp8_linear_layer_is_the_dense_layer_of_its_dequantised_weight():
     layer = Linear(150, 70, bias=True)
-    layer.quantize()
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    layer.pack("fp8")
     assert layer.weight.dtype == torch.float8_e4m3fn
     assert not layer.weight.requires_grad
     x = drawn(3, 150)
@@ -69,27 +71,24 @@ def test_an_fp8_linear_layer_is_the_dense_layer_of_its_dequantised_weight():
     assert layer(x.bfloat16().float()).dtype == torch.float32
     assert set(layer.state_dict()) == {"weight", "weight_scale_inv", "bias"}
     fresh = Linear(150, 70)
-    fresh.make_fp8()
+    fresh.make_packed("fp8")
     assert (fresh.weight.dtype, fresh.weight_scale_inv.shape) == (torch.float8_e4m3fn, (1, 2))
 
 
 def test_fp8_experts_compute_what_their_dequantised_stacks_do():
-    experts = Experts(144, 3, 20)
-    with torch.no_grad():
-        experts.gate_up_proj.copy_(drawn(3, 40, 144))
-        experts.down_proj.copy_(drawn(3, 144, 20))
-    x, counts = drawn(7, 144), torch.tensor([4, 0, 3])
-    experts.quantize()
-    assert experts.gate_up_scale_inv.shape == (3, 2, 1, 2)
-    assert experts.down_scale_inv.shape == (3, 2, 1)
-    got = experts(x, counts)
-    dense = Experts(144, 3, 20)
-    with torch.no_grad():
-        for i in range(3):
-            gate_up, down = experts.dense_expert(i, torch.float32)
-            dense.gate_up_proj[i], dense.down_proj[i] = gate_up, down
-    torch.testing.assert_close(got, dense(x, counts), rtol=1e-4, atol=1e-4)
-    assert experts(x[:0], torch.tensor([0, 0, 0])).shape == (0, 144)
+    packed, dense = Experts(144, 3, 20), Experts(144, 3, 20)
+    for name, shape in (("gate_up_proj", (3, 2, 20, 144)), ("down_proj", (3, 144, 20))):
+        stack = getattr(packed, name)
+        with torch.no_grad():
+            stack.weight.copy_(drawn(*shape))
+            stack.pack("fp8")
+            getattr(dense, name).weight.copy_(stack.dense_weight(torch.float32))
+    assert packed.gate_up_proj.weight_scale_inv.shape == (3, 2, 1, 2)
+    assert packed.down_proj.weight_scale_inv.shape == (3, 2, 1)
+    x, weights = drawn(5, 144), drawn(5, 2).abs()
+    ids = torch.tensor([[0, 2], [2, 0], [0, 2], [0, -1], [-1, -1]])
+    torch.testing.assert_close(packed(x, ids, weights), dense(x, ids, weights), rtol=1e-4, atol=1e-4)
+    assert packed(x[:0], ids[:0], weights[:0]).shape == (0, 144)
 
 
 def test_every_e4m3_pattern_is_dequantised_as_torch_casts_it():

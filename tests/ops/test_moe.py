@@ -5,17 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kogia.ops.linear import grouped_linear
 from kogia.ops.moe import (
     affinities,
     combine,
     dispatch,
     gate_weights,
-    grouped_linear,
     order_by_expert,
     select_experts,
     sequence_balance_loss,
     swiglu,
 )
+from kogia.ops.segments import segments_of
 
 
 def choose(scores: list[float], bias: list[float] | None, topk: int, num_groups: int, topk_groups: int) -> set[int]:
@@ -212,7 +213,7 @@ def test_balance_loss_is_the_loop_of_the_paper_in_value_and_gradient(lengths, to
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(sum(lengths), 4, generator=generator, dtype=torch.float64).requires_grad_()
     ids = pick(sum(lengths), topk, 4, seed)
-    got = sequence_balance_loss(scores, ids, torch.tensor([0, *lengths]).cumsum(0))
+    got = sequence_balance_loss(scores, ids, segments_of(lengths))
     want = balance_loop(scores, ids, lengths)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, scores), torch.autograd.grad(want, scores))
@@ -220,7 +221,7 @@ def test_balance_loss_is_the_loop_of_the_paper_in_value_and_gradient(lengths, to
 
 def test_perfect_balance_costs_one_per_token_and_collapse_costs_more():
     ids = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]])
-    ends = torch.tensor([0, 2, 4])
+    ends = segments_of([2, 2])
     assert sequence_balance_loss(torch.full((4, 4), 0.3), ids, ends).item() == pytest.approx(4.0)
     collapsed = torch.tensor([[0.9, 0.9, 0.0, 0.0]] * 4)
     assert sequence_balance_loss(collapsed, torch.tensor([[0, 1]] * 4), ends).item() == pytest.approx(8.0)

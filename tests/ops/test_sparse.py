@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from kogia.ops.attention import paged_attention, selected_keys, varlen_attention
-from kogia.ops.grid import buckets_by_length
+from kogia.ops.cache import LatentRow, LayerCache
+from kogia.ops.mass import attention_mass
+from kogia.ops.segments import segments_of
 from kogia.ops.sparse import IndexVectors, index_scores, indexer_loss, keep_topk
 
 LENGTHS = [7, 1, 12, 30]
@@ -57,7 +60,7 @@ def test_sparse_attention_attends_to_exactly_the_chosen_keys(topk):
     tokens = sum(LENGTHS)
     q, k, v = drawn(tokens, 3, 4), drawn(tokens, 3, 4) * 1.1, drawn(tokens, 3, 2)
     index = some_index(tokens, topk)
-    got = varlen_attention(q, k, v, buckets_by_length(cu, max(LENGTHS)), 0.5, index)
+    got = varlen_attention(q, k, v, segments_of(LENGTHS), scale=0.5, index=index)
     for start, end in zip(cu.tolist(), cu.tolist()[1:], strict=False):
         for query in range(start, end):
             rows = chosen_by_loop(index, start, query)
@@ -72,11 +75,11 @@ def test_cached_sparse_attention_chooses_the_same_keys_for_one_and_for_several_q
     rows = drawn(64, width + DIM)
     tables = torch.randperm(16, generator=torch.Generator().manual_seed(1))[:15].view(3, 5)
     q, index = drawn(3 * new, 2, width), some_index(3 * new, topk)
-    cu, mass, received = boundaries([new] * 3), torch.ones(64), torch.ones(64)
-    got = paged_attention(
-        q, rows, tables, torch.tensor(contexts), cu, buckets_by_length(cu, new), block_size=size, max_context=20,
-        num_kv_heads=1, value_offset=0, value_dim=5, scale=0.3, index=index, mass=mass,
-    )  # fmt: skip
+    mass, received, segments = torch.ones(64), torch.ones(64), segments_of([new] * 3)
+    host, nothing = np.array(contexts), torch.empty(0, dtype=torch.long)
+    cache = LayerCache(rows, nothing, tables, torch.tensor(contexts), host, size, LatentRow(5, 3, DIM))
+    got = paged_attention(q, cache, segments, scale=0.3, index=index)
+    attention_mass(q, cache, segments, mass, scale=0.3, index=index)
     for seq, context in enumerate(contexts):
         own = rows.view(16, size, -1)[tables[seq]].flatten(0, 1)
         for i in range(new):
@@ -95,7 +98,7 @@ def test_the_indexer_loss_is_the_divergence_from_the_attention_it_imitates(topk)
     q, k, index = drawn(tokens, 3, 4), drawn(tokens, 3, 4) * 1.1, some_index(tokens, topk)
     index.q.requires_grad_()
     q.requires_grad_()
-    got = indexer_loss(q, k, index, buckets_by_length(cu, max(LENGTHS)), 0.5)
+    got = indexer_loss(q, k, index, segments_of(LENGTHS), 0.5)
     want = 0.0
     for start, end in zip(cu.tolist(), cu.tolist()[1:], strict=False):
         for query in range(start, end):
@@ -112,7 +115,6 @@ def test_the_indexer_loss_is_the_divergence_from_the_attention_it_imitates(topk)
 
 
 def test_selection_carries_no_gradient():
-    cu = boundaries([12])
     index = some_index(12, 3)
     index.q.requires_grad_()
-    assert not selected_keys(index, buckets_by_length(cu, 12)[0]).requires_grad
+    assert not selected_keys(index, segments_of([12]).buckets[0]).requires_grad

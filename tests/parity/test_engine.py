@@ -67,13 +67,15 @@ CUTS = {
     "few_rows": {"max_sequences": 2},
     "no_prefix_cache": {"prefix_cache": False},
     "other_block_size": {"block_size": 16},
+    "overlapped": {"overlap": True},
+    "overlapped_chunked_and_tiny": {"overlap": True, "max_batch_tokens": 9, "num_blocks": 20, "max_sequences": 3},
     "chunked_and_tiny": {"max_batch_tokens": 9, "num_blocks": 20, "max_sequences": 3},
 }
 
 
 def build(name: str) -> Transformer:
     """A random model whose logits lie far enough apart that rounding decides nothing."""
-    model = build_model(CONFIGS[name], seed=1)
+    model = build_model(CONFIGS[name], seed=6)
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     return model
@@ -225,7 +227,7 @@ def test_drafts_are_the_predictions_of_the_mtp_module_over_the_whole_sequence(mt
     ids = [*prompt, *completion.token_ids]
     with torch.no_grad():
         batch = pack([ids])
-        hidden = model.mtp_hidden(0, model(batch), torch.tensor([*ids[1:], 0]), batch)
+        hidden = model.mtp_hidden(0, model(batch), torch.tensor([*ids[1:], 0]), model.step(batch))
         predicted = model.mtp_logits(0, hidden).argmax(-1).tolist()
     assert len(drafts) > 10
     for position, draft in drafts.items():

@@ -17,6 +17,7 @@ from kogia.model.hf_config import config_from_hf
 from kogia.model.hf_export import published_type
 from kogia.model.packed import pack
 from kogia.model.presets import preset
+from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer, build_model
 from kogia.text.tokenizer import train_bpe
 
@@ -169,14 +170,14 @@ def test_a_small_twin_of_every_kind_of_preset_runs_trains_and_survives_the_disk(
     again = load_model(tmp_path)
     assert again.config == model.config
     torch.testing.assert_close(packed_logits(again), want, rtol=0, atol=0)
-    again.train()
-    batch = pack(TOKENS.tolist())
-    hidden = again(batch)
-    loss = -again.logprobs_from_hidden(hidden, batch)[0].sum() + again.pop_indexer_loss()
+    batch, routing = pack(TOKENS.tolist()), Routing(losses=True)
+    step = again.step(batch, routing=routing)
+    hidden = again(batch, step=step)
+    loss = -again.logprobs_from_hidden(hidden, batch)[0].sum()
     for depth in range(again.config.num_mtp_layers):
-        hidden = again.mtp_hidden(depth, hidden, batch.token_ids.roll(-1 - depth), batch)
-        loss = loss + again.mtp_logits(depth, hidden).logsumexp(-1).sum() + again.pop_indexer_loss()
-    loss.backward()
+        hidden = again.mtp_hidden(depth, hidden, batch.token_ids.roll(-1 - depth), step)
+        loss = loss + again.mtp_logits(depth, hidden).logsumexp(-1).sum()
+    (loss + (routing.indexer_loss() or 0.0)).backward()
     assert [n for n, p in again.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
 
 

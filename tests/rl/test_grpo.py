@@ -48,9 +48,7 @@ def sampled(run: Run, problems: int = 4) -> Rollout:
     params = SamplingParams(
         c.temperature, max_tokens=c.max_tokens, n=c.group_size, seed=c.seed * 1_000_003, logprobs=True
     )
-    run.state.model.eval()
     rollout = collect(run.engine, run.tokenizer, draw_problems(run.sources, 0, problems, c.seed), params)
-    run.state.model.train()
     return rollout
 
 
@@ -117,7 +115,6 @@ def test_a_step_moves_the_weights_and_the_engine_samples_with_the_new_ones(build
     run = build()
     before, params = weights_of(run), SamplingParams(max_tokens=8, n=4, seed=0, logprobs=True)
     prompt = sampled(run, 1).prompts[0]
-    run.state.model.eval()
     assert run.engine.generate([prompt], params)[0][0].num_cached_tokens > 0
     metrics = step(run)
     moved = {name for name, value in weights_of(run).items() if not torch.equal(value, before[name])}
@@ -257,7 +254,7 @@ def test_two_updates_of_one_rollout_take_disjoint_prompts_and_ratios_to_the_poli
     ]
     with torch.no_grad():
         new = single.state.model.logprobs(batch := pack(sequences))
-    ends = batch.cu_seqlens[1:].tolist()
+    ends = batch.segments.cu_seqlens[1:].tolist()
     ratios = [(new[end - len(o) : end] - torch.tensor(o)).exp() for end, o in zip(ends, old, strict=True)]
     mean_ratio = float(torch.cat(ratios).mean())
     assert abs(mean_ratio - 1) > 1e-3

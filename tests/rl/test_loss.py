@@ -48,6 +48,7 @@ def build_batch(samples, weights, *, old=True, reference=True):
         rows(lambda s: [s.advantage] * len(s.new), 99.0),
         rows(lambda s: s.engine, float("-inf")),
         weights.double(),
+        sum(len(s.new) for s, weight in zip(samples, weights.tolist(), strict=True) if weight > 0),
         rows(lambda s: s.old, float("nan")) if old else None,
         rows(lambda s: s.reference, float("inf")) if reference else None,
     )

@@ -96,7 +96,7 @@ def batches_of(rollout, budget, rows=None, loss=PolicyLossConfig()):
 
 def sequences_of(batch):
     """(tokens, mask, advantages, behaviour, weight) of each sequence, as lists."""
-    bounds = batch.tokens.cu_seqlens.tolist()
+    bounds = batch.tokens.segments.cu_seqlens.tolist()
     fields = (batch.tokens.token_ids, batch.loss_mask, batch.advantages, batch.behaviour_logprobs)
     for i, (start, end) in enumerate(pairwise(bounds)):
         yield (*(field[start:end].tolist() for field in fields), float(batch.sequence_weights[i]))
@@ -128,7 +128,7 @@ def test_the_end_token_is_in_the_loss_and_scored_as_the_trainer_scores_it(rollou
     engine, tokenizer = loaded
     stopped = [(p, g) for p in range(6) for g in range(GROUP) if not rollout.truncated[p, g]]
     (batch,) = batches_of(rollout, 100_000, stopped)[-1]
-    ends = batch.tokens.cu_seqlens[1:] - 1
+    ends = batch.tokens.segments.cu_seqlens[1:] - 1
     assert batch.tokens.token_ids[ends].tolist() == [tokenizer.eos_id] * len(stopped)
     assert batch.loss_mask[ends].all()
     with torch.no_grad():

@@ -5,7 +5,7 @@ from train.tiny import make_batch, random_sequences
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import build_model
 from kogia.train.estimate import train_memory
-from kogia.train.loss import supervised_loss
+from kogia.train.loss import LossWeights, supervised_loss
 
 SIZES = {"vocab_size": 64, "dim": 64, "num_layers": 3, "ffn_dim": 128}
 MODELS = {
@@ -17,7 +17,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_activation_estimate_is_near_what_autograd_really_keeps(name):
-    model = build_model(MODELS[name]).train()
+    model = build_model(MODELS[name])
     batch = make_batch(random_sequences([64] * 16, vocab=64))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -29,8 +29,8 @@ def test_the_activation_estimate_is_near_what_autograd_really_keeps(name):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = supervised_loss(model, batch, mtp_weight=0.3, balance_weight=1e-4)
-    assert loss.requires_grad
+        loss = supervised_loss(model, batch, LossWeights(mtp=0.3, balance=1e-4))
+    assert loss.total.requires_grad
     estimate = train_memory(MODELS[name], 1024).activations
     assert sum(kept.values()) == pytest.approx(estimate, rel=0.15)
 

@@ -71,10 +71,10 @@ def test_an_indexer_that_learnt_catches_more_attention_than_a_fresh_one(dense, t
         main(run)
         built = build_run(replace(run, out=str(tmp_path / f"look{steps}"), init=run.out, add_indexer=None,
                                   index_topk=None))  # fmt: skip
-        model = built.state.model.eval()
+        model = built.state.model
         with torch.no_grad():
             losses[steps] = sum(
-                -model.logprobs_from_hidden(model(b.tokens), b.tokens, mask=b.loss_mask)[0].sum().item()
+                -model.logprobs_from_hidden(model(b.tokens), b.tokens, rows=b.loss_rows)[0].sum().item()
                 for b in built.validation
             )
     assert losses[60] < losses[1]

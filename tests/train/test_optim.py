@@ -4,11 +4,11 @@ from train.tiny import make_batch, random_sequences, tiny_model, tiny_state
 
 from kogia.train.config import OptimConfig
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.step import train_step
+from kogia.train.step import Loss, train_step
 
 
 def quadratic(model, batch):
-    return sum((p**2).sum() for p in model.parameters()) / 2, {}
+    return Loss(sum((p**2).sum() for p in model.parameters()) / 2, {})
 
 
 def test_one_step_is_adamw_as_written_down_with_decay_on_matrices_only():

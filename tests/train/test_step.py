@@ -6,10 +6,10 @@ import pytest
 import torch
 from train.tiny import make_batch, random_sequences, tiny_model, tiny_state
 
-from kogia.train.loss import supervised_loss
-from kogia.train.step import train_step
+from kogia.train.loss import LossWeights, supervised_loss
+from kogia.train.step import Loss, train_step
 
-LOSS = partial(supervised_loss, mtp_weight=0.3, balance_weight=1e-3)
+LOSS = partial(supervised_loss, weights=LossWeights(mtp=0.3, balance=1e-3))
 
 
 def test_every_parameter_changes_after_one_step():
@@ -35,7 +35,7 @@ def test_two_micro_batches_give_the_update_of_one_twice_as_large():
 
 def test_uneven_micro_batches_are_weighted_by_their_tokens_not_averaged():
     batches = [make_batch(random_sequences([5])), make_batch(random_sequences([50], seed=1))]
-    sums = [float(LOSS(tiny_model(), batch)[1]["loss"]) for batch in batches]
+    sums = [float(LOSS(tiny_model(), batch).metrics["loss"]) for batch in batches]
     metrics = train_step(tiny_state(tiny_model()), batches, LOSS)
     assert metrics["loss"] == pytest.approx(sum(sums) / (4 + 49), rel=1e-5)
     assert metrics["tokens"] == 53
@@ -61,7 +61,7 @@ def test_biases_move_towards_experts_below_the_mean_load_and_max_vio_is_as_defin
     model = tiny_model()
     batch = make_batch(random_sequences([64]))
     chosen: list[torch.Tensor] = []
-    hooks = [r.register_forward_hook(lambda _, __, out: chosen.append(out[0])) for r in model.routers()]
+    hooks = [r.register_forward_hook(lambda _, __, out: chosen.append(out.expert_ids)) for r in model.routers()]
     state = tiny_state(model)
     state.bias_update_speed = 0.25
     metrics = train_step(state, [batch], LOSS)
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_value_
 def test_a_gradient_that_is_not_finite_names_the_parameter():
     def exploding(model, batch):
         weight = model.model.norm.weight
-        return (weight * 0.0).sqrt().sum() + weight.sum(), {}
+        return Loss((weight * 0.0).sqrt().sum() + weight.sum(), {})
 
     state = tiny_state(tiny_model())
     with pytest.raises(

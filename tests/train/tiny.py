@@ -24,7 +24,7 @@ def tiny_config(**fields) -> ModelConfig:
 
 
 def tiny_model(seed: int = 0, **fields) -> Transformer:
-    return build_model(tiny_config(**fields), seed=seed).train()
+    return build_model(tiny_config(**fields), seed=seed)
 
 
 def tiny_state(model: Transformer, num_steps: int = 10, **optim) -> TrainState:
@@ -41,4 +41,4 @@ def make_batch(sequences: list[list[int]], masks: list[list[int]] | None = None)
     """All tokens but the first of each sequence count, unless `masks` says otherwise."""
     masks = masks or [[0] + [1] * (len(s) - 1) for s in sequences]
     mask = torch.tensor([on for m in masks for on in m], dtype=torch.bool)
-    return Batch(pack(sequences), mask)
+    return Batch(pack(sequences), mask, int(mask.sum()))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kogia.ops.cache_rows import LatentRow
+from kogia.ops.cache import LatentRow
 from kogia.ops.fp8 import dequantize_groups, quantize_groups
 
 

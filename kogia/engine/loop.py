@@ -1,0 +1,318 @@
+"""The one loop over steps: many callers, one engine.
+
+Whoever waits for news runs the next step himself and hands out what it brings; the others wait for their turn or their
+news. So one thread needs no other, several share the engine, and none is privileged. `asyncio` code waits for a thread
+that the loop starts for it.
+
+    stream = engine.submit(prompt_ids, SamplingParams(max_tokens=100))
+    for event in stream: ...            # tokens as they come; leave early with stream.cancel()
+    completions = stream.result()       # or: completions = await stream;  async for event in stream
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent
+
+OnProgress = Callable[[int, int, int], None]
+"""Called after every step with (completions that have ended, completions in all, tokens generated)."""
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """What the loop asks of an engine. It calls these one at a time, but for `requests`, which changes nothing."""
+
+    @property
+    def num_unfinished(self) -> int: ...
+    @property
+    def num_generated_tokens(self) -> int: ...
+    def requests(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[Request]: ...
+    def queue(self, requests: Sequence[Request]) -> None: ...
+    def step(self) -> list[TokenEvent]: ...
+    def abort(self, request_id: int) -> Completion | None: ...
+
+
+class Stream:
+    """The continuations of one prompt under way. Made by `submit`."""
+
+    def __init__(self, loop: "StreamLoop", request_ids: Sequence[int], on_end: Callable[["Stream"], None]) -> None:
+        self.request_ids = list(request_ids)
+        """One per completion, in order; events name them."""
+        self.completions: dict[int, Completion] = {}
+        """Request id -> completion, as they end."""
+        self._loop = loop
+        self._on_end = on_end
+        self._events: deque[TokenEvent] = deque()
+        self._error: BaseException | None = None
+        self._wake: Callable[[], None] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """All completions are there."""
+        return len(self.completions) == len(self.request_ids)
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        """Events as they come; the last one of each continuation carries its completion. Raises what a step raises."""
+        while True:
+            self._loop.wait(self._has_news)
+            if not self._events:
+                return self._raise_error()
+            yield self._events.popleft()
+
+    def result(self) -> list[Completion]:
+        """Wait for the end; the completions in order."""
+        self._loop.wait(lambda: self.is_done or self._error is not None)
+        self._raise_error()
+        return [self.completions[request_id] for request_id in self.request_ids]
+
+    def cancel(self) -> None:
+        """Give up what is unfinished: it ends with reason "abort". Does nothing to what has ended."""
+        self._loop.cancel(self)
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        try:
+            while await self._arrival():
+                yield self._events.popleft()
+        finally:
+            self.cancel()
+
+    def __await__(self) -> Generator[None, None, list[Completion]]:
+        return self._all().__await__()
+
+    async def _all(self) -> list[Completion]:
+        async for _ in self:
+            pass
+        return self.result()
+
+    async def _arrival(self) -> bool:
+        """Wait until the loop's own thread has brought an event; False at the end."""
+        running, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            running.call_soon_threadsafe(arrived.set)
+
+        self._wake = wake
+        self._loop.run_in_background()
+        if not self._has_news():
+            await arrived.wait()
+        self._wake = None
+        if not self._events:
+            self._raise_error()
+        return bool(self._events)
+
+    def _has_news(self) -> bool:
+        return bool(self._events) or self.is_done or self._error is not None
+
+    def _raise_error(self) -> None:
+        if self._error is not None and not self.is_done:
+            raise self._error
+
+    def _take(self, event: TokenEvent) -> None:
+        """The loop hands over an event."""
+        if event.completion is not None:
+            self.completions[event.request_id] = event.completion
+            self._on_end(self)
+        self._events.append(event)
+        self._notify()
+
+    def _fail(self, error: BaseException) -> None:
+        """The loop's own thread has met an error."""
+        self._error = error
+        self._notify()
+
+    def _notify(self) -> None:
+        if (wake := self._wake) is not None:
+            wake()
+
+
+class StreamLoop:
+    """Runs the steps of one engine for everybody who waits."""
+
+    def __init__(self, engine: Steps) -> None:
+        self._engine = engine
+        self.num_steps = 0
+        self._changed = threading.Condition()
+        """Guards all that follows, and is notified when it changes."""
+        self._streams: dict[int, Stream] = {}
+        """Request id -> who hears of it."""
+        self._arrivals: list[Request] = []
+        self._departures: list[int] = []
+        self._is_busy = False
+        """Somebody has the engine, in a step or a pause."""
+        self._thread: threading.Thread | None = None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted here that have not ended."""
+        return len(self._streams)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        stream: bool = True,
+        on_end: Callable[[Stream], None] = lambda _: None,
+    ) -> Stream:
+        """Start continuations. With `stream` events come with every token, else one at each end.
+
+        `on_end` is called, in whatever thread that happens, for each continuation that ends. Never waits for a step
+        under way. Raises ValueError for what the engine cannot do.
+        """
+        requests = self._engine.requests(prompt, params, stream=stream)
+        handle = Stream(self, [request.id for request in requests], on_end)
+        with self._changed:
+            self._arrivals += requests
+            self._streams.update((request.id, handle) for request in requests)
+            self._changed.notify_all()
+        return handle
+
+    def cancel(self, stream: Stream) -> None:
+        """See `Stream.cancel`. While a step is under way it takes effect after it."""
+        with self._changed:
+            self._departures += [each for each in stream.request_ids if each not in stream.completions]
+            if not self._is_busy:
+                self._exchange()
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Run steps, in turn with others who wait, until `ready`."""
+        while self._take_turn(ready):
+            self._run_step()
+
+    def complete(
+        self,
+        requests: Iterable[tuple[Sequence[int], SamplingParams]],
+        *,
+        ahead: int | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(place, completions) of each request as soon as all its completions are there.
+
+        Requests are taken from the iterable while fewer than `ahead` sequences are unfinished, all at once for None.
+        `on_step(completions that have ended)` is called after every step. If anything fails, Ctrl-C included, or the
+        iterator is closed, nothing of this call stays in the engine.
+        """
+        coming, ended = enumerate(requests), deque[Stream]()
+        under_way: dict[Stream, int] = {}
+        num_ended = 0
+        try:
+            while True:
+                while ahead is None or self.num_unfinished < ahead:
+                    item = next(coming, None)
+                    if item is None:
+                        break
+                    place, (prompt, params) = item
+                    under_way[self.submit(prompt, params, stream=False, on_end=ended.append)] = place
+                if not under_way:
+                    return
+                seen = self.num_steps
+                self.wait(lambda seen=seen: bool(ended) or self.num_steps > seen)
+                while ended:
+                    stream, num_ended = ended.popleft(), num_ended + 1
+                    if stream.is_done and stream in under_way:
+                        yield under_way.pop(stream), stream.result()
+                if on_step is not None:
+                    on_step(num_ended)
+        finally:
+            for stream in under_way:
+                self.cancel(stream)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        on_progress: OnProgress | None = None,
+    ) -> list[list[Completion]]:
+        """Continue every prompt to the end: `n` completions each, in order of the prompts."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} SamplingParams: give one for all, or one each")
+        total, before = sum(own.n for own in each), self._engine.num_generated_tokens
+
+        def report(num_ended: int) -> None:
+            if on_progress is not None:
+                on_progress(num_ended, total, self._engine.num_generated_tokens - before)
+
+        done = dict(self.complete(zip(prompts, each, strict=True), on_step=report))
+        return [done[place] for place in range(len(prompts))]
+
+    def run_in_background(self) -> None:
+        """Let a thread of the loop's own run steps as long as anything is unfinished."""
+        with self._changed:
+            if self._thread is None and self._streams:
+                self._thread = threading.Thread(target=self._drive, name="kogia-steps", daemon=True)
+                self._thread.start()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nobody steps within the block. Waits for a step under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_busy)
+            self._is_busy = True
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _drive(self) -> None:
+        try:
+            while self._take_turn(lambda: not self._streams, is_driver=True):
+                self._run_step()
+        except BaseException as error:  # noqa: BLE001 - there is no caller to tell: all who wait are told
+            with self._changed:
+                self._thread = None
+                for stream in set(self._streams.values()):
+                    stream._fail(error)
+
+    def _take_turn(self, ready: Callable[[], bool], *, is_driver: bool = False) -> bool:
+        """Wait for `ready` (False) or for the engine to be free (True, and it is taken)."""
+        with self._changed:
+            self._changed.wait_for(lambda: ready() or not self._is_busy)
+            if ready():
+                if is_driver:
+                    self._thread = None
+                return False
+            self._is_busy = True
+            return True
+
+    def _run_step(self) -> None:
+        """One step by whoever has taken the turn."""
+        events: list[TokenEvent] = []
+        try:
+            with self._changed:
+                self._exchange()
+            events = self._engine.step()
+        finally:
+            self._release(events)
+
+    def _release(self, events: Sequence[TokenEvent] = ()) -> None:
+        with self._changed:
+            self.num_steps += 1
+            for event in events:
+                self._deliver(event)
+            self._is_busy = False
+            self._changed.notify_all()
+
+    def _exchange(self) -> None:
+        """Bring the engine what has arrived and take out what was cancelled, while nothing steps."""
+        arrivals, self._arrivals = self._arrivals, []
+        departures, self._departures = self._departures, []
+        self._engine.queue(arrivals)
+        for request_id in departures:
+            completion = self._engine.abort(request_id)
+            if completion is not None:
+                self._deliver(TokenEvent(request_id, [], [], "", completion))
+        if departures:
+            self._changed.notify_all()
+
+    def _deliver(self, event: TokenEvent) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            return  # of a request that was added without this loop
+        if event.completion is not None:
+            del self._streams[event.request_id]
+        stream._take(event)

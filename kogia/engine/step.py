@@ -1,0 +1,51 @@
+"""What the scheduler asks of the runner, and what comes back."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """The runs of tokens of one step, one entry per sequence."""
+
+    rows: NDArray[np.int64]
+    """Rows of the sequence table, oldest first."""
+    starts: NDArray[np.int64]
+    """Position of the first token that runs."""
+    counts: NDArray[np.int64]
+    """Tokens that run, drafts included."""
+    num_samples: NDArray[np.int64]
+    """Tokens to sample, from the last rows of the run: 0 for an unfinished prefill, else 1 + drafts verified."""
+    is_pending: NDArray[np.bool_]
+    """The last token that runs is one that a step in flight samples: its value is on the device alone."""
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return int(self.counts.sum())
+
+    @cached_property
+    def sampled(self) -> NDArray[np.int64]:
+        """The entries that sample."""
+        return np.flatnonzero(self.num_samples)
+
+    def grid(self, flat: NDArray, fill: int = -1) -> NDArray:
+        """One value per sample, end to end, as [entries, most samples of one]."""
+        column = np.arange(max(1, int(self.num_samples.max())))
+        grid = np.full((len(self.rows), len(column)), fill, dtype=flat.dtype)
+        grid[column < self.num_samples[:, None]] = flat
+        return grid
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """What the model made of a plan, on the host."""
+
+    tokens: NDArray[np.int64]
+    """Samples of all sequences end to end, `plan.num_samples` of each."""
+    logprobs: NDArray[np.float32]
+    """Of the samples, unfiltered, at the sequence's temperature. Not finite where the model's logits were not."""
+    drafts: NDArray[np.int64]
+    """[plan.sampled, drafts] guesses at what follows the last accepted sample."""

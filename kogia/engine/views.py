@@ -1,0 +1,99 @@
+"""How the layers of one step see the cache, as the published models do: every layer the same rows, all of them.
+
+What changes or watches that (kogia.engine.pruning, kogia.engine.ranks) is a view of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kogia.engine.inputs import Upload
+from kogia.engine.sequences import SequenceTable
+from kogia.engine.step import StepPlan
+from kogia.model.cache import PagedCache, StepCache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRuns:
+    """The tokens of a plan, one by one."""
+
+    seq_rows: NDArray[np.int64]
+    """Table row of each sequence."""
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    """Table row of every token."""
+    positions: NDArray[np.int64]
+
+
+def token_runs(plan: StepPlan) -> TokenRuns:
+    first = np.cumsum(plan.counts) - plan.counts
+    positions = np.arange(plan.num_tokens) + np.repeat(plan.starts - first, plan.counts)
+    return TokenRuns(plan.rows, plan.starts, plan.counts, np.repeat(plan.rows, plan.counts), positions)
+
+
+@runtime_checkable
+class CacheView(Protocol):
+    def put(self, upload: Upload, table: SequenceTable, runs: TokenRuns) -> None:
+        """Add to the step's upload what `step_cache` will need."""
+        ...
+
+    def step_cache(self, upload: Upload, runs: TokenRuns) -> StepCache:
+        """The view of every layer, from what was sent. The runner sends "positions" as well."""
+        ...
+
+    def drafting(
+        self,
+        block_tables: Int[Tensor, "seqs blocks"],
+        positions: Int[Tensor, " seqs"],
+        num_slots: Int[Tensor, " seqs"],
+        contexts: NDArray[np.int64],
+    ) -> StepCache:
+        """One more token of each sequence at `positions`, which only the device knows; `contexts` bound them.
+
+        A sequence has blocks for `num_slots` rows: what goes beyond is written to nobody's slot.
+        """
+        ...
+
+
+class WholeCache:
+    """Every layer sees all rows of a sequence."""
+
+    def __init__(self, cache: PagedCache, lookahead: int = 0) -> None:
+        """`lookahead` rows past a step's own may be written by drafts."""
+        self.cache, self.lookahead = cache, lookahead
+
+    def put(self, upload: Upload, table: SequenceTable, runs: TokenRuns) -> None:
+        size, contexts = self.cache.block_size, runs.starts + runs.counts
+        upload.put("slots", table.blocks[runs.rows, runs.positions // size] * size + runs.positions % size)
+        upload.put("context_lens", contexts)
+        num_blocks = -(-(int(contexts.max()) + self.lookahead) // size)
+        upload.put("block_tables", _own_blocks(table, runs.seq_rows, num_blocks))
+
+    def step_cache(self, upload: Upload, runs: TokenRuns) -> StepCache:
+        tables, lens = upload["block_tables"], upload["context_lens"]
+        return self.cache.step(upload["slots"], tables, lens, runs.starts + runs.counts)
+
+    def drafting(
+        self,
+        block_tables: Int[Tensor, "seqs blocks"],
+        positions: Int[Tensor, " seqs"],
+        num_slots: Int[Tensor, " seqs"],
+        contexts: NDArray[np.int64],
+    ) -> StepCache:
+        size = self.cache.block_size
+        column = (positions // size).clamp_max(block_tables.shape[1] - 1)
+        slots = block_tables.gather(1, column[:, None]).squeeze(1) * size + positions % size
+        slots = torch.where(positions < num_slots, slots, self.cache.spare_slot)
+        return self.cache.step(slots, block_tables, positions + 1, contexts)
+
+
+def _own_blocks(table: SequenceTable, rows: NDArray[np.int64], num_blocks: int) -> NDArray[np.int64]:
+    """[rows, num_blocks] block tables; behind its own blocks a sequence has its first one again, unread."""
+    blocks = table.blocks[rows, :num_blocks]
+    return np.where(np.arange(blocks.shape[1]) < table.num_blocks[rows][:, None], blocks, blocks[:, :1])

@@ -1,0 +1,156 @@
+"""Which implementation of an op runs.
+
+An op is its reference: a documented function in plain PyTorch. Beside it may stand *backends*, faster implementations
+of the same signature, named where the op is defined, in order of preference and by kind of device:
+
+    @op(cuda=("kogia.ops.triton.attention",), any=("kogia.ops.aten.experts",))
+    def grouped_linear(x, weight, counts): ...
+
+A backend is called as its package is ("triton", "aten", "cpu"). Its module has a function of the op's name and beside
+it `NAME_supports` with the same arguments, which returns None, or the reason why it cannot take them. The first that
+can is called, the reference where none can. Modules are imported when first needed; one that cannot be imported is
+out, for that reason. The first argument of an op is a tensor, and its device is where the op runs.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+REFERENCE = "reference"
+
+
+@dataclass(eq=False)
+class Backend:
+    """One faster implementation of an op."""
+
+    module: str
+    op: str
+    _functions: tuple[Callable, Callable] | None = field(default=None, init=False)
+    _missing: str | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        return self.module.split(".")[-2]
+
+    def load(self) -> str | None:
+        """Import it; returns why that cannot be done here, or None."""
+        if self._functions is None and self._missing is None:
+            try:
+                module = importlib.import_module(self.module)
+                self._functions = getattr(module, self.op), getattr(module, f"{self.op}_supports")
+            except (ImportError, RuntimeError) as error:  # no such library, or no driver for it
+                self._missing = f"{self.module} cannot be imported: {error}"
+        return self._missing
+
+    def refusal(self, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
+        """Why these arguments cannot be taken, or None."""
+        missing = self.load()
+        return missing if self._functions is None else self._functions[1](*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._functions is not None, f"{self.module} was not loaded"
+        return self._functions[0](*args, **kwargs)
+
+
+class Op(Generic[P, R]):
+    """A reference function that may hand over to a backend."""
+
+    def __init__(self, reference: Callable[P, R], modules: dict[str, Sequence[str]]) -> None:
+        self.reference = reference
+        self.name = reference.__name__
+        self.modules = modules
+        self._backends: dict[str, tuple[Backend, ...]] = {}
+        self.chosen: str | None = None
+        """Set by `use_backend`; None leaves the choice to the arguments."""
+        update_wrapper(self, reference)
+        OPS[self.name] = self
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self.modules:
+            return self.reference(*args, **kwargs)
+        return self._pick(args, kwargs)(*args, **kwargs)
+
+    @property
+    def backend_names(self) -> list[str]:
+        """On any device, the reference first."""
+        modules = [module for each in self.modules.values() for module in each]
+        return [REFERENCE, *sorted({Backend(module, self.name).name for module in modules})]
+
+    def backends(self, device: str) -> tuple[Backend, ...]:
+        """Those of a kind of device, best first."""
+        if device not in self._backends:
+            modules = (*self.modules.get(device, ()), *self.modules.get("any", ()))
+            self._backends[device] = tuple(Backend(module, self.name) for module in modules)
+        return self._backends[device]
+
+    def refusals(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, str | None]:
+        """Backend -> why it cannot take these arguments, or None."""
+        return {b.name: b.refusal(args, kwargs) for b in self.backends(args[0].device.type)}
+
+    def _pick(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[P, R]:
+        chosen = self.chosen
+        for backend in self.backends(args[0].device.type):
+            if chosen is not None and chosen != backend.name:
+                continue
+            reason = backend.refusal(args, kwargs)
+            if reason is None:
+                return cast(Callable[P, R], backend)
+            if chosen is not None:
+                raise ValueError(f"backend {chosen!r} cannot run {self.name} here: {reason}")
+        return self.reference
+
+
+OPS: dict[str, Op] = {}
+"""Every op by name; filled when the modules of `kogia.ops` are imported, and not changed after."""
+
+
+def op(**modules: Sequence[str]) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Make a function the reference of an op. Keys are kinds of device, or `any`; values name backend modules."""
+
+    def wrap(reference: Callable[P, R]) -> Op[P, R]:
+        return Op(reference, modules)
+
+    return wrap
+
+
+@contextmanager
+def use_backend(name: str, ops: Sequence[str] | None = None) -> Iterator[None]:
+    """Within the block, run `ops` (by default all that have it) on the backend `name`, or on the "reference".
+
+    A call that the backend cannot take raises ValueError with the reason: nothing falls back silently. The choice is
+    the process's; it is meant for tests, benchmarks and for finding out what is at fault. Raises ValueError for a
+    backend that no op, or an op of `ops`, has.
+    """
+    chosen = [each.name for each in OPS.values() if name in each.backend_names] if ops is None else ops
+    for op_name in chosen:
+        if op_name not in OPS or name not in OPS[op_name].backend_names:
+            known = OPS[op_name].backend_names if op_name in OPS else f"and there are the ops {sorted(OPS)}"
+            raise ValueError(f"op {op_name!r} has no backend {name!r}: {known}")
+    if not chosen:
+        known = sorted({each for one in OPS.values() for each in one.backend_names})
+        raise ValueError(f"no op has a backend {name!r}; there are {known}")
+    before = {op_name: OPS[op_name].chosen for op_name in chosen}
+    try:
+        for op_name in chosen:
+            OPS[op_name].chosen = name
+        yield
+    finally:
+        for op_name, previous in before.items():
+            OPS[op_name].chosen = previous
+
+
+def which(device: torch.device | str) -> dict[str, dict[str, str | None]]:
+    """For every op, its backends on a device, best first: None where it can be loaded, else the reason.
+
+    The reference, which is always there, comes last. Which of them takes a call depends on the call's arguments:
+    `OPS[name].refusals(args, kwargs)` tells.
+    """
+    kind = torch.device(device).type
+    return {name: {b.name: b.load() for b in each.backends(kind)} | {REFERENCE: None} for name, each in OPS.items()}

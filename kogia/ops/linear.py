@@ -1,0 +1,42 @@
+"""Products with a weight that is dense or packed."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kogia.ops.dispatch import op
+from kogia.ops.packed import Packed
+
+
+@op()
+def linear(
+    x: Float[Tensor, "... in"], weight: Tensor | Packed, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "... out"]:
+    """x W^T + b. A packed weight is made dense in the dtype of `x`, and takes no gradient."""
+    return F.linear(x, _dense(weight, x.dtype), bias)
+
+
+@op(any=("kogia.ops.aten.linear",))
+def grouped_linear(
+    x: Float[Tensor, "routed in"], weight: Tensor | Packed, counts: Int[Tensor, " experts"]
+) -> Float[Tensor, "routed out"]:
+    """Rows in expert order times the matrix of their expert, of [experts, out, in], without bias.
+
+    Of [experts, parts, out, in] the outputs of all parts stand side by side. Rows beyond the sum of `counts` are
+    nobody's: what comes out for them is finite and means nothing. The reference waits for `counts`; it takes one expert
+    at a time, so that of packed weights only those in use are made dense.
+    """
+    sizes: list[int] = counts.tolist()
+    nobodys = x.shape[0] - sum(sizes)
+    parts = x.split([*sizes, nobodys])
+    wanted = [e for e, size in enumerate(sizes) if size or isinstance(weight, Tensor)]
+    out = [F.linear(parts[e], _dense(weight[e], x.dtype).flatten(0, -2)) for e in wanted]
+    width = math.prod(weight.data.shape[1:-1])
+    return torch.cat([*out, x.new_zeros(nobodys, width)])
+
+
+def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    return weight.dense(dtype) if isinstance(weight, Packed) else weight
