@@ -15,19 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kogia import log
-from kogia.checkpoint.hf import load_config, resolve_model_dir
+from kogia.checkpoint.hf import load_config
+from kogia.checkpoint.open import open_model
 from kogia.config import to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.eval.progress import SamplingProgress
-from kogia.eval.run import load_engine
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
-from kogia.text.chat import canonical_completion
 from kogia.text.tokenizer import Tokenizer
 
 HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "threads", "overwrite", "dry_run", "quiet")
@@ -39,8 +40,10 @@ def main(config: CurateConfig) -> None:
     if config.dry_run:
         return _print_plan(config)
     record = Record(config)
-    engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.threads, config.engine)
-    curate(engine, tokenizer, config, record=record, checkpoint=str(resolve_model_dir(config.path)))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
+    curate(Engine(model, tokenizer, config.engine), tokenizer, config, record=record, checkpoint=str(directory))
 
 
 def curate(
@@ -54,13 +57,7 @@ def curate(
     """Sample, verify and keep for every task; returns the summary that is also written. The engine must be idle."""
     start = time.monotonic()
     record = record or Record(config)
-    params = SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_tokens=config.max_tokens,
-        n=config.num_samples,
-        seed=config.seed,
-    )
+    params = SamplingParams.of(config, n=config.num_samples)
     for spec in config.tasks:
         options = config.task_options.get(spec, {})
         task = load_task(spec, options)
@@ -179,7 +176,7 @@ class Record:
                     "task": task,
                     "problem_id": problem.id,
                     "messages": [{"role": m.role, "content": m.content} for m in problem.messages],
-                    "completion": canonical_completion(sample.completion.text, answered.opened),
+                    "completion": answered.prompt.canonical(sample.completion.text),
                     "reward": sample.verdict.reward,
                     "num_tokens": len(sample.completion.token_ids),
                     "source_checkpoint": checkpoint,

@@ -7,15 +7,16 @@ from zlib import crc32
 
 import pytest
 
+from kogia.checkpoint.open import open_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
 from kogia.engine.request import Completion
-from kogia.eval.run import load_engine
 from kogia.eval.sample import Answered, Sample
 from kogia.rl.config import CurateConfig
 from kogia.rl.curate import curate, main, select
 from kogia.tasks.task import Problem, Verdict
-from kogia.text.chat import Message
+from kogia.text.chat import Message, Prompt
 
 SPEC = "toy_task:Checksum"
 PROBLEM = Problem("p", (Message("user", "q"),))
@@ -27,7 +28,8 @@ def sample(text="fine", *, tokens=5, correct=True, reward=1.0, finish="stop"):
 
 
 def chosen(samples, **changes):
-    kept, dropped = select(Answered(PROBLEM, samples), replace(CurateConfig("m", keep_per_problem=99), **changes))
+    answered = Answered(PROBLEM, Prompt([5], opens_thought=True), samples)
+    kept, dropped = select(answered, replace(CurateConfig("m", keep_per_problem=99), **changes))
     return kept, {reason: count for reason, count in dropped.items() if count}
 
 
@@ -157,8 +159,8 @@ def test_the_summary_comes_back_in_process_and_a_dry_run_writes_nothing(checkpoi
     main(replace(config, dry_run=True))
     assert "# samples     at most 24" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()
-    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", None, config.engine)
-    assert curate(engine, tokenizer, config) == read(tmp_path)[1]
+    model, tokenizer, _ = open_model(checkpoint, device="cpu")
+    assert curate(Engine(model, tokenizer, config.engine), tokenizer, config) == read(tmp_path)[1]
 
 
 def test_nothing_kept_is_said_aloud(checkpoint, tmp_path, capsys):
