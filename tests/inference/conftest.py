@@ -14,18 +14,18 @@ from kogia.model.transformer import build_model
 from kogia.text.tokenizer import Tokenizer, train_bpe
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     tokenizer = train_bpe(["the answer is 42. " * 20], 280)
     return save_model(build_model(CONFIG, seed=5), tmp_path_factory.mktemp("models") / "tiny", tokenizer)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def llm(directory) -> LLM:
     return LLM(directory, device="cpu", block_size=4)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
     """A model with Qwen3's tokenizer and template that soon ends with <|endoftext|>, the second of its end ids."""
     root = tmp_path_factory.mktemp("qwen")

@@ -7,6 +7,7 @@ import signal
 import pytest
 from rich.console import Console
 
+from kogia import cli
 from kogia.engine.request import SamplingParams
 from kogia.inference import chat as chat_command
 from kogia.inference.chat import ThoughtStyle
@@ -25,6 +26,15 @@ def test_chat_command_answers_lines_of_stdin_and_keeps_the_conversation(director
     params = SamplingParams(max_tokens=9, seed=4, temperature=0.6, top_p=0.95)
     (first,) = llm.chat([Message("user", "hello")], params)
     assert out.count(first.text.split("</think>")[0]) >= 2  # the same answer again after /reset
+
+
+def test_chat_command_samples_with_every_filter(directory, monkeypatch, capsys, llm):
+    (greedy,) = llm.chat([Message("user", "hello")], SamplingParams(temperature=0, max_tokens=9))
+    for flags in (["--top-k", "1"], ["--top-p", "1e-6"], ["--min-p", "1"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        words = ["--temperature", "5", "--max-tokens", "9", "--device", "cpu", *flags]
+        assert cli.main(["chat", str(directory), *words]) == 0
+        assert greedy.text.split("</think>")[0] in capsys.readouterr().out
 
 
 def test_chat_command_survives_a_question_that_is_too_long(directory, monkeypatch, capsys):

@@ -44,6 +44,22 @@ def test_chat_answers_the_rendered_conversation_and_streams_the_same_text(llm):
     assert events[-1].completion.token_ids == answer.token_ids
 
 
+def test_a_prompt_that_was_made_elsewhere_is_taken_as_it_is(llm):
+    prompt = render_prompt([Message("user", "hi")], llm.tokenizer)
+    (answer,) = llm.chat([Message("user", "hi")], PARAMS)
+    groups = llm.generate([prompt, prompt.token_ids], PARAMS)
+    assert [[completion.token_ids for completion in group] for group in groups] == [[answer.token_ids]] * 2
+    assert list(llm.stream(prompt, PARAMS))[-1].completion.token_ids == answer.token_ids
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [0, 290]])
+def test_ids_that_are_no_prompt_are_refused_by_the_engine_in_its_own_words(llm, ids):
+    with pytest.raises(ValueError, match=r"a prompt of 0 tokens|prompt token ids span"):
+        llm.generate([ids], PARAMS)
+    with pytest.raises(ValueError, match=r"a prompt of 0 tokens|prompt token ids span"):
+        next(llm.stream(ids, PARAMS))
+
+
 def test_leaving_a_stream_early_frees_its_blocks(llm):
     for _ in llm.stream("the answer", SamplingParams(max_tokens=50, seed=1, ignore_eos=True)):
         break
