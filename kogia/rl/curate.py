@@ -20,7 +20,7 @@ import torch
 from kogia import log
 from kogia.checkpoint.hf import load_config
 from kogia.checkpoint.open import open_model
-from kogia.config import to_dict
+from kogia.config import from_dict, to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.eval.progress import SamplingProgress
@@ -139,7 +139,7 @@ class Record:
         self.path = Path(config.out)
         self.progress_path = self.path.with_suffix(".progress.jsonl")
         self.summary_path = self.path.with_suffix(".summary.json")
-        self.settings = {k: v for k, v in to_dict(config).items() if k not in HARMLESS}
+        self.settings = _decisive(config)
         self.finished: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._lines: list[dict[str, Any]] = []
@@ -232,6 +232,7 @@ class Record:
         before = lines[0].get("settings") if lines else None
         if before is None:
             raise ValueError(f"{self.progress_path}: is no record of a curation; add --overwrite to start over")
+        before = _decisive(from_dict(CurateConfig, before, "settings"))  # what was no setting yet had its default
         keys = sorted(before.keys() | self.settings.keys())
         changed = [key for key in keys if before.get(key) != self.settings.get(key)]
         if changed:
@@ -248,6 +249,11 @@ class Record:
             draft.touch()
             _append(draft, content)
             draft.replace(path)
+
+
+def _decisive(config: CurateConfig) -> dict[str, Any]:
+    """The settings that decide which samples there are and which are kept."""
+    return {key: value for key, value in to_dict(config).items() if key not in HARMLESS}
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -146,6 +146,21 @@ def test_more_problems_may_not_slip_into_another_curation(checkpoint, tmp_path):
     assert read(tmp_path)[1]["settings"]["temperature"] == 0.7
 
 
+def test_a_curation_from_before_a_setting_existed_continues_under_its_default(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, num_problems=2)
+    main(config)
+    progress = tmp_path / "data" / "good.progress.jsonl"
+    first, *others = lines(progress)
+    for name in ("top_k", "min_p"):
+        del first["settings"][name]
+    progress.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
+    before = read(tmp_path)[0]
+    main(config)
+    assert read(tmp_path)[0] == before
+    with pytest.raises(ValueError, match="another top_k;"):
+        main(replace(config, top_k=5))
+
+
 def test_a_foreign_file_is_not_touched(checkpoint, tmp_path):
     config = settings(checkpoint, tmp_path, out=str(tmp_path / "mine.jsonl"))
     (tmp_path / "mine.jsonl").write_text("{}\n")
