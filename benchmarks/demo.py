@@ -139,7 +139,7 @@ def speed_rows(out: Path, seed: int, threads: int) -> list[dict[str, Any]]:
     tokenizer, model = Tokenizer.load(directory), load_model(directory)
     rl = recipe(DemoConfig(out=str(out), seed=seed), "grpo", RLConfig)
     problems = load_task(rl.tasks[0], rl.task_options.get(rl.tasks[0])).problems("test")[:SPEED_PROMPTS]
-    prompts = [render_prompt(problem.messages, tokenizer) for problem in problems]
+    prompts = [render_prompt(problem.messages, tokenizer).token_ids for problem in problems]
     params = SamplingParams(temperature=0.0, max_tokens=rl.max_tokens)
     tokens: dict[int, list[list[int]]] = {}
     rates: dict[int, list[float]] = {0: [], 1: []}

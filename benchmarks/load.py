@@ -29,11 +29,12 @@ from result import row, write_result
 from kogia.checkpoint.convert import convert
 from kogia.checkpoint.directory import create_weight_files, sync_weight_files
 from kogia.checkpoint.hf import as_bytes, load_model
-from kogia.checkpoint.layout import CODES, disk_views, empty_model
+from kogia.checkpoint.layout import CODES, disk_views
 from kogia.checkpoint.tensorfile import row_ranges, write
 from kogia.log import write_json
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.hf_export import config_to_hf
+from kogia.model.transformer import empty_model
 
 ROOT = Path(__file__).parent.parent
 NUM_SHARDS = 4
@@ -95,7 +96,7 @@ def make_checkpoint(directory: Path, config: ModelConfig, max_shard_bytes: int) 
     """Random weights, drawn while they are written."""
     directory.mkdir(parents=True)
     write_json(directory / "config.json", config_to_hf(config, "bfloat16"))
-    views = dict(disk_views(empty_model(config, {}, dtype=torch.bfloat16)))
+    views = dict(disk_views(empty_model(config, torch.bfloat16)))
     specs = [(name, CODES[view.dtype], tuple(view.shape)) for name, view in views.items()]
     generator = torch.Generator().manual_seed(0)
     planned = create_weight_files(directory, specs, max_shard_bytes)

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kogia.checkpoint.hf import load_model
-    from kogia.engine.llm import LLM
     from kogia.engine.request import SamplingParams
+    from kogia.inference.llm import LLM
     from kogia.model.config import ModelConfig
     from kogia.model.transformer import Transformer
     from kogia.tasks.task import Task, load_task
@@ -14,7 +14,7 @@ __version__ = "0.1.0.dev0"
 __all__ = ["LLM", "ModelConfig", "SamplingParams", "Task", "Transformer", "load_model", "load_task"]
 
 _HOMES = {
-    "LLM": "kogia.engine.llm",
+    "LLM": "kogia.inference.llm",
     "SamplingParams": "kogia.engine.request",
     "ModelConfig": "kogia.model.config",
     "Transformer": "kogia.model.transformer",

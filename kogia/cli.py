@@ -34,8 +34,10 @@ COMMANDS = {
     "eval": Command(
         "kogia.eval.config:EvalConfig", "kogia.eval.run:main", "Measure pass@1, pass@k and lengths on a task"
     ),
-    "generate": Command("kogia.engine.config:GenerateConfig", "kogia.engine.generate:main", "Complete prompts"),
-    "chat": Command("kogia.engine.config:ChatConfig", "kogia.engine.chat:main", "Talk to a model in the terminal"),
+    "generate": Command("kogia.inference.config:GenerateConfig", "kogia.inference.generate:main", "Complete prompts"),
+    "chat": Command(
+        "kogia.inference.config:ChatConfig", "kogia.inference.chat:main", "Talk to a model in the terminal"
+    ),
     "inspect": Command(
         "kogia.checkpoint.config:InspectConfig",
         "kogia.checkpoint.inspect:main",

@@ -1,9 +1,24 @@
-"""Settings of the commands about model files. Torch-free."""
+"""Settings of the commands about model files, and what types of numbers are called. Torch-free."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from tyro.conf import Positional
+
+DTYPES = ("float32", "bfloat16", "float16", "fp8")
+SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+"""What people type for them."""
+Dtype = Literal["float32", "bfloat16", "float16", "fp8", "fp32", "float", "bf16", "fp16", "half"]
+LoadDtype = Literal["auto", Dtype]
+
+
+def dtype_name(dtype: object) -> str:
+    """ "auto" or a name of DTYPES, from any spelling of it or from torch's own dtype. Raises ValueError for another."""
+    given = str(dtype).removeprefix("torch.").lower()
+    name = SPELLINGS.get(given, given)
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype = {str(dtype)!r}: must be auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,7 @@ class ConvertConfig:
     """Model directory or run directory."""
     dst: Positional[str]
     """Directory to write; it appears under its name only when complete."""
-    dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = None
+    dtype: Dtype | None = None
     """Type to convert to; None keeps every tensor's own. fp8 takes the matrices that DeepSeek-V3 publishes in FP8, with
     a scale per 128 x 128 block; other matrices become bfloat16 and vectors stay as they are."""
     shard_gib: float = 5.0

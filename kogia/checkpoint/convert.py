@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kogia import log
-from kogia.checkpoint.config import ConvertConfig
+from kogia.checkpoint.config import ConvertConfig, dtype_name
 from kogia.checkpoint.directory import (
     CONFIG,
     copy_members,
@@ -98,7 +98,7 @@ def main(config: ConvertConfig) -> None:
     max_shard_bytes = int(config.shard_gib * 2**30)
     if config.dry_run:
         source = resolve_model_dir(config.src)
-        print(_summary(source, Path(config.dst), plan(source, config.dtype), max_shard_bytes))
+        print(_summary(source, Path(config.dst), plan(source, _named(config.dtype)), max_shard_bytes))
         return
     convert(config.src, config.dst, dtype=config.dtype, max_shard_bytes=max_shard_bytes, overwrite=config.overwrite)
 
@@ -115,6 +115,7 @@ def convert(
 
     Raises ValueError for a source that does not load, or an existing target unless it is a model to `overwrite`.
     """
+    dtype = _named(dtype)
     source, target = resolve_model_dir(source), Path(target)
     _check_target(source, target, overwrite)
     steps = plan(source, dtype)
@@ -129,6 +130,12 @@ def convert(
         sync_weight_files(planned.values())
     log.info(f"written: {target}")
     return target
+
+
+def _named(dtype: str | None) -> str | None:
+    """The full name of a dtype; None for "auto" too."""
+    name = dtype_name(dtype or "auto")
+    return None if name == "auto" else name
 
 
 def plan(source: Path, dtype: str | None) -> list[Step]:

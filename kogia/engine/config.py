@@ -1,9 +1,70 @@
-"""Settings of the engine and of the two commands that stand on it alone. Torch-free."""
+"""Settings of the engine, and those of sampling that every program has. Torch-free."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from math import inf
+from numbers import Integral, Real
+from typing import Any, Literal
 
-from tyro.conf import Positional
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    # float32 holds a logit divided by 1e-30, but not by 1e-40
+    "temperature": (
+        lambda value: _is_number(value) and (value == 0 or 1e-30 <= value < inf),
+        "at least 0 (0 is greedy), finite, and if not 0 at least 1e-30",
+    ),
+    "max_tokens": (lambda value: _is_whole(value) and value >= 1, "at least 1, a whole number"),
+    "seed": (_is_whole, "a whole number"),
+    "top_k": (lambda value: _is_whole(value) and 0 <= value < 2**31, "at least 0 (0 is off), whole and below 2^31"),
+    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "in (0, 1] (1 is off)"),
+    "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "in [0, 1] (0 is off)"),
+    "n": (lambda value: _is_whole(value) and value >= 1, "at least 1, a whole number"),
+    "stop": (
+        lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
+        "a tuple of non-empty strings",
+    ),
+}
+"""By field name: whether a value will do, and what it must be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn: the settings of every program that samples, flat among its own."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    max_tokens: int = 512
+    """Longest completion; one that has not ended by then is cut off."""
+    seed: int | None = None
+    """Makes sampling repeatable; None draws a new seed."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that will not do, in the fields of subclasses too."""
+        for field in fields(self):
+            holds, rule = _RULES.get(field.name, (lambda _: True, ""))
+            value = getattr(self, field.name)
+            if value is not field.default and not holds(value):
+                raise ValueError(f"{field.name} = {value!r}: must be {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilteredSamplingConfig(SamplingConfig):
+    """With filters, which apply after the temperature: top-k, then top-p, then min-p."""
+
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens with at least this probability; 1 is off."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one; 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -93,68 +154,3 @@ class EngineConfig:
                 "pruned rows move up within their blocks, layer by layer, so no prefix can be shared and no rejected "
                 "draft taken back; set prefix_cache = false and num_draft_tokens = 0"
             )
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Answer prompts with a model: from --prompt, from --file (one prompt per line, or JSONL), or from stdin."""
-
-    path: Positional[str]
-    """Model directory or run directory."""
-    prompt: tuple[str, ...] = ()
-    """Prompts; each is one user message unless --raw."""
-    file: str | None = None
-    """Text file with one prompt per line, or .jsonl with {"prompt": ...} lines."""
-    out: str | None = None
-    """JSONL file for the completions; printed to the terminal when left out."""
-    raw: bool = False
-    """Continue the text itself instead of answering it as a chat message."""
-    system: str | None = None
-    """System message put before every prompt."""
-    thinking: bool | None = None
-    """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
-    n: int = 1
-    """Completions per prompt."""
-    max_tokens: int = 512
-    temperature: float = 0.6
-    """0 is greedy."""
-    top_k: int = 0
-    """0 is off."""
-    top_p: float = 0.95
-    """1 is off."""
-    min_p: float = 0.0
-    """0 is off."""
-    seed: int | None = None
-    """Makes sampling repeatable; None draws a new seed."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion; they are cut off."""
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
-    """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
-    engine: EngineConfig = EngineConfig()
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """Talk to a model in the terminal."""
-
-    path: Positional[str]
-    """Model directory or run directory."""
-    system: str | None = None
-    """System message of the conversation."""
-    thinking: bool | None = None
-    """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
-    max_tokens: int = 2048
-    temperature: float = 0.6
-    """0 is greedy."""
-    top_p: float = 0.95
-    """1 is off."""
-    seed: int | None = None
-    """Makes the conversation repeatable; None draws a new seed."""
-    single: bool = False
-    """Forget each exchange before the next question, as models trained on single questions expect."""
-    draft_tokens: int | None = None
-    """Tokens drafted per step by the MTP module; None uses 1 where the model has one."""
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
-    """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""

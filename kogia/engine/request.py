@@ -3,12 +3,13 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kogia.engine.config import FilteredSamplingConfig, SamplingConfig
 from kogia.engine.output import TextStream
 
 NOT_FINITE = "the model produced NaN or infinite logits: its weights or dtype overflow"
@@ -16,18 +17,10 @@ NOT_FINITE = "the model produced NaN or infinite logits: its weights or dtype ov
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one prompt is continued. Filters apply after the temperature: top-k, then top-p, then min-p."""
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(FilteredSamplingConfig):
+    """How one prompt is continued."""
 
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 is off."""
-    top_p: float = 1.0
-    """Keep the smallest set of most likely tokens with at least this probability; 1 is off."""
-    min_p: float = 0.0
-    """Keep tokens at least this fraction as likely as the most likely one; 0 is off."""
     max_tokens: int = 256
     n: int = 1
     """Completions of the same prompt; they share its cache blocks."""
@@ -40,20 +33,11 @@ class SamplingParams:
     logprobs: bool = False
     """Return the log-probability of each token under softmax(logits / temperature), no filter applied."""
 
-    def __post_init__(self) -> None:
-        rules = {
-            "temperature": (0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1] (1 is off)"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "n": (self.n >= 1, "at least 1"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"SamplingParams.{name} = {getattr(self, name)}: must be {rule}")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise ValueError(f"SamplingParams.stop = {self.stop!r}: must be a tuple of non-empty strings")
+    @classmethod
+    def of(cls, settings: SamplingConfig, **changes: Any) -> "SamplingParams":
+        """What the settings of a program say: the fields that it has by the same name, with `changes`."""
+        shared = {field.name for field in fields(cls)} & {field.name for field in fields(settings)}
+        return cls(**{name: getattr(settings, name) for name in shared} | changes)
 
 
 @dataclass(frozen=True, slots=True)

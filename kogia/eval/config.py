@@ -1,12 +1,13 @@
 """What an evaluation is, as frozen values. Torch-free."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from kogia.engine.config import EngineConfig
+from kogia.checkpoint.config import LoadDtype
+from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 
 TaskOptions = dict[str, dict[str, str | int | float | bool]]
 
@@ -23,11 +24,12 @@ def check_tasks(tasks: Sequence[str], task_options: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(FilteredSamplingConfig):
     """Measure a model on tasks: several samples per question, intervals over questions, every sample kept."""
 
     path: Positional[str]
     """Model directory or run directory."""
+    _: KW_ONLY
     tasks: tuple[str, ...] = ("countdown",)
     """Built-in names or 'module:Class'."""
     task_options: TaskOptions = field(default_factory=dict)
@@ -39,11 +41,6 @@ class EvalConfig:
     """Sampled answers per question; 0 only with `greedy`."""
     k: tuple[int, ...] = (1, 8)
     """pass@k and maj@k to report, as far as num_samples reaches."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 is off."""
-    min_p: float = 0.0
     max_tokens: int = 512
     """Longest completion; longer ones count as wrong and as truncated."""
     greedy: bool = False
@@ -66,7 +63,8 @@ class EvalConfig:
     verify_timeout: float = 5.0
     """Seconds one check may take."""
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: LoadDtype = "auto"
+    """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     threads: int | None = None
     """CPU threads for PyTorch; None leaves its choice."""
     dry_run: bool = False
@@ -75,8 +73,9 @@ class EvalConfig:
     """No progress line."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tasks(self.tasks, self.task_options)
-        for name in ("num_questions", "max_tokens", "batch_questions", "verify_workers"):
+        for name in ("num_questions", "batch_questions", "verify_workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.num_samples < 1 and not (self.num_samples == 0 and self.greedy):
@@ -85,7 +84,7 @@ class EvalConfig:
             raise ValueError(f"k = {list(self.k)}: each must be at least 1")
         if self.verify_timeout <= 0:
             raise ValueError(f"verify_timeout = {self.verify_timeout}: must be above 0 seconds")
-        if self.temperature <= 0 and self.num_samples > 1:
+        if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
                 f"temperature = {self.temperature} would draw {self.num_samples} equal samples; "
                 "set num_samples = 0 and greedy"

@@ -6,22 +6,23 @@ Samples go to NAME.partial.jsonl as they are verified and become NAME.jsonl at t
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kogia import log
-from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
+from kogia.checkpoint.hf import load_config
+from kogia.checkpoint.open import open_model
 from kogia.config import to_dict
-from kogia.engine.config import EngineConfig
+from kogia.engine.config import FilteredSamplingConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.eval.config import EvalConfig
 from kogia.eval.intervals import Estimate
 from kogia.eval.progress import SamplingProgress
-from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems, think_tokens
+from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems
 from kogia.eval.summary import GREEDY, compare, read_samples, summarise
 from kogia.eval.table import print_results
 from kogia.tasks.pool import VerifyPool
@@ -47,8 +48,10 @@ def main(config: EvalConfig) -> None:
     if config.dry_run:
         return print_plan(config)
     earlier = {spec: _read_comparison(config, spec) for spec in config.tasks}
-    engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.threads, config.engine)
-    checkpoint = str(resolve_model_dir(config.path))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
+    engine = Engine(model, tokenizer, config.engine)
     summaries = []
     for spec in config.tasks:
         options = config.task_options.get(spec, {})
@@ -62,7 +65,7 @@ def main(config: EvalConfig) -> None:
                 pool,
                 config,
                 name=name,
-                checkpoint=checkpoint,
+                checkpoint=str(directory),
                 out=output_directory(config),
                 earlier=earlier[spec],
                 on_progress=progress.update,
@@ -120,19 +123,6 @@ def evaluate(
     return EvalResult(summary, rows)
 
 
-def load_engine(
-    path: str, device: str, dtype: str, threads: int | None, config: EngineConfig
-) -> tuple[Engine, Tokenizer]:
-    """The model of a model or run directory in an engine, and its tokenizer."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = Tokenizer.load(resolve_model_dir(path))
-    model = load_model(path, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
-    return Engine(model.eval(), tokenizer, config), tokenizer
-
-
 def output_directory(config: EvalConfig) -> Path:
     """Where the files go: `out`, or evals/ of the run that `path` belongs to, or evals/ here."""
     if config.out is not None:
@@ -172,17 +162,10 @@ def _rows(
     on_progress: Progress | None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of EVAL.jsonl, a batch of questions at a time: the sampled ones, then the greedy ones."""
-    params = SamplingParams(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        max_tokens=config.max_tokens,
-        n=config.num_samples or 1,
-        seed=config.seed,
-    )
+    params = SamplingParams.of(config, n=config.num_samples or 1)
     greedy = replace(params, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1)
-    passes = [(params, False)] * (config.num_samples > 0) + [(greedy, True)] * config.greedy
+    passes = [(params, False)] if config.num_samples else []
+    passes += [(greedy, True)] if config.greedy else []
     tokens_at_start = engine.stats.num_generated_tokens
     for index, (each, is_greedy) in enumerate(passes):
 
@@ -207,7 +190,7 @@ def sample_rows(answered: Answered, tokenizer: Tokenizer, *, greedy: bool) -> li
             "sample": GREEDY if greedy else index,
             "text": sample.completion.text,
             "num_tokens": len(sample.completion.token_ids),
-            "think_tokens": think_tokens(sample.completion.token_ids, tokenizer, answered.opened),
+            "think_tokens": answered.prompt.num_thinking_tokens(sample.completion.token_ids, tokenizer),
             "reward": sample.verdict.reward,
             "correct": sample.verdict.correct,
             "status": sample.verdict.status,
@@ -221,8 +204,8 @@ def sample_rows(answered: Answered, tokenizer: Tokenizer, *, greedy: bool) -> li
 
 
 def _sampling(config: EvalConfig) -> dict[str, Any]:
-    names = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "question_seed")
-    return {name: getattr(config, name) for name in names} | {"num_draft_tokens": config.engine.num_draft_tokens}
+    sampling = {field.name: getattr(config, field.name) for field in fields(FilteredSamplingConfig)}
+    return sampling | {"question_seed": config.question_seed, "num_draft_tokens": config.engine.num_draft_tokens}
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]], *, fresh: bool) -> None:

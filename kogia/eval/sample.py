@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from kogia.engine.request import Completion, SamplingParams
 from kogia.tasks.task import Problem, Response, Task, Verdict
-from kogia.text.chat import canonical_completion, opens_thought, render_prompt
-from kogia.text.stream import IncrementalDecoder
-from kogia.text.tokenizer import END_THINK, THINK, Tokenizer
+from kogia.text.chat import Prompt, render_prompt
+from kogia.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from kogia.engine.engine import Engine
@@ -37,9 +36,8 @@ class Answered:
     """One problem with all samples of it, in the order of their index."""
 
     problem: Problem
+    prompt: Prompt
     samples: list[Sample]
-    opened: bool = True
-    """Whether the prompt ended inside a thought, as the built-in chat format does."""
 
 
 def answer_problems(
@@ -56,7 +54,7 @@ def answer_problems(
 
     The engine must be idle and is idle again when the iterator ends, also by an error or by being closed.
     """
-    finished: list[tuple[Problem, bool, list[Completion]]] = []
+    finished: list[tuple[Problem, Prompt, list[Completion]]] = []
     for done, item in enumerate(_complete(engine, tokenizer, problems, params, on_progress), start=1):
         finished.append(item)
         if len(finished) >= batch or done == len(problems):
@@ -81,29 +79,14 @@ def choose_problems(task: Task, split: str, num: int, seed: int) -> list[Problem
     return chosen
 
 
-def think_tokens(token_ids: Sequence[int], tokenizer: Tokenizer, opened: bool = True) -> int:
-    """Tokens of the thought: those before the last `</think>`, or all of them when it was never closed."""
-    text = tokenizer.decode(token_ids)
-    end = text.rfind(END_THINK)
-    if end < 0:
-        return len(token_ids) if opened or text.lstrip().startswith(THINK) else 0
-    decoder, length = IncrementalDecoder(tokenizer), 0
-    for count, token_id in enumerate(token_ids):
-        length += len(decoder.push([token_id]))
-        if length > end:
-            return count
-    return len(token_ids)
-
-
 def is_truncated(completion: Completion) -> bool:
     """Whether something other than the model ended the completion."""
     return completion.finish_reason != "stop"
 
 
-def to_response(completion: Completion, opened: bool) -> Response:
-    """What a task sees of a completion: its text as after "<think>\\n", also where the prompt `opened` no thought."""
-    text = canonical_completion(completion.text, opened)
-    return Response(text, len(completion.token_ids), is_truncated(completion))
+def to_response(prompt: Prompt, completion: Completion) -> Response:
+    """What a task sees of a completion: its text as after "<think>\\n", also where the prompt opens no thought."""
+    return Response(prompt.canonical(completion.text), len(completion.token_ids), is_truncated(completion))
 
 
 def _complete(
@@ -112,18 +95,15 @@ def _complete(
     problems: Sequence[Problem],
     params: SamplingParams,
     on_progress: Progress | None,
-) -> Iterator[tuple[Problem, bool, list[Completion]]]:
-    """Each problem with its completions as soon as all of them are there; the engine is kept full to the end.
-
-    Between them, whether the prompt opened a thought.
-    """
+) -> Iterator[tuple[Problem, Prompt, list[Completion]]]:
+    """Each problem with its completions as soon as all of them are there; the engine is kept full to the end."""
     before, prompts = engine.num_generated_tokens, []
     num_done = 0
 
     def requests() -> Iterator[tuple[list[int], SamplingParams]]:
         for problem in problems:
             prompts.append(_prompt(engine, tokenizer, problem, params))
-            yield prompts[-1], params
+            yield prompts[-1].token_ids, params
 
     def report(_: int) -> None:
         if on_progress is not None:
@@ -131,23 +111,23 @@ def _complete(
 
     for place, completions in engine.loop.complete(requests(), ahead=2 * engine.config.max_sequences, on_step=report):
         num_done += 1
-        yield problems[place], opens_thought(prompts[place], tokenizer), completions
+        yield problems[place], prompts[place], completions
 
 
-def _prompt(engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams) -> list[int]:
-    """Its token ids. Raises ValueError naming the problem if the engine cannot take them."""
-    prompt = render_prompt(problem.messages, tokenizer)
+def _prompt(engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams) -> Prompt:
+    """Its prompt. Raises ValueError naming the problem if the engine cannot take it."""
     try:
-        engine.requests(prompt, params)
+        prompt = render_prompt(problem.messages, tokenizer)
+        engine.requests(prompt.token_ids, params)
     except ValueError as error:
         raise ValueError(f"problem {problem.id!r}: {error}") from error
     return prompt
 
 
-def _verify(pool: "VerifyPool", finished: list[tuple[Problem, bool, list[Completion]]]) -> list[Answered]:
-    pairs = [(problem, to_response(c, opened)) for problem, opened, completions in finished for c in completions]
+def _verify(pool: "VerifyPool", finished: list[tuple[Problem, Prompt, list[Completion]]]) -> list[Answered]:
+    pairs = [(problem, to_response(prompt, c)) for problem, prompt, completions in finished for c in completions]
     verdicts = iter(pool.verify_all(pairs))
     return [
-        Answered(problem, [Sample(c, next(verdicts)) for c in completions], opened)
-        for problem, opened, completions in finished
+        Answered(problem, prompt, [Sample(c, next(verdicts)) for c in completions])
+        for problem, prompt, completions in finished
     ]

@@ -1,11 +1,12 @@
 """What a reinforcement-learning run and a curation run are, as frozen values. Torch-free."""
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 from tyro.conf import Positional
 
-from kogia.engine.config import EngineConfig
+from kogia.checkpoint.config import LoadDtype
+from kogia.engine.config import EngineConfig, FilteredSamplingConfig, SamplingConfig
 from kogia.eval.config import TaskOptions, check_tasks
 from kogia.train.config import OptimConfig
 
@@ -46,11 +47,12 @@ class PolicyLossConfig:
 
 
 @dataclass(frozen=True)
-class RLConfig:
+class RLConfig(SamplingConfig):
     """Reinforcement learning with verifiable rewards: groups of samples, relative advantages, policy updates."""
 
     init: str
     """Model or run directory to start from; it is also the KL reference."""
+    _: KW_ONLY
     out: str = "runs/rl"
     """Run directory to create."""
     tasks: tuple[str, ...] = ("countdown",)
@@ -63,7 +65,6 @@ class RLConfig:
     group_size: int = 16
     """Samples per prompt."""
     max_tokens: int = 256
-    """Longest completion."""
     temperature: float = 1.0
     """Of the rollout; the trainer scores at the same one. No other filter is offered: it would bias the ratio."""
     normalize_std: bool = True
@@ -125,13 +126,14 @@ class RLConfig:
     """No progress line."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tasks(self.tasks, self.task_options)
-        _at_least(self, 1, "steps", "prompts_per_step", "max_tokens", "updates_per_rollout", "keep_checkpoints")
+        _at_least(self, 1, "steps", "prompts_per_step", "updates_per_rollout", "keep_checkpoints")
         _at_least(self, 1, "verify_workers", "signal_prompts", "eval_samples", "micro_batch_tokens")
         _at_least(self, 0, "save_every", "eval_every", "eval_questions", "reference_every", "overlong_penalty")
         _at_least(self, 0, "mtp_weight", "balance_weight", "indexer_weight", "bias_update_speed")
         _at_least(self, 2, "group_size", "signal_samples")
-        if self.temperature <= 0:
+        if self.temperature == 0:
             raise ValueError(
                 f"temperature = {self.temperature}: a rollout must sample; use a value above 0, 1 is usual"
             )
@@ -150,11 +152,12 @@ class RLConfig:
 
 
 @dataclass(frozen=True)
-class CurateConfig:
+class CurateConfig(FilteredSamplingConfig):
     """Rejection sampling (DeepSeek-R1 section 2.3.3): sample, verify, keep good answers as fine-tuning data."""
 
     path: Positional[str]
     """Model directory or run directory."""
+    _: KW_ONLY
     out: str = "curated.jsonl"
     """File to append to; an interrupted curation goes on where it stopped. A summary is written to OUT.summary.json."""
     tasks: tuple[str, ...] = ("countdown",)
@@ -182,10 +185,6 @@ class CurateConfig:
     """As Unicode character names start: LATIN, CJK, CYRILLIC, ..."""
     max_solve_rate: float = 1.0
     """Problems solved by a larger share of their samples teach little and are dropped."""
-    max_tokens: int = 512
-    """Longest completion that is sampled."""
-    temperature: float = 1.0
-    top_p: float = 1.0
     seed: int = 0
     """Of the sampling and of every choice."""
     batch_problems: int = 64
@@ -196,7 +195,8 @@ class CurateConfig:
     verify_timeout: float = 5.0
     """Seconds one check may take."""
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: LoadDtype = "auto"
+    """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     threads: int | None = None
     """CPU threads for PyTorch; None leaves its choice."""
     overwrite: bool = False
@@ -207,12 +207,13 @@ class CurateConfig:
     """No progress line."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tasks(self.tasks, self.task_options)
-        _at_least(self, 1, "num_problems", "num_samples", "keep_per_problem", "max_tokens", "batch_problems")
+        _at_least(self, 1, "num_problems", "num_samples", "keep_per_problem", "batch_problems")
         _at_least(self, 1, "verify_workers")
         if not self.out.endswith(".jsonl"):
             raise ValueError(f"out = {self.out!r}: must be a file that ends in .jsonl")
-        if self.temperature <= 0 and self.num_samples > 1:
+        if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(f"temperature = {self.temperature} would draw {self.num_samples} equal samples; raise it")
         for name in ("min_language_share", "max_solve_rate"):
             if not 0 <= getattr(self, name) <= 1:

@@ -15,19 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kogia import log
-from kogia.checkpoint.hf import load_config, resolve_model_dir
-from kogia.config import to_dict
+from kogia.checkpoint.hf import load_config
+from kogia.checkpoint.open import open_model
+from kogia.config import from_dict, to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.eval.progress import SamplingProgress
-from kogia.eval.run import load_engine
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
-from kogia.text.chat import canonical_completion
 from kogia.text.tokenizer import Tokenizer
 
 HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "threads", "overwrite", "dry_run", "quiet")
@@ -39,8 +40,10 @@ def main(config: CurateConfig) -> None:
     if config.dry_run:
         return _print_plan(config)
     record = Record(config)
-    engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.threads, config.engine)
-    curate(engine, tokenizer, config, record=record, checkpoint=str(resolve_model_dir(config.path)))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
+    curate(Engine(model, tokenizer, config.engine), tokenizer, config, record=record, checkpoint=str(directory))
 
 
 def curate(
@@ -54,13 +57,7 @@ def curate(
     """Sample, verify and keep for every task; returns the summary that is also written. The engine must be idle."""
     start = time.monotonic()
     record = record or Record(config)
-    params = SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_tokens=config.max_tokens,
-        n=config.num_samples,
-        seed=config.seed,
-    )
+    params = SamplingParams.of(config, n=config.num_samples)
     for spec in config.tasks:
         options = config.task_options.get(spec, {})
         task = load_task(spec, options)
@@ -142,7 +139,7 @@ class Record:
         self.path = Path(config.out)
         self.progress_path = self.path.with_suffix(".progress.jsonl")
         self.summary_path = self.path.with_suffix(".summary.json")
-        self.settings = {k: v for k, v in to_dict(config).items() if k not in HARMLESS}
+        self.settings = _decisive(config)
         self.finished: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._lines: list[dict[str, Any]] = []
@@ -179,7 +176,7 @@ class Record:
                     "task": task,
                     "problem_id": problem.id,
                     "messages": [{"role": m.role, "content": m.content} for m in problem.messages],
-                    "completion": canonical_completion(sample.completion.text, answered.opened),
+                    "completion": answered.prompt.canonical(sample.completion.text),
                     "reward": sample.verdict.reward,
                     "num_tokens": len(sample.completion.token_ids),
                     "source_checkpoint": checkpoint,
@@ -235,6 +232,7 @@ class Record:
         before = lines[0].get("settings") if lines else None
         if before is None:
             raise ValueError(f"{self.progress_path}: is no record of a curation; add --overwrite to start over")
+        before = _decisive(from_dict(CurateConfig, before, "settings"))  # what was no setting yet had its default
         keys = sorted(before.keys() | self.settings.keys())
         changed = [key for key in keys if before.get(key) != self.settings.get(key)]
         if changed:
@@ -251,6 +249,11 @@ class Record:
             draft.touch()
             _append(draft, content)
             draft.replace(path)
+
+
+def _decisive(config: CurateConfig) -> dict[str, Any]:
+    """The settings that decide which samples there are and which are kept."""
+    return {key: value for key, value in to_dict(config).items() if key not in HARMLESS}
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

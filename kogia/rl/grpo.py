@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
+from kogia.checkpoint.open import open_model
 from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint
 from kogia.config import to_dict
 from kogia.engine.engine import Engine
@@ -43,7 +44,7 @@ from kogia.train.estimate import train_memory
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import open_run_dir, pick_device
+from kogia.train.run_dir import open_run_dir
 from kogia.train.step import Loss, TrainState, train_step
 
 SAMPLES_EVERY = 10  # steps between groups written to samples.jsonl
@@ -87,8 +88,7 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     out = Path(config.out)
     checkpoint = open_run_dir(config)
     source = checkpoint or init
-    tokenizer = Tokenizer.load(source)
-    model = load_model(source, device=pick_device(config.device), dtype=torch.float32)
+    model, tokenizer, _ = open_model(source, device=config.device, dtype="float32")
     sources = []
     for spec, task in tasks:
         pool = VerifyPool(
@@ -156,13 +156,8 @@ def step(run: Run) -> dict[str, float]:
     config, model = run.config, run.state.model
     start = time.perf_counter()
     drawn = draw_problems(run.sources, run.rollouts, config.prompts_per_step, config.seed)
-    params = SamplingParams(
-        temperature=config.temperature,
-        max_tokens=config.max_tokens,
-        n=config.group_size,
-        seed=config.seed * 1_000_003 + run.rollouts,
-        logprobs=True,
-    )
+    seed = config.seed * 1_000_003 + run.rollouts
+    params = SamplingParams.of(config, n=config.group_size, seed=seed, logprobs=True)
     rollout = collect(run.engine, run.tokenizer, drawn, params)
     sampled = time.perf_counter()
     rewards = shaped_rewards(rollout, config, run.rollouts)

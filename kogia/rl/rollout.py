@@ -20,7 +20,7 @@ from kogia.model.packed import PackedTokens, pack
 from kogia.rl.loss import PolicyBatch
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, Verdict
-from kogia.text.chat import opens_thought, render_prompt
+from kogia.text.chat import render_prompt
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -99,19 +99,19 @@ def collect(
     """
     problems = [problem for _, problem in drawn]
     prompts = [render_prompt(problem.messages, tokenizer) for problem in problems]
-    _check_lengths(problems, prompts, engine.model.config.max_position)
-    completions = engine.generate(prompts, params, on_progress)
+    ids = [prompt.token_ids for prompt in prompts]
+    _check_lengths(problems, ids, engine.model.config.max_position)
+    completions = engine.generate(ids, params, on_progress)
     if any(c.finish_reason == "error" for group in completions for c in group):
         raise FloatingPointError(NOT_FINITE)
     verdicts: list[list[Verdict]] = [[] for _ in problems]
     for source in {id(source): source for source, _ in drawn}.values():
         rows = [row for row, (owner, _) in enumerate(drawn) if owner is source]
-        opened = {row: opens_thought(prompts[row], tokenizer) for row in rows}
-        pairs = [(problems[row], to_response(c, opened[row])) for row in rows for c in completions[row]]
+        pairs = [(problems[row], to_response(prompts[row], c)) for row in rows for c in completions[row]]
         results = iter(source.pool.verify_all(pairs))
         for row in rows:
             verdicts[row] = [next(results) for _ in completions[row]]
-    return Rollout(problems, prompts, completions, verdicts)
+    return Rollout(problems, ids, completions, verdicts)
 
 
 def _check_lengths(problems: Sequence[Problem], prompts: Sequence[Sequence[int]], limit: int) -> None:

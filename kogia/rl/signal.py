@@ -57,13 +57,7 @@ def measure_signal(
     not one group is informative.
     """
     drawn = draw_problems(sources, 0, config.signal_prompts, config.seed + 104_729)
-    params = SamplingParams(
-        temperature=config.temperature,
-        max_tokens=config.max_tokens,
-        n=config.signal_samples,
-        seed=config.seed,
-        logprobs=True,
-    )
+    params = SamplingParams.of(config, n=config.signal_samples, logprobs=True)
     rollout = collect(engine, tokenizer, drawn, params)
     signal = summarize(rollout, tokenizer, max_logprob_difference(model, rollout, config.temperature))
     log.write_json(out / "signal.json", asdict(signal))

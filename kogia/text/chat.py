@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kogia.text.stream import IncrementalDecoder
 from kogia.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -43,6 +44,52 @@ class ParsedResponse:
     closed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is asked to continue: a rendered conversation, or any text or ids as they are."""
+
+    token_ids: list[int]
+    opens_thought: bool
+    """Whether it ends in "<think>", so that the completion starts inside the thought."""
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], tokenizer: Tokenizer) -> "Prompt":
+        end = tokenizer.decode(token_ids[-16:])  # the tag may be several tokens
+        return cls(list(token_ids), end.rstrip().endswith(THINK))
+
+    def canonical(self, completion_text: str) -> str:
+        """The completion as it would follow "<think>\\n", whether or not the prompt ends so."""
+        if self.opens_thought:
+            return completion_text
+        if _begins_thought(completion_text):
+            return completion_text.lstrip().removeprefix(THINK).removeprefix("\n")
+        return completion_text if END_THINK in completion_text else f"{END_THINK}\n\n{completion_text}"
+
+    def own(self, canonical: str) -> str:
+        """What the model itself writes after this prompt: the inverse of `canonical`."""
+        thought, closing, answer = canonical.rpartition(END_THINK)
+        if self.opens_thought or not closing or _begins_thought(thought):
+            return canonical
+        return f"{THINK}\n{canonical}" if thought.strip() else answer.lstrip("\n")
+
+    def parse(self, completion_text: str) -> ParsedResponse:
+        """Splits a completion of this prompt. Where neither of them opens or closes a thought, all is answer."""
+        return parse_response(self.canonical(completion_text))
+
+    def num_thinking_tokens(self, token_ids: Sequence[int], tokenizer: Tokenizer) -> int:
+        """Tokens of a completion before its last `</think>`, or all of them when its thought was never closed."""
+        text = tokenizer.decode(token_ids)
+        end = text.rfind(END_THINK)
+        if end < 0:
+            return len(token_ids) if self.opens_thought or _begins_thought(text) else 0
+        decoder, length = IncrementalDecoder(tokenizer), 0
+        for count, token_id in enumerate(token_ids):
+            length += len(decoder.push([token_id]))
+            if length > end:
+                return count
+        return len(token_ids)
+
+
 def render_text(messages: Sequence[Message], *, bos: str = BOS, eos: str = EOS) -> str:
     """The prompt as text, ending where the model starts to think. System messages come first, blank lines between."""
     _check_question(messages)
@@ -56,8 +103,8 @@ def render_text(messages: Sequence[Message], *, bos: str = BOS, eos: str = EOS) 
     return "".join([*parts, ASSISTANT, THINK, "\n"])
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, thinking: bool | None = None) -> list[int]:
-    """Prompt ids: the only tokenisation of a prompt in the system. A BOS is there once, if the format has one.
+def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, thinking: bool | None = None) -> Prompt:
+    """The only tokenisation of a conversation in the system. A BOS is there once, if the format has one.
 
     The format is the model's own chat template, or R1's where it has none. `thinking` sets that switch of templates
     that have it (V3.1, Qwen3); None leaves them their default.
@@ -66,23 +113,19 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, thinking: b
     if thinking is not None and not has_thinking_switch(tokenizer):
         raise ValueError(f"thinking = {thinking}: this model's chat template has no such switch; leave it out")
     if template is None:
-        return tokenizer.encode(render_text(messages, bos=tokenizer.bos or "", eos=tokenizer.eos))
+        text = render_text(messages, bos=tokenizer.bos or "", eos=tokenizer.eos)
+        return Prompt.of(tokenizer.encode(text), tokenizer)
     _check_question(messages)
     turns = [{"role": message.role, "content": message.content} for message in messages]
     fixed = {"messages": turns, "add_generation_prompt": True, "tools": None, "documents": None}
     switches = {} if thinking is None else dict.fromkeys(THINKING_SWITCHES, thinking)
-    return tokenizer.encode(template.render(tokenizer.special_tokens | fixed | switches))
+    return Prompt.of(tokenizer.encode(template.render(tokenizer.special_tokens | fixed | switches)), tokenizer)
 
 
 def has_thinking_switch(tokenizer: Tokenizer) -> bool:
     """Whether the model's chat template can turn thinking on and off."""
     template = tokenizer.template
     return template is not None and any(re.search(rf"\b{name}\b", template.source) for name in THINKING_SWITCHES)
-
-
-def opens_thought(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether a rendered prompt ends in "<think>", so that the completion starts inside the thought."""
-    return tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK)  # the tag may be several tokens
 
 
 def render_example(
@@ -95,40 +138,20 @@ def render_example(
     """
     thinks = bool(completion_text.rpartition(END_THINK)[0].strip())
     prompt = render_prompt(messages, tokenizer, True if thinks and has_thinking_switch(tokenizer) else None)
-    own = _own_completion(completion_text, opens_thought(prompt, tokenizer))
-    completion = [*tokenizer.encode(own), tokenizer.eos_id]
-    return prompt + completion, [0] * len(prompt) + [1] * len(completion)
+    completion = [*tokenizer.encode(prompt.own(completion_text)), tokenizer.eos_id]
+    return prompt.token_ids + completion, [0] * len(prompt.token_ids) + [1] * len(completion)
 
 
-def canonical_completion(completion_text: str, opened: bool) -> str:
-    """The completion as it would follow "<think>\\n", whether or not its prompt `opened` a thought."""
-    if opened:
-        return completion_text
-    start = completion_text.lstrip()
-    if start.startswith(THINK):
-        return start.removeprefix(THINK).removeprefix("\n")
-    return completion_text if END_THINK in completion_text else f"{END_THINK}\n\n{completion_text}"
-
-
-def parse_response(completion_text: str, opened: bool = True) -> ParsedResponse:
-    """Splits a completion at its last `</think>`. A thought that was cut off has no answer to score.
-
-    `opened`: the prompt ended in "<think>". If it did not, a completion that neither opens nor closes a thought is all
-    answer.
-    """
-    text = canonical_completion(completion_text, opened)
-    thinking, closing, answer = text.rpartition(END_THINK)
+def parse_response(canonical: str) -> ParsedResponse:
+    """Splits a canonical completion at its last `</think>`. A thought that was cut off has no answer to score."""
+    thinking, closing, answer = canonical.rpartition(END_THINK)
     if not closing:
-        return ParsedResponse(thinking=text.strip() or None, answer="", closed=False)
+        return ParsedResponse(thinking=canonical.strip() or None, answer="", closed=False)
     return ParsedResponse(thinking=thinking.strip() or None, answer=answer.strip(), closed=True)
 
 
-def _own_completion(canonical: str, opened: bool) -> str:
-    """What the model writes after its prompt: the inverse of `canonical_completion`."""
-    thought, closing, answer = canonical.rpartition(END_THINK)
-    if opened or not closing or thought.lstrip().startswith(THINK):
-        return canonical
-    return f"{THINK}\n{canonical}" if thought.strip() else answer.lstrip("\n")
+def _begins_thought(text: str) -> bool:
+    return text.lstrip().startswith(THINK)
 
 
 def _check_question(messages: Sequence[Message]) -> None:

@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kogia import log
 from kogia.checkpoint.resume import latest_checkpoint
 from kogia.config import load_toml, save_toml, to_dict
@@ -53,13 +51,3 @@ def _warn_of_changes(before: Any, now: Any) -> None:
         log.warn(
             f"resuming with other settings than the run began with ({', '.join(changed)}): not an exact continuation"
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU where there is one. Raises ValueError for a GPU that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device = {name!r}: this PyTorch sees no GPU; use --device cpu or auto")
-    return device

@@ -18,6 +18,7 @@ import torch
 
 from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
+from kogia.checkpoint.open import pick_device
 from kogia.checkpoint.resume import (
     ResumeState,
     load_train_state,
@@ -39,7 +40,7 @@ from kogia.train.indexer import indexed_config, prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import open_run_dir, pick_device
+from kogia.train.run_dir import open_run_dir
 from kogia.train.step import LossFn, TrainState, train_step
 
 
@@ -212,7 +213,7 @@ def _build_model(
             "lower it or raise max_position"
         )
     if source:
-        model = load_model(source, device=device)
+        model = load_model(source, device=device, dtype=torch.float32)
         if config.add_indexer is not None and checkpoint is None:
             model = with_indexer(model, config.add_indexer, config.seed)
         return model

@@ -49,6 +49,18 @@ def test_a_converted_checkpoint_is_the_loaded_model_saved(config, source, target
     assert_same(load_model(tmp_path / "target"), load_model(want))
 
 
+@pytest.mark.parametrize(("spelled", "name"), [("bf16", "bfloat16"), ("half", "float16"), ("float", "float32")])
+def test_a_dtype_may_be_spelled_as_people_spell_it(spelled, name, tmp_path):
+    save_model(tiny(DENSE), tmp_path / "source")
+    assert kogia(tmp_path / "source", tmp_path / "a", "--dtype", spelled) == 0
+    convert(tmp_path / "source", tmp_path / "b", dtype=name)
+    assert_equal_tensors(stored(tmp_path / "a"), stored(tmp_path / "b"))
+    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+    with pytest.raises(ValueError, match="dtype = 'float8': must be auto, float32, bfloat16, float16 or fp8"):
+        convert(tmp_path / "source", tmp_path / "c", dtype="float8")
+    assert not (tmp_path / "c").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fp8_quantises_the_matrices_of_v3_as_the_layers_do(dtype, tmp_path):
     attention = replace(BLOCKS.attention, indexer=IndexerConfig(num_heads=2, head_dim=136, topk=4))

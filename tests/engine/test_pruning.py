@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kogia.config import parse_args
-from kogia.engine.config import EngineConfig, GenerateConfig, PruneConfig
+from kogia.engine.config import EngineConfig, PruneConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import Completion, SamplingParams
+from kogia.inference.config import GenerateConfig
 from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig
 from kogia.model.packed import pack
 from kogia.model.transformer import Transformer, build_model

@@ -6,18 +6,18 @@ from dataclasses import replace
 from statistics import fmean
 
 import pytest
-from tokenizer_families import write_llama3
 from toy_task import Checksum
 
+from kogia.checkpoint.open import open_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
 from kogia.eval.config import EvalConfig
 from kogia.eval.metrics import pass_at_k
-from kogia.eval.run import evaluate, load_engine, main, output_directory
-from kogia.eval.sample import choose_problems, think_tokens
+from kogia.eval.run import evaluate, main, output_directory
+from kogia.eval.sample import choose_problems
 from kogia.eval.summary import read_samples, summarise
 from kogia.tasks.pool import VerifyPool
-from kogia.text.tokenizer import Tokenizer
 
 SPEC = "toy_task:Checksum"
 KEYS = (
@@ -139,7 +139,8 @@ def test_a_missing_comparison_is_reported_before_anything_is_sampled(checkpoint,
 
 def test_an_interrupted_evaluation_keeps_what_was_verified(checkpoint, tmp_path):
     config = settings(checkpoint, tmp_path, greedy=False)
-    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", None, config.engine)
+    model, tokenizer, _ = open_model(checkpoint, device="cpu")
+    engine = Engine(model, tokenizer, config.engine)
 
     def interrupt(done: int, total: int, _: int) -> None:
         if done >= 7:
@@ -196,30 +197,6 @@ def test_a_prompt_beyond_the_context_names_its_problem(checkpoint, tmp_path):
     options = {SPEC: {"prefix": "say " * 200}}
     with pytest.raises(ValueError, match=r"problem 'test/\d+': .*the model's context is 128"):
         main(settings(checkpoint, tmp_path, task_options=options))
-
-
-def test_think_tokens_end_at_the_last_closing_tag(checkpoint):
-    tokenizer = Tokenizer.load(checkpoint)
-    end = tokenizer.token_id("</think>")
-    assert think_tokens([9, 9, end, 9, end, 9], tokenizer) == 4
-    assert think_tokens([9, 9, 9], tokenizer) == 3
-    assert think_tokens([end], tokenizer) == 0
-
-
-def test_think_tokens_where_the_prompt_opens_no_thought(checkpoint):
-    tokenizer = Tokenizer.load(checkpoint)
-    begin, end = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
-    assert think_tokens([9, 9, 9], tokenizer, opened=False) == 0
-    assert think_tokens([begin, 9, 9], tokenizer, opened=False) == 3
-    assert think_tokens([begin, 9, end, 9], tokenizer, opened=False) == 2
-
-
-def test_think_tokens_where_the_tag_is_no_token(tmp_path):
-    tokenizer = Tokenizer.load(write_llama3(tmp_path))
-    thought = tokenizer.encode("The answer")
-    ids = [*thought, *tokenizer.encode("</think>"), *tokenizer.encode("7")]
-    assert len(ids) > len(thought) + 2
-    assert think_tokens(ids, tokenizer) == len(thought)
 
 
 def test_the_output_directory_follows_the_run():

@@ -7,15 +7,16 @@ from zlib import crc32
 
 import pytest
 
+from kogia.checkpoint.open import open_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
 from kogia.engine.request import Completion
-from kogia.eval.run import load_engine
 from kogia.eval.sample import Answered, Sample
 from kogia.rl.config import CurateConfig
 from kogia.rl.curate import curate, main, select
 from kogia.tasks.task import Problem, Verdict
-from kogia.text.chat import Message
+from kogia.text.chat import Message, Prompt
 
 SPEC = "toy_task:Checksum"
 PROBLEM = Problem("p", (Message("user", "q"),))
@@ -27,7 +28,8 @@ def sample(text="fine", *, tokens=5, correct=True, reward=1.0, finish="stop"):
 
 
 def chosen(samples, **changes):
-    kept, dropped = select(Answered(PROBLEM, samples), replace(CurateConfig("m", keep_per_problem=99), **changes))
+    answered = Answered(PROBLEM, Prompt([5], opens_thought=True), samples)
+    kept, dropped = select(answered, replace(CurateConfig("m", keep_per_problem=99), **changes))
     return kept, {reason: count for reason, count in dropped.items() if count}
 
 
@@ -144,6 +146,21 @@ def test_more_problems_may_not_slip_into_another_curation(checkpoint, tmp_path):
     assert read(tmp_path)[1]["settings"]["temperature"] == 0.7
 
 
+def test_a_curation_from_before_a_setting_existed_continues_under_its_default(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, num_problems=2)
+    main(config)
+    progress = tmp_path / "data" / "good.progress.jsonl"
+    first, *others = lines(progress)
+    for name in ("top_k", "min_p"):
+        del first["settings"][name]
+    progress.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
+    before = read(tmp_path)[0]
+    main(config)
+    assert read(tmp_path)[0] == before
+    with pytest.raises(ValueError, match="another top_k;"):
+        main(replace(config, top_k=5))
+
+
 def test_a_foreign_file_is_not_touched(checkpoint, tmp_path):
     config = settings(checkpoint, tmp_path, out=str(tmp_path / "mine.jsonl"))
     (tmp_path / "mine.jsonl").write_text("{}\n")
@@ -157,8 +174,8 @@ def test_the_summary_comes_back_in_process_and_a_dry_run_writes_nothing(checkpoi
     main(replace(config, dry_run=True))
     assert "# samples     at most 24" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()
-    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", None, config.engine)
-    assert curate(engine, tokenizer, config) == read(tmp_path)[1]
+    model, tokenizer, _ = open_model(checkpoint, device="cpu")
+    assert curate(Engine(model, tokenizer, config.engine), tokenizer, config) == read(tmp_path)[1]
 
 
 def test_nothing_kept_is_said_aloud(checkpoint, tmp_path, capsys):

@@ -46,7 +46,7 @@ def sampled(run: Run, problems: int = 4) -> Rollout:
     """The rollout of the run's first step."""
     c = run.config
     params = SamplingParams(
-        c.temperature, max_tokens=c.max_tokens, n=c.group_size, seed=c.seed * 1_000_003, logprobs=True
+        temperature=c.temperature, max_tokens=c.max_tokens, n=c.group_size, seed=c.seed * 1_000_003, logprobs=True
     )
     rollout = collect(run.engine, run.tokenizer, draw_problems(run.sources, 0, problems, c.seed), params)
     return rollout

@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kogia.checkpoint.open import open_model
 from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
-from kogia.eval.run import load_engine
 from kogia.rl.config import PolicyLossConfig
 from kogia.rl.loss import aggregation_weights, policy_loss
 from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, policy_batches
@@ -33,7 +34,8 @@ def sources():
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_engine(str(checkpoint), "cpu", "float32", 1, EngineConfig(num_blocks=256, block_size=4))
+    model, tokenizer, _ = open_model(checkpoint, device="cpu")
+    return Engine(model, tokenizer, EngineConfig(num_blocks=256, block_size=4)), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_tasks_take_turns_and_repeat_no_problem_before_all_were_seen(sources):
 def test_verdicts_belong_to_their_completions_and_tasks(rollout, sources, loaded):
     tasks = [load_task(spec) for spec in SPECS]
     for p, problem in enumerate(rollout.problems):
-        assert rollout.prompts[p] == render_prompt(problem.messages, loaded[1])
+        assert rollout.prompts[p] == render_prompt(problem.messages, loaded[1]).token_ids
         for completion, verdict in zip(rollout.completions[p], rollout.verdicts[p], strict=True):
             cut = completion.finish_reason == "length"
             expected = tasks[p % 2].verify(problem, Response(completion.text, len(completion.token_ids), cut))

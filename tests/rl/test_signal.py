@@ -46,7 +46,7 @@ def test_the_signal_is_what_the_samples_of_training_prompts_say(checkpoint, tmp_
     cut = sum(c.finish_reason == "length" for group in rollout.completions for c in group)
     assert signal.truncated == pytest.approx(cut / 40)
     assert 0.0 < signal.max_logprob_difference < 1e-4
-    assert run.tokenizer.encode(signal.prompt) == render_prompt(drawn[0][1].messages, run.tokenizer)
+    assert run.tokenizer.encode(signal.prompt) == render_prompt(drawn[0][1].messages, run.tokenizer).token_ids
     shown = " ".join(capsys.readouterr().err.split())
     assert "signal check on 8 training prompts x 5 samples" in shown
     assert f"pass@1 {signal.pass_at_1:.1%}, pass@5 {signal.pass_at_n:.1%}" in shown

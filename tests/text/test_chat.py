@@ -6,8 +6,7 @@ from tokenizer_families import LLAMA3, QWEN3, R1, V3, V31, write_deepseek, write
 
 from kogia.text.chat import (
     Message,
-    canonical_completion,
-    opens_thought,
+    Prompt,
     parse_response,
     render_example,
     render_prompt,
@@ -47,7 +46,7 @@ def test_a_prompt_is_spelled_as_deepseek_r1_spells_it():
         "<｜User｜>and 2+2?<｜Assistant｜><think>\n"
     )
     assert render_text(messages) == text
-    assert TOKENIZER.decode(render_prompt(messages, TOKENIZER)) == text
+    assert TOKENIZER.decode(render_prompt(messages, TOKENIZER).token_ids) == text
 
 
 def test_earlier_turns_keep_only_what_follows_the_thought():
@@ -72,7 +71,7 @@ def test_the_chat_template_renders_the_same_text_for_any_messages(turns, questio
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_a_prompt_has_one_beginning_of_sentence(messages):
-    ids = render_prompt(messages, TOKENIZER)
+    ids = render_prompt(messages, TOKENIZER).token_ids
     assert ids[0] == TOKENIZER.bos_id
     assert ids.count(TOKENIZER.bos_id) == 1
 
@@ -95,7 +94,7 @@ def test_transformers_reads_the_directory_and_gives_the_same_ids(tmp_path, loade
         ids = theirs.apply_chat_template(
             as_dicts(messages), tokenize=True, add_generation_prompt=True, return_dict=False
         )
-        assert ids == render_prompt(messages, TOKENIZER)
+        assert ids == render_prompt(messages, TOKENIZER).token_ids
 
 
 def test_an_example_is_masked_to_the_completion_and_its_end():
@@ -104,7 +103,7 @@ def test_an_example_is_masked_to_the_completion_and_its_end():
     trained = [token for token, on in zip(ids, mask, strict=True) if on]
     untrained = [token for token, on in zip(ids, mask, strict=True) if not on]
     assert TOKENIZER.decode(trained) == completion + EOS
-    assert untrained == render_prompt(messages, TOKENIZER)
+    assert untrained == render_prompt(messages, TOKENIZER).token_ids
     assert mask == sorted(mask)  # zeros, then ones
 
 
@@ -127,9 +126,9 @@ def test_an_example_is_what_the_model_itself_writes_after_its_template(tmp_path,
     start = mask.index(1)
     assert tokenizer.decode(ids[start:]) == written + tokenizer.eos
     thinks = True if template == V31 and completion.startswith("one") else None
-    assert ids[:start] == render_prompt(messages, tokenizer, thinks)
-    opened = opens_thought(ids[:start], tokenizer)
-    assert parse_response(written, opened).answer == parse_response(completion, END_THINK in completion).answer == "2"
+    prompt = render_prompt(messages, tokenizer, thinks)
+    assert Prompt.of(ids[:start], tokenizer) == prompt
+    assert prompt.parse(written).answer == Prompt([], END_THINK in completion).parse(completion).answer == "2"
 
 
 @pytest.mark.parametrize(
@@ -162,9 +161,10 @@ def test_a_response_splits_at_the_last_end_of_thought(text, thinking, answer, cl
     ],
 )
 def test_a_response_to_a_prompt_that_opens_no_thought_may_open_one_itself(text, thinking, answer, closed):
-    parsed = parse_response(text, opened=False)
+    prompt = Prompt([], opens_thought=False)
+    parsed = prompt.parse(text)
     assert (parsed.thinking, parsed.answer, parsed.closed) == (thinking, answer, closed)
-    assert parse_response(canonical_completion(text, opened=False)) == parsed
+    assert parse_response(prompt.canonical(text)) == parsed
 
 
 @given(st.text(), st.text().filter(lambda text: END_THINK not in text))
@@ -181,3 +181,54 @@ def test_a_prompt_must_end_with_a_question(messages):
 def test_an_unknown_role_is_refused():
     with pytest.raises(ValueError, match="role='tool'.*system, user, assistant"):
         Message("tool", "x")
+
+
+INSIDE, OUTSIDE = Prompt([], opens_thought=True), Prompt([], opens_thought=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "opens"),
+    [
+        ("What is 2+2? <think>", True),
+        ("What is 2+2? <think>\n \n", True),
+        ("<think>", True),
+        ("<think>\nIt is", False),
+        ("think", False),
+        ("", False),
+    ],
+)
+@pytest.mark.parametrize("write", [write_deepseek, write_qwen, write_llama3])
+def test_raw_text_opens_a_thought_as_a_rendered_prompt_does(tmp_path, write, text, opens):
+    tokenizer = Tokenizer.load(write(tmp_path))
+    ids = tokenizer.encode_raw(text)
+    assert Prompt.of(ids, tokenizer) == Prompt(ids, opens)
+    assert Prompt.of(tuple(ids), tokenizer) == Prompt(ids, opens)
+
+
+@pytest.mark.parametrize("prompt", [INSIDE, OUTSIDE])
+@pytest.mark.parametrize("canonical", ["a b\n</think>\n\n7", "</think>\n\n7", "a</think>b</think>7"])
+def test_what_a_model_writes_reads_back_as_it_was_meant(prompt, canonical):
+    assert prompt.canonical(prompt.own(canonical)) == canonical
+
+
+def test_thinking_tokens_end_at_the_last_closing_tag():
+    end = TOKENIZER.token_id("</think>")
+    assert INSIDE.num_thinking_tokens([9, 9, end, 9, end, 9], TOKENIZER) == 4
+    assert INSIDE.num_thinking_tokens([9, 9, 9], TOKENIZER) == 3
+    assert INSIDE.num_thinking_tokens([end], TOKENIZER) == 0
+    assert INSIDE.num_thinking_tokens([], TOKENIZER) == 0
+
+
+def test_thinking_tokens_where_the_prompt_opens_no_thought():
+    begin, end = TOKENIZER.token_id("<think>"), TOKENIZER.token_id("</think>")
+    assert OUTSIDE.num_thinking_tokens([9, 9, 9], TOKENIZER) == 0
+    assert OUTSIDE.num_thinking_tokens([begin, 9, 9], TOKENIZER) == 3
+    assert OUTSIDE.num_thinking_tokens([begin, 9, end, 9], TOKENIZER) == 2
+
+
+def test_thinking_tokens_where_the_tag_is_no_token(tmp_path):
+    tokenizer = Tokenizer.load(write_llama3(tmp_path))
+    thought = tokenizer.encode("The answer")
+    ids = [*thought, *tokenizer.encode("</think>"), *tokenizer.encode("7")]
+    assert len(ids) > len(thought) + 2
+    assert INSIDE.num_thinking_tokens(ids, tokenizer) == len(thought)

@@ -20,7 +20,7 @@ from tokenizer_families import (
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
-from kogia.text.chat import Message, has_thinking_switch, opens_thought, render_prompt, render_text
+from kogia.text.chat import Message, has_thinking_switch, render_prompt, render_text
 from kogia.text.stream import IncrementalDecoder
 from kogia.text.tokenizer import Tokenizer, train_bpe
 
@@ -80,7 +80,7 @@ def test_prompts_are_those_of_transformers(pair, messages):
         options = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
         turns = [{"role": message.role, "content": message.content} for message in messages]
         ids = theirs.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False, **options)
-        assert render_prompt(messages, ours, thinking) == ids
+        assert render_prompt(messages, ours, thinking).token_ids == ids
         assert ours.bos is None or ids.count(ours.bos_id) == ours.decode(ids).count(ours.bos)
         assert ids[:2] != [ours.bos_id] * 2
 
@@ -101,12 +101,12 @@ def test_prompts_are_those_of_transformers(pair, messages):
 )
 def test_whether_a_prompt_opens_a_thought(directories, name, thinking, opened):
     tokenizer = Tokenizer.load(directories[name])
-    assert opens_thought(render_prompt(DIALOGUE, tokenizer, thinking), tokenizer) is opened
+    assert render_prompt(DIALOGUE, tokenizer, thinking).opens_thought is opened
 
 
 def test_r1_prompts_equal_the_built_in_format(directories):
     tokenizer = Tokenizer.load(directories["r1"])
-    assert tokenizer.decode(render_prompt(QUESTION, tokenizer)) == render_text(QUESTION)
+    assert tokenizer.decode(render_prompt(QUESTION, tokenizer).token_ids) == render_text(QUESTION)
 
 
 @pytest.mark.parametrize("name", ["r1", "llama3"])
@@ -160,7 +160,7 @@ def test_the_template_file_comes_before_the_one_in_the_configuration(tmp_path):
     write_qwen(tmp_path, QWEN3)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!\r\n", newline="")
     tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer.decode(render_prompt(QUESTION, tokenizer)) == " 1+1 is? 漢\n!"
+    assert tokenizer.decode(render_prompt(QUESTION, tokenizer).token_ids) == " 1+1 is? 漢\n!"
     tokenizer.save(tmp_path / "again")
     assert (tmp_path / "again" / "chat_template.jinja").read_bytes() == b"{{ messages[0].content }}!\r\n"
     assert render_prompt(QUESTION, Tokenizer.load(tmp_path / "again")) == render_prompt(QUESTION, tokenizer)
@@ -169,14 +169,14 @@ def test_the_template_file_comes_before_the_one_in_the_configuration(tmp_path):
 def test_of_several_templates_the_default_one_is_used(tmp_path):
     both = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": R1}]
     tokenizer = Tokenizer.load(write_deepseek(tmp_path, both))
-    assert tokenizer.decode(render_prompt(QUESTION, tokenizer)) == render_text(QUESTION)
+    assert tokenizer.decode(render_prompt(QUESTION, tokenizer).token_ids) == render_text(QUESTION)
     with pytest.raises(ValueError, match="none named 'default'"):
         render_prompt(QUESTION, Tokenizer.load(write_deepseek(tmp_path, both[:1])))
 
 
 def test_a_model_without_a_template_is_prompted_in_the_built_in_format(tmp_path):
     tokenizer = Tokenizer.load(write_qwen(tmp_path, None))
-    assert tokenizer.decode(render_prompt(QUESTION, tokenizer)) == render_text(QUESTION, bos="")
+    assert tokenizer.decode(render_prompt(QUESTION, tokenizer).token_ids) == render_text(QUESTION, bos="")
 
 
 def test_saved_files_hold_what_was_read(tmp_path, directories):

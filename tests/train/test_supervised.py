@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from train.tiny import ATTENTION, MOE
 
+from kogia.checkpoint.convert import convert
 from kogia.checkpoint.hf import load_model
 from kogia.checkpoint.resume import latest_checkpoint
 from kogia.config import from_dict, load_toml, save_toml, to_dict
@@ -130,6 +131,15 @@ def test_training_learns_and_leaves_a_complete_run_directory(config, tmp_path):
     assert expected <= steps[0].keys()
     assert load_toml(run / "run.toml", SupervisedConfig) == config
     assert load_model(run).config == MODEL
+
+
+def test_fine_tuning_of_16_bit_weights_is_in_float32(config, tmp_path):
+    main(replace(config, steps=1))
+    convert(config.out, tmp_path / "half", dtype="bfloat16")
+    tuned = replace(config, out=str(tmp_path / "tuned"), model=None, init=str(tmp_path / "half"), steps=1)
+    model = build_run(tuned).state.model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.lm_head.weight, load_model(tmp_path / "half").lm_head.weight.float())
 
 
 def test_fine_tuning_starts_from_the_weights_and_tokenizer_of_another_run(config, tmp_path):

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from kogia import log
-from kogia.engine.config import GenerateConfig
-from kogia.engine.llm import LLM
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
-from kogia.text.chat import Message, opens_thought, parse_response, render_prompt
+from kogia.inference.config import GenerateConfig
+from kogia.inference.llm import LLM
+from kogia.text.chat import Message, Prompt, render_prompt
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -23,9 +23,7 @@ def main(config: GenerateConfig) -> int:
     texts = read_prompts(config)
     options = asdict(config.engine)
     llm = LLM(config.path, device=config.device, dtype=config.dtype, **options)
-    names = ("n", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
-    params = SamplingParams(**{name: getattr(config, name) for name in names})
-    prompts = texts if config.raw else _render(config, texts, llm.tokenizer)
+    prompts = [_prompt(config, text, llm.tokenizer) for text in texts]
     with Progress(
         TextColumn("generating"),
         BarColumn(),
@@ -40,9 +38,8 @@ def main(config: GenerateConfig) -> int:
         def show(finished: int, total: int, tokens: int) -> None:
             progress.update(task, completed=finished, total=total, tokens=tokens)
 
-        groups = llm.generate(prompts, params, show)
-    opened = [not isinstance(prompt, str) and opens_thought(prompt, llm.tokenizer) for prompt in prompts]
-    _write(config, texts, opened, groups)
+        groups = llm.generate(prompts, SamplingParams.of(config), show)
+    _write(config, texts, prompts, groups)
     stats = llm.engine.stats
     drafts = f", {stats.acceptance:.0%} of drafts accepted" if stats.num_drafted else ""
     log.info(f"{stats.num_generated_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{drafts}")
@@ -81,21 +78,20 @@ def _read_file(path: Path) -> list[str]:
     return prompts
 
 
-def _render(config: GenerateConfig, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+def _prompt(config: GenerateConfig, text: str, tokenizer: Tokenizer) -> Prompt:
+    if config.raw:
+        return Prompt.of(tokenizer.encode_raw(text), tokenizer)
     system = [] if config.system is None else [Message("system", config.system)]
-    return [render_prompt([*system, Message("user", text)], tokenizer, config.thinking) for text in texts]
+    return render_prompt([*system, Message("user", text)], tokenizer, config.thinking)
 
 
 def _write(
-    config: GenerateConfig,
-    texts: Sequence[str],
-    opened: Sequence[bool],
-    groups: list[list[Completion]],
+    config: GenerateConfig, texts: Sequence[str], prompts: Sequence[Prompt], groups: list[list[Completion]]
 ) -> None:
     """One JSON line per completion into `--out`, else the bare texts to stdout."""
     rows = [
-        _row(config, prompt, opens, index, completion)
-        for prompt, opens, group in zip(texts, opened, groups, strict=True)
+        {"prompt": text, "index": index, **_row(config, prompt, completion)}
+        for text, prompt, group in zip(texts, prompts, groups, strict=True)
         for index, completion in enumerate(group)
     ]
     if config.out is not None:
@@ -108,9 +104,9 @@ def _write(
         print(printable(row["text"]) if sys.stdout.isatty() else row["text"])
 
 
-def _row(config: GenerateConfig, prompt: str, opened: bool, index: int, completion: Completion) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt": prompt, "index": index, "text": completion.text}
+def _row(config: GenerateConfig, prompt: Prompt, completion: Completion) -> dict[str, Any]:
+    row: dict[str, Any] = {"text": completion.text}
     if not config.raw:
-        parsed = parse_response(completion.text, opened)
+        parsed = prompt.parse(completion.text)
         row |= {"thinking": parsed.thinking, "answer": parsed.answer}
     return row | {"finish_reason": completion.finish_reason, "num_tokens": len(completion.token_ids)}

@@ -11,11 +11,11 @@ from types import FrameType
 from rich.console import Console
 
 from kogia import log
-from kogia.engine.config import ChatConfig
-from kogia.engine.llm import LLM
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
-from kogia.text.chat import Message, opens_thought, parse_response, render_prompt
+from kogia.inference.config import ChatConfig
+from kogia.inference.llm import LLM
+from kogia.text.chat import Message, Prompt, render_prompt
 from kogia.text.tokenizer import END_THINK, THINK
 
 TRIAL_DRAFTS, LEAST_ACCEPTANCE = 64, 0.1  # drafts that are hardly ever right only cost time
@@ -26,7 +26,7 @@ def main(config: ChatConfig) -> int:
     llm = LLM(
         config.path, device=config.device, dtype=config.dtype, num_draft_tokens=config.draft_tokens, max_sequences=1
     )
-    console = Console(highlight=False)
+    console, params = Console(highlight=False), SamplingParams.of(config)
     opening = [] if config.system is None else [Message("system", config.system)]
     messages = list(opening)
     if sys.stdin.isatty():
@@ -41,14 +41,13 @@ def main(config: ChatConfig) -> int:
             continue
         messages.append(Message("user", line))
         prompt = render_prompt(messages, llm.tokenizer, config.thinking)
-        opened = opens_thought(prompt, llm.tokenizer)
         try:
-            answer = _answer(llm, prompt, opened, config, console)
+            answer = _answer(llm, prompt, params, console)
         except ValueError as error:  # the conversation has outgrown the context, which /reset cures
             messages.pop()
             log.warn(f"{error}, or /reset the conversation")
             continue
-        parsed = parse_response(answer, opened)
+        parsed = prompt.parse(answer)
         messages.append(Message("assistant", parsed.answer, parsed.thinking))
         if llm.engine.stats.num_drafted >= TRIAL_DRAFTS and llm.engine.stats.acceptance < LEAST_ACCEPTANCE:
             llm.engine.num_draft_tokens = 0
@@ -75,12 +74,9 @@ def _questions(console: Console) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(llm: LLM, prompt: list[int], opened: bool, config: ChatConfig, console: Console) -> str:
+def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, console: Console) -> str:
     """Stream one answer to the console and return its text, whole or as far as it came."""
-    params = SamplingParams(
-        temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens, seed=config.seed
-    )
-    thought = ThoughtStyle(console, opened)
+    thought = ThoughtStyle(console, prompt)
     started, num_tokens, text = time.perf_counter(), 0, ""
     completion: Completion | None = None
     with _interrupt_flag() as interrupted, contextlib.closing(llm.stream(prompt, params)) as events:
@@ -111,13 +107,13 @@ def _summary(num_tokens: int, seconds: float, completion: Completion | None) -> 
 class ThoughtStyle:
     """Writes a streamed answer, its thought dim: what stands before `</think>`. The marks may arrive in pieces.
 
-    Unless the prompt `opened` a thought, there is one only if the answer begins with `<think>`.
+    Unless the prompt opens a thought, there is one only if the answer begins with `<think>`.
     """
 
-    def __init__(self, console: Console, opened: bool = True) -> None:
+    def __init__(self, console: Console, prompt: Prompt) -> None:
         self._console = console
-        self._thinking = opened
-        self._may_open = not opened
+        self._thinking = prompt.opens_thought
+        self._may_open = not prompt.opens_thought
         self._pending = ""
 
     def write(self, text: str) -> None:

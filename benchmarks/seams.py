@@ -1,0 +1,146 @@
+"""Decoding and training on the CPU beside an earlier commit of this repository, in one run.
+
+    python benchmarks/seams.py [--base 711fa00] [--rounds 7] [--out benchmarks/results/seams.json]
+
+Both sides run the demonstration's model on one thread, in processes of their own that alternate; the earlier commit
+comes from a temporary worktree. A round is one process of each side, and its ratio is that of the two. Time is the
+process's own CPU time, so that another program on the machine costs both sides what it costs. The value is the median
+of the rounds, low and high are the smallest and largest.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 1.0
+WORK = {
+    "seams-decode-ratio": ("decode", 64, 0),
+    "seams-decode-b1-ratio": ("decode", 1, 0),
+    "seams-decode-b16-ratio": ("decode", 16, 0),
+    "seams-decode-b400-ratio": ("decode", 400, 0),
+    "seams-decode-draft-ratio": ("decode", 1, 1),
+    "seams-train-ratio": ("train", 30, 0),
+}
+"""Id -> what is done, sequences or steps, drafts."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="711fa00", help="the commit to compare with")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/seams.json")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is not None:
+        print(json.dumps(measure(*json.loads(args.child))))
+        return
+    from result import row, write_result
+
+    rows = []
+    with worktree(args.base) as base:
+        for id, work in WORK.items():
+            pairs = [(child(ROOT, work), child(base, work)) for _ in range(args.rounds + 1)][1:]  # the first warms up
+            ratios = [ours / theirs for ours, theirs in pairs]
+            speeds = {"tokens_per_cpu_second": round(median(p[0] for p in pairs), 1)}
+            speeds["base_tokens_per_cpu_second"] = round(median(p[1] for p in pairs), 1)
+            rows.append(row(id, median(ratios), "ratio", low=min(ratios), high=max(ratios), limit=LIMIT, **speeds))
+            print(rows[-1], file=sys.stderr)
+    write_result(args.out, f"seams, beside {args.base}", rows)
+
+
+@contextmanager
+def worktree(commit: str) -> Iterator[Path]:
+    """A checkout of `commit` beside this one, for as long as the block runs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / "base"
+        subprocess.run(["git", "worktree", "add", "--detach", "-q", str(place), commit], cwd=ROOT, check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(place)], cwd=ROOT, check=True)
+
+
+def child(checkout: Path, work: tuple[str, int, int]) -> float:
+    """Tokens per second of CPU time, measured by a process that imports kogia from `checkout`."""
+    env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(work)]
+    done = subprocess.run(command, env=env, cwd=checkout, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def measure(kind: str, amount: int, drafts: int) -> float:
+    """In the child. Uses only what both commits have."""
+    import torch
+
+    torch.set_num_threads(1)
+    return decode(amount, drafts) if kind == "decode" else train(amount)
+
+
+def recipe(name: str) -> dict[str, Any]:
+    import tomllib
+
+    import kogia
+
+    return tomllib.loads((Path(kogia.__file__).parent / "recipes/demo" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def decode(num_sequences: int, drafts: int, num_tokens: int = 64) -> float:
+    """Tokens per CPU second of a whole `generate`, prompts of 20 tokens included."""
+    import time
+
+    from kogia.config import from_dict
+    from kogia.engine.config import EngineConfig
+    from kogia.engine.engine import Engine
+    from kogia.engine.request import SamplingParams
+    from kogia.model.config import ModelConfig
+    from kogia.model.transformer import build_model
+
+    model = build_model(from_dict(ModelConfig, recipe("pretrain")["model"], "model"))
+    prompts = [[3 + (7 * i + j) % 500 for j in range(20)] for i in range(num_sequences)]
+    params = SamplingParams(temperature=1.0, max_tokens=num_tokens, seed=1, ignore_eos=True)
+    engine = Engine(model, None, EngineConfig(block_size=4, max_sequences=400, num_draft_tokens=drafts))
+    engine.generate(prompts[:8], params)
+    repeats = max(1, 200 // num_sequences)
+    start = time.process_time()
+    for _ in range(repeats):
+        engine.generate(prompts, params)
+    return repeats * num_sequences * num_tokens / (time.process_time() - start)
+
+
+def train(num_steps: int) -> float:
+    """Median over the steps of tokens per CPU second in the pretraining of the demonstration."""
+    import time
+
+    from kogia.config import from_dict
+    from kogia.train import supervised
+    from kogia.train.config import SupervisedConfig
+
+    with tempfile.TemporaryDirectory() as out:
+        data = recipe("pretrain") | {"out": f"{out}/run", "steps": num_steps, "quiet": True, "device": "cpu"}
+        data["data"]["sources"][0]["num"] = 2000
+        run = supervised.build_run(from_dict(SupervisedConfig, data, "pretrain"))
+        step, seconds = supervised.train_step, []
+
+        def timed(state: Any, batches: Any, loss: Any) -> dict[str, float]:
+            start = time.process_time()
+            metrics = step(state, batches, loss)
+            tokens = sum(batch.tokens.num_tokens for batch in batches)
+            seconds.append(tokens / (time.process_time() - start))
+            return metrics
+
+        supervised.train_step = timed
+        supervised.train(run)
+    return median(seconds[3:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The front end: a model directory, prompts in, completions out."""
+
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kogia.checkpoint.open import open_model
+from kogia.config import from_dict
+from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
+from kogia.engine.request import Completion, SamplingParams, TokenEvent
+from kogia.text.chat import Message, Prompt, render_prompt
+
+Given = Prompt | str | Sequence[int]
+"""A prompt, or the text or token ids of one."""
+
+
+class LLM:
+    """A loaded model with its tokenizer and an engine.
+
+    >>> llm = LLM("runs/demo/model")
+    >>> llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))[0][0].text
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = "auto",
+        num_draft_tokens: int | None = 0,
+        **engine_options: Any,
+    ) -> None:
+        """Load a model directory or the newest checkpoint of a run directory, as `open_model` says.
+
+        `num_draft_tokens` None drafts one token per step where the model has an MTP module. `engine_options` are fields
+        of `EngineConfig`.
+        """
+        self.model, self.tokenizer, _ = open_model(path, device=device, dtype=dtype)
+        if num_draft_tokens is None:
+            num_draft_tokens = min(1, self.model.config.num_mtp_layers)
+        config = from_dict(EngineConfig, {**engine_options, "num_draft_tokens": num_draft_tokens}, "engine")
+        self.engine = Engine(self.model, self.tokenizer, config)
+
+    def generate(
+        self,
+        prompts: Sequence[Given] | str,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_progress: Callable[[int, int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Continue texts or token ids, `n` completions each. Texts get the leading BOS that the model's texts have."""
+        each = [prompts] if isinstance(prompts, str) else prompts
+        return self.engine.generate([self._ids(p) for p in each], params or SamplingParams(), on_progress)
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, thinking: bool | None = None
+    ) -> list[Completion]:
+        """Answer one conversation that ends with a user message; `params.n` answers.
+
+        `thinking` turns thoughts on or off for models whose chat template has that switch.
+        """
+        return self.generate([render_prompt(messages, self.tokenizer, thinking)], params)[0]
+
+    def stream(
+        self, prompt: Given | Sequence[Message], params: SamplingParams | None = None
+    ) -> Generator[TokenEvent, None, None]:
+        """Tokens of one continuation or answer as they come; the last event carries the completion.
+
+        Leaving the loop early gives the request up.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"SamplingParams.n = {params.n}: a stream follows one completion; use generate()")
+        stream = self.engine.submit(self._ids(prompt), params)
+        try:
+            yield from stream
+        finally:
+            stream.cancel()
+
+    def _ids(self, prompt: Given | Sequence[Message]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_raw(prompt)
+        if isinstance(prompt, Prompt):
+            return prompt.token_ids
+        if messages := [part for part in prompt if isinstance(part, Message)]:
+            return render_prompt(messages, self.tokenizer).token_ids
+        return [part for part in prompt if not isinstance(part, Message)]

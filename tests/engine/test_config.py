@@ -1,0 +1,140 @@
+"""Sampling settings are the same fields, docs and checks in every program that samples."""
+
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+
+from kogia.config import from_dict, parse_args, to_dict
+from kogia.engine.config import FilteredSamplingConfig, SamplingConfig
+from kogia.engine.request import SamplingParams
+from kogia.eval.config import EvalConfig
+from kogia.inference.config import ChatConfig, GenerateConfig
+from kogia.rl.config import CurateConfig, RLConfig
+
+PROGRAMS = [GenerateConfig, ChatConfig, EvalConfig, CurateConfig, RLConfig]
+FILTERING = [GenerateConfig, ChatConfig, EvalConfig, CurateConfig]
+BAD = [
+    ("temperature", -0.5),
+    ("temperature", float("nan")),
+    ("temperature", float("inf")),
+    ("temperature", 1e-40),
+    ("temperature", True),
+    ("max_tokens", 0),
+]
+BAD_FILTERS = [
+    ("top_k", -1),
+    ("top_k", 2**63),
+    ("top_p", 0.0),
+    ("top_p", 1.01),
+    ("top_p", float("nan")),
+    ("min_p", -0.1),
+    ("min_p", 1.5),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+@pytest.mark.parametrize("program", [*PROGRAMS, SamplingParams])
+def test_a_value_that_cannot_be_sampled_with_is_refused_at_construction(program, name, value):
+    with pytest.raises(ValueError, match=f"{name} = .*must be"):
+        program(**{"init" if program is RLConfig else "path": "m"} if program in PROGRAMS else {}, **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_FILTERS)
+@pytest.mark.parametrize("program", [*FILTERING, SamplingParams])
+def test_a_filter_out_of_its_range_is_refused_at_construction(program, name, value):
+    with pytest.raises(ValueError, match=f"{name} = .*must be"):
+        program(**{"path": "m"} if program in FILTERING else {}, **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", 0), ("n", True), ("stop", ("a", ""))])
+def test_what_only_generate_has_is_checked_there_too(name, value):
+    for make in (SamplingParams, lambda **changes: GenerateConfig("m", **changes)):
+        with pytest.raises(ValueError, match=f"{name} = .*must be"):
+            make(**{name: value})
+
+
+OTHER_TYPES = """
+import numpy as np
+from kogia.engine.request import SamplingParams
+from kogia.inference.config import GenerateConfig
+from kogia.rl.config import RLConfig
+refused = [
+    ("temperature", "1"), ("temperature", None), ("max_tokens", 2.5), ("max_tokens", None), ("seed", 1.5),
+    ("seed", "0"), ("top_k", 2.0), ("top_p", "1"), ("min_p", None), ("n", 1.5), ("stop", "x"), ("stop", ["x"]),
+]
+for make in (SamplingParams, lambda **changes: GenerateConfig("m", **changes)):
+    for name, value in refused:
+        try:
+            make(**{name: value})
+        except ValueError as error:
+            assert str(error).startswith(f"{name} = {value!r}: must be"), error
+        else:
+            raise AssertionError((name, value))
+try:
+    RLConfig("m", seed=None)
+except ValueError as error:
+    assert str(error) == "seed = None: must be a whole number", error
+else:
+    raise AssertionError("a run that promises to repeat itself needs a seed")
+params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int64(2))
+assert (params.temperature, params.top_k, params.seed) == (0.5, 3, 2)
+"""
+
+
+def test_values_of_other_types_are_refused_and_numbers_of_numpy_are_numbers():
+    # in a process of its own: the type checks of the test run would come first
+    done = subprocess.run([sys.executable, "-c", OTHER_TYPES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_fields_are_inherited_and_flags_stay_flat(program):
+    base = SamplingConfig if program is RLConfig else FilteredSamplingConfig
+    assert issubclass(program, base)
+    names = [field.name for field in fields(base)]
+    assert set(names) <= to_dict(program("m", seed=3)).keys()  # in recipes too
+    key = "--init" if program is RLConfig else None
+    values = {"temperature": 0.25, "max_tokens": 7, "seed": 5, "top_k": 9, "top_p": 0.5, "min_p": 0.125}
+    flags = [word for name in names for word in ("--" + name.replace("_", "-"), str(values[name]))]
+    config = parse_args(program, [*([key] if key else []), "m", *flags], prog="x", description="")
+    assert {name: getattr(config, name) for name in names} == {name: values[name] for name in names}
+    assert from_dict(program, to_dict(config)) == config
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_sampling_flag_is_explained(program, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(program, ["--help"], prog="x", description="")
+    lines = " ".join(line.strip("│ ") for line in capsys.readouterr().out.splitlines())
+    for field in fields(SamplingConfig if program is RLConfig else FilteredSamplingConfig):
+        flag = "--" + field.name.replace("_", "-")
+        explained = lines.split(f"{flag} ")[1].split("(default")[0].split(maxsplit=1)
+        assert len(explained) == 2, (program, flag)
+
+
+def test_each_program_keeps_its_own_defaults():
+    defaults = {
+        program: tuple(getattr(program("m"), name) for name in ("temperature", "max_tokens", "seed"))
+        for program in PROGRAMS
+    }
+    assert defaults == {
+        GenerateConfig: (0.6, 512, None),
+        ChatConfig: (0.6, 2048, None),
+        EvalConfig: (1.0, 512, 0),
+        CurateConfig: (1.0, 512, 0),
+        RLConfig: (1.0, 256, 0),
+    }
+    assert [program("m").top_p for program in FILTERING] == [0.95, 0.95, 1.0, 1.0]
+    assert SamplingParams() == SamplingParams(temperature=1.0, top_p=1.0, max_tokens=256, n=1, seed=None)
+
+
+def test_sampling_params_are_what_the_settings_say_with_the_changes():
+    config = GenerateConfig("m", n=3, temperature=0.5, top_k=4, min_p=0.25, max_tokens=9, seed=8, stop=("x",))
+    expected = SamplingParams(temperature=0.5, top_k=4, top_p=0.95, min_p=0.25, max_tokens=9, seed=8, n=3, stop=("x",))
+    assert SamplingParams.of(config) == expected
+    assert SamplingParams.of(config, n=1, logprobs=True) == replace(expected, n=1, logprobs=True)
+    rollout = SamplingParams.of(RLConfig("m", temperature=0.5), n=16)
+    assert rollout == SamplingParams(temperature=0.5, max_tokens=256, seed=0, n=16)
+    assert SamplingParams.of(CurateConfig("m", top_k=5)).top_k == 5

@@ -1,0 +1,137 @@
+"""The front end, over a model directory on disk."""
+
+import json
+
+import pytest
+import torch
+from inference.tiny import CONFIG, PARAMS
+from tokenizer_families import QWEN3, write_llama2
+
+from kogia.checkpoint.convert import convert
+from kogia.checkpoint.hf import load_model, save_model
+from kogia.engine.engine import Engine
+from kogia.engine.request import SamplingParams
+from kogia.inference.llm import LLM
+from kogia.model.config import ModelConfig
+from kogia.model.transformer import build_model
+from kogia.text.chat import Message, render_prompt
+from kogia.text.tokenizer import Tokenizer
+
+
+def test_texts_and_their_ids_give_the_same_completions(llm):
+    ids = [llm.tokenizer.bos_id, *llm.tokenizer.encode("the answer")]
+    assert llm.generate(["the answer"], PARAMS) == llm.generate([ids], PARAMS)
+    assert llm.generate("the answer", PARAMS) == llm.generate([ids], PARAMS)
+
+
+def test_a_text_that_starts_with_bos_gets_no_second_one(llm):
+    assert llm.generate(["<｜begin▁of▁sentence｜>the answer"], PARAMS) == llm.generate(["the answer"], PARAMS)
+
+
+def test_the_front_end_is_the_engine_over_the_loaded_model(llm, directory):
+    ids = [0, 11, 12]
+    engine = Engine(load_model(directory), llm.tokenizer)
+    assert llm.generate([ids], PARAMS)[0][0].token_ids == engine.generate([ids], PARAMS)[0][0].token_ids
+
+
+def test_chat_answers_the_rendered_conversation_and_streams_the_same_text(llm):
+    messages = [Message("system", "be brief"), Message("user", "hi")]
+    (answer,) = llm.chat(messages, PARAMS)
+    assert answer.token_ids == llm.generate([render_prompt(messages, llm.tokenizer).token_ids], PARAMS)[0][0].token_ids
+    events = list(llm.stream(messages, PARAMS))
+    assert "".join(event.text for event in events) == answer.text
+    assert events[-1].completion is not None
+    assert events[-1].completion.token_ids == answer.token_ids
+
+
+def test_a_prompt_that_was_made_elsewhere_is_taken_as_it_is(llm):
+    prompt = render_prompt([Message("user", "hi")], llm.tokenizer)
+    (answer,) = llm.chat([Message("user", "hi")], PARAMS)
+    groups = llm.generate([prompt, prompt.token_ids], PARAMS)
+    assert [[completion.token_ids for completion in group] for group in groups] == [[answer.token_ids]] * 2
+    assert list(llm.stream(prompt, PARAMS))[-1].completion.token_ids == answer.token_ids
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [0, 290]])
+def test_ids_that_are_no_prompt_are_refused_by_the_engine_in_its_own_words(llm, ids):
+    with pytest.raises(ValueError, match=r"a prompt of 0 tokens|prompt token ids span"):
+        llm.generate([ids], PARAMS)
+    with pytest.raises(ValueError, match=r"a prompt of 0 tokens|prompt token ids span"):
+        next(llm.stream(ids, PARAMS))
+
+
+def test_leaving_a_stream_early_frees_its_blocks(llm):
+    for _ in llm.stream("the answer", SamplingParams(max_tokens=50, seed=1, ignore_eos=True)):
+        break
+    assert llm.engine.num_unfinished == 0
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+
+
+def test_a_run_directory_loads_its_newest_checkpoint(tmp_path, llm):
+    for step, seed in ((5, 1), (40, 2)):
+        save_model(build_model(CONFIG, seed=seed), tmp_path / "checkpoints" / f"step-{step:06d}", llm.tokenizer)
+    newest = LLM(tmp_path, device="cpu").model
+    assert torch.equal(newest.lm_head.weight, build_model(CONFIG, seed=2).lm_head.weight)
+
+
+def test_dtype_auto_is_float32_on_a_cpu_and_can_be_chosen(directory):
+    assert LLM(directory, device="cpu").model.dtype == torch.float32
+    half = LLM(directory, device="cpu", dtype="bfloat16", num_draft_tokens=None)
+    assert half.model.dtype == torch.bfloat16
+    assert half.engine.config.num_draft_tokens == 1
+    assert len(half.generate(["the answer"], PARAMS)[0][0].token_ids) > 0
+
+
+def test_wrong_options_are_named(directory, tmp_path, llm):
+    with pytest.raises(ValueError, match="max_batch_token.*did you mean 'max_batch_tokens'"):
+        LLM(directory, device="cpu", max_batch_token=3)
+    with pytest.raises(ValueError, match="device = 'gpu'"):
+        LLM(directory, device="gpu")
+    with pytest.raises(ValueError, match="dtype = 'float8'"):
+        LLM(directory, device="cpu", dtype="float8")
+    with pytest.raises(ValueError, match="no such file"):
+        LLM(tmp_path / "absent")
+    small = ModelConfig(**{**vars(CONFIG), "vocab_size": 100})
+    save_model(build_model(small), tmp_path / "other", llm.tokenizer)
+    with pytest.raises(ValueError, match=r"275 tokens, the model only 100"):
+        LLM(tmp_path / "other", device="cpu")
+
+
+def test_a_model_without_bos_gets_none_and_stops_at_any_of_its_end_tokens(qwen):
+    llm = LLM(qwen, device="cpu")
+    assert llm.generate("The", PARAMS) == llm.generate([llm.tokenizer.encode("The")], PARAMS)
+    params = SamplingParams(n=8, max_tokens=100, seed=0)
+    completions = llm.generate("The", params)[0]
+    assert {completion.token_ids[-1] for completion in completions} == {0}
+    assert {completion.finish_reason for completion in completions} == {"stop"}
+    assert all("<|endoftext|>" not in completion.text for completion in completions)
+
+
+def test_a_model_saved_again_keeps_its_end_tokens_and_its_template(qwen):
+    assert json.loads((qwen / "generation_config.json").read_text()) == {"eos_token_id": [2, 0], "do_sample": True}
+    again = Tokenizer.load(qwen)
+    assert again.eos_ids == (2, 0)
+    assert again.template is not None
+    assert again.template.source == QWEN3
+
+
+def test_a_stream_of_pieces_with_byte_fallback_is_the_whole_text(tmp_path):
+    tokenizer = Tokenizer.load(write_llama2(tmp_path / "tokenizer"))
+    model = build_model(ModelConfig(**{**vars(CONFIG), "vocab_size": tokenizer.vocab_size}), seed=1)
+    llm = LLM(save_model(model, tmp_path / "model", tokenizer), device="cpu")
+    params = SamplingParams(max_tokens=60, seed=2, ignore_eos=True)
+    (answer,) = llm.generate("The answer", params)[0]
+    events = list(llm.stream("The answer", params))
+    assert "\N{REPLACEMENT CHARACTER}" in answer.text  # runs of random bytes
+    assert "".join(event.text for event in events) == answer.text
+
+
+def test_fp8_weights_are_kept_on_demand_and_answer_as_their_dequantised_copy(directory, tmp_path):
+    convert(directory, tmp_path / "fp8", dtype="fp8")
+    kept, dense = (LLM(tmp_path / "fp8", device="cpu", dtype=dtype, block_size=4) for dtype in ("fp8", "float32"))
+    assert {p.dtype for p in kept.model.parameters()} == {torch.float32, torch.float8_e4m3fn}
+    ids = [[0, 11, 12], [0, 7]]
+    greedy = SamplingParams(max_tokens=12, temperature=0.0)
+    assert [c[0].token_ids for c in kept.generate(ids, greedy)] == [c[0].token_ids for c in dense.generate(ids, greedy)]
+    with pytest.raises(ValueError, match="holds no FP8 weights to keep"):
+        LLM(directory, device="cpu", dtype="fp8")
