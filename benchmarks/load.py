@@ -31,7 +31,7 @@ from kogia.checkpoint.directory import create_weight_files, sync_weight_files
 from kogia.checkpoint.hf import as_bytes, load_model
 from kogia.checkpoint.layout import CODES, disk_views, empty_model
 from kogia.checkpoint.tensorfile import row_ranges, write
-from kogia.log import write_json
+from kogia.files import write_json
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.hf_export import config_to_hf
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from kogia.files import write_text
+
 C = TypeVar("C")
 _RAISE: Any = object()  # the `missing` of _read_*: a required key that is not there is an error
 _NO_VALUE = dataclasses.MISSING
@@ -50,11 +52,7 @@ def save_toml(config: Any, path: str | Path) -> None:
     """Write `config` so that `load_toml` gives an equal value. Replaces the file at once or not at all."""
     import tomli_w
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, tomli_w.dumps(to_dict(config)))
 
 
 def resolve(spec: str) -> Any:

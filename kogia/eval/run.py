@@ -24,6 +24,7 @@ from kogia.eval.progress import SamplingProgress
 from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems, think_tokens
 from kogia.eval.summary import GREEDY, compare, read_samples, summarise
 from kogia.eval.table import print_results
+from kogia.files import put_in_place, write_json
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, load_task
 from kogia.text.tokenizer import Tokenizer
@@ -115,8 +116,8 @@ def evaluate(
     if earlier is not None:
         summary["compare"] = {"checkpoint": earlier[0], **compare(earlier[1], rows)}
     if out is not None and partial is not None:
-        partial.replace(out / f"{name}.jsonl")
-        log.write_json(out / f"{name}.json", summary)
+        put_in_place(partial, out / f"{name}.jsonl")
+        write_json(out / f"{name}.json", summary)
     return EvalResult(summary, rows)
 
 

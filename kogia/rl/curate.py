@@ -23,6 +23,7 @@ from kogia.engine.request import SamplingParams
 from kogia.eval.progress import SamplingProgress
 from kogia.eval.run import load_engine
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
+from kogia.files import write_json, write_text
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
@@ -86,7 +87,7 @@ def curate(
                 record.flush()
                 progress.note = f"kept {record.num_kept}"
     summary = record.summary(checkpoint, time.monotonic() - start)
-    log.write_json(record.summary_path, summary)
+    write_json(record.summary_path, summary)
     _report(summary, record)
     return summary
 
@@ -246,16 +247,16 @@ class Record:
         done = self.done
         rows = [row for row in _read_lines(self.path) if (row["task"], row["problem_id"]) in done]
         for path, content in ((self.path, rows), (self.progress_path, lines)):
-            draft = path.with_name(f".{path.name}.tmp")
-            draft.unlink(missing_ok=True)
-            draft.touch()
-            _append(draft, content)
-            draft.replace(path)
+            write_text(path, _json_lines(content))
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write(_json_lines(rows))
+
+
+def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

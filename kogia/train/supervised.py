@@ -5,7 +5,6 @@ tokens). Each step: loader -> train_step -> metrics -> every N steps save, then 
 """
 
 import itertools
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from kogia.config import to_dict
 from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
+from kogia.files import replacing_directory
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer, build_model
 from kogia.text.chat import render_text
@@ -166,10 +166,8 @@ def build_tokenizer(config: SupervisedConfig, checkpoint: Path | None = None) ->
     assert config.model is not None
     if not trained.exists():
         tokenizer = train_bpe(_tokenizer_texts(config), config.model.vocab_size)
-        draft = trained.with_name(".tokenizer.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        tokenizer.save(draft)
-        draft.rename(trained)
+        with replacing_directory(trained) as draft:
+            tokenizer.save(draft)
         log.info(f"trained a tokenizer of {tokenizer.vocab_size} tokens")
     return Tokenizer.load(trained)
 
