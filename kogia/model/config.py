@@ -180,13 +180,6 @@ class ModelConfig:
         if moe.topk > moe.num_experts // moe.num_groups * moe.topk_groups:
             raise ValueError(f"model.moe.topk = {moe.topk}: more than the experts of {moe.topk_groups} groups")
 
-    @classmethod
-    def from_preset(cls, name: str) -> "ModelConfig":
-        """A published model by name; recipes write `[model]` with `preset = "deepseek-v2-lite"`, and what differs."""
-        from kogia.model.presets import preset
-
-        return preset(name)
-
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` is a mixture; MTP layers count on from `num_layers` and are mixtures."""
         return self.moe is not None and layer >= self.moe.num_dense_layers
