@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kogia.checkpoint.inspect import Report
+from kogia.checkpoint.inspection import Report
 from kogia.model.facts import Costs, architecture
 
 

@@ -11,8 +11,8 @@ from checkpoint.tiny import CONFIG, DENSE, edit, rewrite, shard, tiny, tiny_fp8
 from rich.console import Console
 
 from kogia.checkpoint.hf import save_model
-from kogia.checkpoint.inspect import Report, inspect_model
 from kogia.checkpoint.inspect_table import print_report
+from kogia.checkpoint.inspection import Report, inspect_model
 from kogia.cli import main
 from kogia.model.config import ModelConfig
 from kogia.model.presets import PRESETS
