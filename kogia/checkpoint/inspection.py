@@ -14,7 +14,8 @@ from kogia.checkpoint.disagreements import FP8, SCALE, disagreements, num_mtp_mo
 from kogia.checkpoint.tensorfile import StoredTensor
 from kogia.config import to_dict
 from kogia.model.config import ModelConfig
-from kogia.model.facts import Costs, architecture, model_costs
+from kogia.model.costs import Costs, model_costs
+from kogia.model.facts import architecture, cache_name, component_name
 from kogia.model.hf_config import config_from_hf
 from kogia.model.presets import PRESETS, preset
 
@@ -60,12 +61,21 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain values; what does not apply is left out."""
         data = {"name": self.name, "config": to_dict(self.config), "architecture": architecture(self.config)}
-        data |= asdict(self.costs)
+        data |= asdict(self.costs) | self._named_costs()
         if self.stored is not None:
             data |= {"stored": asdict(self.stored), "disagreements": list(self.disagreements)}
         if self.tokenizer is not None:
             data["tokenizer"] = asdict(self.tokenizer)
         return data
+
+    def _named_costs(self) -> dict[str, Any]:
+        return {
+            "parts": [
+                {"name": component_name(part.component, self.config.moe), "params": part.params, "active": part.active}
+                for part in self.costs.parts
+            ],
+            "cache_bytes": {cache_name(cached): cached.per_token for cached in self.costs.cache_bytes},
+        }
 
 
 def inspect_model(model: str, context: int | None = None) -> Report:

@@ -14,7 +14,6 @@ import torch
 
 from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
-from kogia.config import to_dict
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
@@ -25,6 +24,7 @@ from kogia.eval.sample import Answered, Progress, answer_problems, choose_proble
 from kogia.eval.summary import GREEDY, compare, read_samples, summarise
 from kogia.eval.table import print_results
 from kogia.files import put_in_place, write_json
+from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, load_task
 from kogia.text.tokenizer import Tokenizer
@@ -154,14 +154,10 @@ def file_name(config: EvalConfig, spec: str) -> str:
 
 def print_plan(config: EvalConfig) -> None:
     """The resolved configuration, size of the model and number of samples, on stdout."""
-    model = load_config(config.path)
-    samples = config.num_questions * (config.num_samples + config.greedy) * len(config.tasks)
-    parameters = model.num_params() + model.num_mtp_params()
-    cache = config.engine.cache_memory_bytes
-    print(json.dumps(to_dict(config), indent=2))
-    print(f"# parameters  {parameters:,} ({4 * parameters / 2**20:,.0f} MiB in float32)")
-    print(f"# memory      weights and at most {cache / 2**20:,.0f} MiB of cache")
-    print(f"# samples     at most {samples:,} of at most {config.max_tokens} tokens")
+    model, per_question = load_config(config.path), config.num_samples + (1 if config.greedy else 0)
+    samples = config.num_questions * per_question * len(config.tasks)
+    memory = sampling_memory(model, config.engine.cache_memory_bytes)
+    print_dry_run(config, model, [memory, ("samples", f"at most {samples:,} of at most {config.max_tokens} tokens")])
 
 
 def _rows(
@@ -183,7 +179,9 @@ def _rows(
         seed=config.seed,
     )
     greedy = replace(params, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1)
-    passes = [(params, False)] * (config.num_samples > 0) + [(greedy, True)] * config.greedy
+    passes = [(params, False)] if config.num_samples else []
+    if config.greedy:
+        passes.append((greedy, True))
     tokens_at_start = engine.stats.num_generated_tokens
     for index, (each, is_greedy) in enumerate(passes):
 

@@ -11,7 +11,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from kogia.eval.progress import SamplingProgress
 from kogia.eval.run import load_engine
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
 from kogia.files import write_json, write_text
+from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
@@ -38,7 +38,7 @@ HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "thre
 def main(config: CurateConfig) -> None:
     """Curate with the model at `config.path`. Raises ValueError if OUT holds another curation."""
     if config.dry_run:
-        return _print_plan(config)
+        return print_plan(config)
     record = Record(config)
     engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.threads, config.engine)
     curate(engine, tokenizer, config, record=record, checkpoint=str(resolve_model_dir(config.path)))
@@ -282,11 +282,8 @@ def _report(summary: dict[str, Any], record: Record) -> None:
         log.warn("nothing was kept: the model solves none of these problems, or the filters are too strict")
 
 
-def _print_plan(config: CurateConfig) -> None:
-    """The resolved configuration and the amount of work, on stdout."""
-    model = load_config(config.path)
-    print(json.dumps(to_dict(replace(config, dry_run=False)), indent=2))
-    parameters = model.num_params() + model.num_mtp_params()
-    print(f"# parameters  {parameters:,} ({4 * parameters / 2**20:,.0f} MiB in float32)")
-    print(f"# memory      weights and at most {config.engine.cache_memory_bytes / 2**20:,.0f} MiB of cache")
-    print(f"# samples     at most {config.num_problems * config.num_samples * len(config.tasks):,}")
+def print_plan(config: CurateConfig) -> None:
+    """The resolved configuration, size of the model and number of samples, on stdout."""
+    model, samples = load_config(config.path), config.num_problems * config.num_samples * len(config.tasks)
+    memory = sampling_memory(model, config.engine.cache_memory_bytes)
+    print_dry_run(config, model, [memory, ("samples", f"at most {samples:,} of at most {config.max_tokens} tokens")])
