@@ -36,6 +36,7 @@ from kogia.engine.runner import Flight
 from kogia.engine.step import StepPlan
 from kogia.engine.views import token_runs
 from kogia.model.cache import StepCache, build_cache, cache_row
+from kogia.model.costs import num_params
 from kogia.model.presets import preset
 from kogia.model.transformer import Transformer
 from kogia.ops.cache import LatentRow
@@ -119,7 +120,7 @@ def query_rows(configs: dict[str, SupervisedConfig], seeds: list[int], batches: 
     rows = []
     for name, ranks in QUERY_RANKS.items():
         losses = [loss(load(configs, f"{name}-{seed}"), batches) for seed in seeds]
-        extra = {"ranks": list(ranks), "parameters": configs[f"{name}-{seeds[0]}"].model.num_params()}  # pyright: ignore
+        extra = {"ranks": list(ranks), "parameters": num_params(configs[f"{name}-{seeds[0]}"].model)}  # pyright: ignore
         rows.append(spread(f"enhanced-query-ranks-{name}-loss", losses, **extra))
     return rows
 

@@ -31,8 +31,9 @@ from kogia.checkpoint.directory import create_weight_files, sync_weight_files
 from kogia.checkpoint.hf import as_bytes, load_model
 from kogia.checkpoint.layout import CODES, disk_views
 from kogia.checkpoint.tensorfile import row_ranges, write
-from kogia.log import write_json
+from kogia.files import write_json
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
+from kogia.model.costs import num_params
 from kogia.model.hf_export import config_to_hf
 from kogia.model.transformer import empty_model
 
@@ -68,10 +69,8 @@ def main() -> None:
     try:
         make_checkpoint(scratch / "tiny", TINY, 0)
         convert(scratch / "tiny", scratch / "fp8-tiny", dtype="fp8", max_shard_bytes=0)
-        make_checkpoint(scratch / "model", config, config.num_params() * 2 // NUM_SHARDS + 2**20)
-        convert(
-            scratch / "model", scratch / "fp8-model", dtype="fp8", max_shard_bytes=config.num_params() // NUM_SHARDS
-        )
+        make_checkpoint(scratch / "model", config, num_params(config) * 2 // NUM_SHARDS + 2**20)
+        convert(scratch / "model", scratch / "fp8-model", dtype="fp8", max_shard_bytes=num_params(config) // NUM_SHARDS)
         rows = bfloat16_rows(scratch, args.repeats) + fp8_rows(scratch, args.repeats)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -87,8 +86,8 @@ def main() -> None:
 def config_of_size(nbytes: int) -> ModelConfig:
     """As many layers as make about `nbytes` of bfloat16."""
     base = WIDE if nbytes > 10**9 else NARROW
-    per_layer = replace(base, num_layers=base.num_layers + 1).num_params() - base.num_params()
-    extra = max(0, round((nbytes / 2 - base.num_params()) / per_layer))
+    per_layer = num_params(replace(base, num_layers=base.num_layers + 1)) - num_params(base)
+    extra = max(0, round((nbytes / 2 - num_params(base)) / per_layer))
     return replace(base, num_layers=base.num_layers + extra)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from kogia.checkpoint.inspect_table import count, flop_count, size
 from kogia.model.config import ModelConfig
-from kogia.model.facts import architecture, attention_name, model_costs
-from kogia.model.presets import PRESETS, attention_twins
+from kogia.model.costs import attention_twins, cache_bytes_per_token, model_costs
+from kogia.model.facts import architecture, attention_name
+from kogia.model.presets import PRESETS
 
 DOC = Path(__file__).parent.parent / "docs" / "models.md"
 COMPARED = ("deepseek-v3", "deepseek-v2-lite", "deepseek-moe-16b", "llama-2-7b", "llama-3.1-8b", "qwen3-30b-a3b")
@@ -53,8 +54,8 @@ def preset_table() -> list[str]:
 def _attention(config: ModelConfig) -> str:
     a = config.attention
     if a.kind == "gqa":
-        extras = ", QKV bias" * a.qkv_bias + ", QK norm" * a.qk_norm
-        return f"{attention_name(a)}, {a.num_heads} x {a.head_dim}{extras}"
+        bias, norm = ", QKV bias" if a.qkv_bias else "", ", QK norm" if a.qk_norm else ""
+        return f"{attention_name(a)}, {a.num_heads} x {a.head_dim}{bias}{norm}"
     query = "" if a.q_lora_rank is None else f"{a.q_lora_rank:,} / "
     return f"{attention_name(a)}, {a.num_heads} heads, rank {query}{a.kv_lora_rank}"
 
@@ -63,7 +64,7 @@ def _feed_forward(config: ModelConfig) -> str:
     moe = config.moe
     if moe is None:
         return f"{config.ffn_dim:,}"
-    shared = f" + {moe.num_shared_experts}" * (moe.num_shared_experts > 0)
+    shared = f" + {moe.num_shared_experts}" if moe.num_shared_experts else ""
     return f"{moe.topk} of {moe.num_experts}{shared} x {moe.expert_dim:,}, {moe.score}"
 
 
@@ -77,10 +78,10 @@ def cache_table() -> list[str]:
     for name in COMPARED:
         config = PRESETS[name]
         own = attention_name(config.attention)
-        per_token = {own: config.cache_bytes_per_token()}
-        per_token |= {kind: twin.cache_bytes_per_token() for kind, twin in attention_twins(config).items()}
-        kinds = [size(per_token[kind]) + "*" * (kind == own) for kind in ("MHA", "GQA-8", "MQA", "MLA")]
-        cells = [f"`{name}`", f"{own}, {size(per_token[own])}", size(per_token[own] * LONG), *kinds]
+        models = (config, *attention_twins(config))
+        per_token = {attention_name(model.attention): size(cache_bytes_per_token(model)) for model in models}
+        kinds = [f"{per_token[kind]}*" if kind == own else per_token[kind] for kind in ("MHA", "GQA-8", "MQA", "MLA")]
+        cells = [f"`{name}`", f"{own}, {per_token[own]}", size(cache_bytes_per_token(config) * LONG), *kinds]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

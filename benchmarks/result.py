@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kogia.log import write_json
+from kogia.files import write_json
 
 PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "transformers")
 

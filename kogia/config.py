@@ -3,7 +3,8 @@
 A value comes from the first of: flag, recipe (one TOML file), default. Reading is strict: an unknown key, a value of the
 wrong type and a missing required key are each a `ValueError` that names the place. Nested tables overlay the default
 they replace, key by key. TOML has no null, so `None` is left out where it is the default and written `"none"` elsewhere.
-Where a class has `from_preset(name)`, `preset = "name"` in its table puts that value in the place of the default.
+Where a field is `Annotated[..., Presets(by_name)]`, `preset = "name"` in its table puts that value in the place of the
+default.
 """
 
 import contextlib
@@ -18,11 +19,28 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, NamedTuple, TypeVar, Union
+
+from kogia.files import write_text
 
 C = TypeVar("C")
 _RAISE: Any = object()  # the `missing` of _read_*: a required key that is not there is an error
 _NO_VALUE = dataclasses.MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class Presets:
+    """Marks a field whose table may start from a named value."""
+
+    by_name: Callable[[str], Any]
+    """Raises ValueError for a name that it does not know."""
+
+
+class _Field(NamedTuple):
+    hint: Any
+    default: Any
+    """Or _NO_VALUE."""
+    presets: Presets | None
 
 
 def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
@@ -50,11 +68,7 @@ def save_toml(config: Any, path: str | Path) -> None:
     """Write `config` so that `load_toml` gives an equal value. Replaces the file at once or not at all."""
     import tomli_w
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, tomli_w.dumps(to_dict(config)))
 
 
 def resolve(spec: str) -> Any:
@@ -121,16 +135,18 @@ def _naming(path: str | Path | None) -> Iterator[None]:
 
 
 @functools.cache
-def _fields(cls: type) -> dict[str, tuple[Any, Any]]:
-    """Field name -> (type, default or _NO_VALUE), of the fields that the constructor takes."""
-    hints = typing.get_type_hints(cls)
+def _fields(cls: type) -> dict[str, _Field]:
+    """The fields that the constructor takes, by name."""
+    hints, annotated = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     found = {}
     for field in dataclasses.fields(cls):
         default = field.default
         if field.default_factory is not _NO_VALUE:
             default = field.default_factory()
         if field.init:
-            found[field.name] = (hints[field.name], default)
+            marks = getattr(annotated[field.name], "__metadata__", ())
+            presets = next((mark for mark in marks if isinstance(mark, Presets)), None)
+            found[field.name] = _Field(hints[field.name], default, presets)
     return found
 
 
@@ -153,19 +169,17 @@ def _read_table(cls: type, data: Any, where: str, base: Any, missing: Any) -> An
     if not isinstance(data, Mapping):
         raise _wrong(where or cls.__name__, data, f"a table ({cls.__name__})")
     known = _fields(cls)
-    if "preset" in data and hasattr(cls, "from_preset"):
-        name = _read_scalar(str, data["preset"], f"{where}.preset")
-        base, data = cls.from_preset(name), {key: value for key, value in data.items() if key != "preset"}
     for key in data:
         if key not in known:
             place = f"in [{where}]" if where else "at the top level"
             raise ValueError(f"unknown key {key!r} {place}{_suggestion(str(key), known)}")
     values = {}
-    for name, (hint, default) in known.items():
+    for name, field in known.items():
         here = f"{where}.{name}" if where else name
-        fallback = default if base is None else getattr(base, name)
+        fallback = field.default if base is None else getattr(base, name)
         if name in data:
-            values[name] = _read(hint, data[name], here, fallback, missing)
+            value, start = _from_preset(field, data[name], here, fallback)
+            values[name] = _read(field.hint, value, here, start, missing)
         elif fallback is not _NO_VALUE:
             values[name] = fallback
         elif missing is _RAISE:
@@ -178,6 +192,14 @@ def _read_table(cls: type, data: Any, where: str, base: Any, missing: Any) -> An
     for name, value in values.items():
         object.__setattr__(form, name, value)
     return form
+
+
+def _from_preset(field: _Field, value: Any, where: str, fallback: Any) -> tuple[Any, Any]:
+    """(the field's value without its `preset`, what it overlays)."""
+    if field.presets is None or not isinstance(value, Mapping) or "preset" not in value:
+        return value, fallback
+    name = _read_scalar(str, value["preset"], f"{where}.preset")
+    return {key: item for key, item in value.items() if key != "preset"}, field.presets.by_name(name)
 
 
 def _read(hint: Any, value: Any, where: str, base: Any, missing: Any) -> Any:
@@ -249,7 +271,7 @@ def _read_union(args: tuple[Any, ...], value: Any, where: str, base: Any, missin
 
 
 def _kind_of(cls: Any) -> str:
-    kind = _fields(cls)["kind"][1]
+    kind = _fields(cls)["kind"].default
     assert isinstance(kind, str), f"{cls}: a member of a union needs kind: Literal['...'] = '...'"
     return kind
 
@@ -270,12 +292,12 @@ def _pick_kind(tables: Sequence[Any], value: Mapping[str, Any], where: str, base
 def _write_table(config: Any, base: Any, where: str) -> dict[str, Any]:
     """`config` as a table; `base` is what `_read_table` will overlay it on."""
     table = {}
-    for name, (hint, default) in _fields(type(config)).items():
+    for name, field in _fields(type(config)).items():
         value, here = getattr(config, name), f"{where}.{name}" if where else name
-        fallback = default if base is None else getattr(base, name)
+        fallback = field.default if base is None else getattr(base, name)
         if value is None and fallback is None:
             continue
-        if value == "none" and types.NoneType in typing.get_args(hint):
+        if value == "none" and types.NoneType in typing.get_args(field.hint):
             raise ValueError(f"{here} = 'none': this word stands for no value; choose another")
         table[name] = _write(value, fallback, here)
     return table
@@ -321,18 +343,17 @@ def _is_table_of_tables(hint: Any) -> bool:
 def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: str) -> bool:
     """Apply one flag to `table` if it is structural; says whether it was used up."""
     name, inner = path[0], path[1:]
-    if name == "preset" and not inner and hasattr(cls, "from_preset"):
-        table["preset"] = value
-        return True
     if name not in _fields(cls):
         return False
-    hint, default = _fields(cls)[name]
+    hint, default, presets = _fields(cls)[name]
     fallback = default if base is None else getattr(base, name)
     members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     tables = [m for m in members if dataclasses.is_dataclass(m)]
     if not inner:
-        off = bool(tables) and types.NoneType in members and value.lower() == "none"
-        return off and table.update({name: "none"}) is None
+        if not tables or types.NoneType not in members or value.lower() != "none":
+            return False
+        table[name] = "none"
+        return True
     if len(inner) == 1 and any(typing.get_origin(m) in (dict, Mapping) or m is dict for m in members):
         table.setdefault(name, dict(fallback) if isinstance(fallback, Mapping) else {})[inner[0]] = _toml_value(value)
         return True
@@ -344,6 +365,9 @@ def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: 
     if not tables or table.get(name, {}) == "none" or not isinstance(table.get(name, {}), dict):
         return False
     given = table.get(name, {})
+    if presets is not None and inner == ["preset"]:
+        table[name] = given | {"preset": value}
+        return True
     kind = given.get("kind", getattr(fallback, "kind", None))
     if len(tables) > 1 and inner == ["kind"]:
         table[name] = given if kind == value else {"kind": value}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from kogia.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = ("loss", "val_loss", "reward", "accuracy", "completion_tokens", "truncated", "max_vio", "tokens_per_second")
@@ -29,31 +30,6 @@ def info(message: str) -> None:
 def warn(message: str) -> None:
     """Print a line that asks for attention to stderr."""
     _console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text`; the file has the old or the new content at any time, also after a power cut."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself must survive a power cut
-    finally:
-        os.close(directory)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -3,15 +3,16 @@ import sys
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kogia.config import from_dict, load_toml, parse_args, resolve, save_toml, to_dict
+from kogia.config import Presets, from_dict, load_toml, parse_args, resolve, save_toml, to_dict
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from kogia.model.presets import preset
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Recipe:
     optim: Optim = Optim(lr=0.5)
     shape: Circle | Box = Box(sides=(7, 8))
     extra: Circle | Box | None = None
-    model: ModelConfig | None = None
+    model: Annotated[ModelConfig | None, Presets(preset)] = None
     tasks: tuple[str, ...] = ("countdown",)
     sources: tuple[Source, ...] = ()
     weights: dict[str, float] = field(default_factory=lambda: {"format": 0.1})
@@ -247,7 +248,7 @@ def test_a_mistaken_flag_exits_with_2_and_a_suggestion(argv: list[str], messages
 def test_a_recipe_starts_from_a_preset_and_flags_change_it(tmp_path: Path):
     path = tmp_path / "recipe.toml"
     path.write_text("out = 'x'\n[model]\npreset = 'deepseek-v2-lite'\nvocab_size = 512\n[model.moe]\ntopk = 2\n")
-    v2_lite = ModelConfig.from_preset("deepseek-v2-lite")
+    v2_lite = preset("deepseek-v2-lite")
     assert v2_lite.moe is not None
     expected = replace(v2_lite, vocab_size=512, moe=replace(v2_lite.moe, topk=2))
     assert load_toml(path, Recipe).model == expected == parse(str(path)).model
@@ -255,7 +256,7 @@ def test_a_recipe_starts_from_a_preset_and_flags_change_it(tmp_path: Path):
     changed = parse(
         "--out", "x", "--model.preset", "llama-3-8b", "--model.num-layers", "2", "--model.attention.num-heads=8"
     )
-    llama = ModelConfig.from_preset("llama-3-8b")
+    llama = preset("llama-3-8b")
     assert changed.model == replace(llama, num_layers=2, attention=replace(llama.attention, num_heads=8))
     dense = parse(str(path), "--model.moe", "none", "--model.attention.rope-scaling", "none").model
     assert dense == replace(expected, moe=None, attention=replace(v2_lite.attention, rope_scaling=None))
@@ -270,6 +271,34 @@ def test_a_mistaken_preset_is_named_with_its_place(tmp_path: Path):
         from_dict(Recipe, {"out": "x", "model": {"preset": 2}})
     with pytest.raises(ValueError, match="unknown key 'preset' in \\[optim\\]"):
         from_dict(Recipe, {"out": "x", "optim": {"preset": "fast"}})
+
+
+SIZES = {"small": Optim(lr=0.1), "large": Optim(lr=0.9, clip=None)}
+
+
+@dataclass(frozen=True)
+class Part:
+    optim: Annotated[Optim, Presets(SIZES.__getitem__)] = Optim(lr=0.5)
+    other: Optim = Optim()
+
+
+@dataclass(frozen=True)
+class Whole:
+    part: Part = Part()
+    parts: tuple[Part, ...] = ()
+
+
+def test_any_field_may_be_marked_to_start_from_a_named_value():
+    flags = ["--part.optim.preset", "large", "--part.optim.lr", "2.0"]
+    parsed = parse_args(Whole, flags, prog="p", description="d")
+    assert parsed.part == Part(Optim(lr=2.0, clip=None))
+    listed = from_dict(Whole, {"parts": [{"optim": {"preset": "small", "clip": 3}}, {"optim": {"lr": 7.0}}]})
+    assert listed.parts == (Part(Optim(lr=0.1, clip=3.0)), Part(Optim(lr=7.0)))
+    assert from_dict(Whole, to_dict(listed)) == listed
+    with pytest.raises(ValueError, match="unknown key 'preset' in \\[part.other\\]"):
+        from_dict(Whole, {"part": {"other": {"preset": "small"}}})
+    with pytest.raises(ValueError, match="unknown key 'preset' in \\[part\\]"):
+        from_dict(Whole, {"part": {"preset": "small"}})
 
 
 def test_a_mistake_in_the_recipe_is_a_value_error_with_the_path(tmp_path: Path):

@@ -3,10 +3,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from kogia import log
-from kogia.log import MetricLog, read_metrics, write_json
+from kogia.log import MetricLog, read_metrics
 
 
 def test_each_step_is_one_json_line_in_order(tmp_path: Path):
@@ -75,19 +73,3 @@ def test_messages_go_to_stderr_and_are_not_taken_for_markup(capsys: Any):
     assert printed.out == ""
     assert "[bold]kept[/bold] as it is" in printed.err
     assert "warning: beware" in printed.err
-
-
-def test_a_failed_write_keeps_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "summary.json"
-    write_json(path, {"a": "ä"})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-
-    def no_space(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": "ä"}
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]

@@ -23,11 +23,9 @@ from kogia.checkpoint.directory import (
     create_weight_files,
     load_config,
     read_config,
-    replacing,
     resolve_model_dir,
     split_shards,
     stored_tensors,
-    sync_weight_files,
 )
 from kogia.checkpoint.hf import as_bytes, check_scales, read_rows, warn_of_nonfinite
 from kogia.checkpoint.layout import (
@@ -51,7 +49,7 @@ from kogia.checkpoint.tensorfile import (
     row_ranges,
     write,
 )
-from kogia.log import write_json
+from kogia.files import replacing_directory, write_json
 from kogia.ops.packed import FORMATS, format_of
 
 # What DeepSeek-V3 and V3.2 publish in FP8; embedding, head, router, eh_proj and weights_proj are not
@@ -121,13 +119,12 @@ def convert(
     steps = plan(source, dtype)
     log.info(_summary(source, target, steps, max_shard_bytes))
     _check_space(target, _size(steps))
-    with replacing(target) as partial:
-        write_json(partial / CONFIG, _config_json(read_config(source), steps, dtype))
-        copy_members(source, partial, COPIED)
-        planned = create_weight_files(partial, [spec for step in steps for spec in step.outputs()], max_shard_bytes)
+    with replacing_directory(target) as draft:
+        write_json(draft / CONFIG, _config_json(read_config(source), steps, dtype))
+        copy_members(source, draft, COPIED)
+        planned = create_weight_files(draft, [spec for step in steps for spec in step.outputs()], max_shard_bytes)
         jobs = [(step, *rows, planned) for step in steps for rows in row_ranges(step.source)]
         warn_of_nonfinite(_shown(in_parallel(_convert, jobs), _size(steps)), source)
-        sync_weight_files(planned.values())
     log.info(f"written: {target}")
     return target
 

@@ -8,13 +8,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kogia.checkpoint.tensorfile import Spec, StoredTensor, create, num_bytes, read_header, sync
-from kogia.log import write_json
+from kogia.checkpoint.tensorfile import Spec, StoredTensor, create, num_bytes, read_header
+from kogia.files import write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import config_from_hf
 
@@ -172,41 +171,9 @@ def create_weight_files(directory: Path, tensors: Iterable[Spec], max_shard_byte
     return planned
 
 
-def sync_weight_files(tensors: Iterable[StoredTensor]) -> None:
-    for file in {tensor.file for tensor in tensors}:
-        sync(file)
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A directory to write into that takes the place of `directory` when the block ends well, and else vanishes."""
-    directory = directory.resolve()
-    partial, replaced = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        sync(partial)
-        if directory.exists():
-            shutil.rmtree(replaced, ignore_errors=True)  # left by a process that died below; rename wants it gone
-            os.replace(directory, replaced)
-        try:
-            os.replace(partial, directory)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, directory)
-            raise
-        sync(directory.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def copy_members(source: Path, target: Path, names: Sequence[str]) -> list[str]:
     """Copy those of the named files that are there; returns their names."""
     copied = [name for name in names if os.path.lexists(source / name)]
     for name in copied:
         shutil.copyfile(member(source, name), target / name)
-        sync(target / name)
     return copied

@@ -17,10 +17,8 @@ from kogia.checkpoint.directory import (
     create_weight_files,
     load_config,
     read_config,
-    replacing,
     resolve_model_dir,
     stored_tensors,
-    sync_weight_files,
 )
 from kogia.checkpoint.layout import (
     CODES,
@@ -45,7 +43,7 @@ from kogia.checkpoint.tensorfile import (
     row_ranges,
     write,
 )
-from kogia.log import write_json
+from kogia.files import replacing_directory, write_json
 from kogia.model.hf_export import config_to_hf
 from kogia.model.transformer import Transformer, materialize
 from kogia.ops.packed import FORMATS, Packed
@@ -158,15 +156,15 @@ def save_model(
 
     Weights beyond `max_shard_bytes` go into several files with an index.
     """
-    with replacing(Path(directory)) as partial:
-        write_model_files(model, partial, tokenizer, max_shard_bytes=max_shard_bytes)
+    with replacing_directory(Path(directory)) as draft:
+        write_model_files(model, draft, tokenizer, max_shard_bytes=max_shard_bytes)
     return Path(directory)
 
 
 def write_model_files(
     model: Transformer, directory: Path, tokenizer: Tokenizer | None, *, max_shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write config, weights, generation settings and tokenizer into an existing directory, synced to disk."""
+    """Write config, weights, generation settings and tokenizer into an existing directory."""
     views = dict(disk_views(model, copies=True))
     write_json(directory / CONFIG, _config_json(model, views))
     layout = [(name, CODES[view.dtype], tuple(view.shape)) for name, view in views.items()]
@@ -175,7 +173,6 @@ def write_model_files(
         for start, stop in row_ranges(planned[name]):
             rows = view[start:stop] if view.dim() else view
             write(planned[name], start, as_bytes(rows.contiguous().cpu()))
-    sync_weight_files(planned.values())
     bos, eos = model.config.bos_id, (model.config.eos_id,)
     if tokenizer is not None:
         bos, eos = tokenizer.bos_id, tokenizer.eos_ids

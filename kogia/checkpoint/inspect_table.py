@@ -8,8 +8,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kogia.checkpoint.inspect import Report
-from kogia.model.facts import Costs, architecture
+from kogia.checkpoint.inspection import Report
+from kogia.model.costs import Component, Costs
+from kogia.model.facts import architecture, cache_name, component_name
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -19,7 +20,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print()
     console.print(Text.assemble((report.name, "bold"), "   ", (_headline(costs), "cyan")))
     _section(console, "Architecture", _pairs(architecture(report.config)))
-    _section(console, "Parameters", _parameters(costs))
+    _section(console, "Parameters", _parameters(report))
     _section(console, "Cache", _cache(costs))
     _section(console, "Compute", _compute(costs))
     if report.stored is not None or report.tokenizer is not None:
@@ -57,10 +58,11 @@ def _pairs(lines: dict[str, str]) -> Table:
     return table
 
 
-def _parameters(costs: Costs) -> Table:
-    table = _table(["", "all", "share", "per token"])
+def _parameters(report: Report) -> Table:
+    table, costs = _table(["", "all", "share", "per token"]), report.costs
     for part in costs.parts:
-        table.add_row(part.name, count(part.params), f"{part.params / costs.params:.1%}", count(part.active))
+        name = component_name(part.component, report.config.moe)
+        table.add_row(name, count(part.params), f"{part.params / costs.params:.1%}", count(part.active))
     table.add_section()
     table.add_row("total", count(costs.params), "100%", count(costs.active_params), style="bold")
     if has_experts(costs):
@@ -74,15 +76,18 @@ def _parameters(costs: Costs) -> Table:
 
 
 def has_experts(costs: Costs) -> bool:
-    return any(part.name == "routed experts" for part in costs.parts)
+    return any(part.component is Component.ROUTED_EXPERTS for part in costs.parts)
 
 
 def _cache(costs: Costs) -> Table:
     table = _table(["in bf16", "per token", f"{costs.context:,} tokens", ""])
-    (own_name, own), *others = costs.cache_bytes.items()
-    table.add_row(f"{own_name} (this model)", size(own), size(own * costs.context), "1 x", style="bold")
-    for name, nbytes in others:
-        table.add_row(name, size(nbytes), size(nbytes * costs.context), f"{nbytes / own:.3g} x")
+    own = costs.cache_bytes[0].per_token
+    for cached in costs.cache_bytes:
+        cells = size(cached.per_token), size(cached.per_token * costs.context), f"{cached.per_token / own:.3g} x"
+        if cached is costs.cache_bytes[0]:
+            table.add_row(f"{cache_name(cached)} (this model)", *cells, style="bold")
+        else:
+            table.add_row(cache_name(cached), *cells)
     return table
 
 
@@ -107,7 +112,8 @@ def _files(report: Report) -> dict[str, str]:
             lines["prediction"] = _plural(stored.num_mtp_modules, "multi-token-prediction module")
     if (tokenizer := report.tokenizer) is not None:
         rows = report.config.vocab_size
-        unused = f", {rows - tokenizer.vocab_size:,} rows of the embedding unused" * (rows > tokenizer.vocab_size)
+        spare = rows - tokenizer.vocab_size
+        unused = f", {spare:,} rows of the embedding unused" if spare > 0 else ""
         bos = "no BOS" if tokenizer.bos_id is None else f"BOS {tokenizer.bos_id:,}"
         template = "chat template" if tokenizer.has_template else "no chat template"
         lines["tokenizer"] = f"{tokenizer.vocab_size:,} ids{unused}; {bos}, EOS {tokenizer.eos_id:,}; {template}"
@@ -151,4 +157,4 @@ def _scaled(number: float, units: Sequence[str]) -> str:
 
 
 def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -4,12 +4,10 @@
         train_state/state.json        counters, loader position, Python and NumPy random states
         train_state/tensors.safetensors   optimiser moments by parameter name, PyTorch random states
 
-Everything is written under a hidden temporary name, fsynced and renamed, so a name `step-*` is a complete checkpoint at
-any time. Older checkpoints are deleted only after that.
+A name `step-*` is a complete checkpoint at any time. Older checkpoints are deleted only after the new one stands.
 """
 
 import json
-import os
 import random
 import re
 import shutil
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kogia.checkpoint.hf import write_model_files
+from kogia.files import remove_stale_drafts, replacing_directory
 from kogia.model.transformer import Transformer
 from kogia.text.tokenizer import Tokenizer
 
@@ -47,21 +46,14 @@ def save_checkpoint(
     Raises OSError with the place and the fix when it cannot be written (disk full); what was there is then untouched.
     """
     parent = Path(run_dir) / "checkpoints"
-    final, draft = parent / f"step-{step:06d}", parent / f".step-{step:06d}.tmp"
+    final = parent / f"step-{step:06d}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.glob(".step-*.tmp"):  # of a killed process
-            shutil.rmtree(stale)
-        draft.mkdir()
-        write_model_files(model, draft, tokenizer)
-        _save_train_state(draft / "train_state", step, state)
-        _sync_tree(draft)
-        if final.exists():
-            shutil.rmtree(final)
-        draft.rename(final)
-        _sync(parent)
+        remove_stale_drafts(parent)  # of any step, to have their space
+        with replacing_directory(final) as draft:
+            write_model_files(model, draft, tokenizer)
+            _save_train_state(draft / "train_state", step, state)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise OSError(getattr(error, "errno", None) or 0, _cannot_save(final, error)) from error
     for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
@@ -134,21 +126,6 @@ def _save_train_state(directory: Path, step: int, state: ResumeState) -> None:
         tensors[f"{RANDOM}cuda{index}"] = torch.cuda.get_rng_state(index)
     (directory / "state.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     save_file(tensors, directory / "tensors.safetensors")
-
-
-def _sync_tree(directory: Path) -> None:
-    for root, _, files in os.walk(directory):
-        for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_save(final: Path, error: Exception) -> str:

@@ -8,7 +8,6 @@ Reading goes straight into the memory it is meant for. A mapping would count eve
 """
 
 import ctypes
-import errno
 import json
 import math
 import mmap
@@ -16,12 +15,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+from kogia.files import writing
 
 FP8 = "F8_E4M3"
 SCALE = "_scale_inv"
@@ -170,37 +170,17 @@ def create(file: Path, tensors: Iterable[Spec]) -> list[StoredTensor]:
         end += planned[-1].nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _writing(file), open(file, "xb") as handle:
+    with writing(file), open(file, "xb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
     return [StoredTensor(t.name, t.dtype, t.shape, file, 8 + len(text) + t.offset) for t in planned]
 
 
 def write(tensor: StoredTensor, row: int, data: memoryview) -> None:
     """Write the bytes `data` at `row` of a tensor that `create` has laid out."""
-    with _writing(tensor.file), open(tensor.file, "r+b", buffering=0) as handle:
+    with writing(tensor.file), open(tensor.file, "r+b", buffering=0) as handle:
         handle.seek(tensor.offset + row * tensor.row_bytes)
         while data:
             data = data[handle.write(data) :]
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a directory's entries, survive a power cut."""
-    with _writing(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = "free some disk space" if full else "check the place and its permissions"
-        raise OSError(error.errno, f"{path}: could not be written ({error.strerror}); {fix}") from None
 
 
 def has_nonfinite(dtype: str, data: memoryview) -> bool:

@@ -7,14 +7,12 @@ A shard directory holds `train/` and `val/`, each with
     offsets.bin  int64 [sequences + 1], sequence i is tokens offsets[i] to offsets[i + 1]
     meta.json    dtype, sequence ends of each source, counts
 
-and is complete once it stands under its final name: it is written to a temporary name, fsynced and renamed.
+and is complete once it stands under its final name.
 """
 
 import hashlib
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ import numpy as np
 from kogia.config import to_dict
 from kogia.data.config import DataConfig, is_file_spec
 from kogia.data.sources import Document, read_source
+from kogia.files import replacing_directory
 from kogia.text.chat import render_example
 from kogia.text.tokenizer import BOS, EOS, Tokenizer
 
@@ -166,21 +165,16 @@ class _SplitWriter:
             self.files[2].write(np.int64(self.tokens).tobytes())
 
     def finish(self) -> None:
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
         counts = ShardCounts(self.documents, self.sequences, self.tokens, self.loss_tokens, self.too_long)
         meta = {"dtype": self.dtype, "source_ends": self.source_ends, "counts": asdict(counts)}
         (self.directory / "meta.json").write_text(json.dumps(meta))
 
 
 def _write_directory(data: DataConfig, tokenizer: Tokenizer, directory: Path, fingerprint: str) -> None:
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with replacing_directory(directory) as draft:  # what stands there has no meta.json: a deletion was interrupted
         with ExitStack() as stack:
             dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-            train, val = (_SplitWriter(temporary / split, dtype, stack) for split in ("train", "val"))
+            train, val = (_SplitWriter(draft / split, dtype, stack) for split in ("train", "val"))
             for source in data.sources:
                 for document, ids, mask in tokenise(read_source(source), tokenizer):
                     writer = val if is_held_out(document, data.val_share) else train
@@ -190,12 +184,7 @@ def _write_directory(data: DataConfig, tokenizer: Tokenizer, directory: Path, fi
             _check_not_empty(data, train, val)
             train.finish()
             val.finish()
-        (temporary / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}))
-        if directory.exists():  # left by an interrupted deletion; it has no meta.json
-            shutil.rmtree(directory)
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (draft / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}))
 
 
 def _check_not_empty(data: DataConfig, train: _SplitWriter, val: _SplitWriter) -> None:

@@ -22,6 +22,7 @@ from kogia.config import from_dict
 from kogia.demo.config import RECIPES, STAGES, DemoConfig
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import main as run_eval
+from kogia.files import write_json
 from kogia.report.build import main as run_report
 from kogia.report.config import ReportConfig
 from kogia.rl.config import CurateConfig, RLConfig
@@ -96,7 +97,7 @@ class Stages:
                 f"{out} holds a demonstration with {self.state['settings']}, not {settings}: add --overwrite to delete "
                 "it, or name another --out"
             )
-        log.write_json(self.file, self.state)
+        write_json(self.file, self.state)
 
     def run(self, name: str, action: Callable[[], None]) -> None:
         """Do `action` unless it is done; time spent before an interruption counts."""
@@ -110,7 +111,7 @@ class Stages:
         finally:
             entry["seconds"] += time.monotonic() - start
             self.state["peak_memory_bytes"] = max(self.state.get("peak_memory_bytes", 0), peak_memory_bytes())
-            log.write_json(self.file, self.state)
+            write_json(self.file, self.state)
 
     @property
     def seconds(self) -> float:
@@ -219,7 +220,7 @@ def summarise_and_report(config: DemoConfig, done: Stages) -> None:
         "threads": torch.get_num_threads(),
         "stages": stages,
     }
-    log.write_json(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     run_report(ReportConfig(out))
 
 

@@ -188,6 +188,8 @@ class Engine:
     def abort(self, request_id: int) -> Completion | None:
         """Give up a request and free its blocks; returns what it had, or None if it is not (any more) in the engine."""
         request = self.scheduler.abort(request_id)
+        if not self.num_unfinished:
+            self._land_all()  # its row and blocks are free when nothing in flight runs it
         return None if request is None else self._complete(Outcome(request, [], [], "abort"))
 
     def update_weights(self, source: Transformer | Mapping[str, Tensor], version: int | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kogia import log
 from kogia.engine.config import FilteredSamplingConfig, SamplingConfig
 from kogia.engine.output import TextStream
 
@@ -116,3 +117,12 @@ def derive_seed(seed: int | None, prompt: Sequence[int], index: int) -> int:
         return int.from_bytes(os.urandom(8), "little", signed=True)
     content = np.asarray([seed & (2**63 - 1), index, *prompt], dtype=np.int64).tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def report_errors(completions: Sequence[Completion]) -> None:
+    """Warn of completions that ended in "error". Raises FloatingPointError when all of them did."""
+    failed = sum(completion.finish_reason == "error" for completion in completions)
+    if failed and failed == len(completions):
+        raise FloatingPointError(NOT_FINITE)
+    if failed:
+        log.warn(f"{failed} of {len(completions)} completions ended early: {NOT_FINITE}")

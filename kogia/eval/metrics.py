@@ -60,7 +60,8 @@ def _ways_to_lose(counts: list[int], silent: int, draws: int, limit: int) -> flo
             # what stays to be drawn must fit into the answers that are left
             least = max(0, draws - drawn - left)
             for take in range(least, min(count, limit, draws - drawn) + 1):
-                grown[drawn + take, ties + (take == limit)] += ways * comb(count, take)
+                tie = 1 if take == limit else 0
+                grown[drawn + take, ties + tie] += ways * comb(count, take)
         states = grown
     return sum(ways * comb(silent, draws - drawn) / (1 + ties) for (drawn, ties), ways in states.items())
 

@@ -15,7 +15,6 @@ import torch
 from kogia import log
 from kogia.checkpoint.hf import load_config
 from kogia.checkpoint.open import open_model
-from kogia.config import to_dict
 from kogia.engine.config import FilteredSamplingConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
@@ -25,6 +24,8 @@ from kogia.eval.progress import SamplingProgress
 from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems
 from kogia.eval.summary import GREEDY, compare, read_samples, summarise
 from kogia.eval.table import print_results
+from kogia.files import put_in_place, write_json
+from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, load_task
 from kogia.text.tokenizer import Tokenizer
@@ -118,8 +119,8 @@ def evaluate(
     if earlier is not None:
         summary["compare"] = {"checkpoint": earlier[0], **compare(earlier[1], rows)}
     if out is not None and partial is not None:
-        partial.replace(out / f"{name}.jsonl")
-        log.write_json(out / f"{name}.json", summary)
+        put_in_place(partial, out / f"{name}.jsonl")
+        write_json(out / f"{name}.json", summary)
     return EvalResult(summary, rows)
 
 
@@ -143,14 +144,10 @@ def file_name(config: EvalConfig, spec: str) -> str:
 
 def print_plan(config: EvalConfig) -> None:
     """The resolved configuration, size of the model and number of samples, on stdout."""
-    model = load_config(config.path)
-    samples = config.num_questions * (config.num_samples + config.greedy) * len(config.tasks)
-    parameters = model.num_params() + model.num_mtp_params()
-    cache = config.engine.cache_memory_bytes
-    print(json.dumps(to_dict(config), indent=2))
-    print(f"# parameters  {parameters:,} ({4 * parameters / 2**20:,.0f} MiB in float32)")
-    print(f"# memory      weights and at most {cache / 2**20:,.0f} MiB of cache")
-    print(f"# samples     at most {samples:,} of at most {config.max_tokens} tokens")
+    model, per_question = load_config(config.path), config.num_samples + (1 if config.greedy else 0)
+    samples = config.num_questions * per_question * len(config.tasks)
+    memory = sampling_memory(model, config.engine.cache_memory_bytes)
+    print_dry_run(config, model, [memory, ("samples", f"at most {samples:,} of at most {config.max_tokens} tokens")])
 
 
 def _rows(
@@ -165,7 +162,8 @@ def _rows(
     params = SamplingParams.of(config, n=config.num_samples or 1)
     greedy = replace(params, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1)
     passes = [(params, False)] if config.num_samples else []
-    passes += [(greedy, True)] if config.greedy else []
+    if config.greedy:
+        passes.append((greedy, True))
     tokens_at_start = engine.stats.num_generated_tokens
     for index, (each, is_greedy) in enumerate(passes):
 

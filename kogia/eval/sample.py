@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kogia.engine.request import Completion, SamplingParams
+from kogia.engine.request import Completion, SamplingParams, report_errors
 from kogia.tasks.task import Problem, Response, Task, Verdict
 from kogia.text.chat import Prompt, render_prompt
 from kogia.text.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def _complete(
 ) -> Iterator[tuple[Problem, Prompt, list[Completion]]]:
     """Each problem with its completions as soon as all of them are there; the engine is kept full to the end."""
     before, prompts = engine.num_generated_tokens, []
-    num_done = 0
+    num_done, everything = 0, []
 
     def requests() -> Iterator[tuple[list[int], SamplingParams]]:
         for problem in problems:
@@ -111,7 +111,9 @@ def _complete(
 
     for place, completions in engine.loop.complete(requests(), ahead=2 * engine.config.max_sequences, on_step=report):
         num_done += 1
+        everything += completions
         yield problems[place], prompts[place], completions
+    report_errors(everything)
 
 
 def _prompt(engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams) -> Prompt:

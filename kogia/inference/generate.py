@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from kogia import log
 from kogia.engine.output import printable
-from kogia.engine.request import Completion, SamplingParams
+from kogia.engine.request import Completion, SamplingParams, report_errors
+from kogia.files import write_text
 from kogia.inference.config import GenerateConfig
 from kogia.inference.llm import LLM
 from kogia.text.chat import Message, Prompt, render_prompt
@@ -39,6 +40,7 @@ def main(config: GenerateConfig) -> int:
             progress.update(task, completed=finished, total=total, tokens=tokens)
 
         groups = llm.generate(prompts, SamplingParams.of(config), show)
+    report_errors([completion for group in groups for completion in group])
     _write(config, texts, prompts, groups)
     stats = llm.engine.stats
     drafts = f", {stats.acceptance:.0%} of drafts accepted" if stats.num_drafted else ""
@@ -95,7 +97,7 @@ def _write(
         for index, completion in enumerate(group)
     ]
     if config.out is not None:
-        log.write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         log.info(f"{len(rows)} completions written to {config.out}")
         return
     for row in rows:

@@ -5,7 +5,6 @@ attention), DeepSeekMoE and its baselines (MHA + experts), and the Llama and Qwe
 follow the papers: DeepSeekMoE section 3, DeepSeek-V2 section 2.1 (MLA), DeepSeek-V3 sections 2.1 and 2.2.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,25 +166,8 @@ class ModelConfig:
                 f"model.attention.q_lora_ranks has {len(self.attention.q_lora_ranks)} ranks: must have one for each of "
                 f"the {self.num_layers} layers"
             )
-        moe = self.moe
-        if moe is None:
-            return
-        if not 1 <= moe.topk <= moe.num_experts:
-            raise ValueError(f"model.moe.topk = {moe.topk}: must lie in 1..num_experts = {moe.num_experts}")
-        if moe.num_experts % moe.num_groups or not 1 <= moe.topk_groups <= moe.num_groups:
-            raise ValueError(
-                f"model.moe: num_experts = {moe.num_experts}, num_groups = {moe.num_groups}, topk_groups = "
-                f"{moe.topk_groups}: groups must divide the experts and 1 <= topk_groups <= num_groups"
-            )
-        if moe.topk > moe.num_experts // moe.num_groups * moe.topk_groups:
-            raise ValueError(f"model.moe.topk = {moe.topk}: more than the experts of {moe.topk_groups} groups")
-
-    @classmethod
-    def from_preset(cls, name: str) -> "ModelConfig":
-        """A published model by name; recipes write `[model]` with `preset = "deepseek-v2-lite"`, and what differs."""
-        from kogia.model.presets import preset
-
-        return preset(name)
+        if self.moe is not None:
+            _check_experts(self.moe)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` is a mixture; MTP layers count on from `num_layers` and are mixtures."""
@@ -196,65 +178,17 @@ class ModelConfig:
         """Layers that hold cache rows: the decoder layers and the MTP layers."""
         return self.num_layers + self.num_mtp_layers
 
-    def num_params(self) -> int:
-        """Parameters of the main model, MTP modules left out, router bias left out (as the papers count)."""
-        return sum(_layer_params(self, layer) for layer in range(self.num_layers)) + _vocab_params(self) + self.dim
 
-    def num_mtp_params(self) -> int:
-        """Parameters of the MTP modules beyond the shared embedding and head."""
-        per_module = 2 * self.dim * self.dim + 3 * self.dim
-        return sum(per_module + _layer_params(self, self.num_layers + k) for k in range(self.num_mtp_layers))
-
-    def num_active_params(self, *, input_embedding: bool = True) -> int:
-        """Parameters that one token touches in the main model (both vocabulary matrices unless told otherwise)."""
-        total = self.num_params()
-        if self.moe is not None:
-            idle = (self.moe.num_experts - self.moe.topk) * 3 * self.dim * self.moe.expert_dim
-            total -= idle * sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
-        if not input_embedding and not self.tie_embeddings:
-            total -= self.vocab_size * self.dim
-        return total
-
-    def flops_per_token(self, context: int) -> float:
-        """Training FLOPs (forward and backward) per token at sequence length `context`, MTP left out.
-
-        6 per active matrix weight, and 6 * heads * (qk + v dims) per pair of a query and a key it attends to. Causal:
-        context / 2 keys per query on average. With an indexer it attends to at most `topk`, and scores all of them.
-        """
-        matrices = self.num_active_params(input_embedding=False) - _norm_params(self)
-        attention, pairs = self.attention, context / 2
-        if attention.kind == "gqa":
-            widths = 2 * attention.num_heads * attention.head_dim
-            return 6.0 * (matrices + self.num_layers * widths * pairs)
-        widths = attention.num_heads * (attention.qk_head_dim + attention.v_head_dim)
-        scores, kept = 0, pairs
-        if (indexer := attention.indexer) is not None:
-            scores = indexer.num_heads * indexer.head_dim * pairs
-            if context > indexer.topk:
-                kept = indexer.topk * (1 - indexer.topk / (2 * context))
-        return 6.0 * (matrices + self.num_layers * (widths * kept + scores))
-
-    def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """Cache bytes per token over all decoder layers, without the MTP layers."""
-        return self.num_layers * self.attention.cache_row * bytes_per_element
-
-    def parts(self) -> Iterator[tuple[str, int]]:
-        """(part, parameters) of the main model and the MTP modules, for tables."""
-        layers = range(self.num_layers)
-        moe = self.moe
-        routed = 0
-        if moe is not None:
-            routed = moe.num_experts * 3 * self.dim * moe.expert_dim * sum(self.is_moe_layer(i) for i in layers)
-        attention = sum(_attention_params(self, layer) for layer in layers)
-        inner_norms = sum(_attention_norm_params(self, layer) for layer in layers)
-        norms = _norm_params(self)
-        yield "embedding and head", _vocab_params(self)
-        yield "attention", attention - inner_norms
-        yield "routed experts", routed
-        rest = self.num_params() - _vocab_params(self) - attention - routed - norms
-        yield "dense, shared experts and router", rest + inner_norms
-        yield "norms", norms
-        yield "multi-token prediction", self.num_mtp_params()
+def _check_experts(moe: MoEConfig) -> None:
+    if not 1 <= moe.topk <= moe.num_experts:
+        raise ValueError(f"model.moe.topk = {moe.topk}: must lie in 1..num_experts = {moe.num_experts}")
+    if moe.num_experts % moe.num_groups or not 1 <= moe.topk_groups <= moe.num_groups:
+        raise ValueError(
+            f"model.moe: num_experts = {moe.num_experts}, num_groups = {moe.num_groups}, topk_groups = "
+            f"{moe.topk_groups}: groups must divide the experts and 1 <= topk_groups <= num_groups"
+        )
+    if moe.topk > moe.num_experts // moe.num_groups * moe.topk_groups:
+        raise ValueError(f"model.moe.topk = {moe.topk}: more than the experts of {moe.topk_groups} groups")
 
 
 def _check_attention(attention: MLAConfig | GQAConfig) -> None:
@@ -287,51 +221,3 @@ def _check_indexer(attention: MLAConfig, indexer: IndexerConfig) -> None:
             f"model.attention.indexer.head_dim = {indexer.head_dim}: must hold qk_rope_head_dim = "
             f"{attention.qk_rope_head_dim}"
         )
-
-
-def _vocab_params(config: ModelConfig) -> int:
-    return config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-
-
-def _attention_norm_params(config: ModelConfig, layer: int) -> int:
-    a = config.attention
-    if a.kind == "gqa":
-        return 2 * a.head_dim if a.qk_norm else 0
-    return (a.query_rank(layer) or 0) + a.kv_lora_rank + (2 * a.indexer.head_dim if a.indexer is not None else 0)
-
-
-def _norm_params(config: ModelConfig) -> int:
-    own = sum(_attention_norm_params(config, layer) for layer in range(config.num_layers))
-    return config.num_layers * 2 * config.dim + own + config.dim
-
-
-def _attention_params(config: ModelConfig, layer: int) -> int:
-    """Projections, indexer and inner norms of one layer."""
-    a, dim = config.attention, config.dim
-    if a.kind == "gqa":
-        qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-        bias = qkv if a.qkv_bias else 0
-        return dim * qkv + bias + a.num_heads * a.head_dim * dim + _attention_norm_params(config, layer)
-    q_out = a.num_heads * a.qk_head_dim
-    rank = a.query_rank(layer)
-    query = dim * q_out if rank is None else rank * (dim + q_out)
-    kv = dim * a.latent_row + a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
-    indexer = _indexer_params(config, layer)
-    return query + kv + a.num_heads * a.v_head_dim * dim + indexer + _attention_norm_params(config, layer)
-
-
-def _indexer_params(config: ModelConfig, layer: int) -> int:
-    a = config.attention
-    if a.kind == "gqa" or a.indexer is None:
-        return 0
-    i, rank = a.indexer, a.query_rank(layer) or 0
-    return rank * i.num_heads * i.head_dim + config.dim * (i.head_dim + i.num_heads)
-
-
-def _layer_params(config: ModelConfig, layer: int) -> int:
-    dim, moe = config.dim, config.moe
-    total = _attention_params(config, layer) + 2 * dim
-    if moe is None or not config.is_moe_layer(layer):
-        return total + 3 * dim * config.ffn_dim
-    experts = moe.num_experts + moe.num_shared_experts
-    return total + experts * 3 * dim * moe.expert_dim + moe.num_experts * dim

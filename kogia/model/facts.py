@@ -1,100 +1,31 @@
-"""What a model is and what it costs, from its configuration alone. Torch-free."""
-
-from dataclasses import dataclass
+"""What a model is built of, in words. Torch-free."""
 
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeScaling
-from kogia.model.presets import attention_twins
+from kogia.model.costs import CacheBytes, Component
 
-SHORT_CONTEXT = 4096
-"""FLOPs are given at this length beside the one asked for, as the reports do."""
-_FP8_SCALE_WIDTH = 128  # numbers of an FP8 row that share one float32 scale
-
-
-@dataclass(frozen=True)
-class Part:
-    name: str
-    params: int
-    active: int
-    """Of them, what one token is multiplied with."""
+_COMPONENTS = {
+    Component.VOCABULARY: "embedding and head",
+    Component.ATTENTION: "attention",
+    Component.ROUTED_EXPERTS: "routed experts",
+    Component.NORMS: "norms",
+    Component.MTP: "multi-token prediction",
+}
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Counts per model and per token; the multi-token-prediction modules are in `mtp_params` alone."""
-
-    params: int
-    active_params: int
-    """Without the input embedding, of which a token reads one row."""
-    active_share: float
-    embedding_params: int
-    """What the reports add where they count the input embedding as activated; 0 where the head shares it."""
-    mtp_params: int
-    parts: tuple[Part, ...]
-    context: int
-    cache_bytes: dict[str, int]
-    """Attention -> bytes cached per token in bfloat16, this model first, then its twins."""
-    forward_flops: dict[int, float]
-    """Context -> FLOPs per token of a forward pass; training takes three times as many."""
-
-
-def model_costs(config: ModelConfig, context: int | None = None) -> Costs:
-    """`context` None takes the longest the model is made for. Raises ValueError for one below 1."""
-    context = config.max_position if context is None else context
-    if context < 1:
-        raise ValueError(f"context = {context}: must be at least 1 token")
-    active = config.num_active_params(input_embedding=False)
-    contexts = sorted({min(SHORT_CONTEXT, context), context})
-    return Costs(
-        params=config.num_params(),
-        active_params=active,
-        active_share=active / config.num_params(),
-        embedding_params=config.num_active_params() - active,
-        mtp_params=config.num_mtp_params(),
-        parts=_parts(config),
-        context=context,
-        cache_bytes=_cache_bytes(config),
-        forward_flops={length: config.flops_per_token(length) / 3 for length in contexts},
-    )
-
-
-def _parts(config: ModelConfig) -> tuple[Part, ...]:
-    parts = []
-    for name, params in config.parts():
-        active = params
-        if name == "embedding and head":
-            active = config.vocab_size * config.dim
-        elif name == "routed experts" and config.moe is not None:
-            active = params * config.moe.topk // config.moe.num_experts
-        elif name.startswith("dense"):
-            name = _rest_name(config.moe)
-        if params and name != "multi-token prediction":
-            parts.append(Part(name, params, active))
-    return tuple(parts)
-
-
-def _rest_name(moe: MoEConfig | None) -> str:
-    """What `ModelConfig.parts` counts beside attention and routed experts in this model."""
+def component_name(component: Component, moe: MoEConfig | None) -> str:
+    """The words for a component of a model with these experts."""
+    if component is not Component.FEED_FORWARD:
+        return _COMPONENTS[component]
     if moe is None:
         return "feed-forward"
-    return "dense layers, " * (moe.num_dense_layers > 0) + "shared experts, " * (moe.num_shared_experts > 0) + "router"
+    dense = ["dense layers"] if moe.num_dense_layers else []
+    shared = ["shared experts"] if moe.num_shared_experts else []
+    return ", ".join([*dense, *shared, "router"])
 
 
-def _cache_bytes(config: ModelConfig) -> dict[str, int]:
-    a = config.attention
-    rows = {attention_name(a): config.cache_bytes_per_token()}
-    if a.kind == "mla":
-        rows["the same, latent in FP8"] = config.num_layers * _fp8_row_bytes(a)
-    return rows | {name: twin.cache_bytes_per_token() for name, twin in attention_twins(config).items()}
-
-
-def _fp8_row_bytes(a: MLAConfig) -> int:
-    """The row of the published FP8 cache: FP8 latent with a float32 scale per 128 numbers, the rotary key in bf16; the
-    indexer's key is FP8 with one scale (DeepSeek-V3.2, FlashMLA)."""
-
-    def scaled(width: int) -> int:
-        return width + 4 * -(-width // _FP8_SCALE_WIDTH)
-
-    return scaled(a.kv_lora_rank) + 2 * a.qk_rope_head_dim + (scaled(a.indexer.head_dim) if a.indexer else 0)
+def cache_name(cached: CacheBytes) -> str:
+    """The words for a kind of cache."""
+    return "the same, latent in FP8" if cached.latent_fp8 else attention_name(cached.attention)
 
 
 def attention_name(a: MLAConfig | GQAConfig) -> str:
@@ -117,7 +48,7 @@ def architecture(config: ModelConfig) -> dict[str, str]:
         lines["experts"] = f"{moe.num_experts} routed, {moe.topk} per token{shared}; {moe.expert_dim:,} wide"
         groups = f"; {moe.topk_groups} of {moe.num_groups} groups" if moe.num_groups > 1 else ""
         gates = "gates normalised" if moe.normalize_topk else "gates as they are"
-        scaled = f", scaled by {moe.routed_scale:g}" * (moe.routed_scale != 1)
+        scaled = f", scaled by {moe.routed_scale:g}" if moe.routed_scale != 1 else ""
         lines["router"] = f"{moe.score}, {gates}{scaled}{groups}"
     if moe is None or moe.num_dense_layers:
         lines["feed-forward"] = f"SwiGLU, {config.ffn_dim:,} wide"
@@ -132,12 +63,11 @@ def _layers(config: ModelConfig) -> str:
     if mixtures:
         dense = config.num_layers - mixtures
         text += f": {dense} dense, {mixtures} of experts" if dense else ", all of experts"
-    return text + f", then {config.num_mtp_layers} of multi-token prediction" * bool(config.num_mtp_layers)
+    return text + (f", then {config.num_mtp_layers} of multi-token prediction" if config.num_mtp_layers else "")
 
 
 def _latent_heads(a: MLAConfig) -> dict[str, str]:
-    query = "direct queries" if a.q_lora_rank is None else f"query rank {a.q_lora_rank:,}"
-    lines = {"attention": f"MLA, {a.num_heads} heads; {query}, key and value latent {a.kv_lora_rank:,}"}
+    lines = {"attention": f"MLA, {a.num_heads} heads; {_query(a)}, key and value latent {a.kv_lora_rank:,}"}
     lines["head width"] = f"queries and keys {a.qk_nope_head_dim} + {a.qk_rope_head_dim} rotary, values {a.v_head_dim}"
     if a.indexer is not None:
         i = a.indexer
@@ -145,11 +75,20 @@ def _latent_heads(a: MLAConfig) -> dict[str, str]:
     return lines
 
 
+def _query(a: MLAConfig) -> str:
+    if a.q_lora_ranks:
+        return f"query ranks {min(a.q_lora_ranks):,} to {max(a.q_lora_ranks):,} by layer"
+    return "direct queries" if a.q_lora_rank is None else f"query rank {a.q_lora_rank:,}"
+
+
 def _heads(a: GQAConfig) -> dict[str, str]:
     shared = "" if a.num_kv_heads == a.num_heads else f", {a.num_kv_heads} of keys and values"
-    lines = {"attention": f"{attention_name(a).partition('-')[0]}, {a.num_heads} heads{shared}"}
-    extras = "; bias on query, key and value" * a.qkv_bias + "; queries and keys normalised" * a.qk_norm
-    return lines | {"head width": f"{a.head_dim}{extras}"}
+    bias = "; bias on query, key and value" if a.qkv_bias else ""
+    norm = "; queries and keys normalised" if a.qk_norm else ""
+    return {
+        "attention": f"{attention_name(a).partition('-')[0]}, {a.num_heads} heads{shared}",
+        "head width": f"{a.head_dim}{bias}{norm}",
+    }
 
 
 def _scaling(scaling: RopeScaling) -> str:
@@ -158,5 +97,5 @@ def _scaling(scaling: RopeScaling) -> str:
     over = f"x {scaling.factor:g} over {scaling.original_max_position:,}"
     if scaling.kind == "llama3":
         return f"; Llama 3 scaling {over}"
-    mscale = f"{scaling.mscale:g}" + f" / {scaling.mscale_all_dim:g}" * (scaling.mscale != scaling.mscale_all_dim)
-    return f"; YaRN {over}, mscale {mscale}"
+    all_dim = f" / {scaling.mscale_all_dim:g}" if scaling.mscale_all_dim != scaling.mscale else ""
+    return f"; YaRN {over}, mscale {scaling.mscale:g}{all_dim}"

@@ -291,31 +291,3 @@ def preset(name: str) -> ModelConfig:
     close = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(PRESETS)}"
     raise ValueError(f"no preset is named {name!r}; {hint}")
-
-
-def attention_twins(config: ModelConfig) -> dict[str, ModelConfig]:
-    """The same model under the other kinds of attention, to compare what they cache (DeepSeek-V2 table 1).
-
-    Heads are as wide as value heads, rounded up to even. GQA has 8 groups, or the largest number below that divides
-    the heads; MLA takes V2's proportions, a latent of 4 and a rotary key of 1/2 head widths. A twin that is the model
-    itself is left out.
-    """
-    a = config.attention
-    heads, width = a.num_heads, a.head_dim if a.kind == "gqa" else a.v_head_dim + a.v_head_dim % 2
-    groups = next(n for n in range(min(8, heads), 0, -1) if heads % n == 0)
-    kinds = {"MHA": heads, f"GQA-{groups}": groups, "MQA": 1}
-    twins = {
-        name: replace(config, attention=GQAConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=width))
-        for name, kv_heads in kinds.items()
-        if (a.kind == "mla" or a.num_kv_heads != kv_heads) and (not name.startswith("GQA") or 1 < groups < heads)
-    }
-    if a.kind == "gqa":
-        latent = MLAConfig(
-            num_heads=heads,
-            kv_lora_rank=4 * width,
-            qk_nope_head_dim=width,
-            qk_rope_head_dim=max(2, width // 4 * 2),
-            v_head_dim=width,
-        )
-        twins["MLA"] = replace(config, attention=latent)
-    return twins

@@ -13,6 +13,7 @@ out, for that reason. The first argument of an op is a tensor, and its device is
 """
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,7 +109,16 @@ class Op(Generic[P, R]):
 
 
 OPS: dict[str, Op] = {}
-"""Every op by name; filled when the modules of `kogia.ops` are imported, and not changed after."""
+"""Every op of the modules imported so far, by name. `all_ops` has them all."""
+
+
+def all_ops() -> dict[str, Op]:
+    """Every op of kogia by name."""
+    package = importlib.import_module("kogia.ops")
+    for module in pkgutil.iter_modules(package.__path__, "kogia.ops."):
+        if not module.ispkg:
+            importlib.import_module(module.name)
+    return OPS
 
 
 def op(**modules: Sequence[str]) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -128,14 +138,16 @@ def use_backend(name: str, ops: Sequence[str] | None = None) -> Iterator[None]:
     the process's; it is meant for tests, benchmarks and for finding out what is at fault. Raises ValueError for a
     backend that no op, or an op of `ops`, has.
     """
-    chosen = [each.name for each in OPS.values() if name in each.backend_names] if ops is None else ops
+    known = all_ops()
+    chosen = [each.name for each in known.values() if name in each.backend_names] if ops is None else ops
     for op_name in chosen:
-        if op_name not in OPS or name not in OPS[op_name].backend_names:
-            known = OPS[op_name].backend_names if op_name in OPS else f"and there are the ops {sorted(OPS)}"
-            raise ValueError(f"op {op_name!r} has no backend {name!r}: {known}")
+        if op_name not in known:
+            raise ValueError(f"there is no op {op_name!r}; there are {sorted(known)}")
+        if name not in known[op_name].backend_names:
+            raise ValueError(f"op {op_name!r} has no backend {name!r}; it has {known[op_name].backend_names}")
     if not chosen:
-        known = sorted({each for one in OPS.values() for each in one.backend_names})
-        raise ValueError(f"no op has a backend {name!r}; there are {known}")
+        names = sorted({each for one in known.values() for each in one.backend_names})
+        raise ValueError(f"no op has a backend {name!r}; there are {names}")
     before = {op_name: OPS[op_name].chosen for op_name in chosen}
     try:
         for op_name in chosen:
@@ -153,4 +165,6 @@ def which(device: torch.device | str) -> dict[str, dict[str, str | None]]:
     `OPS[name].refusals(args, kwargs)` tells.
     """
     kind = torch.device(device).type
-    return {name: {b.name: b.load() for b in each.backends(kind)} | {REFERENCE: None} for name, each in OPS.items()}
+    return {
+        name: {b.name: b.load() for b in each.backends(kind)} | {REFERENCE: None} for name, each in all_ops().items()
+    }

@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kogia.log import info, write_text
+from kogia.files import write_text
+from kogia.log import info
 from kogia.report.config import ReportConfig
 from kogia.report.figures import LEARNING, ROUTING, SPECULATION, Curve, draw_accuracy, draw_curves
 from kogia.report.load import Interval, Measurement, Run, Sample, Stage, load_run, read_samples

@@ -11,7 +11,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.eval.progress import SamplingProgress
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
+from kogia.files import write_json, write_text
+from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
@@ -38,7 +39,7 @@ HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "thre
 def main(config: CurateConfig) -> None:
     """Curate with the model at `config.path`. Raises ValueError if OUT holds another curation."""
     if config.dry_run:
-        return _print_plan(config)
+        return print_plan(config)
     record = Record(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -83,7 +84,7 @@ def curate(
                 record.flush()
                 progress.note = f"kept {record.num_kept}"
     summary = record.summary(checkpoint, time.monotonic() - start)
-    log.write_json(record.summary_path, summary)
+    write_json(record.summary_path, summary)
     _report(summary, record)
     return summary
 
@@ -244,11 +245,7 @@ class Record:
         done = self.done
         rows = [row for row in _read_lines(self.path) if (row["task"], row["problem_id"]) in done]
         for path, content in ((self.path, rows), (self.progress_path, lines)):
-            draft = path.with_name(f".{path.name}.tmp")
-            draft.unlink(missing_ok=True)
-            draft.touch()
-            _append(draft, content)
-            draft.replace(path)
+            write_text(path, _json_lines(content))
 
 
 def _decisive(config: CurateConfig) -> dict[str, Any]:
@@ -258,7 +255,11 @@ def _decisive(config: CurateConfig) -> dict[str, Any]:
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write(_json_lines(rows))
+
+
+def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -284,11 +285,8 @@ def _report(summary: dict[str, Any], record: Record) -> None:
         log.warn("nothing was kept: the model solves none of these problems, or the filters are too strict")
 
 
-def _print_plan(config: CurateConfig) -> None:
-    """The resolved configuration and the amount of work, on stdout."""
-    model = load_config(config.path)
-    print(json.dumps(to_dict(replace(config, dry_run=False)), indent=2))
-    parameters = model.num_params() + model.num_mtp_params()
-    print(f"# parameters  {parameters:,} ({4 * parameters / 2**20:,.0f} MiB in float32)")
-    print(f"# memory      weights and at most {config.engine.cache_memory_bytes / 2**20:,.0f} MiB of cache")
-    print(f"# samples     at most {config.num_problems * config.num_samples * len(config.tasks):,}")
+def print_plan(config: CurateConfig) -> None:
+    """The resolved configuration, size of the model and number of samples, on stdout."""
+    model, samples = load_config(config.path), config.num_problems * config.num_samples * len(config.tasks)
+    memory = sampling_memory(model, config.engine.cache_memory_bytes)
+    print_dry_run(config, model, [memory, ("samples", f"at most {samples:,} of at most {config.max_tokens} tokens")])

@@ -8,7 +8,6 @@ A run directory holds run.toml, metrics.jsonl, signal.json, samples.jsonl (one g
 evals/. Problems and sampling are pure functions of (seed, step), so a resumed run continues to the bit.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import tomli_w
 import torch
 from torch import Tensor
 
@@ -24,13 +22,13 @@ from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
 from kogia.checkpoint.open import open_model
 from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint
-from kogia.config import to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import evaluate
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
+from kogia.plan.dry_run import mib, print_dry_run, training_memory
 from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
 from kogia.rl.config import RLConfig
 from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
@@ -40,7 +38,6 @@ from kogia.rl.signal import measure_signal
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
 from kogia.text.tokenizer import Tokenizer
-from kogia.train.estimate import train_memory
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -304,10 +301,8 @@ def restore(run: Run, checkpoint: Path) -> None:
 
 def print_plan(config: RLConfig) -> None:
     """The resolved configuration, parameter count and memory estimate on stdout; writes and trains nothing."""
-    model = load_config(config.init)
-    memory = train_memory(model, config.micro_batch_tokens)
-    samples = config.prompts_per_step * config.group_size
-    print(tomli_w.dumps(to_dict(config)))
-    print(f"# parameters  {model.num_params():,} ({model.num_active_params():,} active per token)")
-    print(f"# memory      about {math.ceil(memory.total / 2**20):,} MiB beside the libraries and the cache")
-    print(f"# rollout     {samples:,} samples a step, up to {samples * config.max_tokens:,} tokens")
+    model, samples = load_config(config.init), config.prompts_per_step * config.group_size
+    memory = training_memory(model, config.micro_batch_tokens)
+    cache = f"at most {mib(config.engine.cache_memory_bytes)}"
+    rollout = f"{samples:,} samples a step, up to {samples * config.max_tokens:,} tokens"
+    print_dry_run(config, model, [memory, ("cache", cache), ("rollout", rollout)])

@@ -15,6 +15,7 @@ import torch
 from kogia import log
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.files import write_json
 from kogia.model.packed import pack
 from kogia.model.transformer import Transformer
 from kogia.rl.config import RLConfig
@@ -60,7 +61,7 @@ def measure_signal(
     params = SamplingParams.of(config, n=config.signal_samples, logprobs=True)
     rollout = collect(engine, tokenizer, drawn, params)
     signal = summarize(rollout, tokenizer, max_logprob_difference(model, rollout, config.temperature))
-    log.write_json(out / "signal.json", asdict(signal))
+    write_json(out / "signal.json", asdict(signal))
     _show(signal)
     if not signal.max_logprob_difference <= config.logprob_tolerance:
         raise ValueError(

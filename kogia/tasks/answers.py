@@ -19,6 +19,7 @@ _NUMBER = re.compile(
 _DECORATION = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[!,; ]|[$\s]|\\\$|\\%|%|\\left|\\right|\.$")
 _UNIT = re.compile(r"(?:\s+(?!(?:dozen|hundred|thousand|million|billion|trillion)\b)[a-z]{2,})+\.?$", re.IGNORECASE)
 _BOXED = "\\boxed"
+_NESTING = {"{": 1, "}": -1}
 _MAX_LENGTH = 1000
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it reports each answer it cannot parse, and no timeouts
@@ -87,7 +88,7 @@ def _braced(text: str, start: int) -> str | None:
         return None
     depth = 0
     for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
+        depth += _NESTING.get(text[i], 0)
         if depth == 0:
             return text[start + 1 : i]
     return None

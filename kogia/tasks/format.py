@@ -32,7 +32,8 @@ def language_consistency(text: str, script: str = "LATIN") -> float:
         scripts = [_script(char) for char in word]
         weight = len(word) if scripts[0] in _UNSPACED else 1
         total += weight
-        matching += weight * all(found == script for found in scripts)
+        if all(found == script for found in scripts):
+            matching += weight
     return matching / total if total else 1.0
 
 
@@ -84,7 +85,7 @@ class RewardOptions:
         """Reward of `status` plus the weighted format and language parts."""
         parts = {
             "accuracy": float(status == "ok"),
-            "format": think_format(response.text) * (not response.truncated),
+            "format": 0.0 if response.truncated else think_format(response.text),
             "language": language_consistency(_TAG.sub(" ", response.text), self.script),
         }
         rewards = {

@@ -1,10 +1,12 @@
 """How to train, as frozen values. Torch-free."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from kogia.config import Presets
 from kogia.data.config import DataConfig
 from kogia.model.config import IndexerConfig, ModelConfig
+from kogia.model.presets import preset
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SupervisedConfig:
     """Run directory to create."""
     init: str | None = None
     """Model or run directory to start from; exactly one of `init` and `model`."""
-    model: ModelConfig | None = None
+    model: Annotated[ModelConfig | None, Presets(preset)] = None
     """Architecture to initialise at random, or a model.preset; vocab_size is also that of a tokenizer trained here."""
     tokenizer: str | None = None
     """Directory with tokenizer.json. None takes that of `init`, or trains one on the data."""

@@ -5,7 +5,6 @@ tokens). Each step: loader -> train_step -> metrics -> every N steps save, then 
 """
 
 import itertools
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,6 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 
-import tomli_w
 import torch
 
 from kogia import log
@@ -26,16 +24,16 @@ from kogia.checkpoint.resume import (
     save_checkpoint,
     seed_random,
 )
-from kogia.config import to_dict
 from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
+from kogia.files import replacing_directory
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer, build_model
+from kogia.plan.dry_run import print_dry_run, training_memory
 from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe
 from kogia.train.config import SupervisedConfig
-from kogia.train.estimate import train_memory
 from kogia.train.indexer import indexed_config, prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, supervised_loss, validation_loss
@@ -163,30 +161,20 @@ def build_tokenizer(config: SupervisedConfig, checkpoint: Path | None = None) ->
     assert config.model is not None
     if not trained.exists():
         tokenizer = train_bpe(_tokenizer_texts(config), config.model.vocab_size)
-        draft = trained.with_name(".tokenizer.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        tokenizer.save(draft)
-        draft.rename(trained)
+        with replacing_directory(trained) as draft:
+            tokenizer.save(draft)
         log.info(f"trained a tokenizer of {tokenizer.vocab_size} tokens")
     return Tokenizer.load(trained)
 
 
 def print_plan(config: SupervisedConfig) -> None:
     """The resolved configuration, parameter counts and memory estimate on stdout; writes and trains nothing."""
-    model = _model_config(config)
-    memory = train_memory(model, config.data.batch_tokens)
-    print(tomli_w.dumps(to_dict(config)))
-    print(f"# parameters  {model.num_params():,} ({model.num_active_params():,} active per token)")
-    print(f"#             {model.num_mtp_params():,} more in {model.num_mtp_layers} multi-token prediction module(s)")
-    for part, number in model.parts():
-        print(f"#             {number:>14,}  {part}")
-    parts = ", ".join(f"{name} {_mib(getattr(memory, name))}" for name in asdict(memory))
-    print(f"# memory      about {_mib(memory.total)} beside the libraries: {parts}")
-    per_step = config.data.batch_tokens * config.micro_batches
-    length = (
-        f"{config.steps:,} steps = {config.steps * per_step:,} tokens" if config.steps else f"{config.epochs} epochs"
-    )
-    print(f"# length      {length}, up to {per_step:,} tokens per step")
+    model, per_step = _model_config(config), config.data.batch_tokens * config.micro_batches
+    length = f"{config.epochs} epochs"
+    if config.steps:
+        length = f"{config.steps:,} steps = {config.steps * per_step:,} tokens"
+    memory = training_memory(model, config.data.batch_tokens)
+    print_dry_run(config, model, [memory, ("length", f"{length}, up to {per_step:,} tokens per step")])
 
 
 def _model_config(config: SupervisedConfig) -> ModelConfig:
@@ -252,7 +240,3 @@ def _tokenizer_texts(config: SupervisedConfig) -> Iterator[str]:
 
 def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _mib(number: int) -> str:
-    return f"{number / 2**20:,.0f} MiB"

@@ -210,12 +210,12 @@ def test_a_failing_rename_puts_the_old_directory_back(saved, monkeypatch, call):
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-def test_debris_of_a_killed_save_does_not_stop_the_next_one(saved):
-    for suffix in (".partial", ".old"):
-        shutil.copytree(saved, saved.with_name(saved.name + suffix))
+def test_debris_of_a_killed_save_makes_way_and_what_is_only_named_like_it_stays(saved):
+    for name in (".model.0123456789abcdef.tmp", ".model.fedcba9876543210.old", "model.partial", "model.old"):
+        shutil.copytree(saved, saved.with_name(name))
     model = tiny(seed=5)
     assert_same(load_model(save_model(model, saved)), model)
-    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["model", "model.old", "model.partial"]
 
 
 FULL_DISK = """

@@ -11,10 +11,12 @@ from checkpoint.tiny import CONFIG, DENSE, edit, rewrite, shard, tiny, tiny_fp8
 from rich.console import Console
 
 from kogia.checkpoint.hf import save_model
-from kogia.checkpoint.inspect import Report, inspect_model
 from kogia.checkpoint.inspect_table import print_report
+from kogia.checkpoint.inspection import Report, inspect_model
 from kogia.cli import main
 from kogia.model.config import ModelConfig
+from kogia.model.costs import num_params
+from kogia.model.facts import cache_name
 from kogia.model.presets import PRESETS
 from kogia.text.tokenizer import train_bpe
 
@@ -41,7 +43,7 @@ def test_a_preset_has_the_figures_of_its_reports():
     assert costs.active_params + costs.embedding_params == pytest.approx(37.55e9, rel=1e-3)
     assert sum(part.params for part in costs.parts) == costs.params
     assert sum(part.active for part in costs.parts) == costs.active_params
-    assert list(costs.cache_bytes.items()) == [
+    assert [(cache_name(cached), cached.per_token) for cached in costs.cache_bytes] == [
         ("MLA", 70_272),
         ("the same, latent in FP8", 61 * 656),  # FlashMLA: 512 FP8, 4 scales of 4 bytes, 64 rotary numbers in bf16
         ("MHA", 61 * 2 * 128 * 128 * 2),
@@ -50,7 +52,8 @@ def test_a_preset_has_the_figures_of_its_reports():
     ]
     assert list(costs.forward_flops) == [4096, 163840]
     assert costs.forward_flops[4096] == pytest.approx(250.5e9 / 3, rel=1e-3)
-    assert inspect_model("deepseek-v3.2").costs.cache_bytes["the same, latent in FP8"] == 61 * (656 + 128 + 4)
+    fp8 = [cached for cached in inspect_model("deepseek-v3.2").costs.cache_bytes if cached.latent_fp8]
+    assert [cached.per_token for cached in fp8] == [61 * (656 + 128 + 4)]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -89,6 +92,9 @@ def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture[str]):
     assert (data["name"], data["params"], data["mtp_params"]) == ("qwen3-30b-a3b", 30_532_122_624, 0)
     assert list(data["forward_flops"]) == ["4096", "8192"]
     assert data["cache_bytes"]["GQA-4"] == 2 * 4 * 128 * 48 * 2
+    parts = {part.pop("name"): part for part in data["parts"]}
+    assert list(parts) == ["embedding and head", "attention", "routed experts", "router", "norms"]
+    assert parts["router"] == {"params": 48 * 128 * 2048, "active": 48 * 128 * 2048}
     assert data["config"]["attention"]["qk_norm"] is True
     assert "stored" not in data
 
@@ -120,7 +126,7 @@ def test_what_we_save_agrees_with_its_config(tmp_path: Path):
         report = inspect_model(str(saved(tmp_path, config)))
         assert report.disagreements == () and report.config == config
         assert report.stored is not None and report.stored.num_files == 1
-        assert report.costs.params == config.num_params()
+        assert report.costs.params == num_params(config)
     assert "config.json and tensors agree" in printed(report)
     fp8 = save_model(tiny_fp8(), tmp_path / "fp8")
     shard(fp8)

@@ -82,7 +82,7 @@ def test_only_the_newest_checkpoints_are_kept_in_numerical_order(tmp_path, model
 
 def test_leftovers_of_a_killed_save_are_ignored_and_cleaned_up(tmp_path, model, tokenizer):
     save_checkpoint(tmp_path, 1, model, tokenizer, STATE)
-    leftover = tmp_path / "checkpoints" / ".step-000002.tmp"
+    leftover = tmp_path / "checkpoints" / ".step-000002.0123456789abcdef.tmp"
     leftover.mkdir()
     (leftover / "config.json").write_text("{}")
     assert latest_checkpoint(tmp_path).name == "step-000001"

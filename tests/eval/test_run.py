@@ -1,6 +1,7 @@
 """Evaluation from end to end with a real tiny model, its files recomputed by hand."""
 
 import json
+import tomllib
 from collections import Counter, defaultdict
 from dataclasses import replace
 from statistics import fmean
@@ -173,8 +174,15 @@ def test_greedy_alone_needs_no_samples(checkpoint, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
-    main(settings(checkpoint, tmp_path, dry_run=True))
-    assert "# parameters" in capsys.readouterr().out
+    config = settings(checkpoint, tmp_path, dry_run=True)
+    main(config)
+    text = capsys.readouterr().out
+    assert from_dict(EvalConfig, tomllib.loads(text)) == config
+    samples = config.num_questions * (config.num_samples + int(config.greedy))
+    assert f"# samples     at most {samples:,} of at most {config.max_tokens} tokens" in text
+    main(replace(config, greedy=not config.greedy))
+    other = config.num_questions * (config.num_samples + int(not config.greedy))
+    assert f"# samples     at most {other:,} of" in capsys.readouterr().out
     assert not (tmp_path / "evals").exists()
 
 

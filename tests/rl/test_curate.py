@@ -1,6 +1,7 @@
 """Rejection sampling: the choice of samples by hand-made cases, and the command with a real tiny model."""
 
 import json
+import tomllib
 from collections import Counter
 from dataclasses import replace
 from zlib import crc32
@@ -172,7 +173,9 @@ def test_a_foreign_file_is_not_touched(checkpoint, tmp_path):
 def test_the_summary_comes_back_in_process_and_a_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
     config = settings(checkpoint, tmp_path, num_problems=3)
     main(replace(config, dry_run=True))
-    assert "# samples     at most 24" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert from_dict(CurateConfig, tomllib.loads(text)) == replace(config, dry_run=True)
+    assert "# samples     at most 24" in text
     assert not (tmp_path / "data").exists()
     model, tokenizer, _ = open_model(checkpoint, device="cpu")
     assert curate(Engine(model, tokenizer, config.engine), tokenizer, config) == read(tmp_path)[1]

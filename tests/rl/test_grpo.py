@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 
 from kogia.checkpoint.hf import load_model
 from kogia.checkpoint.resume import latest_checkpoint, load_train_state
-from kogia.config import load_toml, save_toml
+from kogia.config import from_dict, load_toml, save_toml
 from kogia.engine.request import SamplingParams
 from kogia.log import read_metrics
+from kogia.model.costs import num_active_params, num_params
 from kogia.model.packed import pack
 from kogia.rl.config import PolicyLossConfig, RLConfig
 from kogia.rl.grpo import Run, build_run, main, step, update
@@ -404,10 +406,12 @@ def test_a_run_leaves_a_complete_directory_that_loads_everywhere(checkpoint, tmp
 
 
 def test_a_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
-    main(rl_settings(checkpoint, tmp_path / "run", dry_run=True))
+    config = rl_settings(checkpoint, tmp_path / "run", dry_run=True)
+    main(config)
     text = capsys.readouterr().out
+    assert from_dict(RLConfig, tomllib.loads(text)) == config
     model = load_model(checkpoint).config
-    assert f"# parameters  {model.num_params():,} ({model.num_active_params():,} active" in text
+    assert f"# parameters  {num_params(model):,} ({num_active_params(model):,} active" in text
     assert "# rollout     16 samples a step, up to 128 tokens" in text
     assert not (tmp_path / "run").exists()
 

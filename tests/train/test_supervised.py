@@ -19,6 +19,7 @@ from kogia.config import from_dict, load_toml, save_toml, to_dict
 from kogia.data.config import DataConfig, SourceConfig
 from kogia.log import read_metrics
 from kogia.model.config import ModelConfig
+from kogia.model.costs import num_active_params, num_params
 from kogia.train.config import OptimConfig, SupervisedConfig
 from kogia.train.supervised import build_run, main
 
@@ -197,7 +198,7 @@ def test_a_dry_run_prints_a_configuration_that_reads_back_and_writes_nothing(con
     main(replace(config, dry_run=True))
     text = capsys.readouterr().out
     assert from_dict(SupervisedConfig, tomllib.loads(text)) == replace(config, dry_run=True)
-    assert f"{MODEL.num_params():,} ({MODEL.num_active_params():,} active" in text
+    assert f"{num_params(MODEL):,} ({num_active_params(MODEL):,} active" in text
     assert "# memory      about" in text
     assert "40 steps = 10,240 tokens" in text
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,162 @@
+"""Files and directories that stand under their name complete or not at all, also after a power cut. Torch-free.
+
+What is written goes to a draft beside its target, `.NAME.<16 hex digits>.tmp`, is fsynced and renamed. The digits are
+drawn anew for every draft: in containers all processes may have one id. A writer holds a lock on its draft, which the
+kernel drops with the process, so a draft that nobody holds was left by a killed one, and the next writer of the same
+target removes it. Nothing else beside the target is touched.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+DRAFT, ASIDE = ".tmp", ".old"
+"""Ends of the names of a draft and of the directory that it replaces, until the draft stands in its place."""
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text`; the file has the old or the new content at any time. Parents are made."""
+    path = Path(path)
+    with _draft(path, Path.touch) as draft, writing(path):
+        draft.write_text(text, encoding="utf-8")
+        put_in_place(draft, path)
+
+
+def put_in_place(draft: Path, path: Path) -> None:
+    """Let a finished file take the place of `path`."""
+    sync(draft)
+    os.replace(draft, path)
+    sync(path.parent)  # the rename itself must survive a power cut
+
+
+@contextmanager
+def replacing_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write into that takes the place of `directory` when the block ends well, and else vanishes.
+
+    Links are followed: what they lead to is replaced. Parents are made. Files need not be synced by the caller.
+    """
+    directory = directory.resolve()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file where a directory is to be written; name another place, or remove it")
+    with _draft(directory, Path.mkdir) as draft:
+        yield draft
+        with writing(directory):
+            _sync_tree(draft)
+        _swap(draft, directory)
+        _remove_replaced(directory)
+
+
+def remove_stale_drafts(directory: Path, name: str | None = None) -> None:
+    """Remove the drafts of killed writers from `directory`: of the target `name`, or with None of every target.
+
+    Where the file system has no locks nobody can tell whether a writer lives, and they stay.
+    """
+    for draft in _siblings(directory, name, DRAFT):
+        with suppress(OSError):  # gone by now, or another user's
+            descriptor = os.open(draft, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(draft)
+            finally:
+                os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Words an OSError for the user: what could not be written, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "free some disk space" if full else "check the place and its permissions"
+        reason = error.strerror or error
+        raise OSError(error.errno, f"{path}: could not be written ({reason}); {fix}") from None
+
+
+@contextmanager
+def _draft(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new draft of `target`, locked; gone when the block ends unless it was renamed."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_drafts(target.parent, target.name)
+        draft, lock = _make_locked(target, make)
+    try:
+        yield draft
+    finally:
+        _remove(draft)
+        os.close(lock)
+
+
+def _make_locked(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """(a new draft, the descriptor that holds its lock)."""
+    while True:
+        draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}{DRAFT}")
+        make(draft)
+        with suppress(FileNotFoundError):  # another writer took it for a stale one before it was locked
+            lock = os.open(draft, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if draft.exists():
+                return draft, lock
+            os.close(lock)
+
+
+def _swap(draft: Path, directory: Path) -> None:
+    aside = draft.with_suffix(ASIDE)
+    if directory.exists():
+        os.replace(directory, aside)
+    try:
+        os.replace(draft, directory)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, directory)
+        raise
+    sync(directory.parent)
+
+
+def _remove_replaced(directory: Path) -> None:
+    """Remove what stands aside, also of a writer that was killed while swapping: the name is taken again."""
+    for aside in _siblings(directory.parent, directory.name, ASIDE):
+        if not aside.with_suffix(DRAFT).exists():  # else another writer is just swapping, and may need it
+            _remove(aside)
+
+
+def _siblings(directory: Path, name: str | None, end: str) -> list[Path]:
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}{re.escape(end)}", re.DOTALL)
+    return [path for path in directory.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    for root, _, files in os.walk(directory):
+        for name in files:
+            sync(Path(root) / name)
+        sync(Path(root))

@@ -1,0 +1,304 @@
+"""What a model costs, from its configuration alone: parameters, FLOPs, cache and the memory to train it. Torch-free.
+
+Counts leave the router's bias out, as the papers do. "Active" is what one token is multiplied with in the main model.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from kogia.model.config import GQAConfig, MLAConfig, ModelConfig
+
+SHORT_CONTEXT = 4096
+"""FLOPs are given at this length beside the one asked for, as the reports do."""
+_FP8_SCALE_WIDTH = 128  # numbers of an FP8 row that share one float32 scale
+_LOGIT_CHUNK = 1 << 20  # logits held at a time by ops/logprob.py
+
+
+class Component(Enum):
+    """Where parameters are."""
+
+    VOCABULARY = auto()
+    """Embedding and head; a matrix that is both counts once."""
+    ATTENTION = auto()
+    """Its projections and the indexer's, biases included, norms left out."""
+    ROUTED_EXPERTS = auto()
+    FEED_FORWARD = auto()
+    """What every token passes beside them: dense layers, shared experts, routers."""
+    NORMS = auto()
+    MTP = auto()
+    """The multi-token-prediction modules, beyond the embedding and head that they share."""
+
+
+@dataclass(frozen=True)
+class Part:
+    component: Component
+    params: int
+    active: int
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What one kind of attention caches."""
+
+    attention: MLAConfig | GQAConfig
+    per_token: int
+    """Over all decoder layers, in bfloat16."""
+    latent_fp8: bool = False
+    """In the published FP8 format of the latent instead."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Counts per model and per token; the multi-token-prediction modules are in `mtp_params` alone."""
+
+    params: int
+    active_params: int
+    """Without the input embedding, of which a token reads one row."""
+    active_share: float
+    embedding_params: int
+    """What the reports add where they count the input embedding as activated; 0 where the head shares it."""
+    mtp_params: int
+    parts: tuple[Part, ...]
+    context: int
+    cache_bytes: tuple[CacheBytes, ...]
+    """This model first, then its twins."""
+    forward_flops: dict[int, float]
+    """Context -> FLOPs per token of a forward pass; training takes three times as many."""
+
+
+def model_costs(config: ModelConfig, context: int | None = None) -> Costs:
+    """`context` None takes the longest the model is made for. Raises ValueError for one below 1."""
+    context = config.max_position if context is None else context
+    if context < 1:
+        raise ValueError(f"context = {context}: must be at least 1 token")
+    params, active = num_params(config), num_active_params(config, input_embedding=False)
+    contexts = sorted({min(SHORT_CONTEXT, context), context})
+    return Costs(
+        params=params,
+        active_params=active,
+        active_share=active / params,
+        embedding_params=num_active_params(config) - active,
+        mtp_params=num_mtp_params(config),
+        parts=tuple(part for part in param_parts(config) if part.component is not Component.MTP),
+        context=context,
+        cache_bytes=_cache_bytes(config),
+        forward_flops={length: flops_per_token(config, length) / 3 for length in contexts},
+    )
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+
+def num_params(config: ModelConfig) -> int:
+    """Parameters of the main model, MTP modules left out (as the papers count)."""
+    return sum(part.params for part in _main_parts(config))
+
+
+def num_mtp_params(config: ModelConfig) -> int:
+    """Parameters of the MTP modules beyond the shared embedding and head."""
+    per_module = 2 * config.dim * config.dim + 3 * config.dim
+    return sum(per_module + _layer_params(config, config.num_layers + k) for k in range(config.num_mtp_layers))
+
+
+def num_active_params(config: ModelConfig, *, input_embedding: bool = True) -> int:
+    """Parameters that one token touches in the main model (both vocabulary matrices unless told otherwise)."""
+    active = sum(part.active for part in _main_parts(config))
+    if input_embedding and not config.tie_embeddings:
+        active += config.vocab_size * config.dim
+    return active
+
+
+def param_parts(config: ModelConfig) -> tuple[Part, ...]:
+    """The components of the main model and its MTP modules, as far as it has them."""
+    parts = (*_main_parts(config), Part(Component.MTP, num_mtp_params(config), 0))
+    return tuple(part for part in parts if part.params)
+
+
+def _main_parts(config: ModelConfig) -> tuple[Part, ...]:
+    layers, moe = range(config.num_layers), config.moe
+    vocabulary = config.vocab_size * config.dim
+    attention = sum(_attention_params(config, layer) for layer in layers)
+    routed = sum(_routed_params(config, layer) for layer in layers)
+    feed_forward = sum(_feed_forward_params(config, layer) for layer in layers)
+    norms = sum(_norm_params(config, layer) for layer in layers) + config.dim
+    return (
+        Part(Component.VOCABULARY, vocabulary if config.tie_embeddings else 2 * vocabulary, vocabulary),
+        Part(Component.ATTENTION, attention, attention),
+        Part(Component.ROUTED_EXPERTS, routed, 0 if moe is None else routed * moe.topk // moe.num_experts),
+        Part(Component.FEED_FORWARD, feed_forward, feed_forward),
+        Part(Component.NORMS, norms, norms),
+    )
+
+
+def _layer_params(config: ModelConfig, layer: int) -> int:
+    feed_forward = _routed_params(config, layer) + _feed_forward_params(config, layer)
+    return _attention_params(config, layer) + feed_forward + _norm_params(config, layer)
+
+
+def _attention_params(config: ModelConfig, layer: int) -> int:
+    a, dim = config.attention, config.dim
+    if a.kind == "gqa":
+        qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+        bias = qkv if a.qkv_bias else 0
+        return dim * qkv + bias + a.num_heads * a.head_dim * dim
+    q_out = a.num_heads * a.qk_head_dim
+    rank = a.query_rank(layer)
+    query = dim * q_out if rank is None else rank * (dim + q_out)
+    kv = dim * a.latent_row + a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    return query + kv + a.num_heads * a.v_head_dim * dim + _indexer_params(a, dim, layer)
+
+
+def _indexer_params(a: MLAConfig, dim: int, layer: int) -> int:
+    if a.indexer is None:
+        return 0
+    i, rank = a.indexer, a.query_rank(layer) or 0
+    return rank * i.num_heads * i.head_dim + dim * (i.head_dim + i.num_heads)
+
+
+def _norm_params(config: ModelConfig, layer: int) -> int:
+    """The two norms of a layer, and those within its attention."""
+    a, outer = config.attention, 2 * config.dim
+    if a.kind == "gqa":
+        return outer + 2 * a.head_dim if a.qk_norm else outer
+    indexer = 0 if a.indexer is None else 2 * a.indexer.head_dim
+    return outer + (a.query_rank(layer) or 0) + a.kv_lora_rank + indexer
+
+
+def _routed_params(config: ModelConfig, layer: int) -> int:
+    moe = config.moe
+    if moe is None or not config.is_moe_layer(layer):
+        return 0
+    return moe.num_experts * 3 * config.dim * moe.expert_dim
+
+
+def _feed_forward_params(config: ModelConfig, layer: int) -> int:
+    """A dense layer's, or the shared experts and the router."""
+    dim, moe = config.dim, config.moe
+    if moe is None or not config.is_moe_layer(layer):
+        return 3 * dim * config.ffn_dim
+    return moe.num_shared_experts * 3 * dim * moe.expert_dim + moe.num_experts * dim
+
+
+# Compute --------------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(config: ModelConfig, context: int) -> float:
+    """Training FLOPs (forward and backward) per token at sequence length `context`, MTP left out.
+
+    6 per active matrix weight, and 6 * heads * (qk + v dims) per pair of a query and a key it attends to. Causal:
+    context / 2 keys per query on average. With an indexer it attends to at most `topk`, and scores all of them.
+    """
+    matrices = sum(part.active for part in _main_parts(config) if part.component is not Component.NORMS)
+    return 6.0 * (matrices + config.num_layers * _attention_products(config.attention, context))
+
+
+def _attention_products(a: MLAConfig | GQAConfig, context: int) -> float:
+    """Multiply-adds of one query with keys, values and index keys, on average over a sequence of length `context`."""
+    pairs = context / 2
+    if a.kind == "gqa":
+        return 2 * a.num_heads * a.head_dim * pairs
+    widths = a.num_heads * (a.qk_head_dim + a.v_head_dim)
+    if (indexer := a.indexer) is None:
+        return widths * pairs
+    kept = pairs if context <= indexer.topk else indexer.topk * (1 - indexer.topk / (2 * context))
+    return widths * kept + indexer.num_heads * indexer.head_dim * pairs
+
+
+# Cache ----------------------------------------------------------------------------------------------------------------
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:
+    """Cache bytes per token over all decoder layers, without the MTP layers."""
+    return config.num_layers * config.attention.cache_row * bytes_per_element
+
+
+def attention_twins(config: ModelConfig) -> tuple[ModelConfig, ...]:
+    """The same model under the other kinds of attention (MHA, GQA, MQA, MLA), to compare what they cache.
+
+    As DeepSeek-V2 table 1 does. Heads are as wide as value heads, rounded up to even. GQA has 8 groups, or the largest
+    number below that divides the heads; MLA takes V2's proportions, a latent of 4 and a rotary key of 1/2 head widths.
+    """
+    a = config.attention
+    heads, width = a.num_heads, a.head_dim if a.kind == "gqa" else a.v_head_dim + a.v_head_dim % 2
+    groups = next(n for n in range(min(8, heads), 0, -1) if heads % n == 0)
+    own = a.num_kv_heads if a.kind == "gqa" else 0
+    shares = [num_kv_heads for num_kv_heads in sorted({heads, groups, 1}, reverse=True) if num_kv_heads != own]
+    twins = [replace(config, attention=GQAConfig(num_heads=heads, num_kv_heads=n, head_dim=width)) for n in shares]
+    if a.kind == "gqa":
+        twins.append(replace(config, attention=_latent_twin(heads, width)))
+    return tuple(twins)
+
+
+def _latent_twin(heads: int, width: int) -> MLAConfig:
+    return MLAConfig(
+        num_heads=heads,
+        kv_lora_rank=4 * width,
+        qk_nope_head_dim=width,
+        qk_rope_head_dim=max(2, width // 4 * 2),
+        v_head_dim=width,
+    )
+
+
+def _cache_bytes(config: ModelConfig) -> tuple[CacheBytes, ...]:
+    a = config.attention
+    rows = [CacheBytes(a, cache_bytes_per_token(config))]
+    if a.kind == "mla":
+        rows.append(CacheBytes(a, config.num_layers * _fp8_row_bytes(a), latent_fp8=True))
+    twins = attention_twins(config)
+    return (*rows, *(CacheBytes(twin.attention, cache_bytes_per_token(twin)) for twin in twins))
+
+
+def _fp8_row_bytes(a: MLAConfig) -> int:
+    """The row of the published FP8 cache: FP8 latent with a float32 scale per 128 numbers, the rotary key in bf16; the
+    indexer's key is FP8 with one scale (DeepSeek-V3.2, FlashMLA)."""
+    indexer = 0 if a.indexer is None else _fp8_bytes(a.indexer.head_dim)
+    return _fp8_bytes(a.kv_lora_rank) + 2 * a.qk_rope_head_dim + indexer
+
+
+def _fp8_bytes(width: int) -> int:
+    """Of `width` numbers and their scales."""
+    return width + 4 * -(-width // _FP8_SCALE_WIDTH)
+
+
+# Memory to train ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainMemory:
+    """Bytes in float32."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What backward keeps of one micro-batch."""
+    temporaries: int
+    """Buffers of single operations and gaps between blocks: a third of the activations, as measured on a CPU."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporaries
+
+
+def train_memory(config: ModelConfig, batch_tokens: int) -> TrainMemory:
+    """Of one process: float32 weights, gradients, two AdamW moments, and what backward keeps of one micro-batch."""
+    weights = 4 * (num_params(config) + num_mtp_params(config))
+    layers = range(config.num_layers + config.num_mtp_layers)
+    floats = sum(_layer_floats(config, layer) for layer in layers) + 6 * config.dim * (1 + config.num_mtp_layers)
+    activations = 4 * floats * batch_tokens
+    return TrainMemory(weights, weights, 2 * weights, activations, activations // 3 + 12 * _LOGIT_CHUNK)
+
+
+def _layer_floats(config: ModelConfig, layer: int) -> int:
+    """Numbers per token that the backward pass of one layer keeps."""
+    dim, a, moe = config.dim, config.attention, config.moe
+    if a.kind == "mla":
+        heads = a.num_heads * (2 * a.qk_head_dim + 2 * a.v_head_dim)
+        kept = heads + 2 * a.cache_row + 2 * (a.query_rank(layer) or 0)
+    else:
+        kept = a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
+    kept += 5 * dim
+    if moe is None or not config.is_moe_layer(layer):
+        return kept + 4 * config.ffn_dim
+    routed = moe.topk * (2 * dim + 4 * moe.expert_dim)
+    return kept + routed + 4 * moe.num_shared_experts * moe.expert_dim + 4 * moe.num_experts + 2 * dim

@@ -1,0 +1,228 @@
+"""Many callers, one engine: streams side by side, in threads and in asyncio, cancelled and failing."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+
+from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
+from kogia.engine.request import Completion, SamplingParams
+from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
+from kogia.model.transformer import Transformer, build_model
+
+CONFIG = ModelConfig(
+    vocab_size=64, dim=32, num_layers=2, ffn_dim=64, max_position=128, init_std=0.2, num_mtp_layers=1,
+    attention=MLAConfig(num_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
+    moe=MoEConfig(num_experts=4, topk=2, expert_dim=16),
+)  # fmt: skip
+PARAMS = SamplingParams(max_tokens=20, seed=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return build_model(CONFIG, seed=3)
+
+
+@pytest.fixture(params=[{}, {"overlap": True}, {"num_draft_tokens": 1}], ids=str)
+def engine(model, request) -> Engine:
+    return Engine(model, None, EngineConfig(block_size=4, num_blocks=200, **request.param))
+
+
+def alone(model: Transformer, prompt: list[int], params: SamplingParams = PARAMS) -> list[int]:
+    fresh = Engine(model, None, EngineConfig(block_size=4, num_blocks=200))
+    return fresh.generate([prompt], params)[0][0].token_ids
+
+
+def assert_empty(engine: Engine) -> None:
+    assert engine.num_unfinished == engine.loop.num_unfinished == 0
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
+    assert engine.scheduler.table.num_rows_free == engine.config.max_sequences
+
+
+def test_interleaved_streams_each_get_all_of_their_tokens(engine, model):
+    streams = [engine.submit([5, 6, n], PARAMS) for n in range(3)]
+    tokens, logprobs = [[], [], []], [[], [], []]
+    iterators = [iter(stream) for stream in streams]
+    going = set(range(3))
+    while going:
+        for i in sorted(going):
+            event = next(iterators[i], None)
+            if event is None:
+                going.remove(i)
+                continue
+            tokens[i] += event.token_ids
+            logprobs[i] += event.logprobs
+    for i, stream in enumerate(streams):
+        assert tokens[i] == stream.result()[0].token_ids == alone(model, [5, 6, i])
+        assert len(logprobs[i]) == 20
+        assert all(value < 0 for value in logprobs[i])
+    assert_empty(engine)
+
+
+def test_streams_in_threads_share_the_engine_and_its_steps(engine, model):
+    found: dict[int, list[int]] = {}
+
+    def listen(n: int) -> None:
+        found[n] = [token for event in engine.submit([9, n], PARAMS) for token in event.token_ids]
+
+    threads = [threading.Thread(target=listen, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {n: alone(model, [9, n]) for n in range(8)}
+    assert engine.stats.num_steps < 8 * 20, "some steps must have served several streams"
+    assert_empty(engine)
+
+
+def test_generate_in_threads_beside_a_stream(engine, model):
+    stream = engine.submit([1, 2], PARAMS)
+    results: list[list[list[Completion]]] = []
+    threads = [threading.Thread(target=lambda: results.append(engine.generate([[3], [4, 5]], PARAMS))) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    heard = [token for event in stream for token in event.token_ids]
+    for thread in threads:
+        thread.join(60)
+    assert heard == alone(model, [1, 2])
+    for groups in results:
+        assert [group[0].token_ids for group in groups] == [alone(model, [3]), alone(model, [4, 5])]
+    assert_empty(engine)
+
+
+def test_asyncio_waits_without_blocking(engine, model):
+    async def listen(n: int) -> list[int]:
+        return [token async for event in engine.submit([8, n], PARAMS) for token in event.token_ids]
+
+    async def main() -> tuple[list[list[int]], list[Completion], int]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        heard, whole = await asyncio.gather(asyncio.gather(*(listen(n) for n in range(5))), all_of_it())
+        ticking.cancel()
+        return heard, whole, ticks
+
+    async def all_of_it() -> list[Completion]:
+        return await engine.submit([7], SamplingParams(max_tokens=10, n=3, seed=1, ignore_eos=True))
+
+    heard, whole, ticks = asyncio.run(main())
+    assert heard == [alone(model, [8, n]) for n in range(5)]
+    assert [len(c.token_ids) for c in whole] == [10, 10, 10]
+    assert ticks > 20
+    assert_empty(engine)
+
+
+def test_a_cancelled_stream_keeps_what_it_has_and_frees_its_blocks(engine, model):
+    first, second = engine.submit([5, 6, 7], PARAMS), engine.submit([5, 6, 8], PARAMS)
+    events = iter(first)
+    heard = [token for _ in range(4) for token in next(events).token_ids]
+    first.cancel()
+    (completion,) = first.result()
+    assert completion.finish_reason == "abort"
+    assert completion.token_ids[: len(heard)] == heard == alone(model, [5, 6, 7])[: len(heard)]
+    first.cancel()  # once more does nothing
+    assert second.result()[0].token_ids == alone(model, [5, 6, 8])
+    assert_empty(engine)
+
+
+def test_cancelling_before_the_first_step_and_after_the_end(engine):
+    early = engine.submit([5], PARAMS)
+    early.cancel()
+    assert early.result()[0].finish_reason == "abort"
+    assert list(early)[-1].completion is not None
+    done = engine.submit([5], PARAMS)
+    done.result()
+    done.cancel()
+    assert done.result()[0].finish_reason == "length"
+    assert_empty(engine)
+
+
+def test_a_thread_may_cancel_what_another_waits_for(engine):
+    stream = engine.submit([5], SamplingParams(max_tokens=100, ignore_eos=True))
+    heard: list[int] = []
+
+    def listen() -> None:
+        for event in stream:
+            heard.extend(event.token_ids)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    while len(heard) < 5:
+        time.sleep(0.001)
+    stream.cancel()
+    thread.join(60)
+    assert stream.result()[0].finish_reason == "abort"
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_step_that_fails_reaches_who_waits_and_the_others_go_on(engine, model, in_background):
+    stream, other = engine.submit([5, 6], PARAMS), engine.submit([5, 7], PARAMS)
+
+    def fail(*_) -> None:
+        raise MemoryError("out of memory, say")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+
+    async def wait() -> None:
+        await stream
+
+    with pytest.raises(MemoryError, match="say"):
+        asyncio.run(wait()) if in_background else stream.result()
+    hook.remove()
+    if not in_background:  # the one that ran the step was told; nobody else need know
+        assert other.result()[0].token_ids == alone(model, [5, 7])
+    for left in (stream, other):
+        left.cancel()
+    engine.loop.wait(lambda: engine.loop.num_unfinished == 0)
+    assert_empty(engine)
+
+
+def test_requests_are_taken_while_there_is_room_and_arrive_as_they_end(engine, model):
+    taken: list[int] = []
+
+    def requests():
+        for n in range(12):
+            taken.append(n)
+            yield [n, n + 1], SamplingParams(max_tokens=3 + n % 4, seed=1, ignore_eos=True, n=2)
+
+    places = []
+    for place, completions in engine.loop.complete(requests(), ahead=4):
+        assert len(taken) <= place + 1 + 4
+        assert [len(c.token_ids) for c in completions] == [3 + place % 4] * 2
+        places.append(place)
+    assert sorted(places) == list(range(12))
+    assert_empty(engine)
+
+
+def test_an_iterator_that_is_closed_leaves_nothing_behind(engine):
+    iterator = engine.loop.complete([([n], PARAMS) for n in range(6)])
+    next(iterator)
+    iterator.close()
+    assert_empty(engine)
+
+
+def test_weights_are_replaced_between_steps_whoever_runs_them(model):
+    ours, new = build_model(CONFIG, seed=3), build_model(CONFIG, seed=4)
+    engine = Engine(ours, None, EngineConfig(block_size=4, num_blocks=200))
+    stream = engine.submit([5, 6], SamplingParams(max_tokens=100, seed=1, ignore_eos=True))
+    thread = threading.Thread(target=stream.result)
+    thread.start()
+    while engine.stats.num_generated_tokens < 5:
+        time.sleep(0.001)
+    engine.update_weights(new)
+    thread.join(60)
+    assert len(stream.result()[0].token_ids) == 100
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), new.parameters()))
+    assert engine.generate([[9]], PARAMS)[0][0].token_ids == alone(new, [9])
+    assert_empty(engine)

@@ -1,0 +1,186 @@
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kogia.files import put_in_place, remove_stale_drafts, replacing_directory, write_json, write_text
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kogia import files
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+path, moment = Path(sys.argv[1]), sys.argv[2]
+if moment == "file":
+    files.sync = die  # written, not yet in place
+    files.write_text(path, "half")
+replace, calls = os.replace, []
+def dying(source, target):
+    calls.append(source)
+    die() if len(calls) == 2 else replace(source, target)
+if moment == "swap":
+    os.replace = dying  # the old directory stands aside, the new one is not in place
+with files.replacing_directory(path) as draft:
+    (draft / "part").write_text("half")
+    if moment == "directory":
+        die()
+"""
+
+
+def kill_writer(path: Path, moment: str) -> None:
+    """Have a process start to write `path` and die."""
+    result = subprocess.run([sys.executable, "-c", KILLED, str(path), moment], timeout=60)
+    assert result.returncode == -signal.SIGKILL
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_failed_write_keeps_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": "ä"})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match=r"summary\.json: could not be written \(No space left on device\); free some"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": "ä"}
+    assert names(tmp_path) == ["summary.json"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "a file").touch()
+    with pytest.raises(OSError, match=r"a file/summary\.json: could not be written .*check the place"):
+        write_text(tmp_path / "a file" / "summary.json", "text")
+    with pytest.raises(ValueError, match="a file: is a file where a directory is to be written"):
+        with replacing_directory(tmp_path / "a file"):
+            pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder: could not be written"):
+        write_text(tmp_path / "folder", "text")
+    assert names(tmp_path) == ["a file", "folder"]
+
+
+def test_new_files_and_directories_have_the_modes_that_others_have(tmp_path: Path):
+    (tmp_path / "plain").touch()
+    (tmp_path / "plain folder").mkdir()
+    write_text(tmp_path / "deep" / "file", "text")
+    with replacing_directory(tmp_path / "deep" / "folder") as draft:
+        (draft / "part").touch()
+    mode = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert mode[tmp_path / "deep" / "file"] == mode[tmp_path / "plain"]
+    assert mode[tmp_path / "deep" / "folder"] == mode[tmp_path / "plain folder"]
+
+
+def test_a_directory_is_the_old_or_the_new_one(tmp_path: Path):
+    path = tmp_path / "data"
+    with replacing_directory(path) as draft:
+        assert names(tmp_path) == [draft.name]
+        (draft / "old").touch()
+    with contextlib.suppress(KeyboardInterrupt), replacing_directory(path) as draft:
+        (draft / "new").touch()
+        assert names(path) == ["old"]
+        raise KeyboardInterrupt
+    assert (names(path), names(tmp_path)) == (["old"], ["data"])
+    with replacing_directory(path) as draft:
+        (draft / "new").touch()
+    assert (names(path), names(tmp_path)) == (["new"], ["data"])
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    with replacing_directory(tmp_path / "link") as draft:
+        (draft / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "elsewhere") == ["new"]
+
+
+@pytest.mark.parametrize("moment", ["file", "directory", "swap"])
+def test_what_a_killed_writer_left_is_removed_by_the_next_one_whatever_their_process_ids(tmp_path: Path, moment: str):
+    path = tmp_path / "target"
+    if moment == "swap":
+        path.mkdir()
+    kill_writer(path, moment)
+    assert all(name.startswith(".target.") for name in names(tmp_path))
+    assert names(tmp_path) != []
+    if moment == "file":
+        write_text(path, "whole")
+    else:
+        with replacing_directory(path) as draft:
+            (draft / "part").write_text("whole")
+    assert names(tmp_path) == ["target"]
+    assert (path if moment == "file" else path / "part").read_text() == "whole"
+
+
+def test_processes_of_one_id_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for name in (".a.1.tmp", ".a.tmp"):
+        (tmp_path / name).mkdir()
+    write_text(tmp_path / "a", "text")
+    with replacing_directory(tmp_path / "b") as first, replacing_directory(tmp_path / "b") as second:
+        assert first != second
+        (second / "part").write_text("second")
+        (first / "part").write_text("first")
+    assert (tmp_path / "b" / "part").read_text() == "first"  # its block ended last
+    assert names(tmp_path) == [".a.1.tmp", ".a.tmp", "a", "b"]
+
+
+def test_a_draft_that_is_being_written_and_what_is_foreign_are_left_alone(tmp_path: Path):
+    foreign = [".a.tmp", ".a.7.tmp", "a.partial", "a.old", ".b.0123456789abcdef.tmp", ".a.0123456789ABCDEF.tmp"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+    with replacing_directory(tmp_path / "a") as draft:
+        (draft / "part").write_text("mine")
+        write_text(tmp_path / "a", "another writer of the same name")
+        remove_stale_drafts(tmp_path, "a")
+        assert draft.is_dir()
+        (tmp_path / "a").unlink()
+    assert names(tmp_path) == sorted([*foreign, "a"])
+    remove_stale_drafts(tmp_path)
+    assert names(tmp_path) == sorted({*foreign, "a"} - {".b.0123456789abcdef.tmp"})
+
+
+@pytest.mark.parametrize("name", ["[a-z]*", "a.b", "ä\nb", "a+"])
+def test_a_name_may_hold_any_character(tmp_path: Path, name: str):
+    (tmp_path / ".axb.0123456789abcdef.tmp").touch()
+    (tmp_path / f".{name}.0123456789abcdef.tmp").touch()
+    write_text(tmp_path / name, "text")
+    assert names(tmp_path) == sorted([".axb.0123456789abcdef.tmp", name])
+
+
+def test_a_finished_draft_of_one_s_own_is_put_in_place(tmp_path: Path):
+    (tmp_path / "draft").write_text("new")
+    write_text(tmp_path / "final", "old")
+    put_in_place(tmp_path / "draft", tmp_path / "final")
+    assert names(tmp_path) == ["final"]
+    assert (tmp_path / "final").read_text() == "new"
+
+
+def test_a_file_system_without_locks_is_written_too_and_keeps_its_leftovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_locks(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / ".a.0123456789abcdef.tmp").touch()
+    write_text(tmp_path / "a", "text")
+    assert names(tmp_path) == [".a.0123456789abcdef.tmp", "a"]
