@@ -18,7 +18,7 @@ def grouped_linear(
     uninitialised, forward and backward."""
     assert isinstance(weight, Tensor), "see grouped_linear_supports"
     ends = counts.cumsum(0).int()
-    ends[-1] = x.shape[0]
+    ends[-1:].fill_(x.shape[0])  # an assignment would copy the number from the host and wait for it
     return F.grouped_mm(x, weight.flatten(1, -2).transpose(1, 2), offs=ends)
 
 
