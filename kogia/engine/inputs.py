@@ -1,7 +1,5 @@
 """The numbers of a step on their way to the device: one buffer, one copy that nothing waits for."""
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -42,22 +40,18 @@ class Upload:
         self._arrays[name] = array
 
     def send(self) -> None:
-        """Start the copy."""
-        buffer, host = self._staging.next_buffer(sum(array.size for array in self._arrays.values()))
-        start = 0
-        for array in self._arrays.values():
-            # floats travel as the bits of float64, which an int64 buffer holds exactly
-            numbers = array.astype(np.float64).view(np.int64) if array.dtype.kind == "f" else array
-            host[start : start + array.size] = numbers.ravel()
-            start += array.size
-        self._unpack(buffer[:start].to(self._staging.device, non_blocking=True))
-
-    def _unpack(self, sent: Tensor) -> None:
-        start = 0
-        for name, array in self._arrays.items():
-            numbers = sent[start : start + math.prod(array.shape)].view(array.shape)
-            self._tensors[name] = numbers.view(torch.float64).float() if array.dtype.kind == "f" else numbers
-            start += array.size
+        """Start the copy. Floats travel behind the integers, as the bits of float64, which an int64 buffer holds."""
+        floats = {name: array for name, array in self._arrays.items() if array.dtype.kind == "f"}
+        integers = {name: array for name, array in self._arrays.items() if name not in floats}
+        num_integers = sum(array.size for array in integers.values())
+        num_floats = sum(array.size for array in floats.values())
+        buffer, host = self._staging.next_buffer(num_integers + num_floats)
+        _fill(host[:num_integers], integers)
+        _fill(host[num_integers : num_integers + num_floats].view(np.float64), floats)
+        sent = buffer[: num_integers + num_floats].to(self._staging.device, non_blocking=True)
+        self._tensors = _unpack(sent[:num_integers], integers)
+        if floats:
+            self._tensors |= _unpack(sent[num_integers:].view(torch.float64).float(), floats)
 
     def __getitem__(self, name: str) -> Tensor:
         """The array on the device."""
@@ -66,3 +60,15 @@ class Upload:
     def get(self, name: str) -> Tensor | None:
         """The same, or None where there is no such array."""
         return self._tensors.get(name)
+
+
+def _fill(host: NDArray, arrays: dict[str, NDArray]) -> None:
+    start = 0
+    for array in arrays.values():
+        host[start : start + array.size] = array.ravel()
+        start += array.size
+
+
+def _unpack(numbers: Tensor, arrays: dict[str, NDArray]) -> dict[str, Tensor]:
+    parts = numbers.split([array.size for array in arrays.values()])
+    return {n: part if a.ndim == 1 else part.view(a.shape) for (n, a), part in zip(arrays.items(), parts, strict=True)}

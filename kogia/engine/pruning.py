@@ -79,11 +79,11 @@ class Pruner:
         self.mass.scatter_(1, upload["slots"], 0.0)
         contexts = runs.starts + runs.counts - self.dropped[:, runs.seq_rows]
         lens, slots, tables = upload["context_lens"], upload["slots"], upload["block_tables"]
-        shared = self.cache.block_size, self.cache.row
         return StepCache(
             tuple(
                 LayerCache(
-                    rows, slots[i], tables, lens[i], contexts[i], *shared, partial(_attend_and_count, mass=self.mass[i])
+                    *(rows, slots[i], tables, lens[i], contexts[i], self.cache.block_size, self.cache.row),
+                    attend=partial(_attend_and_count, mass=self.mass[i]),
                 )
                 for i, rows in enumerate(self.cache.rows)
             )

@@ -51,7 +51,7 @@ class PagedCache:
         contexts: Int[np.ndarray, " seqs"],
     ) -> StepCache:
         """The same view for every layer; the arguments are those of `LayerCache`."""
-        shared = (slots, block_tables, context_lens, contexts, self.block_size, self.row)
+        shared = (slots, block_tables, context_lens, contexts, self.block_size, self.row, {})
         return StepCache(tuple(LayerCache(rows, *shared) for rows in self.rows.unbind()))
 
 

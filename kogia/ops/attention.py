@@ -54,13 +54,12 @@ def selected_keys(index: IndexVectors, bucket: Bucket) -> Bool[Tensor, "seqs wid
 
 
 def gather_context(
-    rows: Shaped[Tensor, "slots row"], block_tables: Int[Tensor, "seqs blocks"], block_size: int, max_context: int
+    rows: Shaped[Tensor, "slots row"], block_tables: Int[Tensor, "seqs blocks"], block_size: int
 ) -> Shaped[Tensor, "seqs context row"]:
-    """Copy each sequence's cached rows out of its blocks, up to the block that ends `max_context`."""
-    num_blocks = min(-(-max_context // block_size), block_tables.shape[1])
-    tables = block_tables[:, :num_blocks]
-    blocks = rows.view(-1, block_size * rows.shape[1]).index_select(0, tables.reshape(-1))
-    return blocks.view(tables.shape[0], num_blocks * block_size, rows.shape[1])
+    """Copy each sequence's cached rows out of its blocks."""
+    num_seqs, num_blocks = block_tables.shape
+    blocks = rows.view(-1, block_size * rows.shape[1]).index_select(0, block_tables.reshape(-1))
+    return blocks.view(num_seqs, num_blocks * block_size, rows.shape[1])
 
 
 def _visible(q_lens: Tensor, context_lens: Tensor, width: int, keys: int) -> Tensor:
@@ -115,13 +114,23 @@ def bucket_context(
     q: Float[Tensor, "tokens heads qk"], cache: LayerCache, segments: Segments, bucket: Bucket
 ) -> tuple[Float[Tensor, "seqs keys row"], Bool[Tensor, "seqs width keys"]]:
     """The rows that a bucket's sequences may see, as numbers, and which of them each query does."""
-    tables, contexts, lens = cache.block_tables, cache.context_lens, segments.cu_seqlens.diff()
-    if bucket.seqs is not None:
-        tables, contexts, lens = (x[bucket.seqs] for x in (tables, contexts, lens))
-    context = gather_context(cache.rows, tables, cache.block_size, int(cache.contexts[bucket.members].max()))
-    if isinstance(cache.row, LatentRow):
-        context = cache.row.unpack(context, q.dtype)
-    return context, _visible(lens, contexts, bucket.width, context.shape[1])
+    tables, visible = _bucket_view(cache, segments, bucket)
+    context = gather_context(cache.rows, tables, cache.block_size)
+    return context if isinstance(cache.row, KVRow) else cache.row.unpack(context, q.dtype), visible
+
+
+def _bucket_view(
+    cache: LayerCache, segments: Segments, bucket: Bucket
+) -> tuple[Int[Tensor, "seqs blocks"], Bool[Tensor, "seqs width keys"]]:
+    """A bucket's block tables, cut to its longest context, and what its queries see: the same for every layer."""
+    if bucket not in cache.shared:
+        tables, contexts, lens = cache.block_tables, cache.context_lens, segments.device_lengths
+        if bucket.seqs is not None:
+            tables, contexts, lens = (x[bucket.seqs] for x in (tables, contexts, lens))
+        tables = tables[:, : -(-int(cache.contexts[bucket.members].max()) // cache.block_size)]
+        keys = tables.shape[1] * cache.block_size
+        cache.shared[bucket] = tables, _visible(lens, contexts, bucket.width, keys)
+    return cache.shared[bucket]
 
 
 def narrow(

@@ -12,7 +12,8 @@ A row may hold only the first `latent` numbers of a wider latent, for models tra
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +97,8 @@ class LayerCache:
     """The same on the host, or bounds above it."""
     block_size: int
     row: LatentRow | KVRow
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """What the reference attention makes once for all layers that see the cache alike, by bucket."""
     attend: Callable[..., Tensor] | None = None
     """Called instead of `paged_attention`, with the same arguments: where an option changes or watches attention."""
 

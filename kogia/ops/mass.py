@@ -26,7 +26,7 @@ def attention_mass(
     The rest is as in `paged_attention`, of latent rows.
     """
     assert isinstance(cache.row, LatentRow), "attention mass is counted for one key head only"
-    lengths = segments.cu_seqlens.diff()
+    lengths = segments.device_lengths
     for bucket in segments.buckets:
         context, visible = bucket_context(q, cache, segments, bucket)
         tables, lens = cache.block_tables, lengths

@@ -196,5 +196,5 @@ def sequence_balance_loss(
     total_p = scores.new_zeros(num_seqs, num_experts).index_add(0, owner, normed)
     places = torch.where(expert_ids < 0, -1, owner[:, None] * num_experts + expert_ids)
     copies = expert_counts(places, num_seqs * num_experts).view_as(total_p)
-    f = copies.to(scores.dtype) * (num_experts / topk) / segments.cu_seqlens.diff()[:, None]
+    f = copies.to(scores.dtype) * (num_experts / topk) / segments.device_lengths[:, None]
     return (f * total_p).sum()

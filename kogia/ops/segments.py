@@ -60,9 +60,14 @@ class Segments:
         return len(self.lengths)
 
     @once
+    def device_lengths(self) -> Int[Tensor, " seqs"]:
+        """`lengths` on the device."""
+        return self.cu_seqlens.diff()
+
+    @once
     def owner(self) -> Int[Tensor, " tokens"]:
         """The sequence of each row."""
-        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
+        return torch.repeat_interleave(self.device_lengths, output_size=self.num_tokens)
 
     @once
     def offsets(self) -> Int[Tensor, " tokens"]:
@@ -161,7 +166,7 @@ def _buckets(segments: Segments) -> list[Bucket]:
     device = owner.device
     host_class = np.searchsorted(2 ** np.arange(_POWERS), segments.lengths)
     powers = 2 ** torch.arange(_POWERS, device=device)
-    length_class = torch.bucketize(segments.cu_seqlens.diff(), powers)
+    length_class = torch.bucketize(segments.device_lengths, powers)
     by_class = length_class.argsort(stable=True)
     rank = torch.empty_like(by_class).index_copy_(0, by_class, torch.arange(len(by_class), device=device))
     rows_by_class = length_class[owner].argsort(stable=True)

@@ -212,6 +212,6 @@ def test_bounds_above_the_contexts_change_nothing():
 
 def test_gathered_context_follows_the_block_table():
     rows = torch.arange(12.0)[:, None] * torch.tensor([1.0, 100.0])
-    context = gather_context(rows, torch.tensor([[2, 0, 1], [1, 1, 0]]), 3, 5)
+    context = gather_context(rows, torch.tensor([[2, 0], [1, 1]]), 3)
     assert context[..., 0].tolist() == [[6, 7, 8, 0, 1, 2], [3, 4, 5, 3, 4, 5]]
     assert torch.equal(context[..., 1], context[..., 0] * 100)
