@@ -146,7 +146,7 @@ def test_a_warm_pool_is_fast():
 
 def test_processes_end_when_the_pool_is_closed(spec):
     pool = VerifyPool(spec, workers=2)
-    ids = [worker._process.pid for worker in pool._workers]
+    ids = [worker.child.process.pid for worker in pool._workers]
     pool.close()
     pool.close()
     for process in ids:
@@ -174,7 +174,7 @@ sys.path.insert(0, sys.argv[1])
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Response
 pool = VerifyPool("pool_traps:Trap", workers=2, timeout=100)
-print(*[worker._process.pid for worker in pool._workers], flush=True)
+print(*[worker.child.process.pid for worker in pool._workers], flush=True)
 pool.verify_all([(Problem("p", (), {}), Response("hang", 1, False))] * 2)
 """
 
