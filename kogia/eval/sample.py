@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kogia.engine.request import Completion, SamplingParams
+from kogia.tasks.pool import VerifyPool, require_scores
 from kogia.tasks.task import Problem, Response, Task, Verdict
 from kogia.text.chat import canonical_completion, opens_thought, render_prompt
 from kogia.text.stream import IncrementalDecoder
@@ -14,7 +15,6 @@ from kogia.text.tokenizer import END_THINK, THINK, Tokenizer
 
 if TYPE_CHECKING:
     from kogia.engine.engine import Engine
-    from kogia.tasks.pool import VerifyPool
 
 Progress = Callable[[int, int, int], None]
 """Called with (problems finished, problems in all, tokens generated)."""
@@ -45,7 +45,7 @@ class Answered:
 def answer_problems(
     engine: "Engine",
     tokenizer: Tokenizer,
-    pool: "VerifyPool",
+    pool: VerifyPool,
     problems: Sequence[Problem],
     params: SamplingParams,
     *,
@@ -158,10 +158,12 @@ def _add(
         raise ValueError(f"problem {problem.id!r}: {error}") from error
 
 
-def _verify(pool: "VerifyPool", finished: list[tuple[Problem, bool, list[Completion]]]) -> list[Answered]:
+def _verify(pool: VerifyPool, finished: list[tuple[Problem, bool, list[Completion]]]) -> list[Answered]:
     pairs = [(problem, to_response(c, opened)) for problem, opened, completions in finished for c in completions]
-    verdicts = iter(pool.verify_all(pairs))
+    verdicts = pool.verify_all(pairs)
+    require_scores(pool.spec, verdicts)
+    each = iter(verdicts)
     return [
-        Answered(problem, [Sample(c, next(verdicts)) for c in completions], opened)
+        Answered(problem, [Sample(c, next(each)) for c in completions], opened)
         for problem, opened, completions in finished
     ]

@@ -122,6 +122,8 @@ def _flaw(sample: Sample, config: CurateConfig) -> str | None:
     num_tokens = len(sample.completion.token_ids)
     if sample.truncated:
         return "truncated"
+    if not sample.verdict.is_judged:
+        return "not_judged"
     if config.correct_only and not sample.verdict.correct:
         return "not_correct"
     if config.min_reward is not None and sample.verdict.reward < config.min_reward:

@@ -106,7 +106,9 @@ class VerifyPool:
                 batch.settle(job, verdict)
                 self._fruitless = 0
         except _ProtocolBroken:
-            self._lose(worker, batch, "error", "the worker process sent what is no answer to this sample", certain=False)
+            self._lose(
+                worker, batch, "error", "the worker process sent what is no answer to this sample", certain=False
+            )
         except _Ended as end:
             self._lose(worker, batch, "error", f"the worker process died in verify: {end}", certain=True)
 
