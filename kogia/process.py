@@ -1,8 +1,8 @@
 """Interpreters for code that is not ours: started clean, bound to this process, killed with all they started.
 
-A child imports nothing of the current directory or the environment before our own code, gets one socket, and a lifeline:
-a pipe whose other end only this process holds. When that end closes, however this process ended, the kernel kills the
-child's process group, also in the middle of a long C call.
+A child imports nothing of the current directory or the environment before our own code, gets one socket, and a
+lifeline: a pipe whose other end only this process holds. When that end closes, however this process ended, the kernel
+kills the child's process group, also in the middle of a long C call.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ KEPT_VARIABLES = ("LD_LIBRARY_PATH", "TZ")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Children are many and small, and a numerical library reserves address space for every thread it may start."""
 
-# `-I` keeps the current directory out of the imports before the last line; kogia itself is taken from where it runs here.
+# `-I` keeps the current directory out of these imports; kogia itself is taken from where it is here.
 _START = """
 import json, sys
 from importlib.machinery import PathFinder

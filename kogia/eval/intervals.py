@@ -1,11 +1,11 @@
 """95% intervals with the question as the unit: samples of one question are not independent evidence.
 
 The mean over questions x_1..x_n of per-question scores has standard error s / sqrt(n), s the sample deviation (Miller
-2024, "Adding error bars to evals"), and Student's t covers small n. But few questions with rare successes say little of
-s: one right sample of 80 gives a narrower interval than none. So two questions are imagined besides, one that was always
-wrong and one that was always right, as Agresti and Coull (1998) do for single trials and Agresti and Min (2005) for
-pairs. With 10 to 30 questions the interval then covers the truth in 93% of cases or more, however the chances of the
-questions are spread and wherever the mean lies; with hundreds of questions the two no longer show.
+2024, "Adding error bars to evals"), and Student's t covers small n. But few questions with rare successes say little
+of s: one right sample of 80 gave a narrower interval than none. So two questions are imagined besides, one that was
+always wrong and one that was always right, as Agresti and Coull (1998) do for single trials and Agresti and Min (2005)
+for pairs. With 10 to 30 questions the interval then covers the truth in 93% of cases or more, however the chances of
+the questions are spread and wherever the mean lies; with hundreds of questions the two no longer show.
 
 Whether two models differ where each answered once, right or wrong, is decided by McNemar's exact test.
 """
@@ -81,7 +81,7 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -
 
 
 def mcnemar(deltas: Sequence[float]) -> float:
-    """Exact two-sided p-value that gains (+1) and losses (-1) are equally likely; pairs without a change say nothing."""
+    """Exact two-sided p-value of gains (+1) and losses (-1) being equally likely; unchanged pairs say nothing."""
     gains, losses = sum(d > 0 for d in deltas), sum(d < 0 for d in deltas)
     changed = gains + losses
     tail = sum(comb(changed, i) for i in range(min(gains, losses) + 1))

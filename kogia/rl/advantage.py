@@ -5,8 +5,8 @@
 
 The papers do not say which deviation; verl and TRL take the sample one (N - 1), and so does this file.
 
-A reward of NaN says that the check of a sample failed. Such samples have no part in their group's mean and deviation, and
-get the advantage of its worst sample, or 0 if that is higher: breaking the verifier must never pay.
+A reward of NaN says that the check of a sample failed. Such samples have no part in their group's mean and deviation,
+and get the advantage of its worst sample, or 0 if that is higher: breaking the verifier must never pay.
 """
 
 from typing import Literal

@@ -1,9 +1,9 @@
 """Verification in processes that can be killed: a hang or a crash in `verify` costs that sample and no other.
 
-Every worker owns one socket and gets a chunk of samples at a time, in order; it says when it begins a chunk and answers
-each sample when it is done. So the first unanswered sample of a chunk that was begun is the one being verified, and the
-one to blame when the worker dies or exceeds the time limit. While a worker is stuck, idle ones take over the rest of its
-chunk (`verify` is pure, the first answer counts).
+Every worker owns one socket and gets a chunk of samples at a time, in order; it says when it begins a chunk and
+answers each sample when it is done. So the first unanswered sample of a chunk that was begun is the one being verified,
+and the one to blame when the worker dies or exceeds the time limit. While a worker is stuck, idle ones take over the
+rest of its chunk (`verify` is pure, the first answer counts).
 
 Workers are interpreters of `kogia.process`, not of `multiprocessing`: the user's main script is not imported again,
 needs no `__main__` guard, and torch stays out.
@@ -40,7 +40,9 @@ MIN_SAMPLES, MOST_UNJUDGED = 8, 0.9
 class VerifyPool:
     """Verifies samples of one task in `workers` processes with a wall clock of `timeout` seconds per sample.
 
-    `memory` is what checks may allocate in a worker, in bytes above what loading the task takes. Not thread-safe. Close it, or use it as a context manager; workers also end with this process, however it ends.
+    `memory` is what checks may allocate in a worker, in bytes above what loading the task takes.
+
+    Not thread-safe. Close it, or use it as a context manager; workers also end with this process, however it ends.
     """
 
     def __init__(
@@ -182,8 +184,8 @@ def require_scores(spec: str, verdicts: Sequence[Verdict]) -> None:
     failed = [verdict for verdict in verdicts if not verdict.is_judged]
     if len(verdicts) >= MIN_SAMPLES and len(failed) >= MOST_UNJUDGED * len(verdicts):
         raise ValueError(
-            f"task {spec!r}: {len(failed)} of {len(verdicts)} checks failed, the first with {failed[0].detail or 'no word'!r}; "
-            "a model cannot be judged by this verifier: mend its verify, or allow it more time with --verify-timeout"
+            f"task {spec!r}: {len(failed)} of {len(verdicts)} checks failed, the first with {failed[0].detail!r}; "
+            "no model can be judged by this verifier: mend its verify, or allow it more time with --verify-timeout"
         )
 
 
@@ -256,7 +258,7 @@ class _Worker:
         self._send("[" + ",".join(f"[{job},{line[1:-1]}]" for job, line in lines.items()) + "]")
 
     def read(self) -> Iterator[tuple[int, Verdict]]:
-        """Answers that have arrived; blocks when there is nothing to read. Raises where the worker is of no more use."""
+        """Answers that have arrived; blocks while there is nothing. Raises where the worker is of no more use."""
         try:
             data = self.child.channel.recv(1 << 18)
         except ConnectionError:

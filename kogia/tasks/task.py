@@ -67,8 +67,8 @@ class Verdict:
 class Task(Protocol):
     """`verify` must be pure: it runs in worker processes, in any order, possibly twice.
 
-    A worker has an empty environment and the current directory last on its import path: what `verify` needs from outside
-    is an option of the task.
+    A worker has an empty environment and the current directory last on its import path: what `verify` needs from
+    outside is an option of the task.
     """
 
     @property

@@ -134,8 +134,18 @@ def test_a_paired_difference_matches_the_variance_identity():
     assert paired.p_value is None
 
 
-@pytest.mark.parametrize(("gains", "losses", "p_value"), [(4, 0, 0.125), (5, 0, 0.0625), (6, 0, 0.03125), (9, 2, 0.0654),
-                                                          (10, 2, 0.0386), (3, 3, 1.0), (0, 0, 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gains", "losses", "p_value"),
+    [
+        (4, 0, 0.125),
+        (5, 0, 0.0625),
+        (6, 0, 0.03125),
+        (9, 2, 0.0654),
+        (10, 2, 0.0386),
+        (3, 3, 1.0),
+        (0, 0, 1.0),
+    ],
+)
 @pytest.mark.parametrize("same", [0, 20, 300])
 def test_single_answers_differ_significantly_where_the_exact_test_says_so(gains, losses, p_value, same):
     deltas = [1.0] * gains + [-1.0] * losses + [0.0] * same
