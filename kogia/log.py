@@ -36,6 +36,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def writable(text: str) -> str:
+    """The text with what no UTF-8 file can hold, halves of surrogate pairs, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text`; the file has the old or the new content at any time, also after a power cut."""
     path = Path(path)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from kogia.log import writable
 from kogia.process import allow_cpu_seconds, limit_memory, limit_resource
 from kogia.tasks.task import STATUSES, Problem, Response, Task, Verdict, load_task
 from kogia.text.chat import Message
@@ -115,11 +116,6 @@ def read_verdict(values: Any) -> Verdict:
             extracted = None if extracted is None else writable(extracted)
             return Verdict(reward, correct, status, clean, extracted, writable(detail))
     raise ValueError("these values are no verdict: reward, correct, status, parts, extracted and detail make one")
-
-
-def writable(text: str) -> str:
-    """The text with what no UTF-8 file can hold, halves of surrogate pairs, written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _check_numbers(numbers: Mapping[str, Any]) -> None:
