@@ -140,3 +140,14 @@ def _alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_openmp_threads_wait_without_spinning_unless_the_user_wants_them_to():
+    """Whichever way kogia comes into a program, and before anything of it loads torch."""
+    for module in ("kogia", "kogia.cli", "kogia.engine.config", "kogia.tasks.task"):
+        code = f"import os, sys, {module}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        for given, seen in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+            variables = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"PYTHONPATH": str(HOME)}
+            variables |= {"OMP_WAIT_POLICY": given} if given else {}
+            command = [sys.executable, "-c", code]
+            assert subprocess.run(command, env=variables, capture_output=True, text=True).stdout == f"{seen} False\n"

@@ -18,6 +18,7 @@ from kogia.config import to_dict
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.engine.threads import set_threads
 from kogia.eval.config import EvalConfig
 from kogia.eval.intervals import Estimate
 from kogia.eval.progress import SamplingProgress
@@ -124,12 +125,11 @@ def load_engine(
     path: str, device: str, dtype: str, threads: int | None, config: EngineConfig
 ) -> tuple[Engine, Tokenizer]:
     """The model of a model or run directory in an engine, and its tokenizer."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = Tokenizer.load(resolve_model_dir(path))
     model = load_model(path, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    set_threads(threads, model.config.num_params())
     return Engine(model.eval(), tokenizer, config), tokenizer
 
 
