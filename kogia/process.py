@@ -1,8 +1,8 @@
 """Interpreters for code that is not ours: started clean, bound to this process, killed with all they started.
 
 A child imports nothing of the current directory or the environment before our own code, gets one socket, and a
-lifeline: a pipe whose other end only this process holds. When that end closes, however this process ended, the kernel
-kills the child's process group, also in the middle of a long C call.
+lifeline: a pipe whose other end only this process and its forks hold. When that end closes, however this process
+ended, the kernel kills the child's process group, also in the middle of a long C call.
 """
 
 import contextlib
@@ -55,6 +55,10 @@ class Child:
                 stdout=stdout,
                 start_new_session=True,  # keeps the terminal's Ctrl-C away and makes its children killable with it
             )
+        except BaseException:
+            self.channel.close()
+            os.close(self._lifeline)
+            raise
         finally:
             theirs.close()
             os.close(their_lifeline)
@@ -77,7 +81,10 @@ class Child:
             code = self.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return "closed its connection"
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code >= 0:
+            return f"exit code {code}"
+        names = {number.value: number.name for number in signal.Signals}  # some of the real-time ones have none
+        return f"signal {names.get(-code, -code)}"
 
 
 def import_path() -> list[str]:

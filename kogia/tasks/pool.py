@@ -29,6 +29,7 @@ from kogia.tasks.worker import read_verdict, write_problem
 
 STARTUP_SECONDS = 120.0  # importing a task may mean importing much; no sample is charged for it
 MAX_CHUNK = 32
+MAX_TIMEOUT = 1e6
 MAX_LINE_BYTES = 16 << 20
 """Longest answer of a worker; the verdict on a sample is far shorter."""
 MEMORY_BYTES = 2 << 30
@@ -54,8 +55,10 @@ class VerifyPool:
         timeout: float = 5.0,
         memory: int = MEMORY_BYTES,
     ) -> None:
-        if workers < 1 or timeout <= 0:
-            raise ValueError(f"workers={workers}, timeout={timeout}: need at least one worker and a positive time")
+        if workers < 1 or not 0 < timeout <= MAX_TIMEOUT:
+            raise ValueError(
+                f"workers={workers}, timeout={timeout}: need at least one worker and 0 to {MAX_TIMEOUT:g} seconds"
+            )
         load_task(spec, options)  # a wrong name or option is reported here, not from a worker
         self.spec, self.timeout = spec, timeout
         self._stall = min(0.2, timeout / 8)
@@ -281,9 +284,10 @@ class _Worker:
                 raise ValueError(f"a verification worker could not load the task: {failure}")
             case {"began": int() as job} if job == head and not self.begun:
                 self.begun = True
-            case [int() as job, verdict] if job == head and self.begun:
-                yield job, _verdict(verdict)
+            case [int() as job, values] if job == head and self.begun:
+                verdict = _verdict(values)
                 self.pending.popleft()
+                yield job, verdict
             case _:
                 raise _ProtocolBroken
         self.since, self.shared = time.monotonic(), False

@@ -68,7 +68,7 @@ class Task(Protocol):
     """`verify` must be pure: it runs in worker processes, in any order, possibly twice.
 
     A worker has an empty environment and the current directory last on its import path: what `verify` needs from
-    outside is an option of the task.
+    outside is an option of the task. What loading the task imports does not count towards a worker's limit on memory.
     """
 
     @property

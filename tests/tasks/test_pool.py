@@ -48,6 +48,11 @@ class Trap:
             case "slow": time.sleep(0.1)
             case "exit": os._exit(3)
             case "sys.exit": sys.exit(0)
+            case "real-time signal": os.kill(os.getpid(), 40)
+            case "no word":
+                class Wordless(Exception):
+                    def __str__(self): raise OSError("even this fails")
+                raise Wordless
             case "kill": os.kill(os.getpid(), signal.SIGKILL)
             case "fork":
                 os.fork()
@@ -115,6 +120,7 @@ def test_verdicts_come_back_in_order_and_equal_the_direct_ones():
 
 def test_each_bad_sample_costs_only_itself(spec):
     bad = ["raise", "hang", "exit", "kill", "none", "sys.exit", "nan", "status", "fork", "part", "inf", "correct"]
+    bad += ["real-time signal", "no word"]
     texts = [text for name in bad for text in (name, "fine", "fine")]
     with VerifyPool(spec, workers=2, timeout=0.5) as pool:
         verdicts = pool.verify_all(pairs(*texts))
@@ -131,7 +137,7 @@ def test_each_bad_sample_costs_only_itself(spec):
     assert "returned NoneType, must return a Verdict" in found["none"].detail
     assert "longer than 0.5 s" in found["hang"].detail
     assert count_statuses(verdicts) == {
-        "ok": 24, "wrong": 0, "give_up": 0, "parse_fail": 0, "truncated": 0, "timeout": 2, "error": 10,
+        "ok": 28, "wrong": 0, "give_up": 0, "parse_fail": 0, "truncated": 0, "timeout": 2, "error": 12,
     }  # fmt: skip
 
 
@@ -199,6 +205,9 @@ def test_a_wrong_task_or_option_is_reported_at_once():
         VerifyPool("countdown", {"number": 3})
     with pytest.raises(ValueError, match="workers=0"):
         VerifyPool("countdown", workers=0)
+    for timeout in (0.0, -1.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(ValueError, match="timeout="):
+            VerifyPool("countdown", timeout=timeout)
 
 
 def test_data_that_is_no_json_is_refused_with_the_problem_named(spec):
