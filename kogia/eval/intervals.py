@@ -93,7 +93,7 @@ def _t_interval(values: Sequence[float], imagined: tuple[float, float], weight: 
     count = len(values) + 2 * weight
     centre = (sum(values) + weight * sum(imagined)) / count
     squares = sum((x - centre) ** 2 for x in values) + weight * sum((x - centre) ** 2 for x in imagined)
-    reach = t_quantile(max(1, len(values) - 1)) * sqrt(squares / (count - 1) / count)
+    reach = t_quantile(round(count) - 1) * sqrt(squares / (count - 1) / count)
     return centre - reach, centre + reach
 
 
