@@ -68,7 +68,7 @@ class EvalConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = None
-    """CPU threads for PyTorch; None is one per 4 million parameters, and never more than PyTorch's own choice."""
+    """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
     dry_run: bool = False
     """Print the resolved configuration, parameter count and memory estimate, and stop."""
     quiet: bool = False

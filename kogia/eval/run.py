@@ -18,7 +18,7 @@ from kogia.config import to_dict
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
-from kogia.engine.threads import set_threads
+from kogia.engine.threads import generation_threads
 from kogia.eval.config import EvalConfig
 from kogia.eval.intervals import Estimate
 from kogia.eval.progress import SamplingProgress
@@ -48,14 +48,15 @@ def main(config: EvalConfig) -> None:
     if config.dry_run:
         return print_plan(config)
     earlier = {spec: _read_comparison(config, spec) for spec in config.tasks}
-    engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.threads, config.engine)
+    engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.engine)
     checkpoint = str(resolve_model_dir(config.path))
     summaries = []
     for spec in config.tasks:
         options = config.task_options.get(spec, {})
         pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
         name = file_name(config, spec)
-        with pool, SamplingProgress(name, quiet=config.quiet) as progress:
+        threads = generation_threads(config.threads, engine.model.config.num_params())
+        with pool, threads, SamplingProgress(name, quiet=config.quiet) as progress:
             result = evaluate(
                 engine,
                 tokenizer,
@@ -121,15 +122,12 @@ def evaluate(
     return EvalResult(summary, rows)
 
 
-def load_engine(
-    path: str, device: str, dtype: str, threads: int | None, config: EngineConfig
-) -> tuple[Engine, Tokenizer]:
+def load_engine(path: str, device: str, dtype: str, config: EngineConfig) -> tuple[Engine, Tokenizer]:
     """The model of a model or run directory in an engine, and its tokenizer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = Tokenizer.load(resolve_model_dir(path))
     model = load_model(path, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
-    set_threads(threads, model.config.num_params())
     return Engine(model.eval(), tokenizer, config), tokenizer
 
 

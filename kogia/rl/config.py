@@ -198,7 +198,7 @@ class CurateConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = None
-    """CPU threads for PyTorch; None is one per 4 million parameters, and never more than PyTorch's own choice."""
+    """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
     overwrite: bool = False
     """Delete what is in `out` first."""
     dry_run: bool = False

@@ -20,6 +20,7 @@ from kogia.checkpoint.hf import load_config, resolve_model_dir
 from kogia.config import to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.engine.threads import generation_threads
 from kogia.eval.progress import SamplingProgress
 from kogia.eval.run import load_engine
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
@@ -39,7 +40,7 @@ def main(config: CurateConfig) -> None:
     if config.dry_run:
         return _print_plan(config)
     record = Record(config)
-    engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.threads, config.engine)
+    engine, tokenizer = load_engine(config.path, config.device, config.dtype, config.engine)
     curate(engine, tokenizer, config, record=record, checkpoint=str(resolve_model_dir(config.path)))
 
 
@@ -71,7 +72,8 @@ def curate(
         if not waiting:
             continue
         pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
-        with pool, SamplingProgress(f"curate {task.name}", quiet=config.quiet) as progress:
+        threads = generation_threads(config.threads, engine.model.config.num_params())
+        with pool, threads, SamplingProgress(f"curate {task.name}", quiet=config.quiet) as progress:
             for batch in answer_problems(
                 engine,
                 tokenizer,

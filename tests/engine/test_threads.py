@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kogia.engine.threads import set_threads
+from kogia.engine.threads import generation_threads
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def restored():
     ("allowed", "wanted", "num_params", "used"),
     [
         (8, None, 1_200_000, 1),
-        (8, None, 8_400_000, 2),
+        (8, None, 35_000_000, 3),
         (8, None, 7_000_000_000, 8),
         (1, None, 7_000_000_000, 1),
         (8, None, 0, 1),
@@ -27,5 +27,14 @@ def restored():
 )
 def test_a_small_model_gets_few_threads_unless_told_otherwise(allowed, wanted, num_params, used):
     torch.set_num_threads(allowed)
-    set_threads(wanted, num_params)
-    assert torch.get_num_threads() == used
+    with generation_threads(wanted, num_params):
+        assert torch.get_num_threads() == used
+    assert torch.get_num_threads() == allowed
+
+
+def test_an_error_gives_the_threads_back_too():
+    torch.set_num_threads(3)
+    with pytest.raises(KeyboardInterrupt):
+        with generation_threads(None, 1):
+            raise KeyboardInterrupt
+    assert torch.get_num_threads() == 3

@@ -140,7 +140,7 @@ def test_a_missing_comparison_is_reported_before_anything_is_sampled(checkpoint,
 
 def test_an_interrupted_evaluation_keeps_what_was_verified(checkpoint, tmp_path):
     config = settings(checkpoint, tmp_path, greedy=False)
-    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", None, config.engine)
+    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", config.engine)
 
     def interrupt(done: int, total: int, _: int) -> None:
         if done >= 7:

@@ -164,7 +164,7 @@ def test_the_summary_comes_back_in_process_and_a_dry_run_writes_nothing(checkpoi
     main(replace(config, dry_run=True))
     assert "# samples     at most 24" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()
-    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", None, config.engine)
+    engine, tokenizer = load_engine(str(checkpoint), "cpu", "auto", config.engine)
     assert curate(engine, tokenizer, config) == read(tmp_path)[1]
 
 

@@ -36,7 +36,7 @@ def sources():
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_engine(str(checkpoint), "cpu", "float32", 1, EngineConfig(num_blocks=256, block_size=4))
+    return load_engine(str(checkpoint), "cpu", "float32", EngineConfig(num_blocks=256, block_size=4))
 
 
 @pytest.fixture(scope="module")
