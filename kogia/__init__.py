@@ -1,5 +1,6 @@
 """The DeepSeek-R1 system in readable PyTorch. The names below are imported when they are first used."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
     from kogia.model.config import ModelConfig
     from kogia.model.transformer import Transformer
     from kogia.tasks.task import Task, load_task
+
+# Read by OpenMP once, when torch is loaded, so set before anything here loads it: threads that wait by spinning make a
+# step many times slower as soon as another program wants the core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0.dev0"
 __all__ = ["LLM", "ModelConfig", "SamplingParams", "Task", "Transformer", "load_model", "load_task"]

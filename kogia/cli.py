@@ -88,8 +88,6 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"unknown command {name!r}; {hint}")
     command = COMMANDS[name]
     config = parse_args(_load(command.config), words[1:], prog=f"kogia {name}", description=command.help)
-    # OpenMP threads that wait by spinning make a step ten times slower as soon as another program wants the core
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return _load(command.main)(config) or 0
 
 

@@ -32,6 +32,11 @@ def warn(message: str) -> None:
     _console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
+def writable(text: str) -> str:
+    """The text with what no UTF-8 file can hold, halves of surrogate pairs, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The metric lines of a run, in order; none where there is no file. A line cut short by a crash is left out.
 

@@ -63,3 +63,32 @@ class Hopeless(Checksum):
 
     def verify(self, problem: Problem, response: Response) -> Verdict:
         return Verdict(-0.3, False, "wrong", {"accuracy": 0.0}, None)
+
+
+class Fragile(Checksum):
+    """Its check breaks on what a model can choose to write: every third number of tokens."""
+
+    name = "fragile"
+
+    def verify(self, problem: Problem, response: Response) -> Verdict:
+        if response.num_tokens % 3 == 0:
+            raise RecursionError("the check broke")
+        return super().verify(problem, response)
+
+
+class Broken(Checksum):
+    """A verifier with a mistake in it."""
+
+    name = "broken"
+
+    def verify(self, problem: Problem, response: Response) -> Verdict:
+        raise KeyError("no_such_key")
+
+
+class Surrogate(Checksum):
+    """Finds what no file can hold."""
+
+    name = "surrogate"
+
+    def verify(self, problem: Problem, response: Response) -> Verdict:
+        return Verdict(1.0, True, "ok", {"accuracy": 1.0, "\udc80": 0.0}, "\ud800", "x\udfff")

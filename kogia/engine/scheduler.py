@@ -253,10 +253,9 @@ class Scheduler:
         """
         table, rows, samples = self.table, plan.rows, plan.num_samples
         live = ~table.has_ended[rows]
-        tokens, column = plan.grid(result.tokens), np.arange(max(1, int(samples.max())))
-        where = np.minimum(table.num_known[rows][:, None] + column, table.token_ids.shape[1] - 1)
-        drafts = table.token_ids[rows[:, None], where]
-        num_new, stopped = count_new(tokens, drafts, samples, table.stop_ids[rows])
+        tokens = plan.grid(result.tokens)
+        column = np.arange(tokens.shape[1])
+        num_new, stopped = count_new(tokens, self._drafts(rows, column), samples, table.stop_ids[rows])
         logprobs = plan.grid(result.logprobs, fill=0)
         failed = live & (~np.isfinite(logprobs) & (column < num_new[:, None])).any(axis=1)
         num_new = np.where(live & ~failed, num_new, 0)
@@ -274,6 +273,11 @@ class Scheduler:
         for row in rows[~live & (table.num_flights[rows] == 0)].tolist():
             self._free(row)
         return [o for o in outcomes if o.finish_reason is not None or o.request.stream], num_new
+
+    def _drafts(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[rows, columns] what stands behind the known tokens of each row."""
+        known = self.table.num_known[rows][:, None]
+        return self.table.token_ids[rows[:, None], np.minimum(known + column, self.table.token_ids.shape[1] - 1)]
 
     def _advance(self, plan: StepPlan, num_new: NDArray[np.int64]) -> None:
         """Move the counters, and each block tail back to what the known tokens need."""

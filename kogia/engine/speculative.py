@@ -35,6 +35,8 @@ def count_new(
 
     Arguments as in `num_accepted`; a sequence without samples gains nothing.
     """
+    if samples.shape[1] == 1:  # no draft anywhere
+        return np.minimum(num_samples, 1), (samples == stop_ids).any(axis=1) & (num_samples > 0)
     column = np.arange(samples.shape[1])
     right = (samples == drafts) & (column < num_samples[:, None] - 1)
     num_new = np.where(num_samples > 0, np.cumprod(right, axis=1).sum(axis=1) + 1, 0)

@@ -33,6 +33,8 @@ class StepPlan:
 
     def grid(self, flat: NDArray, fill: int = -1) -> NDArray:
         """One value per sample, end to end, as [entries, most samples of one]."""
+        if len(flat) == len(self.rows) == len(self.sampled):
+            return flat[:, None]
         column = np.arange(max(1, int(self.num_samples.max())))
         grid = np.full((len(self.rows), len(column)), fill, dtype=flat.dtype)
         grid[column < self.num_samples[:, None]] = flat

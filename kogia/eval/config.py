@@ -39,8 +39,8 @@ class EvalConfig(FilteredSamplingConfig):
     """Drawn by `question_seed`; a smaller number takes a part of the same questions."""
     num_samples: int = 8
     """Sampled answers per question; 0 only with `greedy`."""
-    k: tuple[int, ...] = (1, 8)
-    """pass@k and maj@k to report, as far as num_samples reaches."""
+    k: tuple[int, ...] = ()
+    """More pass@k and maj@k to report, up to num_samples; pass@1 always is, and those of 8 where the samples reach."""
     max_tokens: int = 512
     """Longest completion; longer ones count as wrong and as truncated."""
     greedy: bool = False
@@ -66,7 +66,7 @@ class EvalConfig(FilteredSamplingConfig):
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     threads: int | None = None
-    """CPU threads for PyTorch; None leaves its choice."""
+    """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
     dry_run: bool = False
     """Print the resolved configuration, parameter count and memory estimate, and stop."""
     quiet: bool = False
@@ -80,8 +80,11 @@ class EvalConfig(FilteredSamplingConfig):
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.num_samples < 1 and not (self.num_samples == 0 and self.greedy):
             raise ValueError(f"num_samples = {self.num_samples}: must be at least 1, or 0 together with greedy")
-        if any(k < 1 for k in self.k):
-            raise ValueError(f"k = {list(self.k)}: each must be at least 1")
+        if any(not 1 <= k <= self.num_samples for k in self.k):
+            raise ValueError(
+                f"k = {list(self.k)}: each must lie in 1..num_samples = {self.num_samples}; raise num_samples, or ask "
+                "for a smaller k"
+            )
         if self.verify_timeout <= 0:
             raise ValueError(f"verify_timeout = {self.verify_timeout}: must be above 0 seconds")
         if self.temperature == 0 and self.num_samples > 1:

@@ -10,14 +10,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kogia import log
 from kogia.checkpoint.hf import load_config
 from kogia.checkpoint.open import open_model
 from kogia.engine.config import FilteredSamplingConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.engine.threads import generation_threads
 from kogia.eval.config import EvalConfig
 from kogia.eval.intervals import Estimate
 from kogia.eval.progress import SamplingProgress
@@ -25,6 +24,7 @@ from kogia.eval.sample import Answered, Progress, answer_problems, choose_proble
 from kogia.eval.summary import GREEDY, compare, read_samples, summarise
 from kogia.eval.table import print_results
 from kogia.files import put_in_place, write_json
+from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, load_task
@@ -49,8 +49,6 @@ def main(config: EvalConfig) -> None:
     if config.dry_run:
         return print_plan(config)
     earlier = {spec: _read_comparison(config, spec) for spec in config.tasks}
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
     engine = Engine(model, tokenizer, config.engine)
     summaries = []
@@ -58,7 +56,8 @@ def main(config: EvalConfig) -> None:
         options = config.task_options.get(spec, {})
         pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
         name = file_name(config, spec)
-        with pool, SamplingProgress(name, quiet=config.quiet) as progress:
+        threads = generation_threads(config.threads, num_params(engine.model.config))
+        with pool, threads, SamplingProgress(name, quiet=config.quiet) as progress:
             result = evaluate(
                 engine,
                 tokenizer,

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kogia.engine.request import Completion, SamplingParams, report_errors
+from kogia.tasks.pool import VerifyPool, require_scores
 from kogia.tasks.task import Problem, Response, Task, Verdict
 from kogia.text.chat import Prompt, render_prompt
 from kogia.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from kogia.engine.engine import Engine
-    from kogia.tasks.pool import VerifyPool
 
 Progress = Callable[[int, int, int], None]
 """Called with (problems finished, problems in all, tokens generated)."""
@@ -43,7 +43,7 @@ class Answered:
 def answer_problems(
     engine: "Engine",
     tokenizer: Tokenizer,
-    pool: "VerifyPool",
+    pool: VerifyPool,
     problems: Sequence[Problem],
     params: SamplingParams,
     *,
@@ -126,10 +126,12 @@ def _prompt(engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: Sa
     return prompt
 
 
-def _verify(pool: "VerifyPool", finished: list[tuple[Problem, Prompt, list[Completion]]]) -> list[Answered]:
+def _verify(pool: VerifyPool, finished: list[tuple[Problem, Prompt, list[Completion]]]) -> list[Answered]:
     pairs = [(problem, to_response(prompt, c)) for problem, prompt, completions in finished for c in completions]
-    verdicts = iter(pool.verify_all(pairs))
+    verdicts = pool.verify_all(pairs)
+    require_scores(pool.spec, verdicts)
+    each = iter(verdicts)
     return [
-        Answered(problem, prompt, [Sample(c, next(verdicts)) for c in completions])
+        Answered(problem, prompt, [Sample(c, next(each)) for c in completions])
         for problem, prompt, completions in finished
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from kogia.eval.intervals import Estimate, PairedDifference, mean_interval, paired_difference
 from kogia.eval.metrics import majority_at_k, pass_at_k
+from kogia.tasks.task import UNJUDGED
 
 GREEDY = -1
 """The `sample` of a greedy answer."""
@@ -22,6 +23,7 @@ def summarise(rows: Sequence[Row], ks: Iterable[int]) -> dict[str, Any]:
     """Scores with intervals over questions, and rates over samples, of the rows of one task.
 
     A key is always there; its value is None where the samples do not reach (pass@8 of 4 samples, greedy without any).
+    Samples whose check failed are not right; of rewards, they have none and are left out.
     """
     sampled = [row for row in rows if row["sample"] != GREEDY]
     greedy = [row for row in rows if row["sample"] == GREEDY]
@@ -106,6 +108,7 @@ def _difference(paired: PairedDifference) -> dict[str, Any]:
         "difference": estimate.to_list(),
         "correlation": paired.correlation,
         "num_questions": paired.num_questions,
+        "p_value": paired.p_value,
         "significant": paired.is_significant,
     }
 
@@ -113,16 +116,19 @@ def _difference(paired: PairedDifference) -> dict[str, Any]:
 def _rates(rows: Sequence[Row]) -> dict[str, Any]:
     counts = Counter(row["status"] for row in rows)
     claims = counts["ok"] + counts["wrong"]
+    rewards = [row["reward"] for row in rows if row["status"] not in UNJUDGED]
+    failures = [row.get("detail", "") for row in rows if row["status"] in UNJUDGED]
     return {
         "think_tokens": fmean(row["think_tokens"] for row in rows),
         "completion_tokens": fmean(row["num_tokens"] for row in rows),
-        "reward": fmean(row["reward"] for row in rows),
+        "reward": fmean(rewards) if rewards else None,
         "truncated": fmean(row["truncated"] for row in rows),
         "parse_fail": counts["parse_fail"] / len(rows),
         "give_up": counts["give_up"] / len(rows),
         "false_claim": counts["wrong"] / len(rows),
         "claims_verified": counts["ok"] / claims if claims else None,
         "status_counts": dict(counts),
+        "first_failure": failures[0] if failures else None,
     }
 
 

@@ -4,35 +4,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kogia import log
 from kogia.eval.summary import TRUNCATION_LIMIT
+from kogia.tasks.task import UNJUDGED
 
 
 def print_results(summaries: Sequence[dict[str, Any]]) -> None:
-    """One row per score on stdout; warnings on stderr for what the scores hide."""
-    table = Table(title="95% intervals over questions")
-    for name in ("evaluation", "score"):
-        table.add_column(name)
-    for name in ("mean", "interval", "questions", "truncated", "unparsed"):
-        table.add_column(name, justify="right")
+    """A table of scores per evaluation on stdout; warnings on stderr for what the scores hide."""
     for summary in summaries:
-        for name, score in _scores(summary).items():
-            prefix = "greedy_" if name == "greedy" else ""
-            rates = [summary[f"{prefix}truncated"], summary[f"{prefix}parse_fail"]]
-            table.add_row(
-                summary["name"],
-                name,
-                f"{100 * score[0]:.1f}%",
-                f"{100 * score[1]:.1f} to {100 * score[2]:.1f}",
-                str(summary["num_questions"]),
-                *(f"[bold red]{_percent(r)}[/]" if r > TRUNCATION_LIMIT else _percent(r) for r in rates),
-            )
-        table.add_section()
-    Console().print(table)
+        Console().print(_table(summary))
     for summary in summaries:
         _print_rest(summary)
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    """Every name is in the title, where it wraps, so that the columns fit a terminal of 80."""
+    table = Table(title=f"{escape(summary['name'])}: {summary['num_questions']} questions")
+    table.add_column("score")
+    for name in ("mean", "95% interval", "truncated", "unparsed"):
+        table.add_column(name, justify="right")
+    for name, (mean, low, high) in _scores(summary).items():
+        prefix = "greedy_" if name == "greedy" else ""
+        rates = [summary[f"{prefix}truncated"], summary[f"{prefix}parse_fail"]]
+        interval = f"{100 * low:.1f} to {100 * high:.1f}"
+        table.add_row(name, _percent(mean), interval, *map(_rate, rates))
+    return table
+
+
+def _rate(share: float) -> str:
+    return f"[bold red]{_percent(share)}[/]" if share > TRUNCATION_LIMIT else _percent(share)
 
 
 def _scores(summary: dict[str, Any]) -> dict[str, list[float]]:
@@ -54,8 +57,11 @@ def _print_rest(summary: dict[str, Any]) -> None:
             f"{name}: {100 * summary['truncated']:.0f}% of the samples were cut off at max_tokens = {limit} and count "
             "as wrong: the scores measure the limit as much as the model; raise --max-tokens"
         )
-    if broken := counts.get("timeout", 0) + counts.get("error", 0):
-        log.warn(f"{name}: the verifier failed or timed out on {broken} samples, which count as wrong; see 'detail'")
+    if broken := sum(counts.get(status, 0) for status in UNJUDGED):
+        log.warn(
+            f"{name}: the verifier failed or timed out on {broken} samples, which count as not right; the first: "
+            f"{summary['first_failure']!r}"
+        )
     if "compare" in summary:
         _print_comparison(summary)
 
@@ -66,6 +72,8 @@ def _print_comparison(summary: dict[str, Any]) -> None:
         if other[name] is not None:
             mean, low, high = (100 * x for x in other[name]["difference"])
             verdict = "differs" if other[name]["significant"] else "no significant difference"
+            if (p_value := other[name].get("p_value")) is not None:
+                verdict += f" (exact p = {p_value:.2g})"
             log.info(
                 f"{summary['name']}: {name} {mean:+.1f} points [{low:+.1f}, {high:+.1f}] against {other['checkpoint']} "
                 f"on {other[name]['num_questions']} shared questions: {verdict}"

@@ -13,8 +13,10 @@ from rich.console import Console
 from kogia import log
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
+from kogia.engine.threads import generation_threads
 from kogia.inference.config import ChatConfig
 from kogia.inference.llm import LLM
+from kogia.model.costs import num_params
 from kogia.text.chat import Message, Prompt, render_prompt
 from kogia.text.tokenizer import END_THINK, THINK
 
@@ -26,6 +28,12 @@ def main(config: ChatConfig) -> int:
     llm = LLM(
         config.path, device=config.device, dtype=config.dtype, num_draft_tokens=config.draft_tokens, max_sequences=1
     )
+    with generation_threads(None, num_params(llm.model.config)):
+        return converse(llm, config)
+
+
+def converse(llm: LLM, config: ChatConfig) -> int:
+    """Questions and answers until the end of the input."""
     console, params = Console(highlight=False), SamplingParams.of(config)
     opening = [] if config.system is None else [Message("system", config.system)]
     messages = list(opening)

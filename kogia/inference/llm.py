@@ -11,6 +11,8 @@ from kogia.config import from_dict
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import Completion, SamplingParams, TokenEvent
+from kogia.engine.threads import generation_threads
+from kogia.model.costs import num_params
 from kogia.text.chat import Message, Prompt, render_prompt
 
 Given = Prompt | str | Sequence[int]
@@ -52,7 +54,8 @@ class LLM:
     ) -> list[list[Completion]]:
         """Continue texts or token ids, `n` completions each. Texts get the leading BOS that the model's texts have."""
         each = [prompts] if isinstance(prompts, str) else prompts
-        return self.engine.generate([self._ids(p) for p in each], params or SamplingParams(), on_progress)
+        with generation_threads(None, num_params(self.model.config)):
+            return self.engine.generate([self._ids(p) for p in each], params or SamplingParams(), on_progress)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, thinking: bool | None = None

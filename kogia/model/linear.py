@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kogia.ops.linear import linear
-from kogia.ops.packed import FORMATS, Packed, format_of
+from kogia.ops.packed import FORMATS, Packed
 
 
 class Linear(nn.Module):
@@ -26,17 +26,14 @@ class Linear(nn.Module):
         self.shape = (*stack, out_features, in_features)
         """Of the dense weight."""
         self.weight = nn.Parameter(torch.empty(self.shape))
+        self.format: str | None = None
+        """The weight's key in `FORMATS`, or None while it is dense."""
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         for each in FORMATS.values():
             self.register_buffer(each.scale_name, None)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         return linear(x, self.operand(), self.bias)
-
-    @property
-    def format(self) -> str | None:
-        """The weight's key in `FORMATS`, or None where it is dense."""
-        return format_of(self.weight.dtype)
 
     def operand(self) -> Tensor | Packed:
         """The weight as ops take it."""
@@ -59,5 +56,6 @@ class Linear(nn.Module):
         self._hold(FORMATS[format].pack(self.weight, **options))
 
     def _hold(self, packed: Packed) -> None:
+        self.format = packed.format
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         setattr(self, FORMATS[packed.format].scale_name, packed.scale)

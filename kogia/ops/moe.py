@@ -145,17 +145,23 @@ class _PermuteRows(torch.autograd.Function):
         return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
+def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return x.index_select(0, order)
+    return _PermuteRows.apply(x, order, inverse)  # pyright: ignore[reportReturnType]
+
+
 def dispatch(x: Float[Tensor, "tokens dim"], topk: int, order: ExpertOrder) -> Float[Tensor, "routed dim"]:
     """Copy every token to its experts, rows in expert order."""
     copies = x[:, None].expand(-1, topk, -1).reshape(-1, x.shape[1])
-    return _PermuteRows.apply(copies, order.order, order.inverse)  # pyright: ignore[reportReturnType]
+    return _permute(copies, order.order, order.inverse)
 
 
 def combine(
     y: Float[Tensor, "routed dim"], weights: Float[Tensor, "tokens topk"], order: ExpertOrder
 ) -> Float[Tensor, "tokens dim"]:
     """Weighted sum of each token's expert outputs."""
-    by_token: Tensor = _PermuteRows.apply(y, order.inverse, order.order)  # pyright: ignore[reportAssignmentType]
+    by_token = _permute(y, order.inverse, order.order)
     return torch.bmm(weights.to(y.dtype)[:, None], by_token.view(*weights.shape, y.shape[1])).squeeze(1)
 
 

@@ -11,15 +11,20 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight), scale
+
+
 class _RMSNorm(torch.autograd.Function):
     """Hand-written backward: autograd through the plain formula keeps three more tensors and makes twice the passes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed, scale = _normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return normed
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -36,4 +41,6 @@ class _RMSNorm(torch.autograd.Function):
 @op()
 def rms_norm(x: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "... dim"]:
     """Normalise the last axis. The product with `weight` is taken in the input's dtype, as the published models do."""
+    if not torch.is_grad_enabled():
+        return _normalise(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]

@@ -18,7 +18,7 @@ from kogia.report.figures import LEARNING, ROUTING, SPECULATION, Curve, draw_acc
 from kogia.report.load import Interval, Measurement, Run, Sample, Stage, load_run, read_samples
 from kogia.report.words import (
     before_and_after,
-    explain_lift,
+    explain_change,
     explain_student,
     grouped,
     headline_group,
@@ -58,7 +58,7 @@ def render(run: Run) -> str:
 def _content(run: Run) -> dict[str, Any]:
     group = headline_group(run.stages)
     pair = before_and_after(run.stages, group)
-    sentences = (explain_lift(*pair) if pair else []) + explain_student(group)
+    sentences = (explain_change(*pair, group) if pair else []) + explain_student(group)
     return {
         "title": plain(run.name),
         "facts": _facts(run),
@@ -69,7 +69,7 @@ def _content(run: Run) -> dict[str, Any]:
         "routing": _charts(run.stages, ROUTING),
         "speculation": _charts(run.stages, SPECULATION),
         "statuses": STATUSES,
-        "trajectories": trajectories(*pair) if pair else _alone(group),
+        "trajectories": trajectories(*pair, group) if pair else _alone(group),
         "recipes": [(stage.name, stage.recipe) for stage in run.stages if stage.recipe],
         "versions": _versions(run),
         "notes": run.notes,
@@ -77,16 +77,15 @@ def _content(run: Run) -> dict[str, Any]:
 
 
 class Table:
-    """The measurements of one task and split, as rows."""
+    """The measurements of one task under the same conditions, as rows."""
 
     def __init__(self, group: Sequence[Measurement], stages: Sequence[Stage]) -> None:
-        self.caption = " · ".join(part for part in (group[0].task, group[0].split) if part) or "measurements"
-        self.rows = [(label(m, group), m) for m in group]
-        self.k = max(m.k for m in group)
         first = group[0]
+        task = " · ".join(part for part in (first.task, first.split) if part) or "measurements"
         counted = [f"{first.values[key]:.0f} {what}" for key, what in _COUNTS if key in first.values]
-        self.basis = ", ".join(counted)
-        self.sampling = ", ".join(f"{key} {value}" for key, value in first.sampling.items())
+        self.caption = ", ".join([task, *counted, *(f"{key} {value}" for key, value in first.sampling.items())])
+        self.rows = [(label(m, group), m) for m in group]
+        self.k = first.k
         self.speculative = any("mtp_acceptance" in m.values for m in group)
         self.counted = any(m.status_counts for m in group)
 
@@ -104,7 +103,7 @@ class Trajectory:
     after: tuple[str, Sample]
 
 
-def trajectories(before: Measurement, after: Measurement) -> list[Trajectory]:
+def trajectories(before: Measurement, after: Measurement, group: Sequence[Measurement]) -> list[Trajectory]:
     """Three problems by their first sample: one gained, one right both times, one still or newly wrong.
 
     The first of each kind in file order is taken, so nothing is picked by hand; kinds that do not occur are filled up
@@ -122,7 +121,7 @@ def trajectories(before: Measurement, after: Measurement) -> list[Trajectory]:
     spare = [(title, *p) for title, pairs in kinds.items() for p in pairs if p[0].problem_id not in taken]
     chosen += spare[: 3 - len(chosen)]
     return [
-        Trajectory(title, first.prompt, (plain(before.stage), first), (plain(after.stage), second))
+        Trajectory(title, first.prompt, (label(before, group), first), (label(after, group), second))
         for title, first, second in chosen
     ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kogia.log import METRICS_FILE, read_metrics
+from kogia.log import METRICS_FILE, read_metrics, writable
 
 STAGE_ORDER = ("base", "cold_start", "grpo", "curated", "rejection_sft", "student")
 """The stages of the R1 recipe; others follow by name."""
@@ -33,6 +33,8 @@ class Measurement:
 
     stage: str
     name: str
+    checkpoint: str
+    """Of what model; empty where the file does not say."""
     task: str
     split: str
     pass_1: Interval | None
@@ -47,6 +49,17 @@ class Measurement:
     sampling: Mapping[str, Any]
     samples: Path | None
     """The JSON lines of every sample, where they were kept."""
+
+    @property
+    def identity(self) -> str:
+        """The same for two measurements of one checkpoint, and for those of one stage that do not say of which."""
+        return str(Path(self.checkpoint).resolve()) if self.checkpoint not in ("", "None") else self.stage
+
+    @property
+    def conditions(self) -> tuple[Any, ...]:
+        """What must be equal before figures are compared: questions, samples, k and every sampling setting."""
+        counts = (self.values.get("num_questions"), self.values.get("num_samples"), self.k)
+        return (self.task, self.split, *counts, json.dumps(self.sampling, sort_keys=True))
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ def load_run(directory: Path) -> Run:
             f"{directory}: neither it nor a folder in it holds run.toml, {METRICS_FILE} or evals/; "
             "give the directory that a command wrote with --out"
         )
-    return Run(directory.resolve().name, stages, summary, notes)
+    return Run(writable(directory.resolve().name), stages, summary, notes)
 
 
 def read_samples(path: Path | None, problem_ids: set[str] | None = None) -> Iterator[Sample]:
@@ -110,8 +123,7 @@ def read_samples(path: Path | None, problem_ids: set[str] | None = None) -> Iter
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                data = json.loads(line)
-                sample = _sample(data)
+                sample = _sample(_clean(json.loads(line)))
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
                 continue
             if sample.problem_id in seen or (problem_ids is not None and sample.problem_id not in problem_ids):
@@ -131,7 +143,7 @@ def _stage_key(directory: Path) -> tuple[int, str]:
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = _clean(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         notes.append(f"{_place(path)} is left out: {error}")
         return {}
@@ -141,13 +153,25 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     return data
 
 
+def _clean(value: Any) -> Any:
+    """The JSON value with every string fit for a page: an escape in JSON may stand for half a character."""
+    match value:
+        case str():
+            return writable(value)
+        case list():
+            return [_clean(item) for item in value]
+        case dict():
+            return {writable(key): _clean(item) for key, item in value.items()}
+    return value
+
+
 def _place(path: Path) -> str:
     """The file as a reader looks for it: below its stage's directory."""
-    return "/".join(path.parts[-3:] if path.parent.name == "evals" else path.parts[-2:])
+    return writable("/".join(path.parts[-3:] if path.parent.name == "evals" else path.parts[-2:]))
 
 
 def _load_stage(directory: Path, notes: list[str]) -> Stage:
-    name = directory.resolve().name
+    name = writable(directory.resolve().name)
     try:
         metrics = [m for m in read_metrics(directory) if _number(m.get("step")) is not None]
     except (OSError, ValueError, AttributeError) as error:
@@ -157,7 +181,7 @@ def _load_stage(directory: Path, notes: list[str]) -> Stage:
     for path in sorted((directory / "evals").glob("*.json")):
         data = _read_json(path, notes)
         if data:
-            measurements.append(_measurement(name, path.stem, data, path.with_suffix(".jsonl")))
+            measurements.append(_measurement(name, writable(path.stem), data, path.with_suffix(".jsonl")))
     recipe = directory / "run.toml"
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     for part, there in (("metrics", metrics), ("evaluation", measurements), ("run.toml", text)):
@@ -189,6 +213,7 @@ def _measurement(stage: str, stem: str, data: Mapping[str, Any], samples: Path |
     return Measurement(
         stage=stage,
         name=str(data.get("name") or stem),
+        checkpoint=str(data.get("checkpoint") or ""),
         task=str(data.get("task") or ""),
         split=str(data.get("split") or ""),
         pass_1=_interval(data.get("pass@1")),

@@ -1,8 +1,8 @@
-"""What the figures mean, in plain sentences: how much of a lift is new ability and how much is sharpening.
+"""What the figures say, in plain sentences that claim no more than each of them shows.
 
-Reinforcement learning can raise pass@1 at temperature 1 in two ways. The model's favourite answer becomes right more
-often, which greedy decoding shows; or probability moves onto a favourite that was right before, which greedy decoding
-does not show. The second is sharpening. pass@k tells whether more problems are within reach at all.
+pass@1 is the share of sampled answers that are right, greedy the share of problems whose likeliest answer is, maj@k of
+those whose most frequent answer among k is, pass@k of those with any right answer among k. How much of a change in one
+of them is a cause of another does not follow from them, so nothing is said of it.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,16 @@ from kogia.report.load import Interval, Measurement, Stage
 
 
 def headline_group(stages: Sequence[Stage]) -> list[Measurement]:
-    """The measurements that compare most stages: those of one task and split, in the order of the stages."""
-    groups = grouped(stages)
-    return max(groups, key=lambda g: (len({m.stage for m in g}), g[0].split == "test"), default=[])
+    """The group that compares most stages."""
+    return max(grouped(stages), key=lambda g: (len({m.stage for m in g}), g[0].split == "test"), default=[])
 
 
 def grouped(stages: Sequence[Stage]) -> list[list[Measurement]]:
-    """All measurements by task and split; a group's members can be compared."""
-    groups: dict[tuple[str, str], list[Measurement]] = {}
+    """All measurements by their conditions, in the order of the stages; a group's members can be compared."""
+    groups: dict[tuple[object, ...], list[Measurement]] = {}
     for stage in stages:
         for measurement in stage.measurements:
-            groups.setdefault((measurement.task, measurement.split), []).append(measurement)
+            groups.setdefault(measurement.conditions, []).append(measurement)
     return list(groups.values())
 
 
@@ -37,29 +36,36 @@ def plain(name: str) -> str:
 
 
 def before_and_after(stages: Sequence[Stage], group: Sequence[Measurement]) -> tuple[Measurement, Measurement] | None:
-    """The measurements around reinforcement learning; else the first and the last; None where there are not two."""
-    rewarded = [s.name for s in stages if s.name == "grpo" or any("reward" in m for m in s.metrics)]
-    for index, measurement in enumerate(group):
-        if measurement.stage in rewarded and index > 0:
-            last = max(i for i, m in enumerate(group) if m.stage == measurement.stage)
-            return group[index - 1], group[last]
-    return (group[0], group[-1]) if len(group) > 1 else None
+    """The measurements around reinforcement learning; else the first and the last; None without two checkpoints."""
+    rewarded = {s.name for s in stages if s.name == "grpo" or any("reward" in m for m in s.metrics)}
+    places = [i for i, m in enumerate(group) if m.stage in rewarded]
+    if places and places[0] > 0:
+        before, after = places[0] - 1, max(i for i in places if group[i].stage == group[places[0]].stage)
+        if group[before].identity != group[after].identity:
+            return group[before], group[after]
+    others = [m for m in group if m.identity != group[-1].identity]
+    return (others[0], group[-1]) if others else None
 
 
-def explain_lift(before: Measurement, after: Measurement) -> list[str]:
-    """Sentences about the change of pass@1, how it splits, and what became of pass@k and the false claims."""
-    if before.pass_1 is None or after.pass_1 is None:
-        return []
-    lift = after.pass_1.mean - before.pass_1.mean
-    sentences = [
-        f"pass@1 at temperature {after.sampling.get('temperature', 1):g} went from {percent(before.pass_1.mean)} "
-        f"({plain(before.stage)}) to {percent(after.pass_1.mean)} ({plain(after.stage)}), {points(lift)}; "
-        f"{_separation(before.pass_1, after.pass_1)}."
+def explain_change(before: Measurement, after: Measurement, group: Sequence[Measurement]) -> list[str]:
+    """One sentence for each score that both measurements have."""
+    names = label(before, group), label(after, group)
+    temperature = after.sampling.get("temperature", 1)
+    scores = [
+        (f"pass@1, the share of right answers at temperature {temperature}", before.pass_1, after.pass_1),
+        ("Greedy accuracy, of the answer that takes the likeliest token each time", before.greedy, after.greedy),
     ]
-    sentences += _split_of(lift, before.greedy, after.greedy)
-    if before.pass_k and after.pass_k and before.k == after.k:
-        sentences.append(_reach(after.pass_k.mean - before.pass_k.mean, before, after))
-    return sentences
+    if before.k == after.k:
+        scores.append((f"maj@{after.k}, of the most frequent among {after.k} answers", before.maj_k, after.maj_k))
+        scores.append((f"pass@{after.k}, of any among {after.k} answers", before.pass_k, after.pass_k))
+    return [_change(what, first, second, names) for what, first, second in scores if first and second]
+
+
+def _change(what: str, before: Interval, after: Interval, names: tuple[str, str]) -> str:
+    return (
+        f"{what}, went from {percent(before.mean)} ({names[0]}) to {percent(after.mean)} ({names[1]}), "
+        f"{points(after.mean - before.mean)}; {_separation(before, after)}."
+    )
 
 
 def _separation(before: Interval, after: Interval) -> str:
@@ -69,38 +75,11 @@ def _separation(before: Interval, after: Interval) -> str:
     return "the 95% intervals do not overlap" if apart else "the 95% intervals overlap"
 
 
-def _split_of(lift: float, before: Interval | None, after: Interval | None) -> list[str]:
-    """How the lift of pass@1 divides into a better favourite answer and sharpening."""
-    if lift <= 0:
-        return ["There is no lift to explain."]
-    if before is None or after is None:
-        return ["Greedy accuracy was not measured, so how much of the lift is sharpening is not known."]
-    gain = after.mean - before.mean
-    ability = min(max(gain / lift, 0.0), 1.0)
-    return [
-        f"Greedy accuracy, the favourite answer alone, moved by {points(gain)}, from {percent(before.mean)} to "
-        f"{percent(after.mean)}.",
-        f"So about {percent(ability, 0)} of the lift is a favourite answer that is right more often, and about "
-        f"{percent(1 - ability, 0)} is sharpening: probability moved onto answers that were the favourites before.",
-    ]
-
-
-def _reach(gain: float, before: Measurement, after: Measurement) -> str:
-    assert before.pass_k is not None and after.pass_k is not None
-    known = before.pass_k.low is not None and after.pass_k.low is not None
-    if after.pass_k.above(before.pass_k):
-        meaning = "more problems are within reach than before"
-    elif before.pass_k.above(after.pass_k):
-        meaning = "fewer problems are within reach than before: variety was lost"
-    else:
-        meaning = "no clear change in which problems are within reach" if known else "its interval is not known"
-    return f"pass@{after.k}, a right answer among {after.k} samples, moved by {points(gain)}: {meaning}."
-
-
 def explain_student(group: Sequence[Measurement]) -> list[str]:
     """How the distilled student compares with the stage before it."""
     for teacher, student in pairwise(group):
-        if student.stage == "student" and teacher.stage != "student" and teacher.pass_1 and student.pass_1:
+        apart = teacher.stage != "student" and teacher.identity != student.identity
+        if student.stage == "student" and apart and teacher.pass_1 and student.pass_1:
             gap = student.pass_1.mean - teacher.pass_1.mean
             side = "below" if gap < 0 else "above"
             return [

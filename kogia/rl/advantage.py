@@ -4,6 +4,9 @@
     A_i =  R_i - mean(R)                          Dr. GRPO                  (normalize_std=False)
 
 The papers do not say which deviation; verl and TRL take the sample one (N - 1), and so does this file.
+
+A reward of NaN says that the check of a sample failed. Such samples have no part in their group's mean and deviation,
+and get the advantage of its worst sample, or 0 if that is higher: breaking the verifier must never pay.
 """
 
 from typing import Literal
@@ -22,16 +25,22 @@ def group_advantages(
     """
     if rewards.shape[1] < 2:
         raise ValueError(f"group_size = {rewards.shape[1]}: a group needs at least 2 samples to be a baseline")
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    judged = ~rewards.isnan()
+    num_judged = judged.sum(dim=1, keepdim=True)
+    advantages = (rewards - rewards.nanmean(dim=1, keepdim=True)).masked_fill(~judged, 0.0)
     if normalize_std:
-        advantages = advantages / (rewards.std(dim=1, correction=1, keepdim=True) + eps)
+        deviation = (advantages.square().sum(dim=1, keepdim=True) / (num_judged - 1).clamp(min=1)).sqrt()
+        advantages = advantages / (deviation + eps)
     # The mean of equal rewards can round off by one bit, which 1 / eps would blow up into a gradient.
-    return advantages.masked_fill(is_zero_variance(rewards)[:, None], 0.0)
+    advantages = advantages.masked_fill(is_zero_variance(rewards)[:, None], 0.0)
+    return torch.where(judged, advantages, advantages.amin(dim=1, keepdim=True))
 
 
 def is_zero_variance(rewards: Float[Tensor, "prompts group"]) -> Bool[Tensor, " prompts"]:
     """Groups whose samples all earned the same: no policy gradient in them (DAPO's dynamic sampling drops them)."""
-    return rewards.amax(dim=1) == rewards.amin(dim=1)
+    unjudged = rewards.isnan()
+    highest = rewards.masked_fill(unjudged, -torch.inf).amax(dim=1)
+    return highest <= rewards.masked_fill(unjudged, torch.inf).amin(dim=1)  # nothing judged: -inf <= inf
 
 
 def overlong_penalty(num_tokens: Int[Tensor, "*samples"], max_tokens: int, buffer: int) -> Float[Tensor, "*samples"]:

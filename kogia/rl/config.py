@@ -198,7 +198,7 @@ class CurateConfig(FilteredSamplingConfig):
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     threads: int | None = None
-    """CPU threads for PyTorch; None leaves its choice."""
+    """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
     overwrite: bool = False
     """Delete what is in `out` first."""
     dry_run: bool = False

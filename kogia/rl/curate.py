@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kogia import log
 from kogia.checkpoint.hf import load_config
 from kogia.checkpoint.open import open_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.engine.threads import generation_threads
 from kogia.eval.progress import SamplingProgress
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
 from kogia.files import write_json, write_text
+from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
@@ -41,8 +41,6 @@ def main(config: CurateConfig) -> None:
     if config.dry_run:
         return print_plan(config)
     record = Record(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
     curate(Engine(model, tokenizer, config.engine), tokenizer, config, record=record, checkpoint=str(directory))
 
@@ -69,7 +67,8 @@ def curate(
         if not waiting:
             continue
         pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
-        with pool, SamplingProgress(f"curate {task.name}", quiet=config.quiet) as progress:
+        threads = generation_threads(config.threads, num_params(engine.model.config))
+        with pool, threads, SamplingProgress(f"curate {task.name}", quiet=config.quiet) as progress:
             for batch in answer_problems(
                 engine,
                 tokenizer,
@@ -120,6 +119,8 @@ def _flaw(sample: Sample, config: CurateConfig) -> str | None:
     num_tokens = len(sample.completion.token_ids)
     if sample.truncated:
         return "truncated"
+    if not sample.verdict.is_judged:
+        return "not_judged"
     if config.correct_only and not sample.verdict.correct:
         return "not_correct"
     if config.min_reward is not None and sample.verdict.reward < config.min_reward:

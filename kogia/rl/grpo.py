@@ -24,8 +24,10 @@ from kogia.checkpoint.open import open_model
 from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.engine.threads import generation_threads
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import evaluate
+from kogia.model.costs import num_params
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
 from kogia.plan.dry_run import mib, print_dry_run, training_memory
@@ -155,7 +157,8 @@ def step(run: Run) -> dict[str, float]:
     drawn = draw_problems(run.sources, run.rollouts, config.prompts_per_step, config.seed)
     seed = config.seed * 1_000_003 + run.rollouts
     params = SamplingParams.of(config, n=config.group_size, seed=seed, logprobs=True)
-    rollout = collect(run.engine, run.tokenizer, drawn, params)
+    with generation_threads(config.threads, num_params(model.config)):
+        rollout = collect(run.engine, run.tokenizer, drawn, params)
     sampled = time.perf_counter()
     rewards = shaped_rewards(rollout, config, run.rollouts)
     metrics = rollout_metrics(rollout, rewards)

@@ -3,6 +3,7 @@
 The prompt is tokenised once and completions stay token ids from the engine to the loss: nothing is re-tokenised.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from kogia.engine.request import NOT_FINITE, Completion, SamplingParams
 from kogia.eval.sample import is_truncated, to_response
 from kogia.model.packed import PackedTokens, pack
 from kogia.rl.loss import PolicyBatch
-from kogia.tasks.pool import VerifyPool
+from kogia.tasks.pool import VerifyPool, require_scores
 from kogia.tasks.task import Problem, Task, Verdict
 from kogia.text.chat import render_prompt
 from kogia.text.tokenizer import Tokenizer
@@ -70,7 +71,9 @@ class Rollout:
 
     @property
     def rewards(self) -> Float[Tensor, "prompts group"]:
-        return torch.tensor([[v.reward for v in group] for group in self.verdicts], dtype=torch.float32)
+        """What the verifiers gave; NaN where a check failed, for that is no measurement and has no place in a mean."""
+        scores = [[v.reward if v.is_judged else math.nan for v in group] for group in self.verdicts]
+        return torch.tensor(scores, dtype=torch.float32)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -95,7 +98,8 @@ def collect(
 ) -> Rollout:
     """Sample `params.n` completions of every problem and verify them, each task in its own worker processes.
 
-    Raises ValueError naming a problem whose prompt leaves no room in the model's context.
+    Raises ValueError naming a problem whose prompt leaves no room in the model's context, and where nearly all checks
+    of a task fail.
     """
     problems = [problem for _, problem in drawn]
     prompts = [render_prompt(problem.messages, tokenizer) for problem in problems]
@@ -108,7 +112,9 @@ def collect(
     for source in {id(source): source for source, _ in drawn}.values():
         rows = [row for row, (owner, _) in enumerate(drawn) if owner is source]
         pairs = [(problems[row], to_response(prompts[row], c)) for row in rows for c in completions[row]]
-        results = iter(source.pool.verify_all(pairs))
+        judged = source.pool.verify_all(pairs)
+        require_scores(source.pool.spec, judged)
+        results = iter(judged)
         for row in rows:
             verdicts[row] = [next(results) for _ in completions[row]]
     return Rollout(problems, ids, completions, verdicts)

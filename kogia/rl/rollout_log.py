@@ -1,6 +1,7 @@
 """What a rollout says, before any update: numbers for metrics.jsonl, and samples for people to read."""
 
 import json
+import math
 from pathlib import Path
 
 from jaxtyping import Float
@@ -12,12 +13,15 @@ from kogia.rl.rollout import Rollout
 
 
 def rollout_metrics(rollout: Rollout, rewards: Float[Tensor, "prompts group"]) -> dict[str, float]:
-    """Means over all samples; the verifiers' statuses and parts of the reward each under their own name."""
+    """Means over all samples; the verifiers' statuses and parts of the reward each under their own name.
+
+    The reward is a mean over the samples that have one: failed checks are counted by their status alone.
+    """
     verdicts = [v for group in rollout.verdicts for v in group]
     statuses = rollout.statuses()
     completions = [c for group in rollout.completions for c in group]
     metrics = {
-        "reward": float(rewards.mean()),
+        "reward": float(rewards.nanmean()),
         "accuracy": sum(v.correct for v in verdicts) / len(verdicts),
         "completion_tokens": float(rollout.num_tokens.float().mean()),
         "truncated": float(rollout.truncated.float().mean()),
@@ -38,7 +42,11 @@ def write_samples(path: Path, step: int, rollout: Rollout, rewards: Float[Tensor
             rollout.completions[0], rollout.verdicts[0], rewards[0].tolist(), strict=True
         ):
             row = {"step": step, "problem_id": rollout.problems[0].id, "text": completion.text}
-            row |= {"reward": reward, "status": verdict.status, "num_tokens": len(completion.token_ids)}
+            row |= {
+                "reward": None if math.isnan(reward) else reward,
+                "status": verdict.status,
+                "num_tokens": len(completion.token_ids),
+            }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -84,7 +84,7 @@ def summarize(rollout: Rollout, tokenizer: Tokenizer, difference: float) -> Sign
     return Signal(
         prompts=correct.shape[0],
         samples=correct.shape[1],
-        mean_reward=float(rollout.rewards.mean()),
+        mean_reward=float(rollout.rewards.nanmean()),
         informative_groups=float(((share > 0) & (share < 1)).float().mean()),
         pass_at_1=float(share.mean()),
         pass_at_n=float((share > 0).float().mean()),

@@ -14,7 +14,9 @@ from kogia.config import resolve
 from kogia.text.chat import Message
 
 Status = Literal["ok", "wrong", "give_up", "parse_fail", "truncated", "timeout", "error"]
-STATUSES: tuple[str, ...] = get_args(Status)
+STATUSES: tuple[Status, ...] = get_args(Status)
+UNJUDGED: tuple[Status, ...] = ("timeout", "error")
+"""Statuses of responses that no check came to an end on: they are not right, and their reward is no measurement."""
 
 BUILTIN = {
     "countdown": "kogia.tasks.countdown:Countdown",
@@ -43,7 +45,10 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The judgement of one response. `parts` are the unweighted components (accuracy, format, ...) for the logs."""
+    """The judgement of one response. `parts` are the unweighted components (accuracy, format, ...) for the logs.
+
+    The reward counts only where `is_judged`: a response that breaks its check must not earn what lies above "wrong".
+    """
 
     reward: float
     correct: bool
@@ -53,10 +58,18 @@ class Verdict:
     """The answer that was judged, None when none was found."""
     detail: str = ""
 
+    @property
+    def is_judged(self) -> bool:
+        return self.status not in UNJUDGED
+
 
 @runtime_checkable
 class Task(Protocol):
-    """`verify` must be pure: it runs in worker processes, in any order, possibly twice."""
+    """`verify` must be pure: it runs in worker processes, in any order, possibly twice.
+
+    A worker has an empty environment and the current directory last on its import path: what `verify` needs from
+    outside is an option of the task. What loading the task imports does not count towards a worker's limit on memory.
+    """
 
     @property
     def name(self) -> str: ...

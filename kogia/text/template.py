@@ -8,13 +8,13 @@ owner; a prompt then costs about 0.1 ms.
 import contextlib
 import json
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
+
+from kogia.process import Child
 
 CPU_SECONDS = 2.0
 """For one rendering, and for compiling the template before the first."""
@@ -23,11 +23,6 @@ MEMORY_BYTES = 192 << 20
 MAX_CHARS = 4_000_000
 """Longest prompt: a million tokens of ordinary text."""
 WALL_SECONDS = 60.0  # CPU time is what counts: this only ends the wait for a process that does not run at all
-
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from kogia.text.template_worker import main; main(int(sys.argv[2]))"
-)
 
 
 class ChatTemplate:
@@ -67,19 +62,10 @@ class _Worker:
     """The process of one template and this side of its socket."""
 
     def __init__(self, source: str) -> None:
-        self._channel, theirs = socket.socketpair()
-        self._channel.settimeout(WALL_SECONDS)
-        with theirs:
-            # An own session keeps the terminal's Ctrl-C away from it.
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self._replies = self._channel.makefile("rb")
-        self.close = weakref.finalize(self, _end, self._process, self._channel)
+        self._child = Child("kogia.text.template_worker", stdout=subprocess.DEVNULL)
+        self.close = weakref.finalize(self, self._child.end)
+        self._child.channel.settimeout(WALL_SECONDS)
+        self._replies = self._child.channel.makefile("rb")
         self._unsent = json.dumps(source).encode() + b"\n"
 
     def ask(self, variables: Mapping[str, Any]) -> dict[str, str]:
@@ -87,7 +73,7 @@ class _Worker:
         request, self._unsent = self._unsent + json.dumps(variables).encode() + b"\n", b""
         line = b""
         try:
-            self._channel.sendall(request)
+            self._child.channel.sendall(request)
             line = self._replies.readline()
         except TimeoutError:
             raise _WorkerLost(f"gave no answer within {WALL_SECONDS:g} s") from None
@@ -95,17 +81,20 @@ class _Worker:
             pass
         if not line.endswith(b"\n"):
             raise _WorkerLost(self._ending())
-        return json.loads(line)
+        return _read_reply(line)
 
     def _ending(self) -> str:
+        process = self._child.process
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1.0)
-        if self._process.returncode == -signal.SIGPROF:
+            process.wait(timeout=1.0)
+        if process.returncode == -signal.SIGPROF:
             return f"takes more than {CPU_SECONDS:g} s of CPU time"
-        return f"ended its process (exit code {self._process.returncode})"
+        return f"ended its process (exit code {process.returncode})"
 
 
-def _end(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
-    channel.close()
-    process.kill()
-    process.wait()
+def _read_reply(line: bytes) -> dict[str, str]:
+    with contextlib.suppress(ValueError, RecursionError):
+        match json.loads(line):
+            case {"text": str()} | {"error": str()} as reply:
+                return reply
+    raise _WorkerLost("did not answer with a text")

@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -19,12 +18,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from kogia.process import limit_memory, limit_resource
 from kogia.text.template import CPU_SECONDS, MAX_CHARS, MEMORY_BYTES
 
 
-def main(fd: int) -> None:
-    """Serves the socket `fd` until it closes. First line in: the template. Then per line variables in, a reply out."""
-    channel = socket.socket(fileno=fd)
+def main(channel: socket.socket) -> None:
+    """Serves the socket until it closes. First line in: the template. Then per line variables in, a reply out."""
     _limit_resources()
     template = None
     with channel.makefile("rb") as lines:
@@ -105,16 +104,9 @@ def _strftime_now(pattern: str) -> str:
 
 def _limit_resources() -> None:
     """No files written, no core dumps, and MEMORY_BYTES more address space than now."""
-    statm = Path("/proc/self/statm")
-    used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
-    for kind, limit in (
-        (resource.RLIMIT_AS, used + MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(kind)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
+    limit_memory(MEMORY_BYTES)
+    limit_resource(resource.RLIMIT_FSIZE, 0)
+    limit_resource(resource.RLIMIT_CORE, 0)
 
 
 def _too_long(num_chars: int) -> str:

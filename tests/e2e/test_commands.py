@@ -48,7 +48,7 @@ def test_the_recipe_runs_from_pretraining_to_the_report(pretrained, checkpoint):
     assert len(samples) == 6 * 5
     right = [row["correct"] for row in samples if row["sample"] >= 0]
     assert abs(summary["pass@1"][0] - sum(right) / 24) < 1e-9
-    assert "95% intervals over questions" in table
+    assert "95% interval" in table
     assert f"{summary['pass@1'][0]:.1%}" in table
 
     generate = ("generate", "tuned", "--prompt", "say 4", "--n", "2", "--max-tokens", "6", "--seed", "0")

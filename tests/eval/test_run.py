@@ -18,6 +18,7 @@ from kogia.eval.metrics import pass_at_k
 from kogia.eval.run import evaluate, main, output_directory
 from kogia.eval.sample import choose_problems
 from kogia.eval.summary import read_samples, summarise
+from kogia.eval.table import print_results
 from kogia.tasks.pool import VerifyPool
 
 SPEC = "toy_task:Checksum"
@@ -167,7 +168,7 @@ def test_truncation_and_the_table_are_shown(checkpoint, tmp_path, capsys):
 
 
 def test_greedy_alone_needs_no_samples(checkpoint, tmp_path):
-    main(settings(checkpoint, tmp_path, num_samples=0, num_questions=3))
+    main(settings(checkpoint, tmp_path, num_samples=0, k=(), num_questions=3))
     summary = json.loads((tmp_path / "evals" / "Checksum.json").read_text())
     assert summary["pass@1"] is None and summary["pass@8"] is None
     assert len(summary["greedy"]) == 3
@@ -222,7 +223,9 @@ def test_the_output_directory_follows_the_run():
         ("num_samples", 0, "or 0 together with greedy"),
         ("temperature", 0.0, "8 equal samples"),
         ("num_questions", 0, "num_questions = 0"),
-        ("k", [0], "each must be at least 1"),
+        ("k", [0], r"k = \[0\]: each must lie in 1..num_samples = 8"),
+        ("k", [1, 16], "num_samples = 8; raise num_samples"),
+        ("k", [9], "num_samples = 8; raise num_samples"),
         ("verify_timeout", 0.0, "above 0 seconds"),
     ],
 )
@@ -234,3 +237,38 @@ def test_bad_settings_name_the_value_and_the_rule(field, value, message):
 def test_settings_survive_a_recipe():
     config = EvalConfig("m", tasks=("countdown", "a.b:C"), task_options={"countdown": {"numbers": 4}}, k=(1, 2))
     assert from_dict(EvalConfig, to_dict(config)) == config
+
+
+def test_a_verifier_that_always_raises_stops_the_evaluation_with_its_first_error(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"'toy_task:Broken': 40 of 40 checks failed, the first with .*no_such_key"):
+        main(settings(checkpoint, tmp_path, tasks=("toy_task:Broken",)))
+
+
+def test_checks_that_fail_now_and_then_are_shown_and_have_no_reward(checkpoint, tmp_path, capsys):
+    main(settings(checkpoint, tmp_path, tasks=("toy_task:Fragile",)))
+    rows = read_samples(tmp_path / "evals" / "Fragile.jsonl")
+    summary = json.loads((tmp_path / "evals" / "Fragile.json").read_text())
+    sampled = [row for row in rows if row["sample"] >= 0]
+    judged = [row["reward"] for row in sampled if row["status"] != "error"]
+    assert 0 < len(judged) < len(sampled)
+    assert summary["reward"] == pytest.approx(fmean(judged))
+    assert f"failed or timed out on {len(sampled) - len(judged)} samples" in capsys.readouterr().err
+    assert summary["first_failure"] == "RecursionError: the check broke"
+
+
+def test_half_a_surrogate_pair_in_an_answer_reaches_the_file_as_an_escape(checkpoint, tmp_path):
+    main(settings(checkpoint, tmp_path, tasks=("toy_task:Surrogate",), num_questions=3))
+    rows = read_samples(tmp_path / "evals" / "Surrogate.jsonl")
+    assert {row["extracted"] for row in rows} == {"\\ud800"}
+    assert {row["detail"] for row in rows} == {"x\\udfff"}
+
+
+@pytest.mark.parametrize("name", ["Checksum", "a-name-that-is-longer-than-any-terminal-" * 3, "[bold]x[/]"])
+def test_the_table_fits_eighty_columns(written, name, capsys):
+    _, summary, _ = written
+    wide = {f"{kind}@{k}": [1.0, 0.9994, 1.0] for k in (64, 1024) for kind in ("pass", "maj")}
+    print_results([summary | wide | {"name": name, "truncated": 1.0, "num_questions": 100_000}])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    assert name in "".join(line.strip() for line in lines)

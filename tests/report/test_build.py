@@ -5,7 +5,7 @@ import pytest
 
 from kogia.report.build import write_report
 from kogia.report.load import load_run
-from kogia.report.words import before_and_after, explain_lift, headline_group
+from kogia.report.words import before_and_after, explain_change, explain_student, grouped, headline_group
 
 EVAL = {
     "task": "countdown", "split": "test", "num_questions": 4, "num_samples": 8, "maj@8": None, "think_tokens": 41.5,
@@ -16,7 +16,7 @@ EVAL = {
 SAMPLE = {"problem_id": "p1", "prompt": "numbers 1 2 target 3", "sample": 0, "num_tokens": 9, "truncated": False}
 
 
-def stage(root, name, score, greedy, reach, *, text, status="ok", metrics=None):
+def stage(root, name, score, greedy, reach, *, text, status="ok", metrics=None, **fields):
     """A run directory as the commands leave it."""
     run = root / name
     (run / "evals").mkdir(parents=True)
@@ -24,6 +24,7 @@ def stage(root, name, score, greedy, reach, *, text, status="ok", metrics=None):
     lines = metrics or [{"step": i, "seconds": i, "loss": 3.0 / i, "max_vio": 0.5 / i} for i in range(1, 5)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = EVAL | {"name": "heldout", "checkpoint": name, "pass@1": score, "greedy": greedy, "pass@8": reach}
+    result |= fields
     (run / "evals" / "heldout.json").write_text(json.dumps(result))
     sample = SAMPLE | {"text": text, "status": status, "correct": status == "ok", "reward": 1.0, "parts": {}}
     (run / "evals" / "heldout.jsonl").write_text(json.dumps(sample | {"extracted": None}) + "\n")
@@ -60,16 +61,108 @@ def test_the_page_asks_nothing_of_any_other_place(demo):
     assert not re.search(r"url\(\s*[\"']?https?:|@import", page)
 
 
-def test_the_lift_is_split_into_ability_and_sharpening(demo):
-    stages = load_run(demo).stages
-    pair = before_and_after(stages, headline_group(stages))
-    assert pair is not None
-    words = " ".join(explain_lift(*pair))
-    # greedy rose by 10.0 of the 27.7 points: 36% ability, 64% sharpening
-    assert "+27.7 points" in words
-    assert "the 95% intervals do not overlap" in words
-    assert "about 36% of the lift" in words
-    assert "64% is sharpening" in words
+def comparison(root):
+    """What the page says of the change, or None."""
+    stages = load_run(root).stages
+    group = headline_group(stages)
+    pair = before_and_after(stages, group)
+    return None if pair is None else " ".join(explain_change(*pair, group))
+
+
+def test_each_score_is_said_to_have_changed_and_nothing_is_made_of_it(demo):
+    for name, score in (("cold_start", [0.574, 0.53, 0.62]), ("grpo", [0.756, 0.71, 0.8])):
+        path = demo / name / "evals" / "heldout.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"maj@8": score}))
+    words = comparison(demo)
+    for said in (
+        "temperature 1.0, went from 24.3% (cold start) to 52.0% (GRPO), +27.7 points; the 95% intervals do not overlap",
+        "each time, went from 25.0% (cold start) to 35.0% (GRPO), +10.0 points; the 95% intervals overlap",
+        "maj@8, of the most frequent among 8 answers, went from 57.4% (cold start) to 75.6% (GRPO), +18.2 points",
+        "pass@8, of any among 8 answers, went from 75.0% (cold start) to 90.7% (GRPO), +15.7 points",
+    ):
+        assert said in words
+    assert not re.search("sharpen|favourite|ability|of the lift", write_report(demo).read_text(encoding="utf-8"))
+
+
+def test_scores_that_one_side_lacks_are_left_out(demo):
+    path = demo / "grpo" / "evals" / "heldout.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"greedy": None, "pass@1": None}))
+    words = comparison(demo)
+    assert "pass@8" in words
+    assert "Greedy" not in words and "pass@1" not in words
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sampling": {"temperature": 0.6}},
+        {"sampling": {"temperature": 1.0, "top_p": 0.95}},
+        {"sampling": {}},
+        {"num_questions": 300},
+        {"num_samples": 16},
+        {"pass@16": [0.9, 0.8, 0.95]},
+        {"split": "train"},
+        {"task": "arithmetic"},
+    ],
+)
+def test_measurements_under_other_conditions_stand_in_a_table_of_their_own(demo, changed):
+    path = demo / "grpo" / "evals" / "heldout.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    assert comparison(demo) is None
+    assert [len(group) for group in grouped(load_run(demo).stages)] == [1, 1]
+    page = write_report(demo).read_text(encoding="utf-8")
+    assert "went from" not in page
+    captions = re.findall(r'<caption><div class="wide">(.*?)</div>', page)
+    assert len(captions) == 4  # of scores and of verdicts
+    assert len(set(captions)) == 4 or "pass@16</th>" in page
+
+
+@pytest.mark.parametrize(
+    "checkpoint", ["runs/grpo/checkpoints/step-000048", "./runs/grpo/checkpoints/step-000048", "None", ""]
+)
+def test_a_checkpoint_is_never_compared_with_itself(tmp_path, checkpoint):
+    """A run that was copied, and one that was evaluated twice."""
+    root = tmp_path / "copied"
+    rewards = [{"step": i, "seconds": i, "reward": i / 10} for i in range(1, 5)]
+    here = "runs/grpo/checkpoints/step-000048" if "step" in checkpoint else checkpoint
+    stage(root, "grpo copy", [0.447, 0.4, 0.5], None, None, text="x", metrics=rewards, checkpoint=here)
+    again = json.loads((root / "grpo copy" / "evals" / "heldout.json").read_text())
+    again |= {"name": "again", "pass@1": [0.467, 0.42, 0.52], "checkpoint": checkpoint}
+    (root / "grpo copy" / "evals" / "again.json").write_text(json.dumps(again))
+    assert comparison(root) is None
+    page = write_report(root).read_text(encoding="utf-8")
+    assert "44.7%" in page and "46.7%" in page and "went from" not in page
+    if "step" in checkpoint:
+        stage(root, "grpo", [0.5, 0.4, 0.6], None, None, text="x", metrics=rewards, checkpoint=checkpoint)
+        assert comparison(root) is None
+    stage(root, "base", [0.1, 0.0, 0.2], None, None, text="x", checkpoint="runs/base")
+    assert "went from 10.0% (base) to" in comparison(root)
+
+
+def test_two_checkpoints_of_one_run_are_told_apart_by_their_evaluations(tmp_path):
+    stage(tmp_path, "grpo", [0.2, 0.1, 0.3], None, None, text="x", checkpoint="grpo/checkpoints/step-000010")
+    later = json.loads((tmp_path / "grpo" / "evals" / "heldout.json").read_text())
+    later |= {"name": "later", "pass@1": [0.4, 0.3, 0.5], "checkpoint": "grpo/checkpoints/step-000020"}
+    (tmp_path / "grpo" / "evals" / "later.json").write_text(json.dumps(later))
+    assert "went from 20.0% (GRPO, heldout) to 40.0% (GRPO, later)" in comparison(tmp_path)
+
+
+def test_a_student_is_not_compared_with_its_own_checkpoint(tmp_path):
+    stage(tmp_path, "grpo", [0.5, 0.4, 0.6], None, None, text="x", checkpoint="same")
+    stage(tmp_path, "student", [0.4, 0.3, 0.5], None, None, text="x", checkpoint="same")
+    assert explain_student(headline_group(load_run(tmp_path).stages)) == []
+
+
+def test_half_a_surrogate_pair_in_a_file_or_a_name_does_not_stop_the_page(demo):
+    for path in demo.glob("*/evals/heldout.json*"):
+        data = json.loads(path.read_text())
+        data |= {"extracted": "\ud800", "name": "\udfff", "prompt": "a\udc80b", "sampling": {"\ud801": ["\ud802"]}}
+        path.write_text(json.dumps(data))
+    (demo / "base_\udcff").mkdir()
+    (demo / "base_\udcff" / "metrics.jsonl").write_text("")
+    page = write_report(demo).read_text(encoding="utf-8")
+    for escaped in ("answer: \\ud800", "a\\udc80b", "\\ud801", "base_\\udcff has no metrics"):
+        assert escaped in page, escaped
 
 
 def test_an_evaluation_of_drafts_beside_the_main_one_is_shown_and_does_not_replace_it(demo):
@@ -79,6 +172,7 @@ def test_an_evaluation_of_drafts_beside_the_main_one_is_shown_and_does_not_repla
     page = write_report(demo).read_text(encoding="utf-8")
     assert "82.6%" in page
     assert "+27.7 points" in page
+    assert len(grouped(load_run(demo).stages)) == 2
 
 
 def test_missing_and_damaged_parts_become_notes(demo):

@@ -1,5 +1,6 @@
 """Advantages against plain arithmetic, and the shaping and control rewards."""
 
+from math import nan
 from statistics import fmean, stdev
 
 import pytest
@@ -65,3 +66,24 @@ def test_bernoulli_rewards_are_fair_coins_independent_of_the_samples():
     assert set(coins.unique().tolist()) == {0.0, 1.0}
     assert coins[:200].mean().item() == pytest.approx(0.5, abs=0.03)
     assert coins[200:].mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "group", [[1.0, -0.3, -0.3, nan], [nan, nan, 1.0, 0.0], [1.0, 0.7, nan, 1.0], [-0.3, nan, -0.1, -0.2]]
+)
+def test_a_failed_check_neither_pays_nor_moves_the_baseline(group, normalize):
+    judged = [r for r in group if r == r]
+    advantages = group_advantages(torch.tensor([group]), normalize_std=normalize)[0]
+    alone = iter(group_advantages(torch.tensor([judged]), normalize_std=normalize)[0].tolist())
+    for reward, advantage in zip(group, advantages.tolist(), strict=True):
+        expected = min(advantages.tolist()) if reward != reward else next(alone)
+        assert advantage == pytest.approx(expected)
+    assert min(advantages.tolist()) < 0.0
+
+
+@pytest.mark.parametrize("group", [[nan, nan, nan], [1.0, nan, nan], [1.0, 1.0, nan], [-0.3, -0.3, nan]])
+def test_a_group_with_one_reward_beside_failed_checks_teaches_nothing(group):
+    rewards = torch.tensor([group])
+    assert is_zero_variance(rewards).tolist() == [True]
+    assert group_advantages(rewards, normalize_std=True).tolist() == [[0.0, 0.0, 0.0]]

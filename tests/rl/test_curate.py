@@ -56,6 +56,13 @@ def test_length_and_reward_limits():
     assert chosen(samples, min_reward=0.9) == ([0, 2], {"low_reward": 1})
 
 
+@pytest.mark.parametrize("status", ["timeout", "error"])
+def test_a_sample_whose_check_failed_is_never_kept(status):
+    broken = Sample(sample("broken").completion, Verdict(0.0, False, status, {}, None))
+    samples = [sample("wrong", correct=False, reward=-0.3), broken, sample()]
+    assert chosen(samples, correct_only=False, min_reward=-0.3) == ([0, 2], {"not_judged": 1})
+
+
 def test_the_shortest_or_a_seeded_choice_stays_when_there_are_more():
     samples = [sample(str(i), tokens=30 - i) for i in range(20)]
     kept, dropped = chosen(samples, pick="shortest", keep_per_problem=2)

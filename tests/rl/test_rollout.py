@@ -1,5 +1,6 @@
 """From problems to policy batches, with a real engine: who is drawn, and where every number lands."""
 
+import json
 from collections import Counter
 from itertools import pairwise
 
@@ -10,9 +11,11 @@ from kogia.checkpoint.open import open_model
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.rl.advantage import group_advantages
 from kogia.rl.config import PolicyLossConfig
 from kogia.rl.loss import aggregation_weights, policy_loss
 from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, policy_batches
+from kogia.rl.rollout_log import rollout_metrics, write_samples
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Response, load_task
 from kogia.text.chat import render_prompt
@@ -173,3 +176,41 @@ def test_samples_left_out_do_not_appear(rollout):
     (batch,) = batches_of(rollout, 100_000, rows)[-1]
     wanted = sorted(rollout.prompts[p] + rollout.completions[p][g].token_ids for p, g in rows)
     assert sorted(row[0] for row in sequences_of(batch)) == wanted
+
+
+@pytest.fixture(scope="module")
+def fragile(loaded):
+    """A rollout of a task whose check breaks on some samples."""
+    task, (engine, tokenizer) = load_task("toy_task:Fragile"), loaded
+    with VerifyPool("toy_task:Fragile", workers=1) as pool:
+        drawn = draw_problems([ProblemSource(task, task.problems("train"), pool)], 0, 6, seed=1)
+        return collect(engine, tokenizer, drawn, SamplingParams(n=GROUP, max_tokens=8, seed=3, logprobs=True))
+
+
+def test_a_response_that_breaks_its_check_earns_no_more_than_the_worst(fragile):
+    broken = fragile.num_tokens % 3 == 0
+    assert 0 < int(broken.sum()) < broken.numel()
+    assert torch.equal(fragile.rewards.isnan(), broken)
+    advantages = group_advantages(fragile.rewards, normalize_std=True)
+    for row, failed in zip(advantages, broken, strict=True):
+        assert (row[failed] <= row.amin()).all()
+
+
+def test_failed_checks_are_counted_apart_and_left_out_of_the_mean_reward(fragile, tmp_path):
+    judged = [v.reward for group in fragile.verdicts for v in group if v.status != "error"]
+    metrics = rollout_metrics(fragile, fragile.rewards)
+    assert metrics["reward"] == pytest.approx(sum(judged) / len(judged))
+    assert metrics["status_error"] == pytest.approx(1 - len(judged) / 30)
+    write_samples(tmp_path / "samples.jsonl", 0, fragile, fragile.rewards)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["reward"] is None for row in rows] == [v.status == "error" for v in fragile.verdicts[0]]
+
+
+def test_a_verifier_that_always_raises_stops_the_rollout_with_its_first_error(loaded):
+    task, (engine, tokenizer) = load_task("toy_task:Broken"), loaded
+    with VerifyPool("toy_task:Broken", workers=1) as pool:
+        drawn = draw_problems([ProblemSource(task, task.problems("train"), pool)], 0, 4, seed=1)
+        with pytest.raises(
+            ValueError, match=r"'toy_task:Broken': 20 of 20 checks failed, the first with .*no_such_key"
+        ):
+            collect(engine, tokenizer, drawn, SamplingParams(n=GROUP, max_tokens=8, seed=3, logprobs=True))

@@ -1,19 +1,39 @@
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from kogia.tasks.pool import VerifyPool, count_statuses
+from kogia.tasks.pool import VerifyPool, count_statuses, require_scores
 from kogia.tasks.synthetic import cold_start_traces
 from kogia.tasks.task import Problem, Response, Verdict, load_task
+from kogia.tasks.worker import read_verdict
 from kogia.text.chat import Message
 
 MODULE = """
-import os, signal, sys, time
+import ctypes, gc, json, math, os, resource, signal, socket, sys, threading, time
 from kogia.tasks.task import Verdict
+
+def say(text):
+    # writes to the parent as only the worker should; finds the socket as hostile code would
+    for fd in range(3, 64):
+        try:
+            channel = socket.socket(fileno=os.dup(fd))
+            channel.getpeername()
+            channel.sendall(text.encode())
+        except OSError:
+            pass
+
+def say_later(text, seconds):
+    if os.fork() == 0:
+        time.sleep(seconds)
+        say(text)
+        os._exit(0)
 
 class Trap:
     name = "trap"
@@ -28,10 +48,33 @@ class Trap:
             case "slow": time.sleep(0.1)
             case "exit": os._exit(3)
             case "sys.exit": sys.exit(0)
+            case "real-time signal": os.kill(os.getpid(), 40)
+            case "no word":
+                class Wordless(Exception):
+                    def __str__(self): raise OSError("even this fails")
+                raise Wordless
             case "kill": os.kill(os.getpid(), signal.SIGKILL)
             case "fork":
                 os.fork()
                 while True: time.sleep(1000)
+            case "come back twice": os.fork()
+            case "second answer": say_later('[%d, {"reward": 9.0}]' % problem.data["n"] + chr(10), 0.05)
+            case "say":  say(problem.data["say"])
+            case "say later": say_later(problem.data["say"], 0.1)
+            case "allocate": return Verdict(float(len(bytes(problem.data["bytes"]))), True, "ok", {}, None)
+            case "environment": return Verdict(0.0, True, "ok", {}, json.dumps(dict(os.environ)))
+            case "limits":
+                kinds = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_CORE)
+                return Verdict(0.0, True, "ok", {}, json.dumps([resource.getrlimit(kind)[0] for kind in kinds]))
+            case "c": ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock all the while
+            case "orphan":
+                if os.fork() == 0: ctypes.PyDLL(None).sleep(1000)
+                ctypes.PyDLL(None).sleep(1000)
+            case "part": return Verdict(0.0, False, "wrong", {"x": math.nan}, None)
+            case "inf": return Verdict(math.inf, True, "ok", {}, None)
+            case "correct": return Verdict(0.0, math.nan, "ok", {}, None)
+            case "surrogate": return Verdict(0.0, True, "ok", {"p" + chr(0xdc80): 1.0}, chr(0xd800), chr(0xdfff))
+            case "long": return Verdict(0.0, True, "ok", {}, "x" * (17 << 20))
             case "none": return None
             case "nan": return Verdict(float("nan"), False, "wrong", {}, None)
             case "status": return Verdict(0.0, False, "splendid", {}, None)
@@ -76,7 +119,8 @@ def test_verdicts_come_back_in_order_and_equal_the_direct_ones():
 
 
 def test_each_bad_sample_costs_only_itself(spec):
-    bad = ["raise", "hang", "exit", "kill", "none", "sys.exit", "nan", "status", "fork"]
+    bad = ["raise", "hang", "exit", "kill", "none", "sys.exit", "nan", "status", "fork", "part", "inf", "correct"]
+    bad += ["real-time signal", "no word"]
     texts = [text for name in bad for text in (name, "fine", "fine")]
     with VerifyPool(spec, workers=2, timeout=0.5) as pool:
         verdicts = pool.verify_all(pairs(*texts))
@@ -93,7 +137,7 @@ def test_each_bad_sample_costs_only_itself(spec):
     assert "returned NoneType, must return a Verdict" in found["none"].detail
     assert "longer than 0.5 s" in found["hang"].detail
     assert count_statuses(verdicts) == {
-        "ok": 18, "wrong": 0, "give_up": 0, "parse_fail": 0, "truncated": 0, "timeout": 2, "error": 7,
+        "ok": 28, "wrong": 0, "give_up": 0, "parse_fail": 0, "truncated": 0, "timeout": 2, "error": 12,
     }  # fmt: skip
 
 
@@ -146,7 +190,7 @@ def test_a_warm_pool_is_fast():
 
 def test_processes_end_when_the_pool_is_closed(spec):
     pool = VerifyPool(spec, workers=2)
-    ids = [worker._process.pid for worker in pool._workers]
+    ids = [worker.child.process.pid for worker in pool._workers]
     pool.close()
     pool.close()
     for process in ids:
@@ -161,11 +205,136 @@ def test_a_wrong_task_or_option_is_reported_at_once():
         VerifyPool("countdown", {"number": 3})
     with pytest.raises(ValueError, match="workers=0"):
         VerifyPool("countdown", workers=0)
+    for timeout in (0.0, -1.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(ValueError, match="timeout="):
+            VerifyPool("countdown", timeout=timeout)
 
 
 def test_data_that_is_no_json_is_refused_with_the_problem_named(spec):
     with VerifyPool(spec, workers=1) as pool, pytest.raises(ValueError, match="problem 'x': data must hold JSON"):
         pool.verify_all([(Problem("x", (), {"n": {1, 2}}), Response("fine", 1, False))])
+
+
+def forged(text, say):
+    return Problem("forger", (Message("user", "q"),), {"n": 0, "say": say}), Response(text, 1, False)
+
+
+VERDICT = '{"reward": 9.0, "correct": true, "status": "ok", "parts": {}, "extracted": null, "detail": ""}'
+NO_PROTOCOL = [
+    "null", "5", "[]", "{}", "[1]", "true", '"x"', "{", "\x00\xff", "[" * 100_000, "1" * 10_000, "x" * (17 << 20), "\n",
+    '{"ready": null}', '{"ready": "boom"}', '{"begun": 0}', f"[-1, {VERDICT}]", f"[null, {VERDICT}]",
+    f"[1000000, {VERDICT}]", '[0, null]', '[0, {"reward": NaN}]', f"[1.0, {VERDICT}]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["say", "say later"])
+def test_anything_but_the_protocol_costs_the_worker_and_nothing_else(spec, how):
+    with VerifyPool(spec, workers=1, timeout=2) as pool:
+        for say in NO_PROTOCOL:
+            samples = [*pairs("fine"), forged(how, say + "\n"), *pairs("slow", "slow", "fine")]
+            verdicts = pool.verify_all(samples)
+            assert {verdict.status for verdict in [verdicts[0], *verdicts[2:]]} == {"ok"}, say[:20]
+            assert max(verdict.reward for verdict in verdicts) == 1.0, say[:20]
+            assert verdicts[1].status == ("error" if how == "say" else "ok"), say[:20]
+            assert how == "say later" or "sent what is no answer" in verdicts[1].detail
+
+
+@pytest.mark.parametrize("field", ["reward", "correct", "status", "parts", "extracted", "detail"])
+@pytest.mark.parametrize("value", ["null", "[]", '"x"', "1e999", "NaN", "{}", '{"x": NaN}'])
+def test_a_forged_verdict_has_all_its_fields_right_or_is_none(field, value):
+    values = json.loads(VERDICT)
+    values[field] = json.loads(value)
+    allowed = {"extracted": ["null", '"x"'], "parts": ["{}"], "detail": ['"x"']}
+    if value in allowed.get(field, []):
+        assert read_verdict(values).reward == 9.0
+    else:
+        with pytest.raises(ValueError, match=r"no verdict|finite|status"):
+            read_verdict(values)
+
+
+@pytest.mark.parametrize("text", ["come back twice", "second answer"])
+def test_the_second_answer_of_a_forked_child_changes_nothing(spec, text):
+    with VerifyPool(spec, workers=1, timeout=2) as pool:
+        for _ in range(3):
+            verdicts = pool.verify_all(pairs("fine", text, *["slow"] * 3, "fine"))
+            assert [(v.status, v.reward) for v in verdicts] == [("ok", 1.0)] * 6
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_idle_workers_death_blames_nobody(spec, workers):
+    with VerifyPool(spec, workers=workers, timeout=2) as pool:
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+            for worker in pool._workers:
+                os.kill(worker.child.process.pid, number)
+            assert {verdict.status for verdict in pool.verify_all(pairs(*["fine"] * 20))} == {"ok"}
+
+
+def test_an_idle_worker_that_no_longer_reads_blames_nobody(spec):
+    with VerifyPool(spec, workers=1, timeout=0.5) as pool:
+        os.kill(pool._workers[0].child.process.pid, signal.SIGSTOP)
+        assert {verdict.status for verdict in pool.verify_all(pairs(*["fine"] * 40))} == {"ok"}
+
+
+def test_a_task_that_no_longer_loads_closes_the_pool_with_a_word(folder):
+    (Path(folder) / "fading.py").write_text(MODULE)
+    with VerifyPool("fading:Trap", workers=1) as pool:
+        (Path(folder) / "fading.py").unlink()
+        with pytest.raises(ValueError, match="could not load the task.*No module named 'fading'"):
+            pool.verify_all(pairs("fine", "kill", "fine"))
+        with pytest.raises(ValueError, match="closed"):
+            pool.verify_all(pairs("fine"))
+
+
+def test_a_check_may_not_take_all_memory(spec):
+    texts = [(problem, Response("allocate", 1, False)) for problem, _ in pairs("", "", "")]
+    for (problem, _), num_bytes in zip(texts, (1 << 20, 1 << 40, 1 << 21), strict=True):
+        problem.data["bytes"] = num_bytes
+    with VerifyPool(spec, workers=1) as pool:
+        assert [v.status for v in pool.verify_all(texts)] == ["ok", "error", "ok"]
+    texts[1][0].data["bytes"] = 300 << 20
+    for memory, status in ((200 << 20, "error"), (400 << 20, "ok")):
+        with VerifyPool(spec, workers=1, memory=memory) as pool:
+            verdict = pool.verify_all(texts)[1]
+        assert verdict.status == status
+        assert status == "ok" or "MemoryError" in verdict.detail
+
+
+def test_every_worker_is_limited_and_sees_no_environment(spec, monkeypatch):
+    monkeypatch.setenv("API_TOKEN", "secret")
+    monkeypatch.setenv("PYTHONSTARTUP", "/nowhere")
+    with VerifyPool(spec, workers=1, timeout=3) as pool:
+        limits, environment = pool.verify_all(pairs("limits", "environment"))
+    space, cpu, core = json.loads(limits.extracted)
+    assert 2 << 30 < space < 3 << 30
+    assert 12 <= cpu < 60
+    assert core == 0
+    assert json.loads(environment.extracted).keys() <= {
+        "LC_CTYPE", "LD_LIBRARY_PATH", "TZ", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY",
+    }  # fmt: skip
+
+
+def test_strings_that_no_file_can_hold_come_back_as_escapes(spec):
+    with VerifyPool(spec, workers=1) as pool:
+        (verdict,) = pool.verify_all(pairs("surrogate"))
+    assert verdict == Verdict(0.0, True, "ok", {"p\\udc80": 1.0}, "\\ud800", "\\udfff")
+
+
+def test_an_answer_without_end_is_an_error(spec):
+    with VerifyPool(spec, workers=1, timeout=5) as pool:
+        assert [v.status for v in pool.verify_all(pairs("fine", "long", "fine"))] == ["ok", "error", "ok"]
+
+
+@pytest.mark.parametrize("verdicts", [["error"] * 8, ["timeout"] * 20, ["ok"] + ["error", "timeout"] * 5])
+def test_a_verifier_that_nearly_always_fails_is_named_with_its_first_failure(verdicts):
+    made = [Verdict(0.0, status == "ok", status, {}, None, f"{i}: {status}") for i, status in enumerate(verdicts)]
+    first = next(v.detail for v in made if v.status != "ok")
+    with pytest.raises(ValueError, match=rf"task 'mine:Task': \d+ of \d+ checks failed, the first with '{first}'"):
+        require_scores("mine:Task", made)
+
+
+@pytest.mark.parametrize("verdicts", [["error"] * 7, ["wrong"] * 20, ["ok"] * 2 + ["error"] * 10, []])
+def test_a_verifier_that_works_now_and_then_is_let_be(verdicts):
+    require_scores("mine:Task", [Verdict(0.0, False, status, {}, None) for status in verdicts])
 
 
 SCRIPT = """
@@ -174,31 +343,39 @@ sys.path.insert(0, sys.argv[1])
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Response
 pool = VerifyPool("pool_traps:Trap", workers=2, timeout=100)
-print(*[worker._process.pid for worker in pool._workers], flush=True)
+print(*[worker.child.process.pid for worker in pool._workers], flush=True)
 pool.verify_all([(Problem("p", (), {}), Response("hang", 1, False))] * 2)
 """
 
 
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGKILL"])
-def test_workers_that_hang_end_with_their_parent(folder, signal_name):
-    """A script without a __main__ guard, as users write them; Ctrl-C in the middle of a hanging verify."""
+@pytest.mark.parametrize("text", ["hang", "sleep", "c", "orphan"])
+def test_workers_that_hang_end_with_their_parent(folder, signal_name, text):
+    """A script without a __main__ guard, as users write them; Ctrl-C in the middle of a hanging verify.
+
+    "c" and "orphan" hang in C with the interpreter's lock held, the latter in a forked child too.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT, folder, text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     workers = [int(word) for word in process.stdout.readline().split()]
     time.sleep(0.3)
+    groups = {os.getpgid(worker) for worker in workers}
     process.send_signal(getattr(signal, signal_name))
     _, errors = process.communicate(timeout=10)
     assert errors.count("Traceback") <= 1  # the script's own KeyboardInterrupt and nothing from the workers
     deadline = time.monotonic() + 5
-    while any(_alive(worker) for worker in workers) and time.monotonic() < deadline:
+    while (left := _alive(groups)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(_alive(worker) for worker in workers)
+    assert not left
 
 
-def _alive(process):
-    try:
-        with open(f"/proc/{process}/stat") as status:
-            return status.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def _alive(groups):
+    """Processes of these groups that are no zombies."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, group = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            if int(group) in groups and state != "Z":
+                found.append(int(entry.name))
+    return found

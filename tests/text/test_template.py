@@ -145,7 +145,7 @@ def test_the_process_ends_with_its_template():
     template = ChatTemplate("x")
     template.render({})
     assert template._worker is not None
-    pid = template._worker._process.pid
+    pid = template._worker._child.process.pid
     os.kill(pid, 0)
     del template
     with pytest.raises(ProcessLookupError):
