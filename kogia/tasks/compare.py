@@ -24,7 +24,7 @@ def equal(gold: str, answer: str) -> bool:
     gold, answer = _bare(gold), _bare(answer)
     if gold == answer:
         return True
-    for comparison in (_words, _numbers, _clocks, _lists, _relations, _unions, _tuples, _matrices):
+    for comparison in (_words, _numbers, _lists, _clocks, _relations, _unions, _tuples, _matrices):
         verdict = comparison(gold, answer)
         if verdict is not None:
             return verdict
@@ -91,16 +91,13 @@ def _seconds(clock: re.Match[str]) -> int:
 def _lists(gold: str, answer: str) -> bool | None:
     """Lists and sets are equal whatever their order. A list without brackets may also be the members of a tuple."""
     items, others = _members(gold), _members(answer)
-    if items is not None and others is not None:
-        return _cover(items, others)
     if items is None and others is None:
         return None
-    listed, single = (items or others or []), (answer if items else gold)
-    bracketed = _bracketed(single)
-    if bracketed is not None and enclosed(gold if items else answer, "\\{") is None:
-        ordered = (listed, bracketed[1]) if items else (bracketed[1], listed)
-        return _pairwise(*ordered)
-    return equal(listed[0], single) if len(listed) == 1 and items else len(listed) == 1 and equal(single, listed[0])
+    if items is None and enclosed(answer, "\\{") is None and (bracketed := _bracketed(gold)) is not None:
+        return _pairwise(bracketed[1], others or [])
+    if others is None and enclosed(gold, "\\{") is None and (bracketed := _bracketed(answer)) is not None:
+        return _pairwise(items or [], bracketed[1])
+    return _cover([gold] if items is None else items, [answer] if others is None else others)
 
 
 def _members(text: str) -> list[str] | None:

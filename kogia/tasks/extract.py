@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kogia.tasks.latex import FUNCTION, clean
 from kogia.tasks.numerals import CURRENCY, SCALES, read_quantity
 
-_BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?P<box>\{)|\\[{}]|(?P<open>\{)|(?P<close>\})")
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:(?P<box>\{)|(?P<token>\w))|\\[{}]|(?P<open>\{)|(?P<close>\})")
 _DELIMITER = re.compile(r"\\\$|\$\$|\$|\\[()\[\]]|\n")
 _CLOSING = {"$$": "$$", "$": "$", "\\(": "\\)", "\\[": "\\]"}
 _SPACING = re.compile(r"\\(?:quad|qquad|[,; ()\[\]])|\\text\s?\{|[${}&]|\\$")
@@ -72,12 +72,14 @@ def states_formula(text: str) -> bool:
 
 
 def _boxes(text: str) -> list[Span]:
-    """Every \\boxed{...} and \\fbox{...} that closes and is in no other one."""
+    """Every \\boxed{...} and \\fbox{...} that closes and is in no other one; as in TeX, "\\boxed 2" is one too."""
     opened: list[tuple[int, int, bool]] = []
     closed: list[Span] = []
     for brace in _BRACE.finditer(text):
         if brace["box"] or brace["open"]:
             opened.append((brace.start(), brace.end(), brace["box"] is not None))
+        elif brace["token"]:
+            closed.append(Span(brace["token"], brace.start(), brace.end()))
         elif brace["close"] and opened:
             start, inner, is_box = opened.pop()
             while is_box and closed and closed[-1].start > start:

@@ -17,6 +17,7 @@ from kogia.tasks.extract import extract_answer, states_formula
         (r"\boxed{1} but also \boxed{2}", "2"),
         (r"\boxed{1} is " + "very " * 30 + r"far from and \boxed{2}", "2"),
         (r"so \fbox{\frac{1}{2}} holds", r"\frac{1}{2}"),
+        (r"so $x = \boxed 2$ of 7", "2"),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
         (r"\boxed{\left\{1,2\right.} 7", r"\left\{1,2\right."),
         (r"\boxed{\boxed{3}} 7", r"\boxed{3}"),
