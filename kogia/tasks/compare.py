@@ -158,8 +158,10 @@ def _relation(text: str) -> list[str] | None:
     sides, signs = divide(text, RELATION)
     if not signs or not all(sides):
         return None
-    if signs[0] != "\\approx" and "\\approx" in signs:
-        signs = signs[: signs.index("\\approx")]
+    if signs[0] == "\\approx" and _OPERATION.search(_INDEX.sub("", sides[0])):
+        return None
+    if "\\approx" in signs[1:]:
+        signs = signs[: signs.index("\\approx", 1)]
     same = {"\\approx": "=", "\\in": "=", "\\equiv": "="}
     return [part for side, sign in zip(sides, [*signs, ""]) for part in (side, same.get(sign, sign))][:-1]
 
