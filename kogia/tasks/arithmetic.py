@@ -13,7 +13,7 @@ from kogia.tasks.format import RewardOptions
 from kogia.tasks.task import Problem, Response, Verdict, check_split
 from kogia.text.chat import Message
 
-_INTEGER = re.compile(r"-?[0-9]{1,20}")
+_INTEGER = re.compile(r"-?[0-9]{1,64}")  # 16 numbers of up to 1000 multiply to 49 digits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Rewards beside correctness: the think structure and the share of words in the target script (R1, section 2.3.2)."""
 
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -11,36 +12,42 @@ from kogia.text.tokenizer import END_THINK, THINK
 
 _WORD = re.compile(r"[^\W\d_]+")
 _TAG = re.compile(r"</?(?:think|answer)>")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_SAYS = re.compile(r"\w")
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
+_LONGEST_WORD = 24
+"""Characters of a spaced script that count as one word at most."""
 
 
 def think_format(completion: str) -> float:
-    """1.0 if the thought is closed exactly once, never reopened, and a non-empty answer follows; else 0.0."""
-    closed_once = completion.count(END_THINK) == 1 and THINK not in completion
-    return float(closed_once and bool(parse_response(completion).answer))
+    """1.0 if a thought is closed exactly once and never reopened and an answer follows, both with words; else 0.0."""
+    thought, closing, answer = completion.partition(END_THINK)
+    once = closing and END_THINK not in answer and THINK not in completion
+    return float(bool(once and _SAYS.search(thought) and _SAYS.search(_TAG.sub("", answer))))
 
 
 def language_consistency(text: str, script: str = "LATIN") -> float:
     """Share of words written wholly in `script` (first word of its Unicode character names); 1.0 without words.
 
     In scripts that do not space their words every character counts as one, so that a foreign sentence weighs as much
-    as it would in a spaced script.
+    as it would in a spaced script, and so does each part of a run that is longer than words are.
     """
     total = matching = 0
     for word in _WORD.findall(text):
         scripts = [_script(char) for char in word]
-        weight = len(word) if scripts[0] in _UNSPACED else 1
-        total += weight
-        if all(found == script for found in scripts):
-            matching += weight
+        spaced = [found for found in scripts if found not in _UNSPACED]
+        words = math.ceil(len(spaced) / _LONGEST_WORD)
+        total += words + len(scripts) - len(spaced)
+        matching += words if all(found == script for found in spaced) else 0
+        matching += scripts.count(script) if script in _UNSPACED else 0
     return matching / total if total else 1.0
 
 
 def answer_text(answer: str) -> str:
     """What to judge: the inside of the last <answer>...</answer> if there is one, else the whole answer."""
-    tagged = _ANSWER.findall(answer)
-    return (tagged[-1] if tagged else answer).strip()
+    start = answer.rfind("<answer>", 0, max(answer.rfind("</answer>"), 0))
+    if start < 0:
+        return answer.strip()
+    return answer[start + len("<answer>") : answer.index("</answer>", start)].strip()
 
 
 def gives_up(answer: str) -> bool:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,8 @@ from kogia.tasks.answers import answers_match, extract_answer
 from kogia.tasks.format import RewardOptions
 from kogia.tasks.task import Problem, Response, Verdict, check_split
 from kogia.text.chat import Message
+
+_THOUSANDS = re.compile(r"-?\$?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 GET_DATA = (
     "download train.jsonl and test.jsonl from https://github.com/openai/grade-school-math "
@@ -44,7 +47,7 @@ class Gsm8k(RewardOptions):
         return _problems(_find_file(Path(self.path), split), split, self.instruction)
 
     def verify(self, problem: Problem, response: Response) -> Verdict:
-        """Judges the last boxed answer, else the last "#### x", else the last number after the thought."""
+        """Judges what `kogia.tasks.answers` takes for the answer in the text after the thought."""
         parsed, answer = self.read(response)
         early = self.early_verdict(response, parsed.closed, answer)
         if early is not None:
@@ -57,8 +60,9 @@ class Gsm8k(RewardOptions):
 
 
 def gold_answer(answer: str) -> str:
-    """The final answer of the data set's "answer" field."""
-    return answer.rpartition("####")[2].strip().replace(",", "")
+    """The final answer of the data set's "answer" field, without thousands marks; other commas divide a list."""
+    final = answer.rpartition("####")[2].strip()
+    return final.replace(",", "") if _THOUSANDS.fullmatch(final) else final
 
 
 def _find_file(path: Path, split: str) -> Path:

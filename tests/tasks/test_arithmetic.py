@@ -51,6 +51,16 @@ def test_only_the_exact_integer_is_right(answer, status):
     assert verdict(answer).correct == (status == "ok")
 
 
+@pytest.mark.parametrize("length", [8, 12, 16])
+def test_products_of_the_largest_numbers_are_judged(length):
+    task = Arithmetic(length=length, max_number=1000, operators="*", train_count=3, test_count=3)
+    for item in task.problems("train"):
+        right = str(item.data["answer"])
+        assert len(right) > 2 * length - 6
+        assert task.verify(item, Response(f"x</think>{right}", 5, False)).correct
+        assert task.verify(item, Response(f"x</think>{right[:-1]}", 5, False)).status == "wrong"
+
+
 def test_truncated_is_truncated():
     assert verdict("-12", truncated=True).status == "truncated"
 

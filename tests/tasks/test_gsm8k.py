@@ -78,6 +78,21 @@ def test_the_pool_judges_it_in_processes(task):
     assert [verdict.correct for verdict in verdicts] == [True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("#### 1,234,567", "1234567"),
+        ("-$1,000.50", "-$1000.50"),
+        ("0,1", "0,1"),
+        ("[0,100)", "[0,100)"),
+        ("\\{1,234\\}", "\\{1,234\\}"),
+        ("1, 2", "1, 2"),
+    ],
+)
+def test_only_thousands_marks_are_taken_out_of_a_gold_answer(answer, gold):
+    assert gold_answer(answer) == gold
+
+
 @pytest.mark.parametrize("path", ["", "no/such/folder"])
 def test_a_missing_path_says_how_to_get_the_data(path):
     with pytest.raises(ValueError, match="does not exist; download train.jsonl"):
