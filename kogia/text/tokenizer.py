@@ -9,6 +9,7 @@ costs accuracy.
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +110,7 @@ class Tokenizer:
                 f"{path}: not a tokenizer.json ({error}); copy the file again or train a new one"
             ) from error
         config = read_object(config_path)
-        files = {name: read_text(directory / name) for name in EXTRA_FILES if (directory / name).exists()}
+        files = {name: read_text(directory / name) for name in EXTRA_FILES if os.path.lexists(directory / name)}
         origin = directory / (TEMPLATE_FILE if TEMPLATE_FILE in files else config_path.name)
         try:
             return cls(backend, config, files=files, eos_ids=read_eos_ids(directory), origin=str(origin))

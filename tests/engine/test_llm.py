@@ -147,6 +147,14 @@ def test_generate_command_names_what_is_missing(directory, tmp_path, capsys, mon
         read_prompts(GenerateConfig(path=str(directory)))
 
 
+def test_a_byte_order_mark_before_prompts_is_no_part_of_the_first(tmp_path, monkeypatch):
+    for name, content in (("a.txt", "one\ntwo\n"), ("a.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert read_prompts(GenerateConfig(path="m", file=str(tmp_path / name))) == ["one", "two"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\ntwo\n"))
+    assert read_prompts(GenerateConfig(path="m")) == ["one", "two"]
+
+
 def test_chat_command_answers_lines_of_stdin_and_keeps_the_conversation(directory, monkeypatch, capsys, llm):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nand again\n/reset\nhello\n/what\n"))
     config = ChatConfig(path=str(directory), max_tokens=9, seed=4, device="cpu")

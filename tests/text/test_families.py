@@ -276,3 +276,48 @@ def test_a_tokenizer_of_more_than_200_megabytes_is_refused(tmp_path):
         file.truncate(200_000_001)
     with pytest.raises(ValueError, match="larger than 200,000,000 bytes"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_out_of_the_directory_is_not_followed(tmp_path, name, there):
+    directory = write_qwen(tmp_path / "model")
+    (directory / "generation_config.json").unlink()  # so that config.json is asked for the end ids
+    if there:
+        (tmp_path / "secret").write_text('{"eos_token": "<|im_end|>"}')
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to("../secret")
+    with pytest.raises(ValueError, match=rf"{name}: a link to .*secret, outside the model directory"):
+        Tokenizer.load(directory)
+
+
+def test_links_inside_a_directory_and_in_the_hub_cache_are_followed(tmp_path):
+    plain = write_qwen(tmp_path / "plain")
+    (plain / "tokenizer_config.json").rename(plain / "real.json")
+    (plain / "tokenizer_config.json").symlink_to("real.json")
+    repository = tmp_path / "models--x--y"
+    snapshot = write_qwen(repository / "snapshots" / "rev")
+    (repository / "blobs").mkdir()
+    for file in list(snapshot.iterdir()):
+        file.rename(repository / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    assert Tokenizer.load(snapshot).vocab_size == Tokenizer.load(plain).vocab_size
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_byte_order_mark_before_a_file_is_no_part_of_it(tmp_path, name):
+    plain = Tokenizer.load(write_qwen(tmp_path))
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    marked = Tokenizer.load(tmp_path)
+    assert (marked.eos_ids, marked.special_tokens) == (plain.eos_ids, plain.special_tokens)
+    assert marked.encode("The answer") == plain.encode("The answer")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
+    write_qwen(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(render_prompt(QUESTION, tokenizer)) == QUESTION[0].content
