@@ -19,6 +19,7 @@ from kogia.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, To
 ROLES = ("system", "user", "assistant")
 THINKING_SWITCHES = ("thinking", "enable_thinking")
 """Variables by which chat templates turn thinking on and off: DeepSeek-V3.1's and Qwen3's."""
+_OPENING = re.compile(rf"(?:\s*{THINK})+\n?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +91,37 @@ def render_example(
 ) -> tuple[list[int], list[int]]:
     """(ids, mask) of one training example: mask is 1 on the completion and its EOS, 0 on the prompt.
 
-    `completion_text` is in the built-in format, as after "<think>\\n". Where the model's template leaves the opening
-    tag to the model, the example has it in the completion.
+    `completion_text` may be written in any way that `canonical_reply` reads. Where the model's template leaves the
+    opening tag to the model, the example has it in the completion.
     """
-    thinks = bool(completion_text.rpartition(END_THINK)[0].strip())
+    reply = canonical_reply(completion_text)
+    thinks = reply.startswith(THINK) or bool(reply.rpartition(END_THINK)[0].strip())
     prompt = render_prompt(messages, tokenizer, True if thinks and has_thinking_switch(tokenizer) else None)
-    own = _own_completion(completion_text, opens_thought(prompt, tokenizer))
+    own = _written_reply(reply, opens_thought(prompt, tokenizer))
     completion = [*tokenizer.encode(own), tokenizer.eos_id]
     return prompt + completion, [0] * len(prompt) + [1] * len(completion)
+
+
+def canonical_reply(text: str, reasoning: str | None = None) -> str:
+    """A reply of a data set as it follows "<think>\\n": thought (from its tags, or `reasoning`), end tag, answer.
+
+    A reply without tags is all answer. A thought that was never closed keeps its opening tag, by which it is known.
+    Raises ValueError where tags and `reasoning` hold two different thoughts.
+    """
+    opening = _OPENING.match(text)
+    inner = text[opening.end() :] if opening else text
+    thought, closing, answer = inner.rpartition(END_THINK)
+    if not closing:
+        thought, answer = (inner, "") if opening else ("", text)
+    given = (reasoning or "").strip().removeprefix(THINK).removesuffix(END_THINK).strip()
+    if given and thought.strip() not in ("", given):
+        raise ValueError(f"two thoughts, {given[:40]!r} beside the reply and {thought[:40]!r} inside; keep one of them")
+    if given:
+        answer = answer.lstrip("\n")
+        return f"{given}\n{END_THINK}\n\n{answer}"
+    if closing:
+        return inner
+    return f"{THINK}\n{inner}" if opening else f"{END_THINK}\n\n{text}"
 
 
 def canonical_completion(completion_text: str, opened: bool) -> str:
@@ -123,12 +147,14 @@ def parse_response(completion_text: str, opened: bool = True) -> ParsedResponse:
     return ParsedResponse(thinking=thinking.strip() or None, answer=answer.strip(), closed=True)
 
 
-def _own_completion(canonical: str, opened: bool) -> str:
-    """What the model writes after its prompt: the inverse of `canonical_completion`."""
-    thought, closing, answer = canonical.rpartition(END_THINK)
-    if opened or not closing or thought.lstrip().startswith(THINK):
-        return canonical
-    return f"{THINK}\n{canonical}" if thought.strip() else answer.lstrip("\n")
+def _written_reply(reply: str, opened: bool) -> str:
+    """What the model itself writes for a canonical reply after a prompt that `opened` a thought or did not."""
+    if opened:
+        return reply.removeprefix(f"{THINK}\n")
+    thought, closing, answer = reply.rpartition(END_THINK)
+    if not closing:
+        return reply
+    return f"{THINK}\n{reply}" if thought.strip() else answer.lstrip("\n")
 
 
 def _check_question(messages: Sequence[Message]) -> None:

@@ -140,8 +140,19 @@ class Tokenizer:
 
     def encode_raw(self, text: str) -> list[int]:
         """A text to be continued as it is: with one BOS in front if this model's texts have one."""
-        ids = self.encode(text)
+        return self._begun(self.encode(text))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Whole texts to learn: begun as `encode_raw` does, ended by EOS unless they have an end token already."""
+        return [self._ended(self._begun(ids)) for ids in self.encode_batch(texts)]
+
+    def _begun(self, ids: list[int]) -> list[int]:
         return [self.bos_id, *ids] if self.bos_id is not None and self.adds_bos and ids[:1] != [self.bos_id] else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Blanks behind the end token, as chat templates write them, do not make it another text."""
+        last = next((token_id for token_id in reversed(ids) if self.decode([token_id]).strip()), None)
+        return ids if last in self.eos_ids else [*ids, self.eos_id]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Bytes that are no valid UTF-8 become U+FFFD."""
@@ -150,6 +161,11 @@ class Tokenizer:
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The model's own chat template; None where the built-in format is meant: there is no other."""
+        return None if self.template_source is None else ChatTemplate(self.template_source, self._origin)
+
+    @cached_property
+    def template_source(self) -> str | None:
+        """The text of `template`."""
         source = self.files.get(TEMPLATE_FILE, self.config.get("chat_template"))
         if isinstance(source, list):  # several templates by name
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
@@ -158,7 +174,7 @@ class Tokenizer:
             return None
         if not isinstance(source, str):
             raise ValueError(f"{self._origin}: chat_template is no text and none named 'default'; correct the file")
-        return ChatTemplate(source, self._origin)
+        return source
 
     @cached_property
     def adds_bos(self) -> bool:
