@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from kogia.text.added_tokens import add_tokens
 from kogia.text.files import (
     EXTRA_FILES,
     MAX_VOCABULARY_BYTES,
@@ -82,7 +83,8 @@ class Tokenizer:
         self.config = config
         self.files = dict(files or {})
         self.is_byte_level = _is_byte_level(backend)
-        self.special_tokens = _special_tokens(config, self.files)
+        names = parse_object(self.files.get(SPECIAL_TOKENS_FILE, "{}"), SPECIAL_TOKENS_FILE)
+        self.special_tokens = _special_tokens({**names, **config})
         """Names by role ("bos_token", "pad_token", ...), as chat templates see them."""
         self.bos = self.special_tokens.get("bos_token")
         """None for a model without one (Qwen)."""
@@ -91,6 +93,7 @@ class Tokenizer:
         self.eos_id = self.token_id(self.eos)
         self.eos_ids = tuple(dict.fromkeys((self.eos_id, *eos_ids)))
         """Every id that ends a text; the first is `eos_id`, the one that training writes."""
+        add_tokens(backend, config, names, self.special_tokens)
         self._origin = origin
 
     @classmethod
@@ -161,7 +164,16 @@ class Tokenizer:
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The model's own chat template; None where the built-in format is meant: there is no other."""
-        return None if self.template_source is None else ChatTemplate(self.template_source, self._origin)
+        if self.template_source is not None:
+            return ChatTemplate(self.template_source, self._origin)
+        if (size := len(self.encode(USER))) > 1:
+            from kogia import log  # brings rich along, for which verifier processes need not wait
+
+            log.warn(
+                f"{self._origin}: no chat template, so chats are written in DeepSeek-R1's format, whose marks this model "
+                f"does not know ({USER} is {size} tokens); give it its own as {TEMPLATE_FILE}, or continue raw text"
+            )
+        return None
 
     @cached_property
     def template_source(self) -> str | None:
@@ -246,9 +258,8 @@ def _default_config() -> dict[str, Any]:
     }
 
 
-def _special_tokens(config: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, str]:
+def _special_tokens(known: Mapping[str, Any]) -> dict[str, str]:
     """Names by role from tokenizer_config.json, else special_tokens_map.json; there plain or tables with `content`."""
-    known = parse_object(files.get(SPECIAL_TOKENS_FILE, "{}"), SPECIAL_TOKENS_FILE) | dict(config)
     names: dict[str, str] = {}
     for role in SPECIAL_ROLES:
         value = known.get(role)

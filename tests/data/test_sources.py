@@ -155,7 +155,7 @@ def test_every_layout_of_a_question_and_its_answer_is_the_same_document(row):
     "row",
     [
         {"prompt": "2+2?", "completion": "<think>\ntwo and two\n</think>\n\n4"},
-        {"prompt": "2+2?", "completion": " \n<think>two and two\n</think>\n\n4"[2:]},
+        {"prompt": "2+2?", "completion": " \n<think>two and two\n</think>\n\n4"},
         {"prompt": "2+2?", "completion": "4", "reasoning_content": "two and two"},
         {"messages": [USER, REPLY | {"reasoning_content": "two and two"}]},
         {"messages": [USER, REPLY | {"reasoning": "\ntwo and two\n"}]},
