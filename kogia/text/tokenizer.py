@@ -30,6 +30,7 @@ from kogia.text.files import (
     read_text,
 )
 from kogia.text.template import ChatTemplate
+from kogia.text.tokenizer_file import check_tokenizer_file, panics_as_errors
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -104,14 +105,7 @@ class Tokenizer:
         """
         directory = Path(directory)
         path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
-        text = read_text(path, MAX_VOCABULARY_BYTES)
-        _check_model(path, parse_object(text, f"{path}: not a tokenizer.json"))
-        try:
-            backend = Backend.from_str(text)
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise ValueError(
-                f"{path}: not a tokenizer.json ({error}); copy the file again or train a new one"
-            ) from error
+        backend = _read_backend(path)
         config = read_object(config_path)
         files = {name: read_text(directory / name) for name in EXTRA_FILES if os.path.lexists(directory / name)}
         origin = directory / (TEMPLATE_FILE if TEMPLATE_FILE in files else config_path.name)
@@ -135,11 +129,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written out in `text` become their ids; no BOS is added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with panics_as_errors("encoding"):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with panics_as_errors("encoding"):
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_raw(self, text: str) -> list[int]:
         """A text to be continued as it is: with one BOS in front if this model's texts have one."""
@@ -159,7 +156,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Bytes that are no valid UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        with panics_as_errors("decoding"):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -170,8 +168,8 @@ class Tokenizer:
             from kogia import log  # brings rich along, for which verifier processes need not wait
 
             log.warn(
-                f"{self._origin}: no chat template, so chats are written in DeepSeek-R1's format, whose marks this model "
-                f"does not know ({USER} is {size} tokens); give it its own as {TEMPLATE_FILE}, or continue raw text"
+                f"{self._origin}: no chat template, so chats are written in DeepSeek-R1's format, whose marks this "
+                f"model does not know ({USER} is {size} tokens); give it its own as {TEMPLATE_FILE}, or continue raw text"
             )
         return None
 
@@ -246,6 +244,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, _default_config())
 
 
+def _read_backend(path: Path) -> Backend:
+    text = read_text(path, MAX_VOCABULARY_BYTES)
+    data = parse_object(text, f"{path}: not a tokenizer.json")
+    try:
+        check_tokenizer_file(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    try:
+        with panics_as_errors(str(path)):
+            return Backend.from_str(text)
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise ValueError(f"{path}: not a tokenizer.json ({error}); copy the file again or train a new one") from error
+
+
 def _default_config() -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -276,16 +288,6 @@ def _name_of(backend: Backend, eos_ids: Sequence[int]) -> str:
     if name is None:
         raise ValueError("eos_token=None: tokenizer_config.json must name this token; add it to the file")
     return name
-
-
-def _check_model(path: Path, data: Mapping[str, Any]) -> None:
-    """Refuses what no model of these families has; on a wrong prefix the library ends the whole process."""
-    model = data.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise ValueError(f"{path}: not a tokenizer.json of the BPE kind; use one of the DeepSeek, Qwen or Llama kind")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise ValueError(f"{path}: model.{key} = {model[key]!r} is not supported; it must be empty")
 
 
 def _is_byte_level(backend: Backend) -> bool:
