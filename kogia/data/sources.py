@@ -64,7 +64,9 @@ def _read_parquet(source: SourceConfig, path: Path) -> Iterator[Row]:
     try:
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise ValueError(f"data source {source.spec!r}: reading parquet takes pyarrow; pip install pyarrow") from None
+        raise ValueError(
+            f"data source {source.spec!r}: reading parquet takes pyarrow; pip install 'kogia[parquet]'"
+        ) from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

@@ -168,8 +168,8 @@ class Tokenizer:
             from kogia import log  # brings rich along, for which verifier processes need not wait
 
             log.warn(
-                f"{self._origin}: no chat template, so chats are written in DeepSeek-R1's format, whose marks this "
-                f"model does not know ({USER} is {size} tokens); give it its own as {TEMPLATE_FILE}, or continue raw text"
+                f"{self._origin}: no chat template, so chats are written in DeepSeek-R1's format, whose marks are no "
+                f"tokens of this model ({USER} is {size}); give it its own as {TEMPLATE_FILE}, or continue raw text"
             )
         return None
 

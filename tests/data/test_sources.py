@@ -326,7 +326,7 @@ def test_parquet_rows_are_read_where_pyarrow_is_there(tmp_path):
     source = SourceConfig(str(path))
     if importlib.util.find_spec("pyarrow") is None:
         path.write_bytes(b"")
-        with pytest.raises(ValueError, match="pip install pyarrow"):
+        with pytest.raises(ValueError, match=r"takes pyarrow; pip install 'kogia\[parquet\]'"):
             list(read_source(source))
         return
     arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
