@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from kogia.text.chat import Message, canonical_reply
-from kogia.text.tokenizer import END_THINK
+from kogia.text.tokenizer import END_THINK, sound
 
 LAYOUTS = (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"))
 """Columns that a row must have filled; the first layout that it has is taken, the text column after all of them."""
@@ -56,7 +56,8 @@ def _document(row: Any, text_key: str) -> Document:
     if isinstance(row, str):
         return Document(_text(row, "the text"))
     if isinstance(row, tuple) and len(row) == 2 and hasattr(row[0], "messages"):
-        return _chat([*((message, False) for message in row[0].messages), *_reply_turns(row[1], {})])
+        asked = [replace(message, content=_text(message.content, "a message")) for message in row[0].messages]
+        return _chat([*((message, False) for message in asked), *_reply_turns(row[1], {})])
     if not isinstance(row, Mapping):
         raise _no_document(f"a {type(row).__name__}", text_key)
     columns = {key: value for key, value in row.items() if not _is_null(value)}
@@ -212,11 +213,4 @@ def _list(value: Any, name: str) -> Sequence[Any]:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r:.60} ({type(value).__name__}): must be text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} holds half a surrogate pair, {value[error.start]!r} at character {error.start}, which is no text; "
-            "repair what wrote it, or leave the row out"
-        ) from None
-    return value
+    return sound(value, name)

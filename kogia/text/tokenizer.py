@@ -130,12 +130,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Special tokens written out in `text` become their ids; no BOS is added."""
         with panics_as_errors("encoding"):
-            return self.backend.encode(text, add_special_tokens=False).ids
+            return self.backend.encode(sound(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         with panics_as_errors("encoding"):
-            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self.backend.encode_batch_fast([sound(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_raw(self, text: str) -> list[int]:
@@ -191,7 +191,8 @@ class Tokenizer:
         """Whether texts of this model start with BOS, by its configuration or by the post-processor of its file."""
         if self.bos_id is None:
             return False
-        return self.config.get("add_bos_token") is True or self.bos_id in self.backend.encode("").ids
+        with panics_as_errors(f"{self._origin}: the post_processor of tokenizer.json"):
+            return self.config.get("add_bos_token") is True or self.bos_id in self.backend.encode("").ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -220,6 +221,18 @@ class Tokenizer:
             return bytes(_BYTE_OF[char] for char in token)
         except KeyError:  # an added token with characters outside the byte alphabet, e.g. <｜User｜>
             return token.encode()
+
+
+def sound(text: str, name: str = "the text") -> str:
+    """The text itself. ValueError that begins with `name` if it holds what no UTF-8 can, half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half a surrogate pair, {text[error.start]!r} at character {error.start}, which is no text; "
+            "repair what wrote it, or leave it out"
+        ) from None
+    return text
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

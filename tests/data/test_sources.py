@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kogia.config import from_dict, parse_args, to_dict
 from kogia.data.config import DataConfig, SourceConfig
@@ -354,3 +356,30 @@ def test_files_named_on_the_command_line_take_the_place_of_a_recipes_sources(tmp
         assert config.data == expected
         assert from_dict(SupervisedConfig, to_dict(config)) == config
     assert parse_args(SupervisedConfig, [str(recipe)], prog="p", description="d").data.sources[0].spec == "old.txt"
+
+
+COLUMNS = ("messages", "prompt", "completion", "conversations", "instruction", "input", "output", "history", "text")
+KEYS = (*COLUMNS, "system", "role", "content", "from", "value", "reasoning_content", "weight", "tool_calls", "type")
+WORDS = st.sampled_from(["user", "assistant", "human", "gpt", "text", "", "<think>", "</think>", "a\ud800"]) | st.text(
+    max_size=5
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | WORDS
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=500)
+@given(st.dictionaries(st.sampled_from(COLUMNS), VALUES) | VALUES)
+def test_any_row_is_a_document_of_sound_text_or_an_error_that_begins_with_its_place(row):
+    try:
+        document, message = document_from_row(row, "file, line 7"), "file, line 7: none"
+    except ValueError as error:
+        document, message = Document("none"), str(error)
+    assert message.startswith("file, line 7: ")
+    for prompt, reply in document.examples():
+        for text in (reply, *(message.content for message in prompt)):
+            assert text.encode().decode() == text
+        assert not prompt or prompt[-1].role == "user"

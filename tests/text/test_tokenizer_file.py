@@ -201,6 +201,14 @@ def test_a_panic_of_the_library_is_an_error():
     assert own.decode(own.encode("b")) == "b"
 
 
+def test_a_panic_over_the_post_processor_is_an_error(tmp_path):
+    template = bos_template(1) | {"special_tokens": {}}
+    tokenizer = Tokenizer.load(change(write_llama2(tmp_path), {"post_processor": template}))
+    tokenizer.config.pop("add_bos_token")
+    with pytest.raises(ValueError, match="the post_processor of tokenizer.json: the tokenizers library gave up"):
+        tokenizer.encode_raw("a")
+
+
 def test_an_interrupt_is_no_panic():
     with pytest.raises(KeyboardInterrupt), panics_as_errors("encoding"):
         raise KeyboardInterrupt
