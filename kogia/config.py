@@ -119,8 +119,8 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
 
 
 def _load(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file, _naming(path):
-        return tomllib.load(file)
+    with _naming(path):
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin a file with a mark
 
 
 @contextlib.contextmanager

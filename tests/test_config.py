@@ -162,6 +162,20 @@ def test_a_mistake_is_named_with_its_place(data: dict[str, Any], message: str):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("text", ['out = "x"\nsteps = 3\n', '# c\r\nout = "x"\r\nsteps = 3\r\n'])
+def test_a_byte_order_mark_before_a_file_is_skipped(tmp_path: Path, text: str):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_toml(path, Recipe) == parse_args(Recipe, [str(path)], prog="p", description="d") == Recipe("x", steps=3)
+
+
+def test_bytes_that_are_no_text_are_a_mistake_that_begins_with_the_path(tmp_path: Path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b'out = "\xff"')
+    with pytest.raises(ValueError, match=r"a\.toml: .*can't decode byte 0xff"):
+        load_toml(path, Recipe)
+
+
 def test_a_mistake_in_a_file_begins_with_the_path(tmp_path: Path):
     path = tmp_path / "recipe.toml"
     path.write_text("out = \n")

@@ -16,6 +16,7 @@ from kogia.checkpoint.tensorfile import Spec, StoredTensor, create, num_bytes, r
 from kogia.files import write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import config_from_hf
+from kogia.text.files import inside
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -58,19 +59,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def member(directory: Path, name: str) -> Path:
-    """The file `name` of a model directory. Raises ValueError if a link leads out of it.
-
-    Links within a repository of the Hugging Face cache are its layout: models--X/snapshots/REV/file -> ../../blobs.
-    """
-    file, root = directory / name, Path(os.path.realpath(directory))
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent
-    target = Path(os.path.realpath(file))
-    if not target.is_relative_to(root):
-        raise ValueError(
-            f"{file}: a link to {target}, outside the model directory; refusing to follow it. Copy the file"
-        )
-    if not target.is_file():
+    """The file `name` of a model directory. Raises ValueError if it is missing or a link out of the directory."""
+    file = inside(directory, name)
+    if not file.is_file():
         raise ValueError(f"{file}: missing; the checkpoint is incomplete, copy the file again")
     return file
 

@@ -127,7 +127,7 @@ def _tokenizer(
 
     try:
         tokenizer = Tokenizer.load(directory)
-        has_template = bool(tokenizer.config.get("chat_template") or tokenizer.template)
+        has_template = bool(tokenizer.config.get("chat_template") or tokenizer.template_source)
     except ValueError as error:
         return None, [str(error)]
     facts = TokenizerFacts(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, has_template)

@@ -1,6 +1,9 @@
 """What to train on, as frozen values. Torch-free."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
 
 
 @dataclass(frozen=True)
@@ -8,11 +11,11 @@ class SourceConfig:
     """One place documents come from."""
 
     spec: str
-    """A file (.txt, .jsonl, each also .gz), or a generator `module:function`, called with `options`, and with `num` and
-    `seed` where it takes them.
+    """A file (.txt, .jsonl, .json, each also .gz, or .parquet), or a generator `module:function`, which is called with
+    `options`, and with `num` and `seed` where it takes them.
 
-    A jsonl row is {"text"} or {"prompt", "completion"} or {"messages"[, "completion"]}. A generator yields strings,
-    such rows, or (problem, completion) pairs.
+    A row is {"text"} or {"prompt", "completion"} or {"messages"[, "completion"]} or another layout of
+    docs/data-formats.md. A generator yields strings, such rows, or (problem, completion) pairs.
     """
     num: int | None = None
     """At most this many documents; passed on to a generator."""
@@ -21,7 +24,9 @@ class SourceConfig:
     seed: int = 0
     """Passed to a generator; a file ignores it."""
     text_key: str = "text"
-    """The column of a jsonl row that holds a plain document."""
+    """The column of a row that holds a plain document. Another than "text" comes before all other layouts."""
+    replies: Literal["all", "last"] = "all"
+    """Which of the assistant's turns in a conversation are learned: all that answer a user, or the last one."""
     separator: str | None = None
     """Splits a .txt file into documents; None takes the file as one document."""
     options: dict[str, str | int | float | bool] = field(default_factory=dict)
@@ -32,7 +37,7 @@ class SourceConfig:
             raise ValueError(f"data source {self.spec!r}: weight = {self.weight}: must be above 0; delete the source")
         if self.num is not None and self.num < 1:
             raise ValueError(f"data source {self.spec!r}: num = {self.num}: must be at least 1; leave it out for all")
-        if self.options and is_file_spec(self.spec):
+        if self.options and file_kind(self.spec):
             raise ValueError(f"data source {self.spec!r}: options belong to a generator `module:function`, not a file")
 
 
@@ -41,6 +46,8 @@ class DataConfig:
     """The training documents and how they are cut into batches."""
 
     sources: tuple[SourceConfig, ...] = ()
+    files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
+    """Files (or generators) to train on in the place of `sources`, where their specs are all there is to say."""
     batch_tokens: int = 16384
     """Most tokens in one micro-batch; whole documents are packed up to it."""
     max_seqlen: int = 1024
@@ -51,6 +58,9 @@ class DataConfig:
     """Folder for tokenised shards that several runs share; None keeps them in the run directory."""
 
     def __post_init__(self) -> None:
+        if self.files:
+            object.__setattr__(self, "sources", tuple(map(SourceConfig, self.files)))
+            object.__setattr__(self, "files", ())
         if not 0.0 <= self.val_share < 1.0:
             raise ValueError(f"data.val_share = {self.val_share}: must lie in [0, 1)")
         if self.max_seqlen < 2:
@@ -62,6 +72,7 @@ class DataConfig:
             )
 
 
-def is_file_spec(spec: str) -> bool:
-    """Whether a source names a file rather than a generator `module:function`."""
-    return spec.removesuffix(".gz").endswith((".txt", ".jsonl"))
+def file_kind(spec: str) -> str:
+    """The suffix of a source that is a file, without .gz; "" for a generator `module:function`."""
+    kinds = (".parquet", *(kind + end for kind in (".txt", ".jsonl", ".json") for end in ("", ".gz")))
+    return next((kind.removesuffix(".gz") for kind in kinds if spec.endswith(kind)), "")

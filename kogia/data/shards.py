@@ -15,20 +15,27 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from kogia import log
 from kogia.config import to_dict
-from kogia.data.config import DataConfig, is_file_spec
-from kogia.data.sources import Document, read_source
+from kogia.data.config import DataConfig, file_kind
+from kogia.data.rows import Document
+from kogia.data.sources import read_source
 from kogia.files import replacing_directory
 from kogia.text.chat import render_example
-from kogia.text.tokenizer import BOS, EOS, Tokenizer
+from kogia.text.tokenizer import Tokenizer
 
 CHUNK = 1024  # documents tokenised at a time, on all cores
+FORMAT = 2
+"""Counts the changes of what a document's tokens are; shards of another format are not taken for these."""
+
+Example = tuple[list[int], list[int]]
+"""Token ids and loss mask of one sequence."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,9 @@ class ShardCounts:
     tokens: int = 0
     loss_tokens: int = 0
     too_long: int = 0
-    """Chat examples left out because they exceed max_seqlen."""
+    """Replies left out because they and their prompt exceed max_seqlen."""
+    replies: int = 0
+    """Replies of the assistant that are learned."""
 
 
 @dataclass(frozen=True)
@@ -96,37 +105,64 @@ def shard_fingerprint(data: DataConfig, tokenizer: Tokenizer) -> str:
     sources = []
     for source in data.sources:
         entry = {key: value for key, value in to_dict(source).items() if key != "weight"}
-        if is_file_spec(source.spec) and (path := Path(source.spec).expanduser()).is_file():
+        if file_kind(source.spec) and (path := Path(source.spec).expanduser()).is_file():
             entry |= {"size": path.stat().st_size, "time": path.stat().st_mtime_ns}
         sources.append(entry)
-    settings = {"sources": sources, "max_seqlen": data.max_seqlen, "val_share": data.val_share}
-    template = tokenizer.template
-    marks = (tokenizer.bos, tokenizer.eos, None if template is None else template.source)
+    settings = {
+        "format": FORMAT,
+        "sources": sources,
+        "max_seqlen": data.max_seqlen,
+        "val_share": data.val_share,
+        "ends": [tokenizer.bos, tokenizer.adds_bos, *tokenizer.eos_ids],
+        "template": tokenizer.template_source,
+    }
     text = json.dumps(settings, sort_keys=True) + tokenizer.backend.to_str()
-    text += json.dumps(marks) if marks != (BOS, EOS, None) else ""  # the built-in format came before there were others
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def is_held_out(document: Document, val_share: float) -> bool:
-    """Whether a document belongs to validation: by hash of its prompt, or of its text when there is none."""
-    key = "\x1f".join(f"{m.role}\x1e{m.content}" for m in document.prompt) if document.prompt else document.text
+    """Whether a document belongs to validation: by hash of its first learned reply's prompt, or of its text."""
+    prompt = document.prompt[: document.learned[0]] if document.learned else document.prompt
+    key = "\x1f".join(f"{m.role}\x1e{m.content}" for m in prompt) if prompt else document.text
     value = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
     return value < val_share * 2**64
 
 
-def tokenise(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int], list[int]]]:
-    """(document, token ids, loss mask) in order: [BOS] text EOS with all but the first counting, or a chat example."""
+def tokenise(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[Example]]]:
+    """Documents with their examples, in order: a whole text of which all but the first token counts, or each reply.
+
+    A reply that cannot be rendered is a ValueError that begins with the document's place.
+    """
     documents = iter(documents)
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     while chunk := list(itertools.islice(documents, CHUNK)):
-        plain = iter(tokenizer.encode_batch([document.text for document in chunk if not document.prompt]))
+        plain = iter(tokenizer.encode_documents([document.text for document in chunk if not document.prompt]))
         for document in chunk:
             if document.prompt:
-                ids, mask = render_example(document.prompt, document.text, tokenizer)
+                yield document, _chat_examples(document, tokenizer)
             else:
-                ids = [*start, *next(plain), tokenizer.eos_id]
-                mask = [0] + [1] * (len(ids) - 1)
-            yield document, ids, mask
+                ids = next(plain)
+                yield document, [(ids, [0] + [1] * (len(ids) - 1))]
+
+
+def _chat_examples(document: Document, tokenizer: Tokenizer) -> list[Example]:
+    try:
+        return [render_example(prompt, reply, tokenizer) for prompt, reply in document.examples()]
+    except ValueError as error:
+        raise ValueError(f"{document.where}: {error}") from error
+
+
+def join(examples: Iterable[Example]) -> list[Example]:
+    """Each example that begins with the whole of the one before it continues it, so that no token is seen twice.
+
+    Where the template drops earlier thoughts the prompt of the next reply is another text, and stays a sequence.
+    """
+    joined: list[Example] = []
+    for ids, mask in examples:
+        if joined and ids[: len(joined[-1][0])] == joined[-1][0]:
+            before = joined.pop()[1]
+            mask = before + mask[len(before) :]
+        joined.append((ids, mask))
+    return joined
 
 
 def cut(ids: Sequence[int], mask: Sequence[int], max_seqlen: int) -> Iterator[tuple[Sequence[int], list[int]]]:
@@ -147,25 +183,32 @@ class _SplitWriter:
         self.files: list[BinaryIO] = [
             stack.enter_context((directory / name).open("wb")) for name in ("tokens.bin", "mask.bin", "offsets.bin")
         ]
-        self.documents = self.sequences = self.tokens = self.loss_tokens = self.too_long = 0
+        self.documents = self.sequences = self.tokens = self.loss_tokens = self.too_long = self.replies = 0
         self.source_ends: list[int] = []
         self.files[2].write(np.zeros(1, "int64").tobytes())
 
-    def add(self, document: Document, ids: Sequence[int], mask: Sequence[int], max_seqlen: int) -> None:
+    def add(self, document: Document, examples: Sequence[Example], max_seqlen: int) -> None:
         self.documents += 1
-        if document.prompt and len(ids) > max_seqlen:
-            self.too_long += 1
+        if not document.prompt:
+            for ids, mask in examples:
+                self._write(cut(ids, mask, max_seqlen))
             return
-        for piece, piece_mask in cut(ids, mask, max_seqlen):
-            self.files[0].write(np.asarray(piece, self.dtype).tobytes())
-            self.files[1].write(np.asarray(piece_mask, "uint8").tobytes())
+        kept = [example for example in examples if len(example[0]) <= max_seqlen]
+        self.replies += len(kept)
+        self.too_long += len(examples) - len(kept)
+        self._write(join(kept))
+
+    def _write(self, sequences: Iterable[tuple[Sequence[int], list[int]]]) -> None:
+        for ids, mask in sequences:
+            self.files[0].write(np.asarray(ids, self.dtype).tobytes())
+            self.files[1].write(np.asarray(mask, "uint8").tobytes())
             self.sequences += 1
-            self.tokens += len(piece)
-            self.loss_tokens += sum(piece_mask)
+            self.tokens += len(ids)
+            self.loss_tokens += sum(mask)
             self.files[2].write(np.int64(self.tokens).tobytes())
 
     def finish(self) -> None:
-        counts = ShardCounts(self.documents, self.sequences, self.tokens, self.loss_tokens, self.too_long)
+        counts = ShardCounts(*(getattr(self, each.name) for each in fields(ShardCounts)))
         meta = {"dtype": self.dtype, "source_ends": self.source_ends, "counts": asdict(counts)}
         (self.directory / "meta.json").write_text(json.dumps(meta))
 
@@ -176,12 +219,14 @@ def _write_directory(data: DataConfig, tokenizer: Tokenizer, directory: Path, fi
             dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
             train, val = (_SplitWriter(draft / split, dtype, stack) for split in ("train", "val"))
             for source in data.sources:
-                for document, ids, mask in tokenise(read_source(source), tokenizer):
+                for document, examples in tokenise(read_source(source), tokenizer):
                     writer = val if is_held_out(document, data.val_share) else train
-                    writer.add(document, ids, mask, data.max_seqlen)
+                    writer.add(document, examples, data.max_seqlen)
                 for writer in (train, val):
                     writer.source_ends.append(writer.sequences)
             _check_not_empty(data, train, val)
+            if replies := train.replies + val.replies:
+                log.info(f"data: {replies:,} replies of the assistant count in the loss, and none of what they answer")
             train.finish()
             val.finish()
         (draft / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}))

@@ -1,29 +1,22 @@
-"""Documents from files and generators, one at a time, before any tokenisation.
-
-A source yields `Document`s: a plain text, or a chat prompt with the completion to learn. A completion is the text that
-follows the rendered prompt, which ends in "<think>\\n"; a reply given as a message becomes one by `completion_text`.
-"""
+"""Documents from files and generators, one at a time, before any tokenisation."""
 
 import gzip
+import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from io import TextIOWrapper
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 from kogia.config import resolve
-from kogia.data.config import SourceConfig, is_file_spec
-from kogia.text.chat import Message
+from kogia.data.config import SourceConfig, file_kind
+from kogia.data.rows import Document, document_from_row
 
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A plain text (`prompt` empty) or a completion of a chat prompt."""
-
-    text: str
-    prompt: tuple[Message, ...] = ()
+Row = tuple[str, Any]
+"""Where it stands, and what it holds."""
 
 
 def read_source(source: SourceConfig) -> Iterator[Document]:
@@ -31,92 +24,102 @@ def read_source(source: SourceConfig) -> Iterator[Document]:
 
     Raises ValueError naming file, line and rule for a row that is no document.
     """
-    documents = _read_file(source) if is_file_spec(source.spec) else _read_generator(source)
-    for index, document in enumerate(documents):
+    rows = _read_file(source) if file_kind(source.spec) else _read_generator(source)
+    for index, (where, row) in enumerate(rows):
         if source.num is not None and index >= source.num:
             return
-        yield document
+        document = document_from_row(row, where, source.text_key)
+        yield document if source.replies == "all" else replace(document, learned=())
 
 
-def completion_text(reply: Message) -> str:
-    """What a model would have emitted for `reply` after "<think>\\n": its reasoning, the closing tag, its answer."""
-    if reply.reasoning is None and "</think>" in reply.content:
-        return reply.content.removeprefix("<think>").removeprefix("\n")
-    reasoning = (reply.reasoning or "").strip("\n")
-    return f"{reasoning}\n</think>\n\n{reply.content}" if reasoning else f"</think>\n\n{reply.content}"
-
-
-def document_from_row(row: Any, where: str, text_key: str = "text") -> Document:
-    """A document from one jsonl row or one generated item; `where` opens the error message."""
-    if isinstance(row, str):
-        return Document(row)
-    if isinstance(row, tuple) and len(row) == 2 and hasattr(row[0], "messages"):
-        return Document(row[1], tuple(row[0].messages))
-    if isinstance(row, Mapping):
-        if "messages" in row:
-            return _from_messages(row, where)
-        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-            return Document(row["completion"], (Message("user", row["prompt"]),))
-        if isinstance(row.get(text_key), str):
-            return Document(row[text_key])
-    found = f"keys {sorted(row)}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
-    raise ValueError(
-        f'{where}: {found} is no document; a row needs {{"{text_key}"}}, {{"prompt", "completion"}} or '
-        '{"messages"[, "completion"]} (text_key names another column)'
-    )
-
-
-def _from_messages(row: Mapping[str, Any], where: str) -> Document:
-    try:
-        messages = [Message(m["role"], m["content"], m.get("reasoning")) for m in row["messages"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{where}: every message needs "role" and "content" ({error!r})') from error
-    if "completion" in row:
-        return Document(row["completion"], tuple(messages))
-    if len(messages) < 2 or messages[-1].role != "assistant":
-        raise ValueError(f'{where}: without "completion" the last of several messages must be the assistant\'s reply')
-    return Document(completion_text(messages[-1]), tuple(messages[:-1]))
-
-
-def _read_file(source: SourceConfig) -> Iterator[Document]:
+def _read_file(source: SourceConfig) -> Iterator[Row]:
     path = Path(source.spec).expanduser()
     if not path.is_file():
         raise ValueError(f"data source {source.spec!r}: no such file (looked in {path.absolute().parent})")
-    with _open_text(path) as file:
-        if path.name.removesuffix(".gz").endswith(".txt"):
-            text = file.read()
-            pieces = text.split(source.separator) if source.separator else [text]
-            yield from (Document(piece) for piece in pieces if piece.strip())
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{source.spec}, line {number}"
-                yield document_from_row(_parse_json(line, where), where, source.text_key)
+    readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".json": _read_json, ".parquet": _read_parquet}
+    return readers[file_kind(source.spec)](source, path)
 
 
-def _open_text(path: Path) -> TextIOWrapper:
-    file = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")  # noqa: SIM115
-    assert isinstance(file, TextIOWrapper)
-    return file
+def _read_text(source: SourceConfig, path: Path) -> Iterator[Row]:
+    text = "".join(line for _, line in _lines(source.spec, path))
+    pieces = text.split(source.separator) if source.separator else [text]
+    yield from ((f"{source.spec}, document {i}", piece) for i, piece in enumerate(pieces, start=1) if piece.strip())
 
 
-def _parse_json(line: str, where: str) -> Any:
+def _read_json_lines(source: SourceConfig, path: Path) -> Iterator[Row]:
+    for where, line in _lines(source.spec, path):
+        if line.strip():
+            yield where, _parse_json(line, where, "a .jsonl file holds one JSON object per line")
+
+
+def _read_json(source: SourceConfig, path: Path) -> Iterator[Row]:
+    rule = "a .json file holds one list of rows"
+    rows = _parse_json("".join(line for _, line in _lines(source.spec, path)), source.spec, rule)
+    if not isinstance(rows, list):
+        raise ValueError(f"{source.spec}: holds a {type(rows).__name__}; {rule}")
+    yield from ((f"{source.spec}, row {i}", row) for i, row in enumerate(rows, start=1))
+
+
+def _read_parquet(source: SourceConfig, path: Path) -> Iterator[Row]:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}); a .jsonl file holds one JSON object per line") from error
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ValueError(
+            f"data source {source.spec!r}: reading parquet takes pyarrow; pip install 'kogia[parquet]'"
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{source.spec}, row {number}", row
+    except (ValueError, OSError) as error:  # pyarrow's own errors are one or the other
+        raise ValueError(f"{source.spec}, after row {number}: not readable as parquet ({error})") from error
 
 
-def _read_generator(source: SourceConfig) -> Iterator[Document]:
+def _lines(spec: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Lines with their ends as they are, each with its place, without a byte order mark before the first."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                text = _decode(line, f"{spec}, line {number}")
+                yield f"{spec}, line {number}", text.removeprefix("\ufeff") if number == 1 else text
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{spec}, after line {number}: damaged or cut off ({error}); copy the file again") from error
+
+
+def _open(path: Path) -> BufferedIOBase:
+    return gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: byte {error.start} is 0x{line[error.start]:02x}, which is no UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def _parse_json(text: str, where: str, rule: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers too long and nesting too deep for Python
+        raise ValueError(f"{where}: not JSON ({error}); {rule}") from error
+
+
+def _read_generator(source: SourceConfig) -> Iterator[Row]:
     if ":" not in source.spec:
         raise ValueError(
-            f"data source {source.spec!r}: neither a file (.txt, .jsonl, each also .gz) nor a generator "
-            "`module:function`"
+            f"data source {source.spec!r}: neither a file (.txt, .jsonl, .json, each also .gz, or .parquet) nor a "
+            "generator `module:function`"
         )
     function = resolve(source.spec)
     arguments = _generator_arguments(function, source)
     for index, item in enumerate(function(**arguments)):
-        yield document_from_row(item, f"{source.spec}, item {index}")
+        yield f"{source.spec}, item {index}", item
 
 
 def _generator_arguments(function: Callable[..., Any], source: SourceConfig) -> dict[str, Any]:

@@ -63,8 +63,9 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 
 def _lines(text: str) -> list[str]:
-    # only newlines separate: a prompt, or the text inside a JSON line, may hold U+2028 and its like
-    return [line for line in text.split("\n") if line.strip()]
+    # Only newlines separate: a prompt, or the text inside a JSON line, may hold U+2028 and its like. Some editors and
+    # shells begin with a byte order mark.
+    return [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
 
 
 def _read_file(path: Path) -> list[str]:

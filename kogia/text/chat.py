@@ -20,6 +20,7 @@ from kogia.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, To
 ROLES = ("system", "user", "assistant")
 THINKING_SWITCHES = ("thinking", "enable_thinking")
 """Variables by which chat templates turn thinking on and off: DeepSeek-V3.1's and Qwen3's."""
+_OPENING = re.compile(rf"(?:\s*{THINK})+\n?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,11 @@ class Prompt:
         return completion_text if END_THINK in completion_text else f"{END_THINK}\n\n{completion_text}"
 
     def own(self, canonical: str) -> str:
-        """What the model itself writes after this prompt: the inverse of `canonical`."""
+        """What the model itself writes after this prompt: the inverse of `canonical`, and of `canonical_reply`."""
+        if self.opens_thought:
+            return canonical.removeprefix(f"{THINK}\n")
         thought, closing, answer = canonical.rpartition(END_THINK)
-        if self.opens_thought or not closing or _begins_thought(thought):
+        if not closing or _begins_thought(thought):
             return canonical
         return f"{THINK}\n{canonical}" if thought.strip() else answer.lstrip("\n")
 
@@ -133,13 +136,36 @@ def render_example(
 ) -> tuple[list[int], list[int]]:
     """(ids, mask) of one training example: mask is 1 on the completion and its EOS, 0 on the prompt.
 
-    `completion_text` is in the built-in format, as after "<think>\\n". Where the model's template leaves the opening
-    tag to the model, the example has it in the completion.
+    `completion_text` may be written in any way that `canonical_reply` reads. Where the model's template leaves the
+    opening tag to the model, the example has it in the completion.
     """
-    thinks = bool(completion_text.rpartition(END_THINK)[0].strip())
+    reply = canonical_reply(completion_text)
+    thinks = reply.startswith(THINK) or bool(reply.rpartition(END_THINK)[0].strip())
     prompt = render_prompt(messages, tokenizer, True if thinks and has_thinking_switch(tokenizer) else None)
-    completion = [*tokenizer.encode(prompt.own(completion_text)), tokenizer.eos_id]
+    completion = [*tokenizer.encode(prompt.own(reply)), tokenizer.eos_id]
     return prompt.token_ids + completion, [0] * len(prompt.token_ids) + [1] * len(completion)
+
+
+def canonical_reply(text: str, reasoning: str | None = None) -> str:
+    """A reply of a data set as it follows "<think>\\n": thought (from its tags, or `reasoning`), end tag, answer.
+
+    A reply without tags is all answer. A thought that was never closed keeps its opening tag, by which it is known.
+    Raises ValueError where tags and `reasoning` hold two different thoughts.
+    """
+    opening = _OPENING.match(text)
+    inner = text[opening.end() :] if opening else text
+    thought, closing, answer = inner.rpartition(END_THINK)
+    if not closing:
+        thought, answer = (inner, "") if opening else ("", text)
+    given = (reasoning or "").strip().removeprefix(THINK).removesuffix(END_THINK).strip()
+    if given and thought.strip() not in ("", given):
+        raise ValueError(f"two thoughts, {given[:40]!r} beside the reply and {thought[:40]!r} inside; keep one of them")
+    if given:
+        answer = answer.lstrip("\n")
+        return f"{given}\n{END_THINK}\n\n{answer}"
+    if closing:
+        return inner
+    return f"{THINK}\n{inner}" if opening else f"{END_THINK}\n\n{text}"
 
 
 def parse_response(canonical: str) -> ParsedResponse:

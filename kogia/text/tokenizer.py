@@ -9,6 +9,7 @@ costs accuracy.
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from kogia.text.added_tokens import add_tokens
 from kogia.text.files import (
     EXTRA_FILES,
     MAX_VOCABULARY_BYTES,
@@ -28,6 +30,7 @@ from kogia.text.files import (
     read_text,
 )
 from kogia.text.template import ChatTemplate
+from kogia.text.tokenizer_file import check_tokenizer_file, panics_as_errors
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -81,7 +84,8 @@ class Tokenizer:
         self.config = config
         self.files = dict(files or {})
         self.is_byte_level = _is_byte_level(backend)
-        self.special_tokens = _special_tokens(config, self.files)
+        names = parse_object(self.files.get(SPECIAL_TOKENS_FILE, "{}"), SPECIAL_TOKENS_FILE)
+        self.special_tokens = _special_tokens({**names, **config})
         """Names by role ("bos_token", "pad_token", ...), as chat templates see them."""
         self.bos = self.special_tokens.get("bos_token")
         """None for a model without one (Qwen)."""
@@ -90,6 +94,7 @@ class Tokenizer:
         self.eos_id = self.token_id(self.eos)
         self.eos_ids = tuple(dict.fromkeys((self.eos_id, *eos_ids)))
         """Every id that ends a text; the first is `eos_id`, the one that training writes."""
+        add_tokens(backend, config, names, self.special_tokens)
         self._origin = origin
 
     @classmethod
@@ -100,16 +105,9 @@ class Tokenizer:
         """
         directory = Path(directory)
         path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
-        text = read_text(path, MAX_VOCABULARY_BYTES)
-        _check_model(path, parse_object(text, f"{path}: not a tokenizer.json"))
-        try:
-            backend = Backend.from_str(text)
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise ValueError(
-                f"{path}: not a tokenizer.json ({error}); copy the file again or train a new one"
-            ) from error
+        backend = _read_backend(path)
         config = read_object(config_path)
-        files = {name: read_text(directory / name) for name in EXTRA_FILES if (directory / name).exists()}
+        files = {name: read_text(directory / name) for name in EXTRA_FILES if os.path.lexists(directory / name)}
         origin = directory / (TEMPLATE_FILE if TEMPLATE_FILE in files else config_path.name)
         try:
             return cls(backend, config, files=files, eos_ids=read_eos_ids(directory), origin=str(origin))
@@ -131,24 +129,53 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written out in `text` become their ids; no BOS is added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with panics_as_errors("encoding"):
+            return self.backend.encode(sound(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with panics_as_errors("encoding"):
+            encodings = self.backend.encode_batch_fast([sound(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_raw(self, text: str) -> list[int]:
         """A text to be continued as it is: with one BOS in front if this model's texts have one."""
-        ids = self.encode(text)
+        return self._begun(self.encode(text))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Whole texts to learn: begun as `encode_raw` does, ended by EOS unless they have an end token already."""
+        return [self._ended(self._begun(ids)) for ids in self.encode_batch(texts)]
+
+    def _begun(self, ids: list[int]) -> list[int]:
         return [self.bos_id, *ids] if self.bos_id is not None and self.adds_bos and ids[:1] != [self.bos_id] else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Blanks behind the end token, as chat templates write them, do not make it another text."""
+        last = next((token_id for token_id in reversed(ids) if self.decode([token_id]).strip()), None)
+        return ids if last in self.eos_ids else [*ids, self.eos_id]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Bytes that are no valid UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        with panics_as_errors("decoding"):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The model's own chat template; None where the built-in format is meant: there is no other."""
+        if self.template_source is not None:
+            return ChatTemplate(self.template_source, self._origin)
+        if (size := len(self.encode(USER))) > 1:
+            from kogia import log  # brings rich along, for which verifier processes need not wait
+
+            log.warn(
+                f"{self._origin}: no chat template, so chats are written in DeepSeek-R1's format, whose marks are no "
+                f"tokens of this model ({USER} is {size}); give it its own as {TEMPLATE_FILE}, or continue raw text"
+            )
+        return None
+
+    @cached_property
+    def template_source(self) -> str | None:
+        """The text of `template`."""
         source = self.files.get(TEMPLATE_FILE, self.config.get("chat_template"))
         if isinstance(source, list):  # several templates by name
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
@@ -157,14 +184,15 @@ class Tokenizer:
             return None
         if not isinstance(source, str):
             raise ValueError(f"{self._origin}: chat_template is no text and none named 'default'; correct the file")
-        return ChatTemplate(source, self._origin)
+        return source
 
     @cached_property
     def adds_bos(self) -> bool:
         """Whether texts of this model start with BOS, by its configuration or by the post-processor of its file."""
         if self.bos_id is None:
             return False
-        return self.config.get("add_bos_token") is True or self.bos_id in self.backend.encode("").ids
+        with panics_as_errors(f"{self._origin}: the post_processor of tokenizer.json"):
+            return self.config.get("add_bos_token") is True or self.bos_id in self.backend.encode("").ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -195,6 +223,18 @@ class Tokenizer:
             return token.encode()
 
 
+def sound(text: str, name: str = "the text") -> str:
+    """The text itself. ValueError that begins with `name` if it holds what no UTF-8 can, half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half a surrogate pair, {text[error.start]!r} at character {error.start}, which is no text; "
+            "repair what wrote it, or leave it out"
+        ) from None
+    return text
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains on `texts`; gives fewer than `vocab_size` tokens when the texts run out of repeated pairs to merge."""
     if vocab_size < MIN_VOCAB_SIZE:
@@ -217,6 +257,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, _default_config())
 
 
+def _read_backend(path: Path) -> Backend:
+    text = read_text(path, MAX_VOCABULARY_BYTES)
+    data = parse_object(text, f"{path}: not a tokenizer.json")
+    try:
+        check_tokenizer_file(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    try:
+        with panics_as_errors(str(path)):
+            return Backend.from_str(text)
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise ValueError(f"{path}: not a tokenizer.json ({error}); copy the file again or train a new one") from error
+
+
 def _default_config() -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -229,9 +283,8 @@ def _default_config() -> dict[str, Any]:
     }
 
 
-def _special_tokens(config: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, str]:
+def _special_tokens(known: Mapping[str, Any]) -> dict[str, str]:
     """Names by role from tokenizer_config.json, else special_tokens_map.json; there plain or tables with `content`."""
-    known = parse_object(files.get(SPECIAL_TOKENS_FILE, "{}"), SPECIAL_TOKENS_FILE) | dict(config)
     names: dict[str, str] = {}
     for role in SPECIAL_ROLES:
         value = known.get(role)
@@ -248,16 +301,6 @@ def _name_of(backend: Backend, eos_ids: Sequence[int]) -> str:
     if name is None:
         raise ValueError("eos_token=None: tokenizer_config.json must name this token; add it to the file")
     return name
-
-
-def _check_model(path: Path, data: Mapping[str, Any]) -> None:
-    """Refuses what no model of these families has; on a wrong prefix the library ends the whole process."""
-    model = data.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise ValueError(f"{path}: not a tokenizer.json of the BPE kind; use one of the DeepSeek, Qwen or Llama kind")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise ValueError(f"{path}: model.{key} = {model[key]!r} is not supported; it must be empty")
 
 
 def _is_byte_level(backend: Backend) -> bool:

@@ -148,7 +148,7 @@ class SupervisedConfig:
             raise ValueError(f"exactly one of steps = {self.steps} and epochs = {self.epochs} must be given")
         if not self.data.sources:
             raise ValueError(
-                "data.sources is empty: add [[data.sources]] with spec = a .jsonl/.txt file or module:function"
+                "data.sources is empty: give --data FILE, or add [[data.sources]] with spec = a file or module:function"
             )
         if self.resume and self.overwrite:
             raise ValueError(

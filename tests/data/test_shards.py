@@ -1,14 +1,26 @@
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizer_families import QWEN25, write_qwen
+from tokenizer_families import (
+    LLAMA2,
+    LLAMA3,
+    QWEN3,
+    QWEN25,
+    R1,
+    V3,
+    write_deepseek,
+    write_llama2,
+    write_llama3,
+    write_qwen,
+)
 
 from kogia.data.config import DataConfig, SourceConfig
-from kogia.data.shards import Shard, build_shards, cut, is_held_out, shard_fingerprint
-from kogia.data.sources import Document
+from kogia.data.rows import Document, document_from_row
+from kogia.data.shards import Shard, build_shards, cut, is_held_out, join, shard_fingerprint, tokenise
 from kogia.text.chat import Message, render_example
 from kogia.text.tokenizer import Tokenizer, train_bpe
 
@@ -140,3 +152,145 @@ def test_truncated_and_empty_shards_are_errors_that_name_the_fix(tmp_path, token
     nothing = DataConfig((SourceConfig(str(tmp_path / "none.jsonl")),), batch_tokens=64, max_seqlen=64)
     with pytest.raises(ValueError, match=r"none\.jsonl: no document in it"):
         build_shards(nothing, tokenizer, tmp_path / "none")
+
+
+FAMILIES = {
+    "r1": lambda path: write_deepseek(path, R1),
+    "v3": lambda path: write_deepseek(path, V3),
+    "qwen2.5": lambda path: write_qwen(path, QWEN25),
+    "qwen3": lambda path: write_qwen(path, QWEN3),
+    "llama2": lambda path: write_llama2(path, LLAMA2),
+    "llama3": lambda path: write_llama3(path, LLAMA3),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory) -> Tokenizer:
+    return Tokenizer.load(FAMILIES[request.param](tmp_path_factory.mktemp("families") / request.param))
+
+
+@pytest.mark.parametrize("text", ["The answer is 12.", "", "  a\n", "<think>x</think>"])
+def test_a_text_begins_as_prompts_do_and_ends_once_whatever_it_was_given(family, text):
+    bos, eos = family.bos or "", family.eos
+    plain = [*family.encode_raw(text), family.eos_id]
+    given = [text, text + eos, text + eos + "\n"] + [bos + text, bos + text + eos] * family.adds_bos
+    rows = [ids for _, [(ids, _)] in tokenise([Document(each) for each in given], family)]
+    assert rows[0] == plain
+    for each, ids in zip(given, rows, strict=True):
+        assert ids[: len(plain)] == plain, each
+        assert ids.count(family.eos_id) == 1
+
+
+def test_a_bos_that_is_named_but_never_added_begins_no_row(tmp_path):
+    directory = write_qwen(tmp_path)
+    config = (
+        (directory / "tokenizer_config.json").read_text().replace('"bos_token": null', '"bos_token": "<|im_start|>"')
+    )
+    (directory / "tokenizer_config.json").write_text(config)
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.bos_id is not None
+    ((_, [(ids, mask)]),) = tokenise([Document("The answer")], tokenizer)
+    assert ids == [*tokenizer.encode_raw("The answer"), tokenizer.eos_id] == [*tokenizer.encode("The answer"), 2]
+    assert mask == [0] + [1] * (len(ids) - 1)
+
+
+def test_any_of_several_end_tokens_ends_a_text(tmp_path):
+    tokenizer = Tokenizer.load(write_llama3(tmp_path))
+    texts = [f"a{end}" for end in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|start_header_id|>")]
+    assert [ids[-1] for ids in tokenizer.encode_documents(texts)] == [1, 2, 3, tokenizer.eos_id]
+    assert [len(ids) for ids in tokenizer.encode_documents(texts)] == [3, 3, 3, 4]
+
+
+DIALOGUE = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "2"},
+]
+
+
+def learned(tokenizer: Tokenizer, examples: list[tuple[list[int], list[int]]]) -> list[list[str]]:
+    """The learned stretches of every sequence, as text."""
+    found = []
+    for ids, mask in examples:
+        edges = [i for i in range(1, len(ids)) if mask[i] != mask[i - 1]] + [len(ids)] * mask[-1]
+        found.append([tokenizer.decode(ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)])
+    return found
+
+
+def test_every_reply_of_a_conversation_is_learned_after_the_prompt_that_it_answers(family):
+    document = document_from_row({"messages": DIALOGUE}, "here")
+    ((_, examples),) = tokenise([document], family)
+    user = tuple(Message(m["role"], m["content"]) for m in DIALOGUE)
+    assert examples == [render_example(user[:1], "1", family), render_example(user[:3], "2", family)]
+    joined = join(examples)
+    answers = [stretch for stretches in learned(family, joined) for stretch in stretches]
+    opens = "</think>\n\n" if family.decode(examples[0][0]).count("<think>") else ""
+    assert [answer.removeprefix(opens) for answer in answers] == [f"{n}{family.eos}" for n in "12"]
+
+
+@pytest.mark.parametrize(("name", "sequences"), [("r1", 2), ("v3", 1), ("qwen2.5", 1), ("qwen3", 1), ("llama3", 1)])
+def test_replies_share_a_sequence_where_the_next_prompt_continues_the_text_so_far(tmp_path, name, sequences):
+    tokenizer = Tokenizer.load(FAMILIES[name](tmp_path))
+    ((_, examples),) = tokenise([document_from_row({"messages": DIALOGUE}, "here")], tokenizer)
+    joined = join(examples)
+    assert len(joined) == sequences
+    assert sum(sum(mask) for _, mask in joined) == sum(sum(mask) for _, mask in examples)
+    assert joined[-1][0] == examples[-1][0]
+
+
+def test_earlier_thoughts_are_learned_where_they_stand_and_gone_from_later_prompts(family):
+    thoughtful = [m | ({"reasoning_content": "hm"} if m["role"] == "assistant" else {}) for m in DIALOGUE]
+    tagged = [
+        m | ({"content": f"<think>\nhm\n</think>\n\n{m['content']}"} if m["role"] == "assistant" else {})
+        for m in DIALOGUE
+    ]
+    documents = [document_from_row({"messages": rows}, "here") for rows in (thoughtful, tagged)]
+    (_, first), (_, second) = tokenise(documents, family)
+    assert first == second
+    assert len(join(first)) == 2
+    for (ids, mask), answer in zip(first, "12", strict=True):
+        prompt, reply = (family.decode([t for t, on in zip(ids, mask, strict=True) if on == side]) for side in (0, 1))
+        assert prompt.count("hm") == 0
+        assert (prompt + reply).count("<think>") == 1
+        assert reply.endswith(f"hm\n</think>\n\n{answer}{family.eos}")
+
+
+def test_a_conversation_is_held_out_with_its_opening_and_too_long_replies_alone_are_left_out(tmp_path, tokenizer):
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, *DIALOGUE[1:]]} for i in range(40)]
+    whole = [document_from_row(row, "here") for row in rows]
+    begun = [document_from_row({"messages": row["messages"][:2]}, "here") for row in rows]
+    assert [is_held_out(d, 0.5) for d in whole] == [is_held_out(d, 0.5) for d in begun]
+    long = [*DIALOGUE, {"role": "user", "content": WORDS * 9}, {"role": "assistant", "content": "3"}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": long}]))
+    data = DataConfig((SourceConfig(str(path)),), batch_tokens=64, max_seqlen=64)
+    counts = build_shards(data, tokenizer, tmp_path / "data")["train"].counts
+    assert (counts.documents, counts.replies, counts.too_long, counts.sequences) == (1, 2, 1, 2)
+    last = DataConfig((SourceConfig(str(path), replies="last"),), batch_tokens=512, max_seqlen=512)
+    assert build_shards(last, tokenizer, tmp_path / "last")["train"].counts.replies == 1
+
+
+def test_what_counts_is_said(tmp_path, tokenizer, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": DIALOGUE}) + "\n" + json.dumps({"text": "x"}))
+    data = DataConfig(files=(str(path),), batch_tokens=64, max_seqlen=64)
+    build_shards(data, tokenizer, tmp_path / "data")
+    assert "2 replies of the assistant count in the loss, and none of what they answer" in capsys.readouterr().err
+
+
+def test_a_conversation_that_the_template_refuses_is_named_with_file_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"messages": DIALOGUE}, {"messages": [DIALOGUE[0], *DIALOGUE]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(files=(str(path),), batch_tokens=64, max_seqlen=64)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*roles must alternate"):
+        build_shards(data, Tokenizer.load(write_llama2(tmp_path / "llama2")), tmp_path / "data")
+
+
+def test_shards_of_another_rule_for_the_ends_are_not_taken_for_these(tmp_path):
+    data = DataConfig((source("stories", num=2),), batch_tokens=64, max_seqlen=64)
+    directory = write_qwen(tmp_path)
+    before = shard_fingerprint(data, Tokenizer.load(directory))
+    (directory / "generation_config.json").write_text("{}")
+    assert shard_fingerprint(data, Tokenizer.load(directory)) != before

@@ -55,3 +55,11 @@ def test_generate_command_reads_answers_of_a_model_that_opens_no_thought(qwen, t
     (expected,) = LLM(qwen, device="cpu").chat([Message("user", "one")], params, thinking=False)
     assert row["text"] == expected.text
     assert (row["thinking"], row["answer"]) == (None, expected.text.strip())
+
+
+def test_a_byte_order_mark_before_prompts_is_no_part_of_the_first(tmp_path, monkeypatch):
+    for name, content in (("a.txt", "one\ntwo\n"), ("a.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert read_prompts(GenerateConfig(path="m", file=str(tmp_path / name))) == ["one", "two"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\ntwo\n"))
+    assert read_prompts(GenerateConfig(path="m")) == ["one", "two"]

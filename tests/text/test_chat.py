@@ -7,12 +7,13 @@ from tokenizer_families import LLAMA3, QWEN3, R1, V3, V31, write_deepseek, write
 from kogia.text.chat import (
     Message,
     Prompt,
+    canonical_reply,
     parse_response,
     render_example,
     render_prompt,
     render_text,
 )
-from kogia.text.tokenizer import BOS, CHAT_TEMPLATE, END_THINK, EOS, Tokenizer, train_bpe
+from kogia.text.tokenizer import BOS, CHAT_TEMPLATE, END_THINK, EOS, THINK, Tokenizer, train_bpe
 
 TOKENIZER = train_bpe([f"numbers {a} {b} target {a + b} no\n" for a in range(30) for b in range(9)], 500)
 
@@ -232,3 +233,63 @@ def test_thinking_tokens_where_the_tag_is_no_token(tmp_path):
     ids = [*thought, *tokenizer.encode("</think>"), *tokenizer.encode("7")]
     assert len(ids) > len(thought) + 2
     assert INSIDE.num_thinking_tokens(ids, tokenizer) == len(thought)
+
+
+THOUGHTFUL, BARE, OPEN = "2+2\n</think>\n\n4", "</think>\n\n4", "<think>\n2+2"
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "canonical"),
+    [
+        ("<think>\n2+2\n</think>\n\n4", None, THOUGHTFUL),
+        (" \n<think>\n2+2\n</think>\n\n4", None, THOUGHTFUL),
+        ("<think>\n<think>\n2+2\n</think>\n\n4", None, THOUGHTFUL),
+        (THOUGHTFUL, None, THOUGHTFUL),
+        ("4", None, BARE),
+        (BARE, None, BARE),
+        ("", None, "</think>\n\n"),
+        (" 4\n", None, "</think>\n\n 4\n"),
+        ("<think>\n2+2", None, OPEN),
+        (" <think>2+2", None, OPEN),
+        ("4", "2+2", THOUGHTFUL),
+        ("4", " \n2+2\n", THOUGHTFUL),
+        ("4", "<think>\n2+2\n</think>", THOUGHTFUL),
+        ("</think>\n\n4", "2+2", THOUGHTFUL),
+        ("<think>\n\n</think>\n\n4", "2+2", THOUGHTFUL),
+        ("<think>\n2+2\n</think>\n\n4", "2+2", THOUGHTFUL),
+        ("4", " ", BARE),
+    ],
+)
+def test_a_thought_is_read_wherever_a_data_set_puts_it(text, reasoning, canonical):
+    assert canonical_reply(text, reasoning) == canonical
+    assert canonical_reply(canonical) == canonical
+
+
+def test_two_different_thoughts_of_one_reply_are_refused():
+    for text in ("<think>\n3+1\n</think>\n\n4", "3+1</think>4", "<think>3+1"):
+        with pytest.raises(ValueError, match=r"two thoughts, '2\+2' beside the reply and '\\?n?3\+1"):
+            canonical_reply(text, "2+2")
+
+
+@pytest.mark.parametrize(
+    ("write", "template", "completion", "written"),
+    [
+        (write_deepseek, R1, "<think>\n2+2\n</think>\n\n4", "2+2\n</think>\n\n4"),
+        (write_deepseek, R1, " \n<think>2+2</think>4", "2+2</think>4"),
+        (write_deepseek, R1, "4", "</think>\n\n4"),
+        (write_deepseek, R1, "<think>\n2+2", "2+2"),
+        (write_deepseek, V31, "<think>\n\n</think>\n\n4", "4"),
+        (write_deepseek, V31, "<think>\n2+2", "2+2"),
+        (write_qwen, QWEN3, " <think>\n2+2\n</think>\n\n4", "<think>\n2+2\n</think>\n\n4"),
+        (write_qwen, QWEN3, "2+2\n</think>\n\n4", "<think>\n2+2\n</think>\n\n4"),
+        (write_qwen, QWEN3, "<think>2+2", "<think>\n2+2"),
+        (write_qwen, QWEN3, "\n\n4", "4"),
+    ],
+)
+def test_however_a_reply_is_written_a_thought_is_opened_once(tmp_path, write, template, completion, written):
+    tokenizer = Tokenizer.load(write(tmp_path, template))
+    ids, mask = render_example(CONVERSATIONS[0], completion, tokenizer)
+    start = mask.index(1)
+    assert tokenizer.decode(ids[start:]) == written + tokenizer.eos
+    thought = "2+2" in completion
+    assert tokenizer.decode(ids).count(THINK) == (thought or template == R1)

@@ -174,9 +174,24 @@ def test_of_several_templates_the_default_one_is_used(tmp_path):
         render_prompt(QUESTION, Tokenizer.load(write_deepseek(tmp_path, both[:1])))
 
 
-def test_a_model_without_a_template_is_prompted_in_the_built_in_format(tmp_path):
+def test_a_model_without_a_template_is_prompted_in_the_built_in_format_and_that_is_said_once(tmp_path, capsys):
     tokenizer = Tokenizer.load(write_qwen(tmp_path, None))
-    assert tokenizer.decode(render_prompt(QUESTION, tokenizer).token_ids) == render_text(QUESTION, bos="")
+    for _ in range(2):
+        assert tokenizer.decode(render_prompt(QUESTION, tokenizer).token_ids) == render_text(QUESTION, bos="")
+    said = capsys.readouterr().err
+    size = len(tokenizer.encode("<｜User｜>"))
+    assert said.count("no chat template") == 1
+    assert f"{tmp_path / 'tokenizer_config.json'}: " in said and f"(<｜User｜> is {size})" in said and size > 1
+
+
+def test_nothing_is_said_of_models_that_know_the_format_they_are_prompted_in(tmp_path, capsys):
+    own = train_bpe(["a b"], 263)
+    own.save(tmp_path / "own")
+    for path in (write_deepseek(tmp_path / "r1", None), write_qwen(tmp_path / "qwen"), tmp_path / "own"):
+        render_prompt(QUESTION, Tokenizer.load(path))
+    plain = Tokenizer.load(write_qwen(tmp_path / "bare", None))
+    plain.encode_documents(["texts need no chat format"])
+    assert capsys.readouterr().err == ""
 
 
 def test_saved_files_hold_what_was_read(tmp_path, directories):
@@ -275,4 +290,126 @@ def test_a_tokenizer_of_more_than_200_megabytes_is_refused(tmp_path):
     with (tmp_path / "tokenizer.json").open("ab") as file:
         file.truncate(200_000_001)
     with pytest.raises(ValueError, match="larger than 200,000,000 bytes"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_out_of_the_directory_is_not_followed(tmp_path, name, there):
+    directory = write_qwen(tmp_path / "model")
+    (directory / "generation_config.json").unlink()  # so that config.json is asked for the end ids
+    if there:
+        (tmp_path / "secret").write_text('{"eos_token": "<|im_end|>"}')
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to("../secret")
+    with pytest.raises(ValueError, match=rf"{name}: a link to .*secret, outside the model directory"):
+        Tokenizer.load(directory)
+
+
+def test_links_inside_a_directory_and_in_the_hub_cache_are_followed(tmp_path):
+    plain = write_qwen(tmp_path / "plain")
+    (plain / "tokenizer_config.json").rename(plain / "real.json")
+    (plain / "tokenizer_config.json").symlink_to("real.json")
+    repository = tmp_path / "models--x--y"
+    snapshot = write_qwen(repository / "snapshots" / "rev")
+    (repository / "blobs").mkdir()
+    for file in list(snapshot.iterdir()):
+        file.rename(repository / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    assert Tokenizer.load(snapshot).vocab_size == Tokenizer.load(plain).vocab_size
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_byte_order_mark_before_a_file_is_no_part_of_it(tmp_path, name):
+    plain = Tokenizer.load(write_qwen(tmp_path))
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    marked = Tokenizer.load(tmp_path)
+    assert (marked.eos_ids, marked.special_tokens) == (plain.eos_ids, plain.special_tokens)
+    assert marked.encode("The answer") == plain.encode("The answer")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
+    write_qwen(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(render_prompt(QUESTION, tokenizer).token_ids) == QUESTION[0].content
+
+
+def token(content, **flags):
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    return plain | {"content": content} | flags
+
+
+@pytest.mark.parametrize(
+    ("changes", "new"),
+    [
+        ({"added_tokens_decoder": {"295": token("<|new|>"), "296": token("<|two|>", lstrip=True)}}, 2),
+        (
+            {
+                "added_tokens_decoder": {
+                    "430": token("<|new|>"),
+                    "423": token("<|two|>", special=False, normalized=True),
+                }
+            },
+            2,
+        ),
+        ({"added_tokens_decoder": {"293": token("<think>"), "9": {"content": "<|new|>"}}}, 1),
+        ({"added_tokens_decoder": {"300": token("<|new|>")}, "additional_special_tokens": ["<|two|>", "<|new|>"]}, 2),
+        ({"additional_special_tokens": ["<|two|>", "<|new|>", "<|im_end|>"]}, 2),
+        ({"extra_special_tokens": ["<|new|>"]}, 1),
+        ({"extra_special_tokens": {"image_token": "<|new|>", "video_token": "<|two|>"}}, 2),
+        ({"image_token": "<|new|>", "additional_special_tokens": ["<|two|>"]}, 2),
+        ({"pad_token": "<|two|>", "additional_special_tokens": ["<|new|>"]}, 2),
+        ({"pad_token": "<|two|>", "mask_token": "answer", "added_tokens_decoder": {"9": token("<|new|>")}}, 3),
+        ({"additional_special_tokens": []}, 0),
+    ],
+)
+def test_tokens_that_only_the_configuration_names_are_one_id_as_for_transformers(tmp_path, changes, new):
+    transformers = pytest.importorskip("transformers")
+    before = Tokenizer.load(write_qwen(tmp_path))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.vocab_size == len(theirs) == before.vocab_size + new
+    text = "The answer <|new|> to<|two|> <think>3<|im_end|> 漢"
+    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode(ours.encode(text), skip_special=True) == theirs.decode(
+        ours.encode(text), skip_special_tokens=True
+    )
+    ours.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").encode(text) == ours.encode(text)
+
+
+def test_the_special_tokens_map_counts_where_the_configuration_has_no_table(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write_qwen(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|new|>"]}')
+    path, text = tmp_path / "tokenizer_config.json", "a<|new|>b"
+    config = json.loads(path.read_text())
+    for table in ({}, {"added_tokens_decoder": {"295": token("<|two|>")}}):
+        path.write_text(json.dumps(config | table))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert Tokenizer.load(tmp_path).encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"added_tokens_decoder": ["x"]}, r"added_tokens_decoder=\['x'\]: must be a table"),
+        ({"added_tokens_decoder": {"x": token("a")}}, "must be a table of tokens by id"),
+        ({"added_tokens_decoder": {"9": "a"}}, "'a': must be a table of content and flags"),
+        ({"added_tokens_decoder": {"9": token("a", special=1)}}, "must be a table of content and flags"),
+        ({"added_tokens_decoder": {"9": token("")}}, "must be a token's text"),
+        ({"additional_special_tokens": "abc"}, "additional_special_tokens='abc': must be a list"),
+        ({"additional_special_tokens": [5]}, "additional_special_tokens: 5: must be a token's text"),
+    ],
+)
+def test_added_tokens_that_are_none_are_named_with_the_file(tmp_path, changes, message):
+    write_qwen(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: .*{message}"):
         Tokenizer.load(tmp_path)

@@ -67,6 +67,13 @@ def test_encoding_adds_no_beginning_of_sentence():
     assert TOKENIZER.encode("") == []
 
 
+def test_half_a_surrogate_pair_is_refused_by_its_place():
+    for encode in (TOKENIZER.encode, TOKENIZER.encode_raw, lambda text: TOKENIZER.encode_documents(["a", text])):
+        with pytest.raises(ValueError, match=r"holds half a surrogate pair, '\\udc00' at character 2"):
+            encode("15\udc00")
+    assert TOKENIZER.decode(TOKENIZER.encode("\U0001f40b")) == "\U0001f40b"
+
+
 def test_digits_are_split_into_groups_of_at_most_three():
     pieces = [TOKENIZER.decode([i]) for i in TOKENIZER.encode("1234567890" * 3)]
     assert max(len(piece) for piece in pieces) <= 3

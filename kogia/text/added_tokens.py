@@ -1,0 +1,59 @@
+"""Tokens that only tokenizer_config.json names: added as transformers adds them, one id each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+EXTRA = ("extra_special_tokens", "additional_special_tokens")
+
+
+def add_tokens(backend: Backend, config: Mapping[str, Any], names: Mapping[str, Any], roles: Mapping[str, str]) -> None:
+    """Adds what `backend` lacks: the table of the configuration by index, then `roles`, then the extra tokens.
+
+    `names` is special_tokens_map.json, which counts where the configuration has no such table. An id of the table is
+    only its place in the order: new tokens follow the vocabulary. Raises ValueError for what is no token.
+    """
+    table = _table(config)
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    changed = [token for token in table if token != known.get(token.content)]
+    taken = known.keys() | {token.content for token in changed}
+    extra = _extra(config if table else {**names, **config})
+    special = [AddedToken(name, special=True) for name in dict.fromkeys([*roles.values(), *extra]) if name not in taken]
+    backend.add_tokens([*changed, *special])
+
+
+def _table(config: Mapping[str, Any]) -> list[AddedToken]:
+    table = config.get("added_tokens_decoder") or {}
+    if not isinstance(table, dict) or not all(index.isascii() and index.isdigit() for index in table):
+        raise ValueError(f"added_tokens_decoder={table!r:.80}: must be a table of tokens by id; correct the file")
+    return [_token(table[index]) for index in sorted(table, key=int)]
+
+
+def _token(entry: Any) -> AddedToken:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(flag, False), bool) for flag in FLAGS):
+        raise ValueError(f"added_tokens_decoder: {entry!r:.80}: must be a table of content and flags; correct the file")
+    return AddedToken(_content(entry, "added_tokens_decoder"), **{flag: entry[flag] for flag in FLAGS if flag in entry})
+
+
+def _extra(config: Mapping[str, Any]) -> list[str]:
+    """Names of further special tokens: tokens with a role of their own ("image_token"), then the lists of them."""
+    found = [value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)]
+    key = next((key for key in EXTRA if config.get(key)), None)
+    if key is None:
+        return found
+    entries = config[key]
+    if not isinstance(entries, list | dict):
+        raise ValueError(f"{key}={entries!r:.80}: must be a list of tokens; correct the file")
+    return found + [_content(entry, key) for entry in (entries.values() if isinstance(entries, dict) else entries)]
+
+
+def _content(entry: Any, where: str) -> str:
+    content = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(content, str) or not content:
+        raise ValueError(
+            f"{where}: {entry!r:.80}: must be a token's text or a table with its content; correct the file"
+        )
+    return content
