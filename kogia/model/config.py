@@ -73,6 +73,8 @@ class MLAConfig:
     rope_theta: float = 10000.0
     rope_scaling: YarnConfig | None = None
     indexer: IndexerConfig | None = None
+    norm_eps: float = 1e-6
+    """Of the norms of the latents; every release has 1e-6 here, whatever its `rms_norm_eps` says."""
 
     def query_rank(self, layer: int) -> int | None:
         """Rank of the query compression of a layer; None where queries are projected directly."""
