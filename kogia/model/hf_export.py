@@ -1,5 +1,6 @@
 """`ModelConfig` -> Hugging Face `config.json`: which published format holds a model, and its fields there."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,10 @@ def _rope_table(scaling: YarnConfig | Llama3RopeConfig | None) -> dict[str, Any]
         return None
     if isinstance(scaling, Llama3RopeConfig):
         return {"rope_type": "llama3"} | {key: getattr(scaling, name) for key, name in LLAMA3_FIELDS.items()}
-    return {"type": "yarn"} | {key: getattr(scaling, name) for key, name in YARN_FIELDS.items()}
+    table = {"type": "yarn"} | {key: getattr(scaling, name) for key, name in YARN_FIELDS.items()}
+    if scaling.mscale != 1 and not scaling.mscale_all_dim:  # others read an mscale only beside the second one
+        table["attention_factor"] = 0.1 * scaling.mscale * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+    return table
 
 
 def _attention_fields(a: MLAConfig | GQAConfig) -> dict[str, Any]:
