@@ -36,9 +36,9 @@ from kogia.checkpoint.layout import (
     QUANTIZATION,
     check_agreement,
     check_quantization,
+    config_as_stored,
     empty_model,
     stored_dtype,
-    without_absent_mtp,
 )
 from kogia.checkpoint.tensorfile import (
     FP8,
@@ -128,9 +128,10 @@ def convert(
 
 def plan(source: Path, dtype: str | None) -> list[Step]:
     """What to do with each stored tensor, in the order of the files. Checks the source as loading it would."""
-    config, stored = load_config(source), stored_tensors(source)
+    config = load_config(source)
+    stored = stored_tensors(source, config)
     check_quantization(read_config(source), source)
-    model = empty_model(without_absent_mtp(config, stored, source), stored, dtype=stored_dtype(stored))
+    model = empty_model(config_as_stored(config, stored, source), stored, dtype=stored_dtype(stored))
     check_agreement(model, stored, source)
     steps = []
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset)):

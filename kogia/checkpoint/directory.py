@@ -4,16 +4,30 @@ What it holds was written by others. Files are bounded before they are parsed, l
 it is executed, and pickled weights are never opened.
 """
 
+import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kogia.checkpoint.tensorfile import Spec, StoredTensor, create, num_bytes, read_header, sync
+from kogia import log
+from kogia.checkpoint.fit import max_header
+from kogia.checkpoint.tensorfile import (
+    MAX_HEADER,
+    Spec,
+    StoredTensor,
+    create,
+    exchange,
+    is_name,
+    num_bytes,
+    read_header,
+    sync,
+)
 from kogia.log import write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import config_from_hf
@@ -24,6 +38,7 @@ INDEX = "model.safetensors.index.json"
 MAX_CONFIG = 10_000_000
 MAX_INDEX = 100_000_000
 _STEP = re.compile(r"^step-(\d+)$")
+_DRAFT, _REPLACED = ".kogia-draft", ".kogia-replaced"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -86,12 +101,17 @@ def _read_json(file: Path, limit: int) -> Any:
         raise ValueError(f"{file}: not valid JSON ({error}); the file is damaged, restore it") from None
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model directory by name, from the headers of its files alone."""
-    weight_map = _weight_map(directory)
+def stored_tensors(directory: Path, config: ModelConfig | None = None) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by name, from the headers of its files alone.
+
+    With `config`, headers and index may not be larger than that model can need. Where a single file stands beside an
+    index of others, the file is taken, as transformers does, and that is said.
+    """
+    limit = MAX_HEADER if config is None else max_header(config)
+    weight_map = _weight_map(directory, limit)
     found: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())) or [WEIGHTS]:
-        for tensor in read_header(member(directory, name)):
+        for tensor in read_header(member(directory, name), limit):
             if weight_map.get(tensor.name, name) != name:
                 continue
             if tensor.name in found:
@@ -107,21 +127,35 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name by the index; empty for a directory with one file."""
+def _weight_map(directory: Path, limit: int) -> dict[str, str]:
+    """Tensor name -> file name by the index; empty where the one file counts."""
     if not os.path.lexists(directory / INDEX):
         _require_weights(directory)
         return {}
-    index = member(directory, INDEX)
-    data = _read_json(index, MAX_INDEX)
+    weight_map = _read_index(member(directory, INDEX), limit)
+    others = set(weight_map.values()) - {WEIGHTS}
+    if others and os.path.lexists(directory / WEIGHTS):
+        log.warn(
+            f"{directory}: holds {WEIGHTS} and {INDEX}, which lists {len(others)} other file(s); {WEIGHTS} is taken. "
+            "Delete whichever is out of date"
+        )
+        return {}
+    return weight_map
+
+
+def _read_index(index: Path, limit: int) -> dict[str, str]:
+    """The index as it is, its names checked: they are shown and opened."""
+    data = _read_json(index, min(limit, MAX_INDEX))
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
         raise ValueError(f"{index}: not a weight index (it has no weight_map from tensors to files); restore the file")
     for name in set(weight_map.values()):
-        if Path(name).name != name or name in ("", "..") or not name.endswith(".safetensors"):
+        if Path(name).name != name or not is_name(name) or not name.endswith(".safetensors"):
             raise ValueError(
                 f"{index}: shard name {name!r} is no safetensors file of the model directory; refusing to follow it"
             )
+    if strange := next((name for name in weight_map if not is_name(name)), None):
+        raise ValueError(f"{index}: {strange[:100]!r} is no name of a tensor; the file is damaged, restore it")
     return weight_map
 
 
@@ -179,28 +213,67 @@ def sync_weight_files(tensors: Iterable[StoredTensor]) -> None:
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A directory to write into that takes the place of `directory` when the block ends well, and else vanishes."""
+    """A directory to write into that takes the place of `directory` when the block ends well, and else vanishes.
+
+    At every moment, also after a kill, `directory` is the old or the new one; where the system cannot exchange two
+    directories at once, a kill between two renames leaves it away until the next call puts it back. What killed
+    processes leave has names of our own and is removed by the next call; nothing else is.
+    """
     directory = directory.resolve()
-    partial, replaced = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)
+    _clear_up(directory)
+    draft = directory.with_name(f".{directory.name}.{secrets.token_hex(6)}{_DRAFT}")
+    draft.mkdir(parents=True)
+    held = os.open(draft, os.O_RDONLY)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        sync(partial)
-        if directory.exists():
-            shutil.rmtree(replaced, ignore_errors=True)  # left by a process that died below; rename wants it gone
-            os.replace(directory, replaced)
-        try:
-            os.replace(partial, directory)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, directory)
-            raise
+        fcntl.flock(held, fcntl.LOCK_EX)  # until the process ends, however it does: a draft in the making
+        yield draft
+        sync(draft)
+        _put_in_place(draft, directory)
         sync(directory.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    finally:
+        os.close(held)
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _put_in_place(draft: Path, directory: Path) -> None:
+    """Give `draft` the name of `directory`, and the old one, if there is one, the name of the draft."""
+    if not directory.exists():
+        os.replace(draft, directory)
+    elif not exchange(draft, directory):
+        replaced = draft.with_name(draft.name.removesuffix(_DRAFT) + _REPLACED)
+        os.replace(directory, replaced)
+        try:
+            os.replace(draft, directory)
+        except OSError:
+            os.replace(replaced, directory)
+            raise
+        os.replace(replaced, draft)
+
+
+def _clear_up(directory: Path) -> None:
+    """Remove what killed processes left while replacing `directory`, and put back what they took away from it."""
+    ours = re.compile(rf"\.{re.escape(directory.name)}\.[0-9a-f]{{12}}({_DRAFT}|{_REPLACED})")
+    found = [p for p in directory.parent.glob(".*") if ours.fullmatch(p.name)] if directory.parent.is_dir() else []
+    for path in found:
+        if path.name.endswith(_REPLACED) and not os.path.lexists(directory):
+            os.replace(path, directory)
+        elif not _is_held(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_held(draft: Path) -> bool:
+    """Whether a living process writes into it."""
+    try:
+        descriptor = os.open(draft, os.O_RDONLY)
+    except FileNotFoundError:  # it has just finished
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def copy_members(source: Path, target: Path, names: Sequence[str]) -> list[str]:

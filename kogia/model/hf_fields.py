@@ -199,7 +199,8 @@ def unread_rope(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def left_out_shapes(data: Mapping[str, Any], known: frozenset[str]) -> list[str]:
     """Optional fields that decide the shape of tensors and are not in `data`: the format's own values were taken."""
-    return sorted((_OF_SHAPES & known) - data.keys())
+    of_heads = {"num_key_value_heads", "head_dim"} if "kv_lora_rank" in known else set()
+    return sorted((_OF_SHAPES & known) - of_heads - data.keys())
 
 
 def listed(fields: Mapping[str, Any]) -> str:
