@@ -93,7 +93,7 @@ def main(config: ConvertConfig) -> None:
     max_shard_bytes = int(config.shard_gib * 2**30)
     if config.dry_run:
         source = resolve_model_dir(config.src)
-        print(_summary(source, Path(config.dst), plan(source, config.dtype), max_shard_bytes))
+        print(log.printable(_summary(source, Path(config.dst), plan(source, config.dtype), max_shard_bytes)))
         return
     convert(config.src, config.dst, dtype=config.dtype, max_shard_bytes=max_shard_bytes, overwrite=config.overwrite)
 

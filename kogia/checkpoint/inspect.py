@@ -74,7 +74,7 @@ def main(config: InspectConfig) -> int:
     """Print the report. 1 where the files disagree with their config.json, else 0."""
     report = inspect_model(config.model, config.context)
     if config.json:
-        print(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+        print(json.dumps(report.to_json(), indent=2))  # ASCII: signs that steer a terminal are escaped
     else:
         from kogia.checkpoint.inspect_table import print_report
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kogia.checkpoint.inspect import Report
+from kogia.log import printable
 from kogia.model.facts import Costs, architecture
 
 
@@ -17,7 +18,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     costs = report.costs
     console.print()
-    console.print(Text.assemble((report.name, "bold"), "   ", (_headline(costs), "cyan")))
+    console.print(Text.assemble((printable(report.name), "bold"), "   ", (_headline(costs), "cyan")))
     _section(console, "Architecture", _pairs(architecture(report.config)))
     _section(console, "Parameters", _parameters(costs))
     _section(console, "Cache", _cache(costs))
@@ -107,7 +108,9 @@ def _files(report: Report) -> dict[str, str]:
             lines["prediction"] = _plural(stored.num_mtp_modules, "multi-token-prediction module")
     if (tokenizer := report.tokenizer) is not None:
         rows = report.config.vocab_size
-        unused = f", {rows - tokenizer.vocab_size:,} rows of the embedding unused" * (rows > tokenizer.vocab_size)
+        unused = (
+            f", {rows - tokenizer.vocab_size:,} rows of the embedding unused" if rows > tokenizer.vocab_size else ""
+        )
         bos = "no BOS" if tokenizer.bos_id is None else f"BOS {tokenizer.bos_id:,}"
         template = "chat template" if tokenizer.has_template else "no chat template"
         lines["tokenizer"] = f"{tokenizer.vocab_size:,} ids{unused}; {bos}, EOS {tokenizer.eos_id:,}; {template}"
@@ -120,7 +123,7 @@ def _print_disagreements(console: Console, report: Report) -> None:
         console.print(Text(f"config.json and the files disagree ({len(report.disagreements)})", "bold red"))
         table = Table.grid(padding=(0, 1))
         for line in report.disagreements:
-            table.add_row(Text(" -", "red"), Text(line, overflow="fold"))
+            table.add_row(Text(" -", "red"), Text(printable(line), overflow="fold"))
         console.print(table)
     elif report.stored is not None:
         others = "tensors and tokenizer" if report.tokenizer is not None else "tensors"

@@ -102,10 +102,10 @@ def empty_model(
 def check_agreement(model: Transformer, stored: Mapping[str, StoredTensor], directory: Path) -> None:
     """Raise one ValueError that lists all missing, extra, mis-shaped and mistyped tensors, if there are any."""
     if found := problems(model, stored):
+        shown = found[:20] + ([f"... and {len(found) - 20} more"] if found[20:] else [])
         if defaults := left_out(read_config(directory)):
-            found.append(f"config.json has no {', '.join(defaults)}: what its format takes then was taken")
-        shown = "\n  ".join(found[:20]) + (f"\n  ... and {len(found) - 20} more" if len(found) > 20 else "")
-        raise ValueError(f"{directory}: config.json and the weights do not agree:\n  {shown}")
+            shown.append(f"config.json leaves out {', '.join(defaults)}; what its format has for that was taken")
+        raise ValueError(f"{directory}: config.json and the weights do not agree:\n  " + "\n  ".join(shown))
 
 
 def problems(model: Transformer, stored: Mapping[str, StoredTensor]) -> list[str]:

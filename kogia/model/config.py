@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 2_000
 """Decoder and prediction layers of one model; published ones have up to about 130."""
 _LARGEST = 2**31 - 1  # of a single size: products of two still fit into 64 bits
 

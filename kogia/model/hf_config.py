@@ -88,7 +88,7 @@ def left_out(data: Mapping[str, Any]) -> list[str]:
 
 
 def _own(data: Mapping[str, Any]) -> ModelConfig:
-    if "kogia" not in data:
+    if not isinstance(data.get("kogia"), Mapping):
         raise ValueError("config.json of kogia: field 'kogia' is missing; it must hold the model's settings")
     return from_dict(ModelConfig, data["kogia"], "config.json: kogia")
 
@@ -286,7 +286,7 @@ def _expert_groups(kind: str, data: Mapping[str, Any]) -> tuple[int, int]:
 def _qwen_experts(kind: str, data: Mapping[str, Any]) -> MoEConfig:
     _require(kind, data, decoder_sparse_step=1, mlp_only_layers=[])
     return MoEConfig(
-        num_experts=data["num_experts"] if "num_experts" in data else data["num_local_experts"],
+        num_experts=data[next((name for name in ("num_experts", "num_local_experts") if name in data), "num_experts")],
         num_shared_experts=0,
         topk=data["num_experts_per_tok"],
         expert_dim=data["moe_intermediate_size"],

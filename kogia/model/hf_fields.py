@@ -198,9 +198,9 @@ def unread_rope(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def left_out_shapes(data: Mapping[str, Any], known: frozenset[str]) -> list[str]:
-    """Optional fields that decide the shape of tensors and are not in `data`: the format's own values were taken."""
+    """Optional fields that decide the shape of tensors and say nothing in `data`: the format's own values count."""
     of_heads = {"num_key_value_heads", "head_dim"} if "kv_lora_rank" in known else set()
-    return sorted((_OF_SHAPES & known) - of_heads - data.keys())
+    return sorted(name for name in (_OF_SHAPES & known) - of_heads if data.get(name) is None)
 
 
 def listed(fields: Mapping[str, Any]) -> str:
