@@ -91,3 +91,13 @@ def test_a_failed_write_keeps_the_old_file_and_no_draft(tmp_path: Path, monkeypa
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": "ä"}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_signs_that_steer_a_terminal_are_shown_escaped(capsys):
+    steering = "\x1b[2J \x07 \x9b31m \r \u202e \x7f \ud800"
+    log.info(f"a\nb\t{steering}")
+    log.warn(steering)
+    err = capsys.readouterr().err
+    assert "a\nb" in err and r"\x1b[2J \x07 \x9b31m \r \u202e \x7f \ud800" in err
+    assert err.replace("\n", "").replace("\t", "").isprintable()
+    assert log.printable("naïve 数学 −5 🙂") == "naïve 数学 −5 🙂"

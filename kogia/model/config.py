@@ -5,13 +5,13 @@ attention), DeepSeekMoE and its baselines (MHA + experts), and the Llama and Qwe
 follow the papers: DeepSeekMoE section 3, DeepSeek-V2 section 2.1 (MLA), DeepSeek-V3 sections 2.1 and 2.2.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 MAX_LAYERS = 2_000
 """Decoder and prediction layers of one model; published ones have up to about 130."""
+_SMALLEST = 1e-30  # positive number that a setting may be
 _LARGEST = 2**31 - 1  # of a single size: products of two still fit into 64 bits
 
 
@@ -263,8 +263,9 @@ def _check_size(where: str, value: int) -> None:
 
 
 def _check_number(where: str, value: float, least: float, *, beyond: bool = False) -> None:
-    """Finite, and at least `least`, or with `beyond` larger than it."""
-    if not (least < value if beyond else least <= value) or not math.isfinite(value):
+    """At least `least`, or with `beyond` larger than it; neither so large nor so small that its quotients overflow."""
+    reached = value > least and value >= _SMALLEST if beyond else value >= least
+    if not reached or not value <= 1 / _SMALLEST:  # NaN is neither
         raise ValueError(f"{where} = {value}: must be a number {'over' if beyond else 'of at least'} {least:g}")
 
 
@@ -296,7 +297,7 @@ def _check_rope(theta: float, scaling: RopeScaling) -> None:
         for name in ("factor", "beta_fast", "beta_slow"):
             _check_number(f"{where}.{name}", getattr(scaling, name), 0.0, beyond=True)
         for name in ("mscale", "mscale_all_dim"):
-            _check_number(f"{where}.{name}", getattr(scaling, name), -math.inf, beyond=True)
+            _check_number(f"{where}.{name}", getattr(scaling, name), -1 / _SMALLEST)
         return
     for name in ("factor", "low_freq_factor"):
         _check_number(f"{where}.{name}", getattr(scaling, name), 0.0, beyond=True)

@@ -42,7 +42,7 @@ def _is_ids(value: Any) -> bool:
 
 _SIZE, _COUNT = _whole(1), _whole(0)
 _NUMBER = _Type("a number", _is_number)
-_POSITIVE = _Type("a positive number", lambda value: _is_number(value) and value > 0)
+_POSITIVE = _Type("a positive number", lambda value: _is_number(value) and value >= 1e-30)
 _NOT_NEGATIVE = _Type("a number that is not negative", lambda value: _is_number(value) and value >= 0)
 _FLAG = _Type("true or false", lambda value: type(value) is bool)
 _TEXT = _Type("a string", lambda value: isinstance(value, str))

@@ -210,7 +210,9 @@ def test_a_model_type_that_is_no_name_is_refused(value):
     [
         {"norm_eps": float("nan")}, {"num_layers": 2**70}, {"attention": {"kind": ["mla"]}}, {"moe": {"num_groups": 0}},
         {"moe": {"routed_scale": float("inf")}}, {"init_std": 10**400}, {"attention": {"rope_theta": 0.0}},
-        {"attention": {"rope_scaling": {"factor": 0.0}}}, {"attention": {"q_lora_ranks": [2**40, 1]}},
+        {"attention": {"rope_scaling": {"factor": 0.0}}}, {"attention": {"rope_theta": 1.0}},
+        {"attention": {"rope_scaling": {"beta_slow": 1e-320}}}, {"norm_eps": -1e-6},
+        {"attention": {"q_lora_ranks": [2**40, 1]}},
     ],
     ids=str,
 )  # fmt: skip
