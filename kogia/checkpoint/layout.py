@@ -193,13 +193,15 @@ def _with_stored_mtp(config: ModelConfig, stored: Mapping[str, StoredTensor], di
 
 
 def _same_values(a: StoredTensor, b: StoredTensor) -> bool:
-    return a.shape == b.shape and all(torch.equal(_rows(a, *rows), _rows(b, *rows)) for rows in row_ranges(a))
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= DTYPES.keys():
+        return False
+    return all(torch.equal(_rows(a, *rows), _rows(b, *rows)) for rows in row_ranges(a))
 
 
 def _rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     data = bytearray((stop - start) * tensor.row_bytes)
     read(tensor, start, memoryview(data))
-    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).float()
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).double()
 
 
 def _differing_copies(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Iterator[str]:

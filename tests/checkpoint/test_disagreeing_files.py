@@ -67,6 +67,13 @@ def test_a_tied_head_of_another_shape_is_named(tmp_path):
         load_model(tmp_path)
 
 
+def test_a_tied_head_of_no_weights_type_is_named(tmp_path):
+    save_model(tiny(replace(DENSE, tie_embeddings=True)), tmp_path)
+    rewrite(tmp_path, lambda t: t.update({HEAD: torch.zeros(19, 10, dtype=torch.int64)}))
+    with pytest.raises(ValueError, match=r"wrong dtype: lm_head.weight is I64"):
+        load_model(tmp_path)
+
+
 def test_a_copy_in_a_prediction_module_that_is_none_is_warned_of(saved, capsys):
     rewrite(saved, lambda t: t["model.layers.2.embed_tokens.weight"].add_(1))
     assert_same(load_model(saved), tiny())
