@@ -27,11 +27,11 @@ import torch
 from result import row, write_result
 
 from kogia.checkpoint.convert import convert
-from kogia.checkpoint.directory import create_weight_files, sync_weight_files
+from kogia.checkpoint.directory import create_weight_files
 from kogia.checkpoint.hf import as_bytes, load_model
 from kogia.checkpoint.layout import CODES, disk_views
 from kogia.checkpoint.tensorfile import row_ranges, write
-from kogia.files import write_json
+from kogia.files import sync, write_json
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.costs import num_params
 from kogia.model.hf_export import config_to_hf
@@ -103,7 +103,8 @@ def make_checkpoint(directory: Path, config: ModelConfig, max_shard_bytes: int) 
         for start, stop in row_ranges(tensor):
             rows = torch.empty(stop - start, *tensor.shape[1:]).normal_(0.0, 0.02, generator=generator)
             write(tensor, start, as_bytes(rows.to(views[name].dtype)))
-    sync_weight_files(planned.values())  # or the disk is still busy with them during the first load
+    for file in {tensor.file for tensor in planned.values()}:
+        sync(file)  # or the disk is still busy with them during the first load
 
 
 # One load, in a process of its own ------------------------------------------------------------------------------------

@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:  # the last: a loss or logits that are not finite
         if show_traceback:
             traceback.print_exc()
-        print(f"kogia: error: {error or type(error).__name__}{_origin(error)}", file=sys.stderr)
+        from kogia.log import printable
+
+        print(f"kogia: error: {printable(str(error) or type(error).__name__)}{_origin(error)}", file=sys.stderr)
         return 2
 
 

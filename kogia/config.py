@@ -230,7 +230,7 @@ def _read(hint: Any, value: Any, where: str, base: Any, missing: Any) -> Any:
 def _read_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if hint in (bool, int, float, str):
         if type(value) is hint:
@@ -281,7 +281,7 @@ def _pick_kind(tables: Sequence[Any], value: Mapping[str, Any], where: str, base
     kind = value.get("kind", getattr(base, "kind", None))
     if kind is None:
         raise ValueError(f"{where}.kind is missing: write one of {', '.join(map(repr, kinds))}")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise _wrong(f"{where}.kind", kind, "one of " + ", ".join(map(repr, kinds)))
     return kinds[kind]
 

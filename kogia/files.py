@@ -6,6 +6,7 @@ kernel drops with the process, so a draft that nobody holds was left by a killed
 target removes it. Nothing else beside the target is touched.
 """
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -13,11 +14,14 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 DRAFT, ASIDE = ".tmp", ".old"
 """Ends of the names of a draft and of the directory that it replaces, until the draft stands in its place."""
 
@@ -46,11 +50,14 @@ def put_in_place(draft: Path, path: Path) -> None:
 def replacing_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into that takes the place of `directory` when the block ends well, and else vanishes.
 
+    At every moment, also after a kill, it is the old or the new one; where the system cannot exchange two directories
+    at once, a kill between two renames leaves it away until the next call puts it back.
     Links are followed: what they lead to is replaced. Parents are made. Files need not be synced by the caller.
     """
     directory = directory.resolve()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is a file where a directory is to be written; name another place, or remove it")
+    _put_back(directory)
     with _draft(directory, Path.mkdir) as draft:
         yield draft
         with writing(directory):
@@ -123,9 +130,19 @@ def _make_locked(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]
             os.close(lock)
 
 
+def exchange(a: Path, b: Path) -> bool:
+    """Let two paths of one file system swap their names in one step; False where the system cannot do that."""
+    if _libc is None or not hasattr(_libc, "renameat2"):
+        return False
+    return _libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
 def _swap(draft: Path, directory: Path) -> None:
+    """Give `draft` the name of `directory`, and what stood there the draft's name, or one aside."""
     aside = draft.with_suffix(ASIDE)
     if directory.exists():
+        if exchange(draft, directory):
+            return sync(directory.parent)
         os.replace(directory, aside)
     try:
         os.replace(draft, directory)
@@ -134,6 +151,15 @@ def _swap(draft: Path, directory: Path) -> None:
             os.replace(aside, directory)
         raise
     sync(directory.parent)
+
+
+def _put_back(directory: Path) -> None:
+    """Undo a swap in two steps that was killed between them: what was replaced takes its name again."""
+    if not directory.parent.is_dir() or os.path.lexists(directory):
+        return
+    for aside in _siblings(directory.parent, directory.name, ASIDE):
+        os.replace(aside, directory)
+        return
 
 
 def _remove_replaced(directory: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +25,21 @@ _console = Console(stderr=True, highlight=False)
 
 def info(message: str) -> None:
     """Print a line to stderr, above the live line where there is one."""
-    _console.print(message, markup=False, soft_wrap=True)
+    _console.print(printable(message), markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Print a line that asks for attention to stderr."""
-    _console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+    _console.print(f"warning: {printable(message)}", style="yellow", markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """`text` with signs that could steer a terminal escaped, as names and values out of files may hold them."""
+    kept = ("\n", "\t")
+    return "".join(
+        sign.encode("unicode_escape").decode() if unicodedata.category(sign)[0] == "C" and sign not in kept else sign
+        for sign in text
+    )
 
 
 def writable(text: str) -> str:

@@ -73,3 +73,13 @@ def test_messages_go_to_stderr_and_are_not_taken_for_markup(capsys: Any):
     assert printed.out == ""
     assert "[bold]kept[/bold] as it is" in printed.err
     assert "warning: beware" in printed.err
+
+
+def test_signs_that_steer_a_terminal_are_shown_escaped(capsys):
+    steering = "\x1b[2J \x07 \x9b31m \r \u202e \x7f \ud800"
+    log.info(f"a\nb\t{steering}")
+    log.warn(steering)
+    err = capsys.readouterr().err
+    assert "a\nb" in err and r"\x1b[2J \x07 \x9b31m \r \u202e \x7f \ud800" in err
+    assert err.replace("\n", "").replace("\t", "").isprintable()
+    assert log.printable("naïve 数学 −5 🙂") == "naïve 数学 −5 🙂"

@@ -34,9 +34,9 @@ from kogia.checkpoint.layout import (
     QUANTIZATION,
     check_agreement,
     check_quantization,
+    config_as_stored,
     model_for,
     stored_dtype,
-    without_absent_mtp,
 )
 from kogia.checkpoint.tensorfile import (
     FP8,
@@ -96,7 +96,8 @@ def main(config: ConvertConfig) -> None:
     max_shard_bytes = int(config.shard_gib * 2**30)
     if config.dry_run:
         source = resolve_model_dir(config.src)
-        print(_summary(source, Path(config.dst), plan(source, _named(config.dtype)), max_shard_bytes))
+        steps = plan(source, _named(config.dtype))
+        print(log.printable(_summary(source, Path(config.dst), steps, max_shard_bytes)))
         return
     convert(config.src, config.dst, dtype=config.dtype, max_shard_bytes=max_shard_bytes, overwrite=config.overwrite)
 
@@ -137,9 +138,10 @@ def _named(dtype: str | None) -> str | None:
 
 def plan(source: Path, dtype: str | None) -> list[Step]:
     """What to do with each stored tensor, in the order of the files. Checks the source as loading it would."""
-    config, stored = load_config(source), stored_tensors(source)
+    config = load_config(source)
+    stored = stored_tensors(source, config)
     check_quantization(read_config(source), source)
-    model = model_for(without_absent_mtp(config, stored, source), stored, dtype=stored_dtype(stored))
+    model = model_for(config_as_stored(config, stored, source), stored, dtype=stored_dtype(stored))
     check_agreement(model, stored, source)
     steps = []
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset)):

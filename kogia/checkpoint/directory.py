@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kogia.checkpoint.tensorfile import Spec, StoredTensor, create, num_bytes, read_header
+from kogia import log
+from kogia.checkpoint.fit import max_header
+from kogia.checkpoint.tensorfile import MAX_HEADER, Spec, StoredTensor, create, is_name, num_bytes, read_header
 from kogia.files import write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import config_from_hf
@@ -24,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 MAX_CONFIG = 10_000_000
 MAX_INDEX = 100_000_000
 _STEP = re.compile(r"^step-(\d+)$")
+_DRAFT, _REPLACED = ".kogia-draft", ".kogia-replaced"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -76,12 +79,17 @@ def _read_json(file: Path, limit: int) -> Any:
         raise ValueError(f"{file}: not valid JSON ({error}); the file is damaged, restore it") from None
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model directory by name, from the headers of its files alone."""
-    weight_map = _weight_map(directory)
+def stored_tensors(directory: Path, config: ModelConfig | None = None) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by name, from the headers of its files alone.
+
+    With `config`, headers and index may not be larger than that model can need. Where a single file stands beside an
+    index of others, the file is taken, as transformers does, and that is said.
+    """
+    limit = MAX_HEADER if config is None else max_header(config)
+    weight_map = _weight_map(directory, limit)
     found: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())) or [WEIGHTS]:
-        for tensor in read_header(member(directory, name)):
+        for tensor in read_header(member(directory, name), limit):
             if weight_map.get(tensor.name, name) != name:
                 continue
             if tensor.name in found:
@@ -97,21 +105,35 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name by the index; empty for a directory with one file."""
+def _weight_map(directory: Path, limit: int) -> dict[str, str]:
+    """Tensor name -> file name by the index; empty where the one file counts."""
     if not os.path.lexists(directory / INDEX):
         _require_weights(directory)
         return {}
-    index = member(directory, INDEX)
-    data = _read_json(index, MAX_INDEX)
+    weight_map = _read_index(member(directory, INDEX), limit)
+    others = set(weight_map.values()) - {WEIGHTS}
+    if others and os.path.lexists(directory / WEIGHTS):
+        log.warn(
+            f"{directory}: holds {WEIGHTS} and {INDEX}, which lists {len(others)} other file(s); {WEIGHTS} is taken. "
+            "Delete whichever is out of date"
+        )
+        return {}
+    return weight_map
+
+
+def _read_index(index: Path, limit: int) -> dict[str, str]:
+    """The index as it is, its names checked: they are shown and opened."""
+    data = _read_json(index, min(limit, MAX_INDEX))
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
         raise ValueError(f"{index}: not a weight index (it has no weight_map from tensors to files); restore the file")
     for name in set(weight_map.values()):
-        if Path(name).name != name or name in ("", "..") or not name.endswith(".safetensors"):
+        if Path(name).name != name or not is_name(name) or not name.endswith(".safetensors"):
             raise ValueError(
                 f"{index}: shard name {name!r} is no safetensors file of the model directory; refusing to follow it"
             )
+    if strange := next((name for name in weight_map if not is_name(name)), None):
+        raise ValueError(f"{index}: {strange[:100]!r} is no name of a tensor; the file is damaged, restore it")
     return weight_map
 
 

@@ -10,17 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from kogia.checkpoint.tensorfile import FP8, SCALE, StoredTensor, read
+from kogia.checkpoint.fit import LAYER, Stored, misfit
+from kogia.checkpoint.stored import num_mtp_modules, same_samples
+from kogia.checkpoint.tensorfile import FP8, SCALE
 from kogia.model.config import ModelConfig
-
-Stored = Mapping[str, StoredTensor]
 
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
-_SAMPLE = 1 << 16
-_NUM_SAMPLES = 16
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d{1,9})\.")
 
 
 def disagreements(config: ModelConfig, data: Mapping[str, Any], stored: Stored) -> list[str]:
@@ -31,6 +28,8 @@ def disagreements(config: ModelConfig, data: Mapping[str, Any], stored: Stored) 
 
     lines = [*_sizes(config, stored), *_mtp(config, stored), *_head(config, stored)]
     lines += [*_quantisation(data, stored), *_dtypes(data, stored)]
+    if reason := misfit(config, stored):
+        return [*lines, f"config.json describes another model than the files: {reason}"]
     # what is announced but not there at all has its line above
     present = replace(config, num_mtp_layers=min(config.num_mtp_layers, _extra_layers(config, stored)))
     return lines + grouped(problems(model_for(present, stored, dtype=torch.float32), stored))
@@ -64,7 +63,7 @@ def _sizes(config: ModelConfig, stored: Stored) -> Iterator[str]:
             yield f"vocab_size = {config.vocab_size:,}, but the embedding has {rows:,} rows"
         if width != config.dim:
             yield f"hidden_size = {config.dim:,}, but the embedding is {width:,} wide"
-    layers = _count(_LAYER, stored)
+    layers = _count(LAYER, stored)
     if layers < config.num_layers:
         yield f"num_hidden_layers = {config.num_layers}, but {layers} layers are stored"
     experts = _count(_EXPERT, stored)
@@ -79,7 +78,7 @@ def _count(pattern: re.Pattern[str], stored: Stored) -> int:
 
 
 def _extra_layers(config: ModelConfig, stored: Stored) -> int:
-    return max(0, _count(_LAYER, stored) - config.num_layers)
+    return max(0, _count(LAYER, stored) - config.num_layers)
 
 
 def _mtp(config: ModelConfig, stored: Stored) -> Iterator[str]:
@@ -95,34 +94,12 @@ def _mtp(config: ModelConfig, stored: Stored) -> Iterator[str]:
         yield f"num_hidden_layers = {config.num_layers}, but {config.num_layers + extra} layers are stored"
 
 
-def num_mtp_modules(stored: Stored) -> int:
-    """Multi-token-prediction modules among the tensors: each has one `eh_proj`."""
-    return sum(name.endswith(".eh_proj.weight") for name in stored)
-
-
 def _head(config: ModelConfig, stored: Stored) -> Iterator[str]:
     head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
     if head is None and embedding is not None and not config.tie_embeddings:
         yield "tie_word_embeddings = false, but no lm_head.weight is stored: is the head tied?"
-    elif config.tie_embeddings and head is not None and embedding is not None and not _same_data(head, embedding):
-        yield "tie_word_embeddings = true, but the stored lm_head.weight differs from the embedding: it is ignored"
-
-
-def _same_data(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors agree in shape, dtype and some samples of their bytes."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    step = max(1, a.num_rows // _NUM_SAMPLES)
-    return all(_sample(a, row) == _sample(b, row) for row in range(0, a.num_rows, step))
-
-
-def _sample(tensor: StoredTensor, row: int) -> bytearray:
-    data = bytearray(min(_SAMPLE, (tensor.num_rows - row) * tensor.row_bytes))
-    read(tensor, row, memoryview(data))
-    return data
-
-
-# How the tensors are stored -------------------------------------------------------------------------------------------
+    elif config.tie_embeddings and head is not None and embedding is not None and not same_samples(head, embedding):
+        yield "tie_word_embeddings = true, but the stored lm_head.weight differs from the embedding: it is the head"
 
 
 def _quantisation(data: Mapping[str, Any], stored: Stored) -> Iterator[str]:
@@ -135,7 +112,7 @@ def _quantisation(data: Mapping[str, Any], stored: Stored) -> Iterator[str]:
         yield f"{num_fp8:,} tensors are FP8, but config.json has no quantization_config"
     block = announced.get("weight_block_size", [128, 128]) if isinstance(announced, dict) else [128, 128]
     if block != [128, 128]:
-        yield f"weight_block_size = {block}: only blocks of 128 x 128 can be read"
+        yield f"weight_block_size = {block!r}: only blocks of 128 x 128 can be read"
 
 
 def _dtypes(data: Mapping[str, Any], stored: Stored) -> Iterator[str]:

@@ -26,11 +26,11 @@ from kogia.checkpoint.layout import (
     QUANTIZATION,
     check_agreement,
     check_quantization,
+    config_as_stored,
     disk_views,
     model_for,
     stored_dtype,
     stored_format,
-    without_absent_mtp,
 )
 from kogia.checkpoint.tensorfile import (
     FP8,
@@ -70,11 +70,12 @@ def load_model(
     Weights that are not finite are warned of.
     """
     directory = resolve_model_dir(path)
-    config, stored = load_config(directory), stored_tensors(directory)
+    config = load_config(directory)
+    stored = stored_tensors(directory, config)
     check_quantization(read_config(directory), directory)
     if keep_fp8 and all(tensor.dtype != FP8 for tensor in stored.values()):
         raise ValueError(f"{directory}: holds no FP8 weights to keep; `kogia convert SRC DST --dtype fp8` makes them")
-    config = without_absent_mtp(config, stored, directory)
+    config = config_as_stored(config, stored, directory)
     model = model_for(config, stored, dtype=dtype or stored_dtype(stored), keep_packed=keep_fp8)
     check_agreement(model, stored, directory)
     materialize(model, device)

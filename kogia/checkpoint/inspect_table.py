@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kogia.checkpoint.inspection import Report
+from kogia.log import printable
 from kogia.model.costs import Component, Costs
 from kogia.model.facts import architecture, cache_name, component_name
 
@@ -18,7 +19,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     costs = report.costs
     console.print()
-    console.print(Text.assemble((report.name, "bold"), "   ", (_headline(costs), "cyan")))
+    console.print(Text.assemble((printable(report.name), "bold"), "   ", (_headline(costs), "cyan")))
     _section(console, "Architecture", _pairs(architecture(report.config)))
     _section(console, "Parameters", _parameters(report))
     _section(console, "Cache", _cache(costs))
@@ -126,7 +127,7 @@ def _print_disagreements(console: Console, report: Report) -> None:
         console.print(Text(f"config.json and the files disagree ({len(report.disagreements)})", "bold red"))
         table = Table.grid(padding=(0, 1))
         for line in report.disagreements:
-            table.add_row(Text(" -", "red"), Text(line, overflow="fold"))
+            table.add_row(Text(" -", "red"), Text(printable(line), overflow="fold"))
         console.print(table)
     elif report.stored is not None:
         others = "tensors and tokenizer" if report.tokenizer is not None else "tensors"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kogia.checkpoint.directory import CONFIG, read_config, resolve_model_dir, stored_tensors
-from kogia.checkpoint.disagreements import FP8, SCALE, disagreements, num_mtp_modules
+from kogia.checkpoint.disagreements import FP8, SCALE, disagreements
+from kogia.checkpoint.stored import num_mtp_modules
 from kogia.checkpoint.tensorfile import StoredTensor
 from kogia.config import to_dict
 from kogia.model.config import ModelConfig
@@ -93,7 +94,7 @@ def inspect_model(model: str, context: int | None = None) -> Report:
     if not any(path.name.startswith(_WEIGHT_FILES) or path.suffix == ".safetensors" for path in directory.iterdir()):
         return Report(str(directory), config, costs, None, tokenizer, tuple(problems))
     try:
-        stored = stored_tensors(directory)
+        stored = stored_tensors(directory, config)
     except ValueError as error:  # damaged or incomplete files: what else there is to say is said
         return Report(str(directory), config, costs, None, tokenizer, (str(error), *problems))
     found = (*disagreements(config, data, stored), *problems)
@@ -137,7 +138,7 @@ def _tokenizer(
     for role, ours in (("bos", facts.bos_id), ("eos", facts.eos_id)):
         announced = data.get(f"{role}_token_id")
         if announced is not None and ours is not None and ours not in _ids(announced):
-            problems.append(f"{role}_token_id = {announced} in {CONFIG}, the tokenizer's is {ours}")
+            problems.append(f"{role}_token_id = {announced!r} in {CONFIG}, the tokenizer's is {ours}")
     return facts, problems
 
 

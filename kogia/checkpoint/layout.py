@@ -10,6 +10,7 @@ Parameters already carry their published names. Four structural rules remain:
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ import torch
 from torch import Tensor
 
 from kogia import log
-from kogia.checkpoint.tensorfile import FP8, SCALE, StoredTensor
+from kogia.checkpoint.directory import read_config
+from kogia.checkpoint.fit import LAYER, misfit
+from kogia.checkpoint.stored import same_samples, unused_mtp
+from kogia.checkpoint.tensorfile import FP8, SCALE, StoredTensor, read, row_ranges
 from kogia.model.config import ModelConfig
+from kogia.model.hf_config import left_out
 from kogia.model.linear import Linear
 from kogia.model.transformer import Transformer, empty_model
 from kogia.ops.fp8 import BLOCK
@@ -103,31 +108,36 @@ def _module_of(name: str) -> str:
 def check_agreement(model: Transformer, stored: Mapping[str, StoredTensor], directory: Path) -> None:
     """Raise one ValueError that lists all missing, extra, mis-shaped and mistyped tensors, if there are any."""
     if found := problems(model, stored):
-        shown = "\n  ".join(found[:20]) + (f"\n  ... and {len(found) - 20} more" if len(found) > 20 else "")
-        raise ValueError(f"{directory}: config.json and the weights do not agree:\n  {shown}")
+        shown = found[:20] + ([f"... and {len(found) - 20} more"] if found[20:] else [])
+        if defaults := left_out(read_config(directory)):
+            shown.append(f"config.json leaves out {', '.join(defaults)}; what its format has for that was taken")
+        raise ValueError(f"{directory}: config.json and the weights do not agree:\n  " + "\n  ".join(shown))
 
 
 def problems(model: Transformer, stored: Mapping[str, StoredTensor]) -> list[str]:
     """One line for each tensor that is missing, extra, mis-shaped or of a type that cannot be read as it should."""
-    targets = dict(disk_views(model))
-    found = [line for tensor in stored.values() if (line := _problem(tensor, targets, stored, model.config))]
+    targets, unused = dict(disk_views(model)), set(unused_mtp(model.config, stored))
+    found = [
+        line
+        for name, tensor in stored.items()
+        if (line := _problem(tensor, targets.get(name), stored, name in unused or _is_known_copy(name, model.config)))
+    ]
     absent = (name for name in targets if name not in stored and not name.endswith(SCALE))
     return found + [f"missing: {name} {list(targets[name].shape)}" for name in absent]
 
 
 def _problem(
-    tensor: StoredTensor, targets: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], config: ModelConfig
+    tensor: StoredTensor, target: Tensor | None, stored: Mapping[str, StoredTensor], may_be_unused: bool
 ) -> str | None:
     name, shape = tensor.name, list(tensor.shape)
     if name.endswith(SCALE):
         return _scale_problem(tensor, stored.get(name.removesuffix(SCALE)))
-    if name not in targets and not _is_known_copy(name, config):
+    if target is None and not may_be_unused:
         return f"extra: {name} {shape}"
     if tensor.dtype not in DTYPES:
         return f"wrong dtype: {name} is {tensor.dtype}; weights are one of {', '.join(DTYPES)}"
     if tensor.dtype == FP8 and f"{name}{SCALE}" not in stored:
         return f"missing: {name}{SCALE}, the scales of an FP8 weight {shape}"
-    target = targets.get(name)
     if target is None:
         return None
     if target.shape != tensor.shape:
@@ -150,13 +160,68 @@ def _scale_problem(scale: StoredTensor, weight: StoredTensor | None) -> str | No
     return None
 
 
-def without_absent_mtp(config: ModelConfig, stored: Mapping[str, StoredTensor], directory: Path) -> ModelConfig:
-    """transformers writes `num_nextn_predict_layers` but never the module: such a checkpoint has no MTP to load."""
-    first = f"model.layers.{config.num_layers}."
-    if config.num_mtp_layers and not any(name.startswith(first) for name in stored):
-        log.warn(f"{directory}: config.json announces multi-token prediction but no weights are stored; left out")
-        return replace(config, num_mtp_layers=0)
+def config_as_stored(config: ModelConfig, stored: Mapping[str, StoredTensor], directory: Path) -> ModelConfig:
+    """The model that the files hold, where they settle what `config.json` says otherwise; each such thing is said.
+
+    Raises ValueError where the two are out of all proportion, before anything of that size is built.
+    """
+    if reason := misfit(config, stored):
+        raise ValueError(f"{directory}: config.json describes another model than the weights: {reason}")
+    config = _with_stored_mtp(config, stored, directory)
+    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if config.tie_embeddings and head is not None and embedding is not None and not _same_values(head, embedding):
+        log.warn(
+            f"{directory}: tie_word_embeddings = true, but the stored lm_head.weight differs from the embedding; the "
+            "stored head is taken. Set it to false"
+        )
+        config = replace(config, tie_embeddings=False)
+    if copies := sorted(_differing_copies(config, stored)):
+        log.warn(f"{directory}: {', '.join(copies)} differ from the tensors they should be copies of, and are ignored")
     return config
+
+
+def _with_stored_mtp(config: ModelConfig, stored: Mapping[str, StoredTensor], directory: Path) -> ModelConfig:
+    """Only modules that are announced and stored count: transformers announces them but never writes one."""
+    layers = {int(found[1]) for name in stored if (found := LAYER.match(name))}
+    announced = range(config.num_layers, config.num_cache_layers)
+    found = sum(1 for _ in takewhile(layers.__contains__, announced))
+    if found < len(announced):
+        log.warn(
+            f"{directory}: config.json announces {len(announced)} module(s) of multi-token prediction, {found} are "
+            "stored; the others are left out"
+        )
+        config = replace(config, num_mtp_layers=found)
+    elif unused := unused_mtp(config, stored):
+        log.warn(
+            f"{directory}: {len(unused)} tensors of multi-token prediction are stored beyond num_nextn_predict_layers "
+            f"= {config.num_mtp_layers} and left out"
+        )
+    return config
+
+
+def _same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= DTYPES.keys():
+        return False
+    return all(torch.equal(_rows(a, *rows), _rows(b, *rows)) for rows in row_ranges(a))
+
+
+def _rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    data = bytearray((stop - start) * tensor.row_bytes)
+    read(tensor, start, memoryview(data))
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).double()
+
+
+def _differing_copies(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Copies of embedding and head in MTP modules that are none, judged by samples."""
+    embedding = stored.get("model.embed_tokens.weight")
+    head = embedding if config.tie_embeddings else stored.get("lm_head.weight")
+    for layer in range(config.num_layers, config.num_cache_layers):
+        for name, original in (("embed_tokens", embedding), ("shared_head.head", head)):
+            copy = stored.get(f"model.layers.{layer}.{name}.weight")
+            if copy is None or original is None or copy.dtype != original.dtype:
+                continue
+            if not same_samples(copy, original):
+                yield copy.name
 
 
 def stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:

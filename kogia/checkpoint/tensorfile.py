@@ -34,6 +34,7 @@ cache and the memory of the piece before is used again."""
 BLOCK_ROWS = 128
 """Pieces are cut at whole FP8 blocks."""
 NUM_THREADS = 4
+_MAX_NAME = 500
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
@@ -95,14 +96,20 @@ def row_ranges(tensor: StoredTensor, num_pieces: int = 1) -> Iterator[tuple[int,
             yield start, min(start + step, tensor.num_rows)
 
 
-def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of a file. Raises ValueError where it is damaged: every byte must belong to exactly one tensor."""
+def read_header(file: Path, max_bytes: int = MAX_HEADER) -> list[StoredTensor]:
+    """The tensors of a file. Raises ValueError where it is damaged: every byte must belong to exactly one tensor.
+
+    A header over `max_bytes`, which is what the model at hand can need, is refused unread: its entries take sixteen
+    times as much memory as text.
+    """
     try:
         with open(file, "rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise ValueError(f"its {size} bytes cannot hold a header of {length}")
+            if length > max_bytes:
+                raise ValueError(f"its header has {length:,} bytes, config.json's model needs {max_bytes:,} at most")
             entries = json.loads(handle.read(length))
         tensors = [_parse(name, e, file, 8 + length) for name, e in entries.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -117,7 +124,14 @@ def read_header(file: Path) -> list[StoredTensor]:
     return tensors
 
 
+def is_name(text: str) -> bool:
+    """Whether a tensor may be called so: messages show it, and signs that steer a terminal have no place in a name."""
+    return text.isprintable() and 0 < len(text) <= _MAX_NAME
+
+
 def _parse(name: str, entry: Any, file: Path, data: int) -> StoredTensor:
+    if not is_name(name):
+        raise ValueError(f"{name[:_MAX_NAME]!r} is no name of a tensor")
     if entry["dtype"] not in _ITEM_BYTES:
         raise ValueError(f"{name} has the unknown dtype {entry['dtype']!r}")
     begin, end = entry["data_offsets"]

@@ -8,6 +8,11 @@ follow the papers: DeepSeekMoE section 3, DeepSeek-V2 section 2.1 (MLA), DeepSee
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_LAYERS = 2_000
+"""Decoder and prediction layers of one model; published ones have up to about 130."""
+_SMALLEST = 1e-30  # positive number that a setting may be
+_LARGEST = 2**31 - 1  # of a single size: products of two still fit into 64 bits
+
 
 @dataclass(frozen=True)
 class YarnConfig:
@@ -72,6 +77,8 @@ class MLAConfig:
     rope_theta: float = 10000.0
     rope_scaling: YarnConfig | None = None
     indexer: IndexerConfig | None = None
+    norm_eps: float = 1e-6
+    """Of the norms of the latents; every release has 1e-6 here, whatever its `rms_norm_eps` says."""
 
     def query_rank(self, layer: int) -> int | None:
         """Rank of the query compression of a layer; None where queries are projected directly."""
@@ -156,10 +163,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "ffn_dim", "max_position"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+            _check_size(f"model.{name}", getattr(self, name))
         if self.num_mtp_layers < 0:
             raise ValueError(f"model.num_mtp_layers = {self.num_mtp_layers}: must not be negative")
+        if self.num_cache_layers > MAX_LAYERS:
+            raise ValueError(f"model.num_layers = {self.num_layers:,} is too deep: at most {MAX_LAYERS:,} are built")
+        _check_number("model.norm_eps", self.norm_eps, 0.0)
+        _check_number("model.init_std", self.init_std, 0.0)
         _check_attention(self.attention)
         if self.attention.kind == "mla" and len(self.attention.q_lora_ranks) not in (0, self.num_layers):
             raise ValueError(
@@ -179,7 +189,25 @@ class ModelConfig:
         return self.num_layers + self.num_mtp_layers
 
 
+def _check_size(where: str, value: int) -> None:
+    if not 1 <= value <= _LARGEST:
+        raise ValueError(f"{where} = {value}: must be at least 1 and at most {_LARGEST:,}")
+
+
+def _check_number(where: str, value: float, least: float, *, beyond: bool = False) -> None:
+    """At least `least`, or with `beyond` larger than it; neither so large nor so small that its quotients overflow."""
+    reached = value > least and value >= _SMALLEST if beyond else value >= least
+    if not reached or not value <= 1 / _SMALLEST:  # NaN is neither
+        raise ValueError(f"{where} = {value}: must be a number {'over' if beyond else 'of at least'} {least:g}")
+
+
 def _check_experts(moe: MoEConfig) -> None:
+    for name in ("num_experts", "expert_dim", "num_groups"):
+        _check_size(f"model.moe.{name}", getattr(moe, name))
+    for name in ("num_shared_experts", "num_dense_layers"):
+        if not 0 <= getattr(moe, name) <= _LARGEST:
+            raise ValueError(f"model.moe.{name} = {getattr(moe, name)}: must lie in 0..{_LARGEST:,}")
+    _check_number("model.moe.routed_scale", moe.routed_scale, 0.0, beyond=True)
     if not 1 <= moe.topk <= moe.num_experts:
         raise ValueError(f"model.moe.topk = {moe.topk}: must lie in 1..num_experts = {moe.num_experts}")
     if moe.num_experts % moe.num_groups or not 1 <= moe.topk_groups <= moe.num_groups:
@@ -191,29 +219,52 @@ def _check_experts(moe: MoEConfig) -> None:
         raise ValueError(f"model.moe.topk = {moe.topk}: more than the experts of {moe.topk_groups} groups")
 
 
+def _check_rope(theta: float, scaling: RopeScaling) -> None:
+    _check_number("model.attention.rope_theta", theta, 1.0, beyond=True)
+    if scaling is None:
+        return
+    where = "model.attention.rope_scaling"
+    _check_size(f"{where}.original_max_position", scaling.original_max_position)
+    if scaling.kind == "yarn":
+        for name in ("factor", "beta_fast", "beta_slow"):
+            _check_number(f"{where}.{name}", getattr(scaling, name), 0.0, beyond=True)
+        for name in ("mscale", "mscale_all_dim"):
+            _check_number(f"{where}.{name}", getattr(scaling, name), -1 / _SMALLEST)
+        return
+    for name in ("factor", "low_freq_factor"):
+        _check_number(f"{where}.{name}", getattr(scaling, name), 0.0, beyond=True)
+    _check_number(f"{where}.high_freq_factor", scaling.high_freq_factor, scaling.low_freq_factor, beyond=True)
+
+
 def _check_attention(attention: MLAConfig | GQAConfig) -> None:
-    rotary = "qk_rope_head_dim" if attention.kind == "mla" else "head_dim"
-    if attention.kind == "mla" and attention.indexer is not None:
-        _check_indexer(attention, attention.indexer)
     sizes = {name: value for name, value in vars(attention).items() if name.endswith(("_heads", "_dim", "_rank"))}
-    if attention.kind == "mla" and min(attention.q_lora_ranks, default=1) < 1:
-        raise ValueError(f"model.attention.q_lora_ranks = {attention.q_lora_ranks}: each must be at least 1")
     for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"model.attention.{name} = {value}: must be at least 1")
+        if value is not None:
+            _check_size(f"model.attention.{name}", value)
+    rotary = "qk_rope_head_dim" if attention.kind == "mla" else "head_dim"
     if sizes[rotary] % 2:
         raise ValueError(f"model.attention.{rotary} = {sizes[rotary]}: must be even, rotary embedding turns pairs")
-    if attention.kind == "gqa" and attention.num_heads % attention.num_kv_heads:
+    _check_rope(attention.rope_theta, attention.rope_scaling)
+    if attention.kind == "mla":
+        _check_latents(attention)
+    elif attention.num_heads % attention.num_kv_heads:
         raise ValueError(
             f"model.attention.num_heads = {attention.num_heads}: must be a multiple of num_kv_heads = "
             f"{attention.num_kv_heads}"
         )
 
 
+def _check_latents(attention: MLAConfig) -> None:
+    _check_number("model.attention.norm_eps", attention.norm_eps, 0.0)
+    if not all(1 <= rank <= _LARGEST for rank in attention.q_lora_ranks):
+        raise ValueError(f"model.attention.q_lora_ranks = {attention.q_lora_ranks}: each must be at least 1")
+    if attention.indexer is not None:
+        _check_indexer(attention, attention.indexer)
+
+
 def _check_indexer(attention: MLAConfig, indexer: IndexerConfig) -> None:
     for name in ("num_heads", "head_dim", "topk"):
-        if getattr(indexer, name) < 1:
-            raise ValueError(f"model.attention.indexer.{name} = {getattr(indexer, name)}: must be at least 1")
+        _check_size(f"model.attention.indexer.{name}", getattr(indexer, name))
     if attention.query_rank(0) is None:
         raise ValueError("model.attention.indexer needs q_lora_rank: its queries come from the compressed query")
     if indexer.head_dim < attention.qk_rope_head_dim:

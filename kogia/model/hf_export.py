@@ -1,5 +1,6 @@
 """`ModelConfig` -> Hugging Face `config.json`: which published format holds a model, and its fields there."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,12 @@ def _rope_table(scaling: YarnConfig | Llama3RopeConfig | None) -> dict[str, Any]
         return None
     if isinstance(scaling, Llama3RopeConfig):
         return {"rope_type": "llama3"} | {key: getattr(scaling, name) for key, name in LLAMA3_FIELDS.items()}
-    return {"type": "yarn"} | {key: getattr(scaling, name) for key, name in YARN_FIELDS.items()}
+    table: dict[str, Any] = {"type": "yarn"} | {key: getattr(scaling, name) for key, name in YARN_FIELDS.items()}
+    if scaling.mscale <= 0 or (scaling.mscale != 1 and not scaling.mscale_all_dim):
+        # others read an mscale only where neither of the two is 0
+        slope = 0.1 * math.log(max(scaling.factor, 1.0))
+        table["attention_factor"] = (slope * table.pop("mscale") + 1) / (slope * scaling.mscale_all_dim + 1)
+    return table
 
 
 def _attention_fields(a: MLAConfig | GQAConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def softmax_scale(config: MLAConfig) -> float:
 
 
 class MLA(nn.Module):
-    def __init__(self, dim: int, config: MLAConfig, norm_eps: float, layer: int) -> None:
+    def __init__(self, dim: int, config: MLAConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer, self.scale = config, layer, softmax_scale(config)
         heads, rank = config.num_heads, config.kv_lora_rank
@@ -45,10 +45,10 @@ class MLA(nn.Module):
             self.q_proj = Linear(dim, heads * config.qk_head_dim)
         else:
             self.q_a_proj = Linear(dim, q_rank)
-            self.q_a_layernorm = RMSNorm(q_rank, norm_eps)
+            self.q_a_layernorm = RMSNorm(q_rank, config.norm_eps)
             self.q_b_proj = Linear(q_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(dim, rank + config.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(rank, norm_eps)
+        self.kv_a_layernorm = RMSNorm(rank, config.norm_eps)
         self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, dim)
         self.indexer = None

@@ -36,7 +36,7 @@ class Layer(nn.Module):
         dim, eps, attention = config.dim, config.norm_eps, config.attention
         self.input_layernorm = RMSNorm(dim, eps)
         self.self_attn = (
-            MLA(dim, attention, eps, layer) if isinstance(attention, MLAConfig) else GQA(dim, attention, eps, layer)
+            MLA(dim, attention, layer) if isinstance(attention, MLAConfig) else GQA(dim, attention, eps, layer)
         )
         self.post_attention_layernorm = RMSNorm(dim, eps)
         if config.moe is not None and config.is_moe_layer(layer):

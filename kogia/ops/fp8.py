@@ -11,6 +11,9 @@ from torch import Tensor
 
 BLOCK = 128
 E4M3_MAX = 448.0
+_LEAST = 2.0**-149  # float32's smallest number
+_LEAST_NORMAL = 2.0**-126
+_LEAST_POWER = 2.0**-127  # the smallest scale of the ue8m0 format
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
@@ -57,12 +60,25 @@ def quantize_blocks(
     padded = weight.new_zeros(*weight.shape[:-2], blocks[-2] * BLOCK, blocks[-1] * BLOCK, dtype=torch.float32)
     padded[..., :rows, :columns] = weight
     tiles = padded.unflatten(-1, (blocks[-1], BLOCK)).unflatten(-3, (blocks[-2], BLOCK))
-    amax = tiles.abs().amax((-3, -1))
-    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    scale = _scales(tiles.abs().amax((-3, -1)))
     if power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+        scale = torch.exp2(torch.ceil(torch.log2(scale))).clamp_min(_LEAST_POWER)
     quantized = padded[..., :rows, :columns].div_(_spread(scale, rows, columns))
-    return quantized.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    limit = _spread(_largest_code(scale), rows, columns)
+    return quantized.clamp_(-limit, limit).to(torch.float8_e4m3fn), scale
+
+
+def _scales(amax: Tensor) -> Tensor:
+    """The scale that maps `amax` to 448, 1 for zeros. Below float32's normal numbers, where a quotient would be rounded
+    to 0 or far off, it is rounded up to the next number there is."""
+    ordinary = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    rounded_up = torch.ceil(amax / (E4M3_MAX * _LEAST)) * _LEAST
+    return torch.where(ordinary < _LEAST_NORMAL, rounded_up, ordinary)
+
+
+def _largest_code(scale: Tensor) -> Tensor:
+    """The largest E4M3 number whose product with `scale` is finite: 448, or 240 beside 2^120, the largest scale."""
+    return torch.where(scale >= 2.0**120, 240.0, E4M3_MAX)
 
 
 def quantize_groups(x: Float[Tensor, "... width"]) -> tuple[Float[Tensor, "... width"], Float[Tensor, "... groups"]]:
@@ -72,8 +88,7 @@ def quantize_groups(x: Float[Tensor, "... width"]) -> tuple[Float[Tensor, "... w
     """
     width, groups = x.shape[-1], -(-x.shape[-1] // BLOCK)
     padded = torch.nn.functional.pad(x.float(), (0, groups * BLOCK - width)).unflatten(-1, (groups, BLOCK))
-    amax = padded.abs().amax(-1)
-    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    scale = _scales(padded.abs().amax(-1))
     rounded = (padded / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return rounded.flatten(-2)[..., :width].contiguous(), scale
 

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from checkpoint.tiny import CONFIG, DENSE, MLA, assert_same, rewrite, shard, sto
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kogia import files
 from kogia.checkpoint import hf
 from kogia.checkpoint.directory import stored_tensors
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir, save_model
@@ -203,6 +205,7 @@ def test_a_failing_rename_puts_the_old_directory_back(saved, monkeypatch, call):
             raise OSError("no")
         return replace_(source, target)
 
+    monkeypatch.setattr(files, "exchange", lambda a, b: False)  # a system that cannot swap two names at once
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="no"):
         save_model(tiny(seed=5), saved)
@@ -210,12 +213,71 @@ def test_a_failing_rename_puts_the_old_directory_back(saved, monkeypatch, call):
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-def test_debris_of_a_killed_save_makes_way_and_what_is_only_named_like_it_stays(saved):
-    for name in (".model.0123456789abcdef.tmp", ".model.fedcba9876543210.old", "model.partial", "model.old"):
-        shutil.copytree(saved, saved.with_name(name))
+@pytest.mark.parametrize("swaps", [True, False])
+def test_only_what_killed_saves_left_is_removed(saved, monkeypatch, swaps):
+    names = ("model.partial", "model.old", ".model.partial", ".model.0123456789abcdef", ".model.mine.tmp")
+    others = [saved.with_name(name) for name in names] + [saved.with_name(".other.0123456789abcdef.tmp")]
+    debris = [saved.with_name(f".model.0123456789abcde{i}.{what}") for i, what in enumerate(("tmp", "old"))]
+    for place in (*others, *debris):
+        shutil.copytree(saved, place)
+    if not swaps:
+        monkeypatch.setattr(files, "exchange", lambda a, b: False)
     model = tiny(seed=5)
     assert_same(load_model(save_model(model, saved)), model)
-    assert sorted(p.name for p in saved.parent.iterdir()) == ["model", "model.old", "model.partial"]
+    assert sorted(saved.parent.iterdir()) == sorted([saved, *others])
+
+
+def test_two_saves_at_once_leave_each_other_alone(saved):
+    with files.replacing_directory(saved) as first:
+        (first / "mine").touch()
+        model = tiny(seed=5)
+        assert_same(load_model(save_model(model, saved)), model)
+        assert (first / "mine").exists()
+    assert [p.name for p in saved.parent.iterdir()] == ["model"] and (saved / "mine").exists()
+
+
+DIRECTORY_EVENTS = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
+
+
+def saved_until(model, place: Path, events: int) -> int:
+    """Save in a process that is killed at its `events`-th event on the file system; gives its wait status."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    left = events
+
+    def count(event, args):
+        nonlocal left
+        left -= event in DIRECTORY_EVENTS
+        if left < 0:
+            left = events + 1000  # the kill is an event, too
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    save_model(model, place)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_save_killed_at_any_event_leaves_a_model_or_has_it_put_back(saved, monkeypatch, swaps):
+    if not swaps:
+        monkeypatch.setattr(files, "exchange", lambda a, b: False)
+    place, old, new = saved.with_name("place"), tiny(seed=7), load_model(saved)
+    status, missing = 1, 0
+    for events in range(60):
+        save_model(old, place)
+        status = saved_until(new, place, events)
+        if not place.exists():
+            missing += 1
+            with pytest.raises(ValueError, match="stop"), files.replacing_directory(place):
+                raise ValueError("stop")
+        got = load_model(place)
+        assert_same(got, old if torch.equal(got.lm_head.weight, old.lm_head.weight) else new)
+        if status == 0:
+            break
+    assert status == 0 and torch.equal(got.lm_head.weight, new.lm_head.weight)
+    assert events > 3 and bool(missing) != swaps
+    save_model(old, place)
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["model", "place"]
 
 
 FULL_DISK = """

@@ -210,7 +210,7 @@ def test_a_tied_head_may_be_stored_but_not_differ(tmp_path: Path):
     assert lines(directory) == []
     rewrite(directory, lambda t: t["lm_head.weight"][-1].add_(1))
     assert lines(directory) == [
-        "tie_word_embeddings = true, but the stored lm_head.weight differs from the embedding: it is ignored"
+        "tie_word_embeddings = true, but the stored lm_head.weight differs from the embedding: it is the head"
     ]
 
 

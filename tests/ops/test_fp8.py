@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kogia.model.linear import Linear
 from kogia.model.moe import Experts
-from kogia.ops.fp8 import dequantize_blocks, quantize_blocks, scale_shape
+from kogia.ops.fp8 import dequantize_blocks, dequantize_groups, quantize_blocks, quantize_groups, scale_shape
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,6 +51,32 @@ def test_zeros_stay_zeros_and_a_stack_is_quantised_matrix_by_matrix():
     alone, alone_scale = quantize_blocks(stack[1])
     assert scale[1].equal(alone_scale)
     assert quantized[1].float().equal(alone.float())
+
+
+@pytest.mark.parametrize("powers", [False, True])
+@pytest.mark.parametrize(
+    "largest", [1.4e-45, 3e-43, 6.5e-43, 1e-41, 5e-38, 2.9e38, 3e38, torch.finfo(torch.float32).max]
+)
+def test_the_smallest_and_largest_numbers_have_a_finite_form(largest, powers):
+    weight = drawn(20, 140)
+    weight = weight / weight.abs().max() * largest
+    weight[3, 5], weight[4, 6] = largest, -largest
+    quantized, scale = quantize_blocks(weight, power_of_two=powers)
+    assert bool((scale > 0).all()) and bool(scale.isfinite().all())
+    if powers:
+        assert bool((torch.frexp(scale).mantissa == 0.5).all()) and scale.min() >= 2.0**-127  # as ue8m0 can hold
+    back = dequantize_blocks(quantized, scale, torch.float32)
+    bound = weight.double().abs() / 15 + scale.max().double() * 2**-10 + 2.0**-149  # 255 / 16 rounds down at the top
+    assert bool(((back.double() - weight.double()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("largest", [1.4e-45, 3e-43, 1e-40, torch.finfo(torch.float32).max])
+def test_groups_of_the_smallest_and_largest_numbers_come_back(largest):
+    rows = torch.full((3, 200), largest)
+    rows[:, ::3] = 0
+    rows[1] = 0
+    back = dequantize_groups(*quantize_groups(rows), torch.float32)
+    assert bool(((back.double() - rows.double()).abs() <= rows.double() / 15 + 2.0**-149).all())
 
 
 def test_scales_of_another_shape_are_refused():
