@@ -173,7 +173,8 @@ class Engine:
         started = time.perf_counter()
         try:
             launched = self._launch()
-            while len(self._flights) > (launched and self.overlap):
+            left_in_flight = 1 if launched and self.overlap else 0
+            while len(self._flights) > left_in_flight:
                 self._land()
             if not self.num_unfinished:
                 self._land_all()

@@ -132,37 +132,50 @@ def order_by_expert(expert_ids: Int[Tensor, "tokens topk"], num_experts: int) ->
     return ExpertOrder(order, inverse, _counts(ids, num_experts))
 
 
-class _PermuteRows(torch.autograd.Function):
-    """Row permutation whose backward is the inverse gather: deterministic, no scatter-add."""
+class _ToExperts(torch.autograd.Function):
+    """Rows gathered from tokens; the backward is the inverse gather and a sum: deterministic, no scatter-add."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, topk: int) -> Tensor:
         ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
+        ctx.topk = topk
+        return x.index_select(0, order // topk)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        by_copy = grads[0].index_select(0, ctx.saved_tensors[0])
+        return by_copy.view(-1, ctx.topk, by_copy.shape[1]).sum(1), None, None, None
+
+
+class _ToCopies(torch.autograd.Function):
+    """Rows in the order of token copies; the backward is the inverse gather."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return y.index_select(0, inverse)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return x.index_select(0, order)
-    return _PermuteRows.apply(x, order, inverse)  # pyright: ignore[reportReturnType]
-
-
 def dispatch(x: Float[Tensor, "tokens dim"], topk: int, order: ExpertOrder) -> Float[Tensor, "routed dim"]:
     """Copy every token to its experts, rows in expert order."""
-    copies = x[:, None].expand(-1, topk, -1).reshape(-1, x.shape[1])
-    return _permute(copies, order.order, order.inverse)
+    if not torch.is_grad_enabled():
+        return x.index_select(0, order.order // topk)
+    return _ToExperts.apply(x, order.order, order.inverse, topk)  # pyright: ignore[reportReturnType]
 
 
 def combine(
     y: Float[Tensor, "routed dim"], weights: Float[Tensor, "tokens topk"], order: ExpertOrder
 ) -> Float[Tensor, "tokens dim"]:
     """Weighted sum of each token's expert outputs."""
-    by_token = _permute(y, order.inverse, order.order)
-    return torch.bmm(weights.to(y.dtype)[:, None], by_token.view(*weights.shape, y.shape[1])).squeeze(1)
+    if torch.is_grad_enabled():
+        by_copy: Tensor = _ToCopies.apply(y, order.order, order.inverse)  # pyright: ignore[reportAssignmentType]
+    else:
+        by_copy = y.index_select(0, order.inverse)
+    return torch.bmm(weights.to(y.dtype)[:, None], by_copy.view(*weights.shape, y.shape[1])).squeeze(1)
 
 
 @op()

@@ -1,13 +1,17 @@
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from train.tiny import make_batch, random_sequences, tiny_model, tiny_state
+from train.tiny import ATTENTION, make_batch, random_sequences, tiny_model, tiny_state
 
+from kogia.model.config import IndexerConfig
+from kogia.train.config import SupervisedConfig
 from kogia.train.loss import LossWeights, supervised_loss
 from kogia.train.step import Loss, train_step
+from kogia.train.supervised import loss_for_step
 
 LOSS = partial(supervised_loss, weights=LossWeights(mtp=0.3, balance=1e-3))
 
@@ -39,6 +43,26 @@ def test_uneven_micro_batches_are_weighted_by_their_tokens_not_averaged():
     metrics = train_step(tiny_state(tiny_model()), batches, LOSS)
     assert metrics["loss"] == pytest.approx(sum(sums) / (4 + 49), rel=1e-5)
     assert metrics["tokens"] == 53
+
+
+@pytest.mark.parametrize("shares", [(0.1, 0.95), (0.5, 0.02)])
+def test_losses_of_routers_and_indexers_do_not_depend_on_the_cut_where_masks_are_uneven(shares):
+    """Two documents, of which different shares count: in one micro-batch, and in two."""
+    sequences = random_sequences([60, 60])
+    masks = [[int(0 < i <= 60 * share) for i in range(60)] for share in shares]
+    indexer = IndexerConfig(num_heads=2, head_dim=16, topk=8)
+    grads = []
+    for cut in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+        state = tiny_state(tiny_model(attention=replace(ATTENTION, indexer=indexer)), clip=0.0)
+        batches = [make_batch(sequences[part], masks[part]) for part in cut]
+        config = SupervisedConfig("unused", balance_weight=0.5, indexer_weight=1.0)
+        train_step(state, batches, loss_for_step(config, state, batches))
+        grads.append(
+            {n: p.grad.clone() for n, p in state.model.named_parameters() if "gate.weight" in n or "indexer" in n}
+        )
+    assert any("indexer" in name for name in grads[0])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_a_denominator_replaces_the_token_count_in_the_gradient_but_not_in_the_metrics():
