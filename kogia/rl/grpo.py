@@ -35,7 +35,7 @@ from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_pena
 from kogia.rl.config import RLConfig
 from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
 from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, policy_batches
-from kogia.rl.rollout_log import drop_samples, rollout_metrics, write_samples
+from kogia.rl.rollout_log import rollout_metrics, write_samples
 from kogia.rl.signal import measure_signal
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
@@ -46,7 +46,8 @@ from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer
 from kogia.train.run_dir import open_run_dir
 from kogia.train.step import Loss, TrainState, train_step
 
-SAMPLES_EVERY = 10  # steps between groups written to samples.jsonl
+SAMPLES_FILE = "samples.jsonl"
+SAMPLES_EVERY = 10  # steps between groups written to it
 
 
 @dataclass
@@ -106,6 +107,7 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     run = Run(config, out, tokenizer, state, Engine(model, tokenizer, config.engine), sources, reference)
     if checkpoint is not None:
         restore(run, checkpoint)
+    log.cut_back(out / SAMPLES_FILE, run.rollouts - 1)
     return run
 
 
@@ -167,7 +169,7 @@ def step(run: Run) -> dict[str, float]:
     if run.reference is not None and config.reference_every and (run.rollouts + 1) % config.reference_every == 0:
         run.reference.load_state_dict(model.state_dict())
     if run.rollouts % SAMPLES_EVERY == 0:
-        write_samples(run.out / "samples.jsonl", run.rollouts, rollout, rewards)
+        write_samples(run.out / SAMPLES_FILE, run.rollouts, rollout, rewards)
     seconds = time.perf_counter() - start
     metrics["seconds_rollout"], metrics["seconds_train"] = sampled - start, start + seconds - sampled
     metrics["tokens_per_second"] = float(rollout.num_tokens.sum()) / seconds
@@ -296,7 +298,6 @@ def restore(run: Run, checkpoint: Path) -> None:
     if run.reference is not None:
         stored = {k.removeprefix("reference/"): v for k, v in resume.tensors.items() if k.startswith("reference/")}
         run.reference.load_state_dict(stored)
-    drop_samples(run.out / "samples.jsonl", run.rollouts)
     restore_random(resume)
     run.engine.update_weights(run.state.model, run.rollouts)
     log.info(f"resuming {checkpoint} at step {run.rollouts} of {run.config.steps}")

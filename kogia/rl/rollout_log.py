@@ -7,7 +7,6 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from kogia.files import write_text
 from kogia.rl.advantage import is_zero_variance
 from kogia.rl.rollout import Rollout
 
@@ -48,10 +47,3 @@ def write_samples(path: Path, step: int, rollout: Rollout, rewards: Float[Tensor
                 "num_tokens": len(completion.token_ids),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def drop_samples(path: Path, rollouts: int) -> None:
-    """Take out what a run wrote after the checkpoint it resumes from, and a line that a crash cut short."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] < rollouts))

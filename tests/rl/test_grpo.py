@@ -365,6 +365,36 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_never_stopped_to
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_kill_before_the_first_checkpoint_leaves_nothing_of_the_first_start(checkpoint, tmp_path, resume):
+    config = rl_settings(checkpoint, tmp_path / "run", steps=4000)
+    process = start(config, tmp_path)
+    wait_for(lambda: (tmp_path / "run" / "samples.jsonl").exists(), process)
+    if resume:
+        wait_for(lambda: read_metrics(tmp_path / "run"), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    if not resume:
+        (tmp_path / "run" / "metrics.jsonl").unlink(missing_ok=True)  # as if killed between the two files
+    main(replace(config, steps=2, resume=resume))
+    main(replace(config, steps=2, out=str(tmp_path / "whole")))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 1, "text": "{1}', b"\xff\xfe", b'{"step": 1, "text": {}}'])
+def test_torn_lines_of_either_log_do_not_keep_a_run_from_going_on(checkpoint, tmp_path, tail, capsys):
+    for out in ("whole", "run"):
+        main(rl_settings(checkpoint, tmp_path / out, steps=2))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (tmp_path / "run" / name).open("ab") as file:
+            file.write(tail.replace(b'"step": 1', b'"step": 12'))
+    for out in ("whole", "run"):
+        main(rl_settings(checkpoint, tmp_path / out, steps=3, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    damaged = capsys.readouterr().err.count("torn or damaged lines")
+    assert damaged == (0 if tail.endswith(b"}}") else 2)
+
+
 def test_ctrl_c_saves_the_step_exits_130_and_the_run_continues_exactly(checkpoint, tmp_path):
     config = rl_settings(checkpoint, tmp_path / "run", steps=4000)
     process = start(config, tmp_path)
