@@ -43,7 +43,7 @@ from kogia.text.tokenizer import Tokenizer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import open_run_dir
+from kogia.train.run_dir import hold_run_dir, open_run_dir
 from kogia.train.step import Loss, TrainState, train_step
 
 SAMPLES_FILE = "samples.jsonl"
@@ -86,6 +86,7 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     tasks = [(spec, load_task(spec, config.task_options.get(spec))) for spec in config.tasks]
     init = resolve_model_dir(config.init)
     out = Path(config.out)
+    stack.enter_context(hold_run_dir(config))
     checkpoint = open_run_dir(config)
     source = checkpoint or init
     model, tokenizer, _ = open_model(source, device=config.device, dtype="float32")

@@ -38,7 +38,7 @@ from kogia.train.indexer import indexed_config, prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import open_run_dir
+from kogia.train.run_dir import hold_run_dir, open_run_dir
 from kogia.train.step import LossFn, TrainState, train_step
 
 
@@ -59,11 +59,12 @@ def main(config: SupervisedConfig) -> None:
     config.check_complete()
     if config.dry_run:
         return print_plan(config)
-    run = build_run(config)
-    if run.state.step >= run.state.num_steps:
-        log.info(f"{run.out} is complete: {run.state.step} of {run.state.num_steps} steps are done")
-        return
-    train(run)
+    with hold_run_dir(config):
+        run = build_run(config)
+        if run.state.step >= run.state.num_steps:
+            log.info(f"{run.out} is complete: {run.state.step} of {run.state.num_steps} steps are done")
+            return
+        train(run)
 
 
 def build_run(config: SupervisedConfig) -> Run:

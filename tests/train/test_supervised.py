@@ -171,6 +171,35 @@ def test_a_run_directory_in_use_is_refused_overwritten_or_resumed_as_asked(confi
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(config, tmp_path, flags):
+    process = start(replace(config, steps=4000, save_every=1), tmp_path)
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 2, process)
+    with pytest.raises(ValueError, match=r"run': another run is writing there; wait until it ends"):
+        main(replace(config, **flags))
+    seen = len(read_metrics(tmp_path / "run"))
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) > seen, process)
+    os.kill(process.pid, signal.SIGKILL)  # no lock survives this
+    process.communicate()
+    done = latest_checkpoint(tmp_path / "run").name
+    main(replace(config, steps=int(done[-6:]) + 1, resume=True))
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_overwriting_deletes_all_but_the_directory_itself(config, tmp_path):
+    short = replace(config, steps=1)
+    main(short)
+    run = tmp_path / "run"
+    (run / "notes.txt").write_text("mine")
+    (run / "link").symlink_to(tmp_path)
+    inode = run.stat().st_ino
+    main(replace(short, overwrite=True))
+    assert run.stat().st_ino == inode
+    assert not {"notes.txt", "link"} & {path.name for path in run.iterdir()}
+    assert (tmp_path / "corpus.jsonl").exists(), "what a link leads to stays"
+
+
 def test_a_mistake_found_before_the_first_step_leaves_the_run_directory_free(config):
     with pytest.raises(ValueError, match="max_position"):
         main(replace(config, model=replace(MODEL, max_position=32)))
