@@ -1,6 +1,7 @@
 """Opening a run directory: new, resumed or overwritten, the same for every training stage."""
 
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,8 @@ from kogia.config import load_toml, save_toml, to_dict
 from kogia.train.lock import sole_writer
 
 RECIPE = "run.toml"
+HARMLESS = ("out", "resume", "overwrite", "quiet", "threads")
+"""Settings that change nothing of what a run computes."""
 
 
 @contextmanager
@@ -82,12 +85,34 @@ def _empty(out: Path) -> None:
 
 
 def _warn_of_changes(recipe: Path, now: Any) -> None:
-    """A resume is exact only under the same settings; say which ones differ."""
-    before = load_toml(recipe, type(now))
-    old, new = to_dict(before), to_dict(now)
-    harmless = {"resume", "overwrite", "quiet", "threads"}
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in harmless)
+    """A resume is exact only under the same settings; say which ones differ, and how."""
+    if _is_damaged(recipe):
+        return log.warn(f"{recipe} is empty or damaged: whether the run began with these settings cannot be told")
+    old, new = (dict(_entries(to_dict(config))) for config in (load_toml(recipe, type(now)), now))
+    changed = [
+        f"{key} = {new.get(key, 'none')!r} (was {old.get(key, 'none')!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in HARMLESS
+    ]
     if changed:
-        log.warn(
-            f"resuming with other settings than the run began with ({', '.join(changed)}): not an exact continuation"
-        )
+        log.warn(f"resuming with other settings than the run began with: {', '.join(changed)}: no exact continuation")
+
+
+def _is_damaged(recipe: Path) -> bool:
+    """Whether the file says nothing: a power cut may leave a name without its content."""
+    try:
+        return not tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except ValueError:
+        return True
+
+
+def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in nested tables and lists of tables."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _entries(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _entries(inner, f"{name}[{index}]")
+    else:
+        yield name, value

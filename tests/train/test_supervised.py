@@ -211,7 +211,7 @@ def test_resuming_with_other_settings_says_which_ones(config, capsys):
     main(replace(config, steps=2))
     main(replace(config, steps=3, micro_batches=2, resume=True))
     warning = " ".join(capsys.readouterr().err.split())
-    assert "other settings than the run began with (micro_batches, steps)" in warning
+    assert "other settings than the run began with: micro_batches = 2 (was 1), steps = 3 (was 2)" in warning
 
 
 def test_a_diverging_run_stops_with_its_checkpoints_kept(config):
