@@ -99,7 +99,7 @@ class RLConfig(SamplingConfig):
     logprob_tolerance: float = 1e-4
     """Largest difference of trainer and engine log-probabilities before the run stops; float32 reaches 1e-4."""
     eval_every: int = 0
-    """Steps between evaluations on the test split, each after a save; 0 evaluates only at the end."""
+    """Steps between evaluations on the test split, each of a checkpoint; 0 evaluates only at the end."""
     eval_questions: int = 300
     """0 never evaluates."""
     eval_samples: int = 8

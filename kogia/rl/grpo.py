@@ -43,7 +43,7 @@ from kogia.text.tokenizer import Tokenizer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import hold_run_dir, open_run_dir
+from kogia.train.run_dir import hold_run_dir, open_run_dir, was_measured
 from kogia.train.step import Loss, TrainState, train_step
 
 SAMPLES_FILE = "samples.jsonl"
@@ -71,7 +71,7 @@ def main(config: RLConfig) -> None:
         return print_plan(config)
     with ExitStack() as stack:
         run = build_run(config, stack)
-        if run.rollouts >= config.steps:
+        if run.rollouts >= config.steps and not owes_evaluation(run):
             log.info(f"{run.out} is complete: {run.rollouts} of {config.steps} steps are done")
             return
         if config.signal_check and run.rollouts == 0:
@@ -119,18 +119,31 @@ def train(run: Run) -> None:
         run.out, total_steps=config.steps, description=run.out.name, quiet=config.quiet, resume_step=run.rollouts
     )
     with metric_log, GracefulStop() as stop:
+        if owes_evaluation(run):
+            metric_log.log(run.rollouts, measure(run))
         while run.rollouts < config.steps:
             metric_log.log(run.rollouts + 1, step(run))
             run.rollouts += 1
-            last = run.rollouts == config.steps
-            if last or stop.requested or (config.save_every and run.rollouts % config.save_every == 0):
-                save(run)
-            due = config.eval_every and run.rollouts % config.eval_every == 0
-            if config.eval_questions and not stop.requested and (last or due):
+            last, due, stopping = run.rollouts == config.steps, is_evaluation_due(run), stop.requested
+            if last or due or stopping or (config.save_every and run.rollouts % config.save_every == 0):
+                save(run)  # what is measured is what is saved, and has its name
+            if due and not stopping:
                 metric_log.log(run.rollouts, measure(run))
-            if stop.requested and not last:
+            if stopping and (due or not last):
                 log.info(f"stopped after step {run.rollouts}, saved as {run.state.last_checkpoint}; --resume continues")
                 raise KeyboardInterrupt
+
+
+def is_evaluation_due(run: Run) -> bool:
+    """Whether an evaluation belongs to the step that was just done."""
+    config, step = run.config, run.rollouts
+    due = step >= config.steps or (config.eval_every > 0 and step % config.eval_every == 0)
+    return config.eval_questions > 0 and step > 0 and due
+
+
+def owes_evaluation(run: Run) -> bool:
+    """Whether it was due and not done, because the run was stopped or killed after the save."""
+    return is_evaluation_due(run) and not was_measured(run.out, run.rollouts, "eval_")
 
 
 def measure(run: Run) -> dict[str, float]:

@@ -58,6 +58,16 @@ def open_run_dir(config: Any) -> Path | None:
     return checkpoint
 
 
+def was_measured(out: Path, step: int, prefix: str) -> bool:
+    """Whether metrics.jsonl has the evaluation of a step, whose metrics begin with `prefix`.
+
+    A run that was ended between a checkpoint and its evaluation still owes it.
+    """
+    return any(
+        line.get("step") == step and any(name.startswith(prefix) for name in line) for line in log.read_metrics(out)
+    )
+
+
 def _check_place(out: Path, config: Any) -> None:
     if not out.exists():
         if config.resume:

@@ -1,7 +1,9 @@
 """The GRPO loop with a real tiny model, engine and verification pool."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -409,6 +411,30 @@ def test_ctrl_c_saves_the_step_exits_130_and_the_run_continues_exactly(checkpoin
     for out, resume in (("whole", False), ("run", True)):
         main(replace(config, out=str(tmp_path / out), steps=done + 2, resume=resume))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("killed_at", [2, 4])
+def test_an_evaluation_is_of_a_checkpoint_and_one_that_a_kill_prevented_is_done_on_resume(
+    checkpoint, tmp_path, killed_at
+):
+    changes = {"steps": 4, "eval_every": 2, "eval_questions": 3, "eval_samples": 2, "keep_checkpoints": 9}
+    main(rl_settings(checkpoint, tmp_path / "whole", **changes))
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if "eval_checksum" in line] == [2, 4]
+    before = [line for line in lines if line["step"] <= killed_at and line != {2: lines[2], 4: lines[-1]}[killed_at]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
+    (run / "evals" / f"checksum-{killed_at:06d}.json").unlink()
+    if killed_at == 2:
+        shutil.rmtree(run / "checkpoints" / "step-000004")
+    main(rl_settings(checkpoint, run, **changes, resume=True))
+    assert_same_run(tmp_path / "whole", run)
+    for out, step in itertools.product(("whole", "run"), (2, 4)):
+        summary = json.loads((tmp_path / out / "evals" / f"checksum-{step:06d}.json").read_text())
+        resumed = out == "run" and step >= killed_at
+        name = f"{'run' if resumed else 'whole'}/checkpoints/step-{step:06d}"
+        assert summary["checkpoint"] == str(tmp_path / name)
 
 
 def test_a_run_leaves_a_complete_directory_that_loads_everywhere(checkpoint, tmp_path):

@@ -75,18 +75,17 @@ def test_an_overwriting_that_was_killed_may_be_repeated(config, left, monkeypatc
     run = begun(config, b"")
     checkpoint(config, 1)
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1}))
-    path = Path(config.out) / left
-    kill = OSError("killed")
     unlink = Path.unlink
 
-    def unlink_but_die(self: Path, missing_ok: bool = False) -> None:
-        if self == path:
-            raise kill
-        unlink(self, missing_ok)
+    def unlink_or_die(path: Path, missing_ok: bool = False) -> None:
+        if path == run / left:
+            raise InterruptedError(left)
+        unlink(path, missing_ok)
 
-    with monkeypatch.context() as context, pytest.raises(OSError, match="killed"):
-        context.setattr(Path, "unlink", unlink_but_die)
+    monkeypatch.setattr(Path, "unlink", unlink_or_die)
+    with pytest.raises(InterruptedError):
         open_run_dir(replace(config, overwrite=True))
+    monkeypatch.undo()
     assert (run / "run.toml").exists()
     assert open_run_dir(replace(config, overwrite=True)) is None
     assert [path.name for path in run.iterdir()] == ["run.toml"]

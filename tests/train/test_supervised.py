@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from kogia.data.config import DataConfig, SourceConfig
 from kogia.log import read_metrics
 from kogia.model.config import ModelConfig
 from kogia.model.costs import num_active_params, num_params
+from kogia.train import supervised
 from kogia.train.config import OptimConfig, SupervisedConfig
 from kogia.train.supervised import build_run, main
 
@@ -116,6 +118,57 @@ def test_a_stopped_run_saves_its_last_step_exits_130_and_resumes_exactly(config,
         main(replace(endless, out=str(tmp_path / out), steps=steps, eval_every=0, resume=resume, mtp_late_at=1.0))
     a, b = (checkpoint_contents(latest_checkpoint(tmp_path / run)) for run in ("whole", "run"))
     assert all(torch.equal(v, b[k]) for k, v in a.items() if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("killed_at", [10, 20])
+def test_a_validation_that_a_kill_prevented_is_done_on_resume(config, tmp_path, killed_at):
+    config = replace(config, steps=20, eval_every=10)
+    main(replace(config, out=str(tmp_path / "whole")))
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    lines = read_metrics(run)
+    measured = [line["step"] for line in lines if "val_loss" in line]
+    assert measured == [10, 20]
+    before = [line for line in lines if line["step"] <= killed_at and ("loss" in line or line["step"] < killed_at)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
+    if killed_at == 10:
+        shutil.rmtree(run / "checkpoints" / "step-000020")
+    for _ in range(2):  # the second one finds it done
+        main(replace(config, resume=True))
+        assert_same_run(tmp_path / "whole", run)
+
+
+def test_a_signal_in_the_last_step_leaves_its_validation_to_the_resumed_run(config, monkeypatch):
+    config = replace(config, steps=2, eval_every=0)
+    training_step = supervised.train_step
+
+    def step_and_signal(*args):
+        metrics = training_step(*args)
+        if args[0].step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    monkeypatch.setattr(supervised, "train_step", step_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    assert latest_checkpoint(config.out).name == "step-000002"
+    assert not any("val_loss" in line for line in read_metrics(config.out))
+    main(replace(config, resume=True))
+    assert [line["step"] for line in read_metrics(config.out) if "val_loss" in line] == [2]
+
+
+def test_a_signal_while_validating_is_heeded_after_the_next_step_which_is_saved(config, monkeypatch):
+    config = replace(config, steps=9, save_every=0, eval_every=2)
+    validate = supervised.validation_loss
+
+    def validate_and_signal(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args)
+
+    monkeypatch.setattr(supervised, "validation_loss", validate_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    assert latest_checkpoint(config.out).name == "step-000003"
+    assert read_metrics(config.out)[-1]["step"] == 3
 
 
 def test_training_learns_and_leaves_a_complete_run_directory(config, tmp_path):
