@@ -430,10 +430,10 @@ def test_an_evaluation_is_of_a_checkpoint_and_one_that_a_kill_prevented_is_done_
         shutil.rmtree(run / "checkpoints" / "step-000004")
     main(rl_settings(checkpoint, run, **changes, resume=True))
     assert_same_run(tmp_path / "whole", run)
-    for out, step in itertools.product(("whole", "run"), (2, 4)):
-        summary = json.loads((tmp_path / out / "evals" / f"checksum-{step:06d}.json").read_text())
-        resumed = out == "run" and step >= killed_at
-        name = f"{'run' if resumed else 'whole'}/checkpoints/step-{step:06d}"
+    for out, number in itertools.product(("whole", "run"), (2, 4)):
+        summary = json.loads((tmp_path / out / "evals" / f"checksum-{number:06d}.json").read_text())
+        resumed = out == "run" and number >= killed_at
+        name = f"{'run' if resumed else 'whole'}/checkpoints/step-{number:06d}"
         assert summary["checkpoint"] == str(tmp_path / name)
 
 

@@ -274,6 +274,18 @@ def test_a_diverging_run_stops_with_its_checkpoints_kept(config):
     assert latest_checkpoint(wild.out) is not None
 
 
+@pytest.mark.parametrize("poison", [{"weight_decay": 1e300}, {"lr": 1e300}, {"weight_decay": 1e38, "lr": 1e3}])
+def test_weights_that_an_update_made_infinite_are_never_saved(config, poison):
+    main(replace(config, steps=1))
+    wild = replace(config, steps=5, save_every=1, resume=True, optim=replace(config.optim, **poison))
+    with pytest.raises(
+        FloatingPointError, match=r"step-000002: .* is not finite.*last good checkpoint is .*step-000001"
+    ):
+        main(wild)
+    main(replace(config, steps=3, resume=True))
+    assert latest_checkpoint(config.out).name == "step-000003"
+
+
 def test_a_dry_run_prints_a_configuration_that_reads_back_and_writes_nothing(config, tmp_path, capsys):
     import tomllib
 
