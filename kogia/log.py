@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -81,11 +82,21 @@ def cut_back(path: Path, last_step: int) -> list[dict[str, Any]]:
     return [row for _, row in kept]
 
 
+def check_in_place(path: Path, opened: os.stat_result) -> None:
+    """Raise FileNotFoundError unless `path` is still the file that was opened: writing on would be for nobody."""
+    try:
+        in_place = os.path.samestat(path.stat(), opened)
+    except (FileNotFoundError, NotADirectoryError):
+        in_place = False
+    if not in_place:
+        raise _gone(path)
+
+
 class MetricLog:
     """Appends metrics to `run_dir/metrics.jsonl` and shows progress. A context manager.
 
     With `resume_step`, the lines after that step are dropped and time goes on from the last line kept; without it an
-    existing file is started over.
+    existing file is started over. Raises FileNotFoundError once the file is no longer in its place.
     """
 
     def __init__(
@@ -98,6 +109,8 @@ class MetricLog:
         resume_step: int | None = None,
     ) -> None:
         self.path = Path(run_dir) / METRICS_FILE
+        if not self.path.parent.is_dir():
+            raise _gone(self.path)
         kept = cut_back(self.path, -1 if resume_step is None else resume_step)
         self.total_steps, self.description, self.quiet = total_steps, description, quiet
         self._first_step = resume_step or 0
@@ -105,6 +118,7 @@ class MetricLog:
         self._start = self._last_print = time.monotonic()
         self._last_line = ""
         self._file = self.path.open("a", encoding="utf-8")
+        self._opened = os.fstat(self._file.fileno())
         self._live: Progress | None = None
         self._task = TaskID(0)
 
@@ -129,6 +143,7 @@ class MetricLog:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (1-based: the number of steps done). One line on disk, flushed."""
+        check_in_place(self.path, self._opened)
         seconds = self._seconds_before + time.monotonic() - self._start
         self._file.write(_json_line({"step": step, "seconds": round(seconds, 3), **metrics}))
         self._file.flush()
@@ -146,6 +161,13 @@ class MetricLog:
     def _eta(self, step: int) -> str:
         done = max(step - self._first_step, 1)
         return f"eta {_duration((time.monotonic() - self._start) / done * max(self.total_steps - step, 0))}"
+
+
+def _gone(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{path} is gone, deleted, moved or replaced while it was written to; what was not saved before is lost: leave "
+        "the place as it is and start again, or go on from what was saved"
+    )
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,32 @@ def test_whole_lines_are_kept_as_they_are_without_a_word(tmp_path: Path, capsys:
     assert cut_back(tmp_path / "absent.jsonl", 3) == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["samples.jsonl"]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("what", ["directory deleted", "directory moved", "file deleted", "replaced by another run's"])
+def test_a_log_whose_file_is_no_longer_in_its_place_is_an_error(tmp_path: Path, what: str):
+    run = tmp_path / "run"
+    run.mkdir()
+    with MetricLog(run, total_steps=3, description="train", quiet=True) as metrics:
+        metrics.log(1, {})
+        if what == "directory deleted":
+            shutil.rmtree(run)
+        elif what == "file deleted":
+            (run / "metrics.jsonl").unlink()
+        else:
+            run.rename(tmp_path / "elsewhere")
+        if what.startswith("replaced"):
+            run.mkdir()
+            (run / "metrics.jsonl").touch()
+        with pytest.raises(FileNotFoundError, match=r"run/metrics.jsonl is gone.*leave the place as it is"):
+            metrics.log(2, {})
+    assert read_metrics(run) == []
+
+
+def test_a_log_makes_no_directory_that_was_deleted_before_it_opens(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="is gone"):
+        MetricLog(tmp_path / "run", total_steps=3, description="train")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_values_that_are_not_finite_are_null_on_disk_and_nan_in_memory(tmp_path: Path):

@@ -163,6 +163,8 @@ class Record:
                 self._delete()
             self._open()
             self._lock = stack.pop_all()
+        self.path.touch()
+        self._opened = {path: path.stat() for path in (self.path, self.progress_path)}
 
     def close(self) -> None:
         """Let others open the files."""
@@ -210,6 +212,8 @@ class Record:
 
     def flush(self) -> None:
         """Samples first, then the lines that say they are there: a crash in between is undone by the next opening."""
+        for path, opened in self._opened.items():
+            log.check_in_place(path, opened)
         _append(self.path, self._rows)
         _append(self.progress_path, self._lines)
         self.finished += self._lines

@@ -21,7 +21,7 @@ from torch import Tensor
 from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
 from kogia.checkpoint.open import open_model
-from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint
+from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint, seed_random
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
@@ -83,6 +83,7 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     """Everything in order: directory, tasks, model, engine on the same weights, optimiser, resume."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    seed_random(config.seed)
     tasks = [(spec, load_task(spec, config.task_options.get(spec))) for spec in config.tasks]
     init = resolve_model_dir(config.init)
     out = Path(config.out)

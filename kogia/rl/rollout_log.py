@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from kogia.files import writing
 from kogia.rl.advantage import is_zero_variance
 from kogia.rl.rollout import Rollout
 
@@ -36,7 +37,7 @@ def rollout_metrics(rollout: Rollout, rewards: Float[Tensor, "prompts group"]) -
 
 def write_samples(path: Path, step: int, rollout: Rollout, rewards: Float[Tensor, "prompts group"]) -> None:
     """Append the first group of the rollout to a jsonl file."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         for completion, verdict, reward in zip(
             rollout.completions[0], rollout.verdicts[0], rewards[0].tolist(), strict=True
         ):

@@ -1,6 +1,7 @@
 """Rejection sampling: the choice of samples by hand-made cases, and the command with a real tiny model."""
 
 import json
+import shutil
 import tomllib
 from collections import Counter
 from contextlib import closing
@@ -202,6 +203,18 @@ def test_damage_at_the_end_of_a_curation_s_files_costs_only_the_unfinished(check
     main(config)
     assert read(tmp_path)[0] == before
     assert "torn or damaged lines dropped: 1" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["good.jsonl", "good.progress.jsonl", "."])
+def test_files_deleted_while_a_curation_is_at_work_are_an_error(checkpoint, tmp_path, name):
+    with closing(Record(settings(checkpoint, tmp_path))) as record:
+        record.flush()
+        if name == ".":
+            shutil.rmtree(tmp_path / "data")
+        else:
+            (tmp_path / "data" / name).unlink()
+        with pytest.raises(FileNotFoundError, match="is gone"):
+            record.flush()
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.progress.jsonl"])

@@ -240,6 +240,19 @@ def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(con
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_directory_deleted_or_moved_while_it_trains_ends_the_run_with_an_error(config, tmp_path, moved):
+    process = start(replace(config, steps=4000, save_every=0), tmp_path)
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 2, process)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if not moved:
+        shutil.rmtree(tmp_path / "moved")
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "run/metrics.jsonl is gone" in messages
+    assert not (tmp_path / "run").exists()
+
+
 def test_overwriting_deletes_all_but_the_directory_itself(config, tmp_path):
     short = replace(config, steps=1)
     main(short)
