@@ -82,14 +82,17 @@ def cut_back(path: Path, last_step: int) -> list[dict[str, Any]]:
     return [row for _, row in kept]
 
 
-def check_in_place(path: Path, opened: os.stat_result) -> None:
-    """Raise FileNotFoundError unless `path` is still the file that was opened: writing on would be for nobody."""
+def check_in_place(path: Path, opened: os.stat_result | None = None) -> None:
+    """Raise FileNotFoundError unless `path` is there, and still what was `opened`: writing on would be for nobody."""
     try:
-        in_place = os.path.samestat(path.stat(), opened)
+        found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        in_place = False
-    if not in_place:
-        raise _gone(path)
+        found = None
+    if found is None or not (opened is None or os.path.samestat(found, opened)):
+        raise FileNotFoundError(
+            f"{path} is gone, deleted, moved or replaced while the run was at work; what was not saved before is lost: "
+            "leave the place as it is and start again, or go on from what was saved"
+        )
 
 
 class MetricLog:
@@ -109,8 +112,7 @@ class MetricLog:
         resume_step: int | None = None,
     ) -> None:
         self.path = Path(run_dir) / METRICS_FILE
-        if not self.path.parent.is_dir():
-            raise _gone(self.path)
+        check_in_place(self.path.parent)
         kept = cut_back(self.path, -1 if resume_step is None else resume_step)
         self.total_steps, self.description, self.quiet = total_steps, description, quiet
         self._first_step = resume_step or 0
@@ -161,13 +163,6 @@ class MetricLog:
     def _eta(self, step: int) -> str:
         done = max(step - self._first_step, 1)
         return f"eta {_duration((time.monotonic() - self._start) / done * max(self.total_steps - step, 0))}"
-
-
-def _gone(path: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{path} is gone, deleted, moved or replaced while it was written to; what was not saved before is lost: leave "
-        "the place as it is and start again, or go on from what was saved"
-    )
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

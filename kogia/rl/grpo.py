@@ -43,7 +43,7 @@ from kogia.text.tokenizer import Tokenizer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import hold_run_dir, open_run_dir, was_measured
+from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
 from kogia.train.step import Loss, TrainState, train_step
 
 SAMPLES_FILE = "samples.jsonl"
@@ -116,6 +116,7 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
 def train(run: Run) -> None:
     """The loop. Leaves a checkpoint of the last step in every way it can end but by an error."""
     config = run.config
+    log.check_in_place(run.out / RECIPE)
     metric_log = log.MetricLog(
         run.out, total_steps=config.steps, description=run.out.name, quiet=config.quiet, resume_step=run.rollouts
     )

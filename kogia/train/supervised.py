@@ -38,7 +38,7 @@ from kogia.train.indexer import indexed_config, prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import hold_run_dir, open_run_dir, was_measured
+from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
 from kogia.train.step import LossFn, TrainState, train_step
 
 
@@ -94,8 +94,8 @@ def build_run(config: SupervisedConfig) -> Run:
 
 def train(run: Run) -> None:
     """The loop. Leaves a checkpoint of the last step in every way it can end but by an error."""
-    config, state = run.config, run.state
-    title = run.out.name
+    config, state, title = run.config, run.state, run.out.name
+    log.check_in_place(run.out / RECIPE)  # making the data takes long, and makes directories
     with (
         log.MetricLog(
             run.out, total_steps=state.num_steps, description=title, quiet=config.quiet, resume_step=state.step

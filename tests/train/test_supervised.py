@@ -253,6 +253,18 @@ def test_a_run_directory_deleted_or_moved_while_it_trains_ends_the_run_with_an_e
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_directory_deleted_while_its_data_are_made_ends_the_run_with_an_error(config, monkeypatch):
+    make_shards = supervised.build_shards
+
+    def delete_and_make(*args):
+        shutil.rmtree(config.out)
+        return make_shards(*args)
+
+    monkeypatch.setattr(supervised, "build_shards", delete_and_make)
+    with pytest.raises(FileNotFoundError, match=r"run.toml is gone"):
+        main(config)
+
+
 def test_overwriting_deletes_all_but_the_directory_itself(config, tmp_path):
     short = replace(config, steps=1)
     main(short)
