@@ -127,7 +127,7 @@ def control_rows(out: Path, seed: int, threads: int) -> list[dict[str, Any]]:
 def run_stage(name: str, config: Any, out: Path, changes: dict[str, Any]) -> None:
     """A stage with changed settings, resumed if it was begun."""
     file = out.with_name(out.name + ".toml")
-    save_toml(replace(config, out=str(out), resume=True, **changes), file)
+    save_toml(replace(config, out=str(out), resume=out.exists(), **changes), file)
     command(name, str(file))
 
 

@@ -90,13 +90,14 @@ def variants(args: argparse.Namespace) -> dict[str, SupervisedConfig]:
     for seed in args.seeds:
         base = SupervisedConfig(
             "", model=MODEL, data=data, optim=OptimConfig(lr=2e-3, warmup_steps=50), steps=args.steps, seed=seed,
-            tokenizer=str(args.runs / "data" / "tokenizer"), resume=True, quiet=True, eval_tokens=args.eval_tokens,
+            tokenizer=str(args.runs / "data" / "tokenizer"), quiet=True, eval_tokens=args.eval_tokens,
         )  # fmt: skip
         for name, ranks in QUERY_RANKS.items():
             attention = replace(MODEL.attention, q_lora_rank=None, q_lora_ranks=ranks)
             found[f"{name}-{seed}"] = replace(base, model=replace(MODEL, attention=attention))
         found[f"nested-{seed}"] = replace(found[f"uniform-{seed}"], nested_rank_min=min(LATENT_RANKS))
-    return {name: replace(config, out=str(args.runs / name)) for name, config in found.items()}
+    outs = {name: args.runs / name for name in found}
+    return {name: replace(found[name], out=str(out), resume=out.exists()) for name, out in outs.items()}
 
 
 def prepare(config: SupervisedConfig, runs: Path) -> list[Batch]:

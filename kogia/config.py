@@ -1,10 +1,10 @@
 """Configuration as frozen dataclasses: strict reading, exact round trips, and one command line for all of them.
 
 A value comes from the first of: flag, recipe (one TOML file), default. Reading is strict: an unknown key, a value of the
-wrong type and a missing required key are each a `ValueError` that names the place. Nested tables overlay the default
-they replace, key by key. TOML has no null, so `None` is left out where it is the default and written `"none"` elsewhere.
-Where a field is `Annotated[..., Presets(by_name)]`, `preset = "name"` in its table puts that value in the place of the
-default.
+wrong type, a number that is not finite and a missing required key are each a `ValueError` that names the place. Nested
+tables overlay the default they replace, key by key. TOML has no null, so `None` is left out where it is the default and
+written `"none"` elsewhere. Where a field is `Annotated[..., Presets(by_name)]`, `preset = "name"` in its table puts that
+value in the place of the default.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import math
 import os
 import sys
 import tomllib
@@ -49,7 +50,17 @@ def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
     Ints are taken for floats, bools never for numbers; strings become paths, lists become tuples. A union of
     dataclasses is told apart by its `kind`; without `kind` the default's applies. Raises ValueError as the module says.
     """
-    return _read_table(cls, data, where, None, _RAISE)
+    config = _read_table(cls, data, where, None, _RAISE)
+    check_finite(config, where)
+    return config
+
+
+def check_finite(value: Any, where: str = "") -> None:
+    """Raise ValueError at the first number in a configuration, or in what it holds, that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} = {value}: must be a finite number")
+    for name, inner in _parts(value):
+        check_finite(inner, f"{where}{name}" if where else name.removeprefix("."))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -110,9 +121,11 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
     flags = _absorb_structure(cls, argv, data)
     with _naming(recipe):
         default = _read_table(cls, data, "", None, tyro.MISSING)
-    return tyro.cli(
+    config = tyro.cli(
         cls, default=default, args=flags, prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,)
     )
+    check_finite(config)
+    return config
 
 
 # Reading ---------------------------------------------------------------------------------------------------------------
@@ -132,6 +145,17 @@ def _naming(path: str | Path | None) -> Iterator[None]:
         if path is None:
             raise
         raise ValueError(f"{path}: {error}") from error
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    """(how it is written behind the value's name, what it is) of everything that a value of a configuration holds."""
+    if dataclasses.is_dataclass(value):
+        return [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        return [(f".{key}", inner) for key, inner in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"[{index}]", inner) for index, inner in enumerate(value)]
+    return []
 
 
 @functools.cache

@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,24 +53,53 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
     Values that were not finite come back as NaN.
     """
-    path = Path(run_dir) / METRICS_FILE
+    rows = [row for _, row in json_lines(Path(run_dir) / METRICS_FILE) if row is not None]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+
+
+def json_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file and the object that each holds: None where a crash or a fault of the disk left none.
+
+    Empty without a file.
+    """
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        lines.append({key: math.nan if value is None else value for key, value in line.items()})
-    return lines
+    return [(line, _object(line)) for line in path.read_bytes().split(b"\n") if line.strip()]
+
+
+def cut_back(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Leave only the lines up to `last_step` in a log of a run that goes on from there; returns what they hold.
+
+    Lines that are no objects with a step are dropped too, which is said.
+    """
+    lines = json_lines(path)
+    rows = [(line, row) for line, row in lines if row is not None and isinstance(row.get("step"), int)]
+    if len(rows) < len(lines):
+        warn(f"{path}: torn or damaged lines dropped: {len(lines) - len(rows)}")
+    kept = [(line, row) for line, row in rows if row["step"] <= last_step]
+    if lines:
+        write_text(path, "".join(line.decode() + "\n" for line, _ in kept))
+    return [row for _, row in kept]
+
+
+def check_in_place(path: Path, opened: os.stat_result | None = None) -> None:
+    """Raise FileNotFoundError unless `path` is there, and still what was `opened`: writing on would be for nobody."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    if found is None or not (opened is None or os.path.samestat(found, opened)):
+        raise FileNotFoundError(
+            f"{path} is gone, deleted, moved or replaced while the run was at work; what was not saved before is lost: "
+            "leave the place as it is and start again, or go on from what was saved"
+        )
 
 
 class MetricLog:
     """Appends metrics to `run_dir/metrics.jsonl` and shows progress. A context manager.
 
     With `resume_step`, the lines after that step are dropped and time goes on from the last line kept; without it an
-    existing file is started over.
+    existing file is started over. Raises FileNotFoundError once the file is no longer in its place.
     """
 
     def __init__(
@@ -82,14 +112,15 @@ class MetricLog:
         resume_step: int | None = None,
     ) -> None:
         self.path = Path(run_dir) / METRICS_FILE
-        kept = [] if resume_step is None else [m for m in read_metrics(run_dir) if m["step"] <= resume_step]
-        write_text(self.path, "".join(_json_line(m) for m in kept))
+        check_in_place(self.path.parent)
+        kept = cut_back(self.path, -1 if resume_step is None else resume_step)
         self.total_steps, self.description, self.quiet = total_steps, description, quiet
         self._first_step = resume_step or 0
-        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self._seconds_before = _last_seconds(kept)
         self._start = self._last_print = time.monotonic()
         self._last_line = ""
         self._file = self.path.open("a", encoding="utf-8")
+        self._opened = os.fstat(self._file.fileno())
         self._live: Progress | None = None
         self._task = TaskID(0)
 
@@ -114,6 +145,7 @@ class MetricLog:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (1-based: the number of steps done). One line on disk, flushed."""
+        check_in_place(self.path, self._opened)
         seconds = self._seconds_before + time.monotonic() - self._start
         self._file.write(_json_line({"step": step, "seconds": round(seconds, 3), **metrics}))
         self._file.flush()
@@ -131,6 +163,18 @@ class MetricLog:
     def _eta(self, step: int) -> str:
         done = max(step - self._first_step, 1)
         return f"eta {_duration((time.monotonic() - self._start) / done * max(self.total_steps - step, 0))}"
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError):  # no text, no JSON, or brackets in brackets without end
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _last_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    return next((row["seconds"] for row in reversed(rows) if isinstance(row.get("seconds"), int | float)), 0.0)
 
 
 def _json_line(metrics: Mapping[str, Any]) -> str:

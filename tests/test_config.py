@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import sys
 import tomllib
 from dataclasses import dataclass, field, replace
@@ -64,7 +65,7 @@ class Recipe:
 
 
 words = st.text(st.characters(exclude_categories=("Cs",)), max_size=8).filter(lambda s: s != "none")
-floats = st.floats(allow_nan=False)
+floats = st.floats(allow_nan=False, allow_infinity=False)
 ints = st.integers(-(2**63), 2**63 - 1)
 shapes = st.one_of(
     st.builds(Circle, radius=floats), st.builds(Box, sides=st.tuples(ints, ints), label=st.none() | words)
@@ -160,6 +161,43 @@ def test_a_mistake_is_named_with_its_place(data: dict[str, Any], message: str):
     with pytest.raises(ValueError) as error:
         from_dict(Recipe, data)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize(
+    ("table", "where"),
+    [
+        ("optim = {{ lr = {} }}", "optim.lr"),
+        ("optim = {{ betas = [0.9, {}] }}", "optim.betas[1]"),
+        ("optim = {{ clip = {} }}", "optim.clip"),
+        ('sources = [{{ path = "a" }}, {{ path = "b", weight = {} }}]', "sources[1].weight"),
+        ("weights = {{ format = {} }}", "weights.format"),
+        ("options = {{ depth = [1, {}] }}", "options.depth[1]"),
+        ('shape = {{ kind = "circle", radius = {} }}', "shape.radius"),
+    ],
+)
+def test_no_number_of_a_file_may_be_infinite_or_none(tmp_path: Path, table: str, where: str, number: str):
+    file = tmp_path / "recipe.toml"
+    file.write_text(f'out = "x"\n{table.format(number)}\n')
+    for read in (lambda: load_toml(file, Recipe), lambda: parse_args(Recipe, [str(file)], prog="p", description="")):
+        with pytest.raises(ValueError, match=re.escape(f"{where} = {number}: must be a finite number")):
+            read()
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan", "1e999"])
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [
+        (["--optim.lr={}"], "optim.lr"),
+        (["--optim.betas", "0.9", "{}"], "optim.betas[1]"),
+        (["--shape.kind", "circle", "--shape.radius={}"], "shape.radius"),
+        (["--weights.format", "{}"], "weights.format"),
+    ],
+)
+def test_no_number_of_a_flag_may_be_infinite_or_none(flags: list[str], where: str, number: str):
+    words = ["--out", "x", *(flag.format(number) for flag in flags)]
+    with pytest.raises(ValueError, match=re.escape(f"{where} = {float(number)}: must be a finite number")):
+        parse_args(Recipe, words, prog="p", description="")
 
 
 @pytest.mark.parametrize("text", ['out = "x"\nsteps = 3\n', '# c\r\nout = "x"\r\nsteps = 3\r\n'])

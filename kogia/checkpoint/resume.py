@@ -11,6 +11,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,18 @@ def save_checkpoint(
 ) -> Path:
     """Write RUN/checkpoints/step-NNNNNN and return it; then delete all but the newest `keep`.
 
-    Raises OSError with the place and the fix when it cannot be written (disk full); what was there is then untouched.
+    Raises OSError with the place and the fix when it cannot be written (disk full, no run directory any more), and
+    FloatingPointError when a weight or an optimiser moment is not finite; what was there is then untouched.
     """
     parent = Path(run_dir) / "checkpoints"
     final = parent / f"step-{step:06d}"
+    _check_finite(final, model.state_dict() | state.tensors)
+    if not Path(run_dir).is_dir():
+        raise FileNotFoundError(
+            f"cannot save {final}: {run_dir} is gone, deleted or moved while the run was at work; leave it in its place"
+        )
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(exist_ok=True)
         remove_stale_drafts(parent)  # of any step, to have their space
         with replacing_directory(final) as draft:
             write_model_files(model, draft, tokenizer)
@@ -126,6 +133,21 @@ def _save_train_state(directory: Path, step: int, state: ResumeState) -> None:
         tensors[f"{RANDOM}cuda{index}"] = torch.cuda.get_rng_state(index)
     (directory / "state.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     save_file(tensors, directory / "tensors.safetensors")
+
+
+def _check_finite(final: Path, tensors: Mapping[str, Tensor]) -> None:
+    """What is saved must be good to go on from: the checkpoints before it will be deleted."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all().cpu() for tensor in floats.values()])
+    if finite.all():
+        return
+    first = list(floats)[int(finite.int().argmin())]
+    older = latest_checkpoint(final.parent.parent)
+    kept = f"the last good checkpoint is {older}" if older else "nothing is saved yet"
+    raise FloatingPointError(
+        f"{final.name}: {first} is not finite, so this step is not saved; {kept}. Lower optim.lr, optim.weight_decay "
+        "or optim.clip, lengthen optim.warmup_steps, or look at the data, then go on with --resume"
+    )
 
 
 def _cannot_save(final: Path, error: Exception) -> str:

@@ -136,13 +136,15 @@ def recipe(config: DemoConfig, name: str, cls: type[T]) -> T:
 
 
 def supervised(config: DemoConfig, name: str) -> None:
-    run_supervised(replace(recipe(config, name, SupervisedConfig), resume=True))
+    stage = recipe(config, name, SupervisedConfig)
+    run_supervised(replace(stage, resume=Path(stage.out).exists()))
 
 
 def reinforce(config: DemoConfig) -> None:
     rl = recipe(config, "grpo", RLConfig)
     # a scaled-down cold start has nothing for the signal check to find
-    run_rl(replace(rl, resume=True, signal_check=rl.signal_check and config.scale >= 0.5))
+    check = rl.signal_check and config.scale >= 0.5
+    run_rl(replace(rl, resume=Path(rl.out).exists(), signal_check=check))
 
 
 def curate(config: DemoConfig) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype
+from kogia.config import check_finite
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig, SamplingConfig
 from kogia.eval.config import TaskOptions, check_tasks
 from kogia.train.config import OptimConfig
@@ -39,6 +40,7 @@ class PolicyLossConfig:
     """Upper bound of the weight pi_trainer / pi_engine of a token (truncated importance sampling); None: no weight."""
 
     def __post_init__(self) -> None:
+        check_finite(self, "loss")
         for name in ("clip_low", "clip_high", "kl_coef"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"loss.{name} = {getattr(self, name)}: must not be negative")
@@ -99,7 +101,7 @@ class RLConfig(SamplingConfig):
     logprob_tolerance: float = 1e-4
     """Largest difference of trainer and engine log-probabilities before the run stops; float32 reaches 1e-4."""
     eval_every: int = 0
-    """Steps between evaluations on the test split, each after a save; 0 evaluates only at the end."""
+    """Steps between evaluations on the test split, each of a checkpoint; 0 evaluates only at the end."""
     eval_questions: int = 300
     """0 never evaluates."""
     eval_samples: int = 8
@@ -126,6 +128,7 @@ class RLConfig(SamplingConfig):
     """No progress line."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         super().__post_init__()
         check_tasks(self.tasks, self.task_options)
         _at_least(self, 1, "steps", "prompts_per_step", "updates_per_rollout", "keep_checkpoints")
@@ -207,6 +210,7 @@ class CurateConfig(FilteredSamplingConfig):
     """No progress line."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         super().__post_init__()
         check_tasks(self.tasks, self.task_options)
         _at_least(self, 1, "num_problems", "num_samples", "keep_per_problem", "batch_problems")

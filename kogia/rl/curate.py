@@ -6,11 +6,14 @@ OUT.progress.jsonl with one line per finished problem, by which an interrupted c
 OUT.summary.json with the counts.
 """
 
+import itertools
 import json
+import os
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +34,33 @@ from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
 from kogia.text.tokenizer import Tokenizer
+from kogia.train.lock import sole_writer
 
 HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "threads", "overwrite", "dry_run", "quiet")
 """Settings that may change between an interrupted curation and its continuation."""
+FIRST_LINE = b'{"settings": {'
+"""How a progress file begins."""
 
 
 def main(config: CurateConfig) -> None:
     """Curate with the model at `config.path`. Raises ValueError if OUT holds another curation."""
     if config.dry_run:
         return print_plan(config)
-    record = Record(config)
-    model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
-    curate(Engine(model, tokenizer, config.engine), tokenizer, config, record=record, checkpoint=str(directory))
+    with closing(Record(config)) as record:
+        model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
+        _curate(Engine(model, tokenizer, config.engine), tokenizer, config, record, str(directory))
 
 
-def curate(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    config: CurateConfig,
-    *,
-    record: "Record | None" = None,
-    checkpoint: str = "",
-) -> dict[str, Any]:
+def curate(engine: Engine, tokenizer: Tokenizer, config: CurateConfig, *, checkpoint: str = "") -> dict[str, Any]:
     """Sample, verify and keep for every task; returns the summary that is also written. The engine must be idle."""
+    with closing(Record(config)) as record:
+        return _curate(engine, tokenizer, config, record, checkpoint)
+
+
+def _curate(
+    engine: Engine, tokenizer: Tokenizer, config: CurateConfig, record: "Record", checkpoint: str
+) -> dict[str, Any]:
     start = time.monotonic()
-    record = record or Record(config)
     params = SamplingParams.of(config, n=config.num_samples)
     for spec in config.tasks:
         options = config.task_options.get(spec, {})
@@ -135,7 +140,10 @@ def _flaw(sample: Sample, config: CurateConfig) -> str | None:
 
 
 class Record:
-    """The files of one curation. Opening it takes up what an interrupted one has finished, and nothing of the rest."""
+    """The files of one curation. Opening it takes up what an interrupted one has finished, and nothing of the rest.
+
+    Until `close` no other curation can open them: the lock is on the progress file, which is never replaced.
+    """
 
     def __init__(self, config: CurateConfig) -> None:
         self.path = Path(config.out)
@@ -146,17 +154,21 @@ class Record:
         self._rows: list[dict[str, Any]] = []
         self._lines: list[dict[str, Any]] = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if config.overwrite:
-            for path in (self.path, self.progress_path, self.summary_path):
-                path.unlink(missing_ok=True)
-        if self.progress_path.exists():
-            self._take_up()
-        elif self.path.exists():
-            raise ValueError(
-                f"out = {config.out!r}: exists and was not written by curate; name another file, or add --overwrite"
-            )
-        else:
-            _append(self.progress_path, [{"settings": self.settings}])
+        if self.path.exists() and not (config.overwrite or self.progress_path.exists()):
+            raise self._foreign()
+        self.progress_path.touch()
+        with ExitStack() as stack:
+            stack.enter_context(sole_writer(self.progress_path))
+            if config.overwrite:
+                self._delete()
+            self._open()
+            self._lock = stack.pop_all()
+        self.path.touch()
+        self._opened = {path: path.stat() for path in (self.path, self.progress_path)}
+
+    def close(self) -> None:
+        """Let others open the files."""
+        self._lock.close()
 
     @property
     def done(self) -> set[tuple[str, str]]:
@@ -200,6 +212,8 @@ class Record:
 
     def flush(self) -> None:
         """Samples first, then the lines that say they are there: a crash in between is undone by the next opening."""
+        for path, opened in self._opened.items():
+            log.check_in_place(path, opened)
         _append(self.path, self._rows)
         _append(self.progress_path, self._lines)
         self.finished += self._lines
@@ -228,13 +242,38 @@ class Record:
             "seconds": seconds,
         }
 
+    def _delete(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.summary_path.unlink(missing_ok=True)
+        os.truncate(self.progress_path, 0)
+
+    def _open(self) -> None:
+        """Take up what the progress file says, or begin it: it is new, or a kill tore its first line."""
+        content = self.progress_path.read_bytes()
+        if b"\n" in content or not FIRST_LINE.startswith(content[: len(FIRST_LINE)]):
+            return self._take_up()
+        if self.path.exists():
+            raise self._foreign()
+        os.truncate(self.progress_path, 0)
+        _append(self.progress_path, [{"settings": self.settings}])
+
     def _take_up(self) -> None:
         """Read what is finished; drop half-written lines and samples of unfinished problems from the files."""
-        lines = _read_lines(self.progress_path)
+        found = log.json_lines(self.progress_path)
+        whole = list(itertools.takewhile(lambda entry: entry[1] is not None, found))
+        lines = [row for _, row in whole if row is not None]
         before = lines[0].get("settings") if lines else None
         if before is None:
             raise ValueError(f"{self.progress_path}: is no record of a curation; add --overwrite to start over")
-        before = _decisive(from_dict(CurateConfig, before, "settings"))  # what was no setting yet had its default
+        self._check_settings(before)
+        self.finished = lines[1:]
+        if len(whole) < len(found):
+            log.warn(f"{self.progress_path}: torn or damaged lines dropped: {len(found) - len(whole)}")
+        self._keep_samples_of(self.done)
+        _shorten(self.progress_path, [line for line, _ in whole])
+
+    def _check_settings(self, stored: dict[str, Any]) -> None:
+        before = _decisive(from_dict(CurateConfig, stored, "settings"))  # what was no setting yet had its default
         keys = sorted(before.keys() | self.settings.keys())
         changed = [key for key in keys if before.get(key) != self.settings.get(key)]
         if changed:
@@ -242,11 +281,15 @@ class Record:
                 f"out = {str(self.path)!r}: holds a curation with another {', '.join(changed)}; "
                 "name another file, or add --overwrite to delete it"
             )
-        self.finished = lines[1:]
-        done = self.done
-        rows = [row for row in _read_lines(self.path) if (row["task"], row["problem_id"]) in done]
-        for path, content in ((self.path, rows), (self.progress_path, lines)):
-            write_text(path, _json_lines(content))
+
+    def _keep_samples_of(self, done: set[tuple[str, str]]) -> None:
+        rows = [row for _, row in log.json_lines(self.path) if row is not None]
+        write_text(self.path, _json_lines([row for row in rows if (row["task"], row["problem_id"]) in done]))
+
+    def _foreign(self) -> ValueError:
+        return ValueError(
+            f"out = {str(self.path)!r}: exists and was not written by curate; name another file, or add --overwrite"
+        )
 
 
 def _decisive(config: CurateConfig) -> dict[str, Any]:
@@ -263,16 +306,11 @@ def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines up to the first one that a crash has cut short."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                rows.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return rows
+def _shorten(path: Path, lines: Sequence[bytes]) -> None:
+    """Leave only the first lines of a file, in place: it stays the file that is locked."""
+    with path.open("r+b") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+        file.truncate()
 
 
 def _report(summary: dict[str, Any], record: Record) -> None:

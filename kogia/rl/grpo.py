@@ -21,7 +21,7 @@ from torch import Tensor
 from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
 from kogia.checkpoint.open import open_model
-from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint
+from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint, seed_random
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
@@ -35,7 +35,7 @@ from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_pena
 from kogia.rl.config import RLConfig
 from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
 from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, policy_batches
-from kogia.rl.rollout_log import drop_samples, rollout_metrics, write_samples
+from kogia.rl.rollout_log import rollout_metrics, write_samples
 from kogia.rl.signal import measure_signal
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
@@ -43,10 +43,11 @@ from kogia.text.tokenizer import Tokenizer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import open_run_dir
+from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
 from kogia.train.step import Loss, TrainState, train_step
 
-SAMPLES_EVERY = 10  # steps between groups written to samples.jsonl
+SAMPLES_FILE = "samples.jsonl"
+SAMPLES_EVERY = 10  # steps between groups written to it
 
 
 @dataclass
@@ -70,7 +71,7 @@ def main(config: RLConfig) -> None:
         return print_plan(config)
     with ExitStack() as stack:
         run = build_run(config, stack)
-        if run.rollouts >= config.steps:
+        if run.rollouts >= config.steps and not owes_evaluation(run):
             log.info(f"{run.out} is complete: {run.rollouts} of {config.steps} steps are done")
             return
         if config.signal_check and run.rollouts == 0:
@@ -82,9 +83,11 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     """Everything in order: directory, tasks, model, engine on the same weights, optimiser, resume."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    seed_random(config.seed)
     tasks = [(spec, load_task(spec, config.task_options.get(spec))) for spec in config.tasks]
     init = resolve_model_dir(config.init)
     out = Path(config.out)
+    stack.enter_context(hold_run_dir(config))
     checkpoint = open_run_dir(config)
     source = checkpoint or init
     model, tokenizer, _ = open_model(source, device=config.device, dtype="float32")
@@ -106,28 +109,43 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     run = Run(config, out, tokenizer, state, Engine(model, tokenizer, config.engine), sources, reference)
     if checkpoint is not None:
         restore(run, checkpoint)
+    log.cut_back(out / SAMPLES_FILE, run.rollouts - 1)
     return run
 
 
 def train(run: Run) -> None:
     """The loop. Leaves a checkpoint of the last step in every way it can end but by an error."""
     config = run.config
+    log.check_in_place(run.out / RECIPE)
     metric_log = log.MetricLog(
         run.out, total_steps=config.steps, description=run.out.name, quiet=config.quiet, resume_step=run.rollouts
     )
     with metric_log, GracefulStop() as stop:
+        if owes_evaluation(run):
+            metric_log.log(run.rollouts, measure(run))
         while run.rollouts < config.steps:
             metric_log.log(run.rollouts + 1, step(run))
             run.rollouts += 1
-            last = run.rollouts == config.steps
-            if last or stop.requested or (config.save_every and run.rollouts % config.save_every == 0):
-                save(run)
-            due = config.eval_every and run.rollouts % config.eval_every == 0
-            if config.eval_questions and not stop.requested and (last or due):
+            last, due, stopping = run.rollouts == config.steps, is_evaluation_due(run), stop.requested
+            if last or due or stopping or (config.save_every and run.rollouts % config.save_every == 0):
+                save(run)  # what is measured is what is saved, and has its name
+            if due and not stopping:
                 metric_log.log(run.rollouts, measure(run))
-            if stop.requested and not last:
+            if stopping and (due or not last):
                 log.info(f"stopped after step {run.rollouts}, saved as {run.state.last_checkpoint}; --resume continues")
                 raise KeyboardInterrupt
+
+
+def is_evaluation_due(run: Run) -> bool:
+    """Whether an evaluation belongs to the step that was just done."""
+    config, step = run.config, run.rollouts
+    due = step >= config.steps or (config.eval_every > 0 and step % config.eval_every == 0)
+    return config.eval_questions > 0 and step > 0 and due
+
+
+def owes_evaluation(run: Run) -> bool:
+    """Whether it was due and not done, because the run was stopped or killed after the save."""
+    return is_evaluation_due(run) and not was_measured(run.out, run.rollouts, "eval_")
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -167,7 +185,7 @@ def step(run: Run) -> dict[str, float]:
     if run.reference is not None and config.reference_every and (run.rollouts + 1) % config.reference_every == 0:
         run.reference.load_state_dict(model.state_dict())
     if run.rollouts % SAMPLES_EVERY == 0:
-        write_samples(run.out / "samples.jsonl", run.rollouts, rollout, rewards)
+        write_samples(run.out / SAMPLES_FILE, run.rollouts, rollout, rewards)
     seconds = time.perf_counter() - start
     metrics["seconds_rollout"], metrics["seconds_train"] = sampled - start, start + seconds - sampled
     metrics["tokens_per_second"] = float(rollout.num_tokens.sum()) / seconds
@@ -296,7 +314,6 @@ def restore(run: Run, checkpoint: Path) -> None:
     if run.reference is not None:
         stored = {k.removeprefix("reference/"): v for k, v in resume.tensors.items() if k.startswith("reference/")}
         run.reference.load_state_dict(stored)
-    drop_samples(run.out / "samples.jsonl", run.rollouts)
     restore_random(resume)
     run.engine.update_weights(run.state.model, run.rollouts)
     log.info(f"resuming {checkpoint} at step {run.rollouts} of {run.config.steps}")

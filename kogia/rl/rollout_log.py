@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from kogia.files import write_text
+from kogia.files import writing
 from kogia.rl.advantage import is_zero_variance
 from kogia.rl.rollout import Rollout
 
@@ -37,7 +37,7 @@ def rollout_metrics(rollout: Rollout, rewards: Float[Tensor, "prompts group"]) -
 
 def write_samples(path: Path, step: int, rollout: Rollout, rewards: Float[Tensor, "prompts group"]) -> None:
     """Append the first group of the rollout to a jsonl file."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         for completion, verdict, reward in zip(
             rollout.completions[0], rollout.verdicts[0], rewards[0].tolist(), strict=True
         ):
@@ -48,10 +48,3 @@ def write_samples(path: Path, step: int, rollout: Rollout, rewards: Float[Tensor
                 "num_tokens": len(completion.token_ids),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def drop_samples(path: Path, rollouts: int) -> None:
-    """Take out what a run wrote after the checkpoint it resumes from, and a line that a crash cut short."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] < rollouts))

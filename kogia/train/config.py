@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kogia.config import Presets
+from kogia.config import Presets, check_finite
 from kogia.data.config import DataConfig
 from kogia.model.config import IndexerConfig, ModelConfig
 from kogia.model.presets import preset
@@ -31,6 +31,7 @@ class OptimConfig:
     """Shares of the steps after warm-up at which `step` multiplies the rate by 0.316."""
 
     def __post_init__(self) -> None:
+        check_finite(self, "optim")
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optim.{name} = {getattr(self, name)}: must be above 0")
@@ -113,6 +114,7 @@ class SupervisedConfig:
     """No progress line."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("micro_batches", "keep_checkpoints", "eval_tokens", "tokenizer_documents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")

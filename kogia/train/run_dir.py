@@ -1,6 +1,9 @@
 """Opening a run directory: new, resumed or overwritten, the same for every training stage."""
 
 import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +11,22 @@ from typing import Any
 from kogia import log
 from kogia.checkpoint.resume import latest_checkpoint
 from kogia.config import load_toml, save_toml, to_dict
+from kogia.train.lock import sole_writer
 
 RECIPE = "run.toml"
+HARMLESS = ("out", "resume", "overwrite", "quiet", "threads")
+"""Settings that change nothing of what a run computes."""
+
+
+@contextmanager
+def hold_run_dir(config: Any) -> Iterator[None]:
+    """Keep other runs out of `config.out`, which is made, while the block lasts. Raises as `open_run_dir`, or if one is
+    at work there."""
+    out = Path(config.out)
+    _check_place(out, config)
+    out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out):
+        yield
 
 
 def open_run_dir(config: Any) -> Path | None:
@@ -21,14 +38,11 @@ def open_run_dir(config: Any) -> Path | None:
     """
     out = Path(config.out)
     recipe = out / RECIPE
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out = {config.out!r}: is a file; name a directory")
-    if out.exists() and any(out.iterdir()) and not recipe.exists():
-        raise ValueError(f"out = {config.out!r}: holds other files and no {RECIPE}; name a new directory")
+    _check_place(out, config)
     checkpoint = latest_checkpoint(out)
     started = checkpoint is not None or bool(log.read_metrics(out))
     if recipe.exists() and (config.overwrite or not (started or config.resume)):
-        shutil.rmtree(out)
+        _empty(out)
         checkpoint = None
     elif recipe.exists() and not config.resume:
         found = f"a run up to {checkpoint.name}" if checkpoint else "a run without checkpoint"
@@ -37,17 +51,78 @@ def open_run_dir(config: Any) -> Path | None:
             "name another --out"
         )
     elif recipe.exists():
-        _warn_of_changes(load_toml(recipe, type(config)), config)
+        _warn_of_changes(recipe, config)
+    if config.resume and checkpoint is None:
+        log.info(f"{out} has no checkpoint to resume from: starting at the first step")
     save_toml(replace(config, resume=False, overwrite=False), recipe)
     return checkpoint
 
 
-def _warn_of_changes(before: Any, now: Any) -> None:
-    """A resume is exact only under the same settings; say which ones differ."""
-    old, new = to_dict(before), to_dict(now)
-    harmless = {"resume", "overwrite", "quiet", "threads"}
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in harmless)
+def was_measured(out: Path, step: int, prefix: str) -> bool:
+    """Whether metrics.jsonl has the evaluation of a step, whose metrics begin with `prefix`.
+
+    A run that was ended between a checkpoint and its evaluation still owes it.
+    """
+    return any(
+        line.get("step") == step and any(name.startswith(prefix) for name in line) for line in log.read_metrics(out)
+    )
+
+
+def _check_place(out: Path, config: Any) -> None:
+    if not out.exists():
+        if config.resume:
+            raise ValueError(
+                f"out = {config.out!r}: there is no run to resume; correct --out, or leave --resume out to start one"
+            )
+        return
+    if not out.is_dir():
+        raise ValueError(f"out = {config.out!r}: is a file; name a directory")
+    drafts = f".{RECIPE}."  # how their names begin; a start that was killed leaves at most one
+    if not (out / RECIPE).exists() and any(not path.name.startswith(drafts) for path in out.iterdir()):
+        raise ValueError(f"out = {config.out!r}: holds other files and no {RECIPE}; name a new directory")
+
+
+def _empty(out: Path) -> None:
+    """Delete what a run directory holds; the directory stays, for its lock.
+
+    run.toml goes last: if this is killed, what is left is still a run, which may be overwritten.
+    """
+    for path in sorted(out.iterdir(), key=lambda path: path.name == RECIPE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _warn_of_changes(recipe: Path, now: Any) -> None:
+    """A resume is exact only under the same settings; say which ones differ, and how."""
+    if _is_damaged(recipe):
+        return log.warn(f"{recipe} is empty or damaged: whether the run began with these settings cannot be told")
+    old, new = (dict(_entries(to_dict(config))) for config in (load_toml(recipe, type(now)), now))
+    changed = [
+        f"{key} = {new.get(key, 'none')!r} (was {old.get(key, 'none')!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in HARMLESS
+    ]
     if changed:
-        log.warn(
-            f"resuming with other settings than the run began with ({', '.join(changed)}): not an exact continuation"
-        )
+        log.warn(f"resuming with other settings than the run began with: {', '.join(changed)}: no exact continuation")
+
+
+def _is_damaged(recipe: Path) -> bool:
+    """Whether the file says nothing: a power cut may leave a name without its content."""
+    try:
+        return not tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except ValueError:
+        return True
+
+
+def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in nested tables and lists of tables."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _entries(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _entries(inner, f"{name}[{index}]")
+    else:
+        yield name, value

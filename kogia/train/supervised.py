@@ -38,7 +38,7 @@ from kogia.train.indexer import indexed_config, prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import open_run_dir
+from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
 from kogia.train.step import LossFn, TrainState, train_step
 
 
@@ -59,11 +59,12 @@ def main(config: SupervisedConfig) -> None:
     config.check_complete()
     if config.dry_run:
         return print_plan(config)
-    run = build_run(config)
-    if run.state.step >= run.state.num_steps:
-        log.info(f"{run.out} is complete: {run.state.step} of {run.state.num_steps} steps are done")
-        return
-    train(run)
+    with hold_run_dir(config):
+        run = build_run(config)
+        if run.state.step >= run.state.num_steps and not owes_validation(run):
+            log.info(f"{run.out} is complete: {run.state.step} of {run.state.num_steps} steps are done")
+            return
+        train(run)
 
 
 def build_run(config: SupervisedConfig) -> Run:
@@ -93,14 +94,16 @@ def build_run(config: SupervisedConfig) -> Run:
 
 def train(run: Run) -> None:
     """The loop. Leaves a checkpoint of the last step in every way it can end but by an error."""
-    config, state = run.config, run.state
-    title = run.out.name
+    config, state, title = run.config, run.state, run.out.name
+    log.check_in_place(run.out / RECIPE)  # making the data takes long, and makes directories
     with (
         log.MetricLog(
             run.out, total_steps=state.num_steps, description=title, quiet=config.quiet, resume_step=state.step
         ) as metric_log,
         GracefulStop() as stop,
     ):
+        if owes_validation(run):
+            metric_log.log(state.step, validation_loss(state.model, run.validation))
         while state.step < state.num_steps:
             start = time.perf_counter()
             batches = [run.loader.next_batch() for _ in range(config.micro_batches)]
@@ -109,14 +112,25 @@ def train(run: Run) -> None:
             metrics = train_step(state, batches, loss_for_step(config, state, batches))
             metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - start)
             metric_log.log(state.step, metrics)
-            last = state.step == state.num_steps
-            if last or stop.requested or _is_due(config.save_every, state.step):
+            last, due, stopping = state.step == state.num_steps, is_validation_due(run), stop.requested
+            if last or stopping or _is_due(config.save_every, state.step):
                 save(run)
-            if run.validation and not stop.requested and (last or _is_due(config.eval_every, state.step)):
+            if due and not stopping:
                 metric_log.log(state.step, validation_loss(state.model, run.validation))
-            if stop.requested and not last:
+            if stopping and (due or not last):
                 log.info(f"stopped after step {state.step}, saved as {state.last_checkpoint}; --resume continues")
                 raise KeyboardInterrupt
+
+
+def is_validation_due(run: Run) -> bool:
+    """Whether a validation loss belongs to the step that was just done."""
+    step, last = run.state.step, run.state.step >= run.state.num_steps
+    return bool(run.validation) and step > 0 and (last or _is_due(run.config.eval_every, step))
+
+
+def owes_validation(run: Run) -> bool:
+    """Whether it was due and not done, because the run was stopped or killed after the save."""
+    return is_validation_due(run) and not was_measured(run.out, run.state.step, "val_loss")
 
 
 def loss_for_step(config: SupervisedConfig, state: TrainState, batches: Sequence[Batch]) -> LossFn[Batch]:

@@ -1,4 +1,6 @@
+import copy
 import json
+import math
 import os
 import random
 import subprocess
@@ -98,6 +100,27 @@ def test_missing_and_truncated_training_state_are_errors_that_name_the_fix(tmp_p
     tensors.write_bytes(tensors.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"damaged or truncated.*delete .*step-000001"):
         load_train_state(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.gate.e_score_correction_bias", "lm_head.weight", "w/exp_avg"])
+def test_what_is_not_finite_is_not_saved_and_the_older_checkpoint_stays(tmp_path, model, tokenizer, where, value):
+    first = save_checkpoint(tmp_path, 1, model, tokenizer, STATE, keep=1)
+    poisoned, moments = copy.deepcopy(model), {"w/exp_avg": torch.arange(3.0)}
+    with torch.no_grad():
+        (poisoned.state_dict() | moments)[where].view(-1)[2] = value
+    with pytest.raises(FloatingPointError, match=rf"step-000002: {where} is not finite.*not saved.*step-000001"):
+        save_checkpoint(tmp_path, 2, poisoned, tokenizer, ResumeState({}, moments), keep=1)
+    assert checkpoints(tmp_path) == [first]
+    (tmp_path / "new").mkdir()
+    with pytest.raises(FloatingPointError, match="nothing is saved yet"):
+        save_checkpoint(tmp_path / "new", 2, poisoned, tokenizer, ResumeState({}, moments))
+
+
+def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path, model, tokenizer):
+    with pytest.raises(FileNotFoundError, match=r"cannot save .*step-000001: .*run is gone, deleted or moved"):
+        save_checkpoint(tmp_path / "run", 1, model, tokenizer, STATE)
+    assert not (tmp_path / "run").exists()
 
 
 FULL_DISK = """

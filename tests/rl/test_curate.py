@@ -1,8 +1,10 @@
 """Rejection sampling: the choice of samples by hand-made cases, and the command with a real tiny model."""
 
 import json
+import shutil
 import tomllib
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from zlib import crc32
 
@@ -15,7 +17,7 @@ from kogia.engine.engine import Engine
 from kogia.engine.request import Completion
 from kogia.eval.sample import Answered, Sample
 from kogia.rl.config import CurateConfig
-from kogia.rl.curate import curate, main, select
+from kogia.rl.curate import Record, curate, main, select
 from kogia.tasks.task import Problem, Verdict
 from kogia.text.chat import Message, Prompt
 
@@ -167,6 +169,60 @@ def test_a_curation_from_before_a_setting_existed_continues_under_its_default(ch
     assert read(tmp_path)[0] == before
     with pytest.raises(ValueError, match="another top_k;"):
         main(replace(config, top_k=5))
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}])
+def test_a_curation_that_another_process_is_at_is_refused_as_it_is(checkpoint, tmp_path, flags):
+    config = settings(checkpoint, tmp_path, num_problems=2)
+    main(config)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    with closing(Record(config)), pytest.raises(ValueError, match="another run is writing there"):
+        main(replace(config, num_problems=2, **flags))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+    main(replace(config, **flags))
+    assert len(read(tmp_path)[0]) == before["good.jsonl"].count(b"\n")
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"sett', b'{"settings": {"path": "m'])
+def test_a_curation_killed_while_it_began_is_begun_again(checkpoint, tmp_path, torn):
+    config = settings(checkpoint, tmp_path, num_problems=1)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "good.progress.jsonl").write_bytes(torn)
+    main(config)
+    assert read(tmp_path)[1]["problems"] == 1
+
+
+@pytest.mark.parametrize("tail", [b"\xff", b'{"task": {}', b"null\n", b"\0\0\0"])
+def test_damage_at_the_end_of_a_curation_s_files_costs_only_the_unfinished(checkpoint, tmp_path, tail, capsys):
+    config = settings(checkpoint, tmp_path, num_problems=3)
+    main(config)
+    before = read(tmp_path)[0]
+    for name in ("good.jsonl", "good.progress.jsonl"):
+        with (tmp_path / "data" / name).open("ab") as file:
+            file.write(tail)
+    main(config)
+    assert read(tmp_path)[0] == before
+    assert "torn or damaged lines dropped: 1" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["good.jsonl", "good.progress.jsonl", "."])
+def test_files_deleted_while_a_curation_is_at_work_are_an_error(checkpoint, tmp_path, name):
+    with closing(Record(settings(checkpoint, tmp_path))) as record:
+        record.flush()
+        if name == ".":
+            shutil.rmtree(tmp_path / "data")
+        else:
+            (tmp_path / "data" / name).unlink()
+        with pytest.raises(FileNotFoundError, match="is gone"):
+            record.flush()
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.progress.jsonl"])
+def test_a_foreign_progress_file_is_not_touched(checkpoint, tmp_path, name):
+    (tmp_path / name).write_text("my diary")
+    with pytest.raises(ValueError, match=r"was not written by curate|is no record of a curation"):
+        main(settings(checkpoint, tmp_path, out=str(tmp_path / "mine.jsonl")))
+    assert (tmp_path / name).read_text() == "my diary"
 
 
 def test_a_foreign_file_is_not_touched(checkpoint, tmp_path):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from kogia.train.config import OptimConfig
@@ -29,6 +31,9 @@ def test_wrong_optimiser_settings_are_errors_that_name_value_and_rule():
         ({"clip": -1.0}, r"optim.clip = -1.0"),
         ({"step_at": (0.9, 0.6)}, "rising"),
         ({"decay_share": 0.0}, r"decay_share = 0.0"),
+        ({"weight_decay": math.inf}, "optim.weight_decay = inf: must be a finite number"),
+        ({"eps": math.nan}, "optim.eps = nan: must be a finite number"),
+        ({"betas": (math.nan, 0.9)}, r"optim.betas\[0\] = nan: must be a finite number"),
     ):
         with pytest.raises(ValueError, match=words):
             OptimConfig(**fields)

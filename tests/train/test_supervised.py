@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from kogia.data.config import DataConfig, SourceConfig
 from kogia.log import read_metrics
 from kogia.model.config import ModelConfig
 from kogia.model.costs import num_active_params, num_params
+from kogia.train import supervised
 from kogia.train.config import OptimConfig, SupervisedConfig
 from kogia.train.supervised import build_run, main
 
@@ -118,6 +120,57 @@ def test_a_stopped_run_saves_its_last_step_exits_130_and_resumes_exactly(config,
     assert all(torch.equal(v, b[k]) for k, v in a.items() if isinstance(v, torch.Tensor))
 
 
+@pytest.mark.parametrize("killed_at", [10, 20])
+def test_a_validation_that_a_kill_prevented_is_done_on_resume(config, tmp_path, killed_at):
+    config = replace(config, steps=20, eval_every=10)
+    main(replace(config, out=str(tmp_path / "whole")))
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    lines = read_metrics(run)
+    measured = [line["step"] for line in lines if "val_loss" in line]
+    assert measured == [10, 20]
+    before = [line for line in lines if line["step"] <= killed_at and ("loss" in line or line["step"] < killed_at)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
+    if killed_at == 10:
+        shutil.rmtree(run / "checkpoints" / "step-000020")
+    for _ in range(2):  # the second one finds it done
+        main(replace(config, resume=True))
+        assert_same_run(tmp_path / "whole", run)
+
+
+def test_a_signal_in_the_last_step_leaves_its_validation_to_the_resumed_run(config, monkeypatch):
+    config = replace(config, steps=2, eval_every=0)
+    training_step = supervised.train_step
+
+    def step_and_signal(*args):
+        metrics = training_step(*args)
+        if args[0].step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    monkeypatch.setattr(supervised, "train_step", step_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    assert latest_checkpoint(config.out).name == "step-000002"
+    assert not any("val_loss" in line for line in read_metrics(config.out))
+    main(replace(config, resume=True))
+    assert [line["step"] for line in read_metrics(config.out) if "val_loss" in line] == [2]
+
+
+def test_a_signal_while_validating_is_heeded_after_the_next_step_which_is_saved(config, monkeypatch):
+    config = replace(config, steps=9, save_every=0, eval_every=2)
+    validate = supervised.validation_loss
+
+    def validate_and_signal(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args)
+
+    monkeypatch.setattr(supervised, "validation_loss", validate_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    assert latest_checkpoint(config.out).name == "step-000003"
+    assert read_metrics(config.out)[-1]["step"] == 3
+
+
 def test_training_learns_and_leaves_a_complete_run_directory(config, tmp_path):
     main(config)
     run = tmp_path / "run"
@@ -171,6 +224,60 @@ def test_a_run_directory_in_use_is_refused_overwritten_or_resumed_as_asked(confi
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(config, tmp_path, flags):
+    process = start(replace(config, steps=4000, save_every=1), tmp_path)
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 2, process)
+    with pytest.raises(ValueError, match=r"run': another run is writing there; wait until it ends"):
+        main(replace(config, **flags))
+    seen = len(read_metrics(tmp_path / "run"))
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) > seen, process)
+    os.kill(process.pid, signal.SIGKILL)  # no lock survives this
+    process.communicate()
+    done = latest_checkpoint(tmp_path / "run").name
+    main(replace(config, steps=int(done[-6:]) + 1, resume=True))
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_directory_deleted_or_moved_while_it_trains_ends_the_run_with_an_error(config, tmp_path, moved):
+    process = start(replace(config, steps=4000, save_every=0), tmp_path)
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 2, process)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if not moved:
+        shutil.rmtree(tmp_path / "moved")
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "run/metrics.jsonl is gone" in messages
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_deleted_while_its_data_are_made_ends_the_run_with_an_error(config, monkeypatch):
+    make_shards = supervised.build_shards
+
+    def delete_and_make(*args):
+        shutil.rmtree(config.out)
+        return make_shards(*args)
+
+    monkeypatch.setattr(supervised, "build_shards", delete_and_make)
+    with pytest.raises(FileNotFoundError, match=r"run.toml is gone"):
+        main(config)
+
+
+def test_overwriting_deletes_all_but_the_directory_itself(config, tmp_path):
+    short = replace(config, steps=1)
+    main(short)
+    run = tmp_path / "run"
+    (run / "notes.txt").write_text("mine")
+    (run / "link").symlink_to(tmp_path)
+    inode = run.stat().st_ino
+    main(replace(short, overwrite=True))
+    assert run.stat().st_ino == inode
+    assert not {"notes.txt", "link"} & {path.name for path in run.iterdir()}
+    assert (tmp_path / "corpus.jsonl").exists(), "what a link leads to stays"
+
+
 def test_a_mistake_found_before_the_first_step_leaves_the_run_directory_free(config):
     with pytest.raises(ValueError, match="max_position"):
         main(replace(config, model=replace(MODEL, max_position=32)))
@@ -182,7 +289,7 @@ def test_resuming_with_other_settings_says_which_ones(config, capsys):
     main(replace(config, steps=2))
     main(replace(config, steps=3, micro_batches=2, resume=True))
     warning = " ".join(capsys.readouterr().err.split())
-    assert "other settings than the run began with (micro_batches, steps)" in warning
+    assert "other settings than the run began with: micro_batches = 2 (was 1), steps = 3 (was 2)" in warning
 
 
 def test_a_diverging_run_stops_with_its_checkpoints_kept(config):
@@ -190,6 +297,18 @@ def test_a_diverging_run_stops_with_its_checkpoints_kept(config):
     with pytest.raises(FloatingPointError, match=r"step \d: .*last good checkpoint is .*step-000001.*--resume"):
         main(wild)
     assert latest_checkpoint(wild.out) is not None
+
+
+@pytest.mark.parametrize("poison", [{"weight_decay": 1e300}, {"lr": 1e300}, {"weight_decay": 1e38, "lr": 1e3}])
+def test_weights_that_an_update_made_infinite_are_never_saved(config, poison):
+    main(replace(config, steps=1))
+    wild = replace(config, steps=5, save_every=1, resume=True, optim=replace(config.optim, **poison))
+    with pytest.raises(
+        FloatingPointError, match=r"step-000002: .* is not finite.*last good checkpoint is .*step-000001"
+    ):
+        main(wild)
+    main(replace(config, steps=3, resume=True))
+    assert latest_checkpoint(config.out).name == "step-000003"
 
 
 def test_a_dry_run_prints_a_configuration_that_reads_back_and_writes_nothing(config, tmp_path, capsys):
