@@ -14,6 +14,7 @@ from itertools import count
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.config import EngineConfig
@@ -32,6 +33,7 @@ from kogia.model.transformer import Transformer
 from kogia.ops.cache import KVRow, LatentRow
 from kogia.text.tokenizer import Tokenizer
 
+from kogia.text.chat import Prompt
 
 @dataclass(slots=True)
 class EngineStats:
@@ -280,7 +282,11 @@ def _build_cache(model: Transformer, config: EngineConfig) -> PagedCache:
     rank = config.rank_by_context[0][1] if config.rank_by_context else None
     row = cache_row(cached, fp8=config.cache_dtype == "fp8", rank=rank)
     num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype, row)
+            opens_thought=self._opens_thought(request.prompt),
     return build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device, row=row)
+
+    def _opens_thought(self, prompt: NDArray[np.int64]) -> bool:
+        return self.tokenizer is not None and Prompt.of(prompt.tolist(), self.tokenizer).opens_thought
 
 
 def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, row: LatentRow | KVRow) -> int:
