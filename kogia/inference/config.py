@@ -10,7 +10,7 @@ from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 
 @dataclass(frozen=True)
 class GenerateConfig(FilteredSamplingConfig):
-    """Answer prompts with a model: from --prompt, from --file (one prompt per line, or JSONL), or from stdin."""
+    """Answer prompts with a model: from --prompt, from --file or from stdin: one prompt per line, or JSON lines."""
 
     path: Positional[str]
     """Model directory or run directory."""
@@ -18,13 +18,15 @@ class GenerateConfig(FilteredSamplingConfig):
     prompt: tuple[str, ...] = ()
     """Prompts; each is one user message unless --raw."""
     file: str | None = None
-    """Text file with one prompt per line, or .jsonl with {"prompt": ...} lines."""
+    """Text file with one prompt per line, or rows (.jsonl, .json, each also .gz, or .parquet) with a "prompt", text or
+    a list of messages, or with "messages". Text whose first line is such a row is read as rows, on stdin too."""
     out: str | None = None
-    """JSONL file for the completions; printed to the terminal when left out."""
+    """JSONL file for the completions; printed to the terminal when left out. All columns of a row are kept; one that
+    has the name of a column written here, such as "answer", is kept as "input_answer"."""
     raw: bool = False
     """Continue the text itself instead of answering it as a chat message."""
     system: str | None = None
-    """System message put before every prompt."""
+    """System message put before every prompt that has none."""
     thinking: bool | None = None
     """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
     n: int = 1
