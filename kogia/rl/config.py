@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig, SamplingConfig
-from kogia.eval.config import TaskOptions, check_tasks
+from kogia.eval.config import LongPrompts, TaskOptions, check_tasks
 from kogia.train.config import OptimConfig
 
 
@@ -103,6 +103,9 @@ class RLConfig(SamplingConfig):
     eval_questions: int = 300
     """0 never evaluates."""
     eval_samples: int = 8
+    long_prompts: LongPrompts = "refuse"
+    """Problems that leave no room for an answer in the model's context: "refuse" ends with the first one's id before
+    the first step, "skip" leaves them out and says how many."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
@@ -188,6 +191,9 @@ class CurateConfig(FilteredSamplingConfig):
     seed: int = 0
     """Of the sampling and of every choice."""
     batch_problems: int = 64
+    long_prompts: LongPrompts = "refuse"
+    """Problems that leave no room for an answer in the model's context: "refuse" ends with the first one's id before
+    any is sampled, "skip" leaves them out and says how many."""
     """Problems sampled between two writes to disk."""
     engine: EngineConfig = EngineConfig()
     verify_workers: int = 2

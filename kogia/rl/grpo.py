@@ -27,6 +27,7 @@ from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import evaluate
+from kogia.eval.sample import choose_problems, fitting_problems
 from kogia.model.costs import num_params
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
@@ -38,7 +39,7 @@ from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, pol
 from kogia.rl.rollout_log import drop_samples, rollout_metrics, write_samples
 from kogia.rl.signal import measure_signal
 from kogia.tasks.pool import VerifyPool
-from kogia.tasks.task import load_task
+from kogia.tasks.task import Problem, Task, load_task
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
@@ -90,6 +91,7 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     model, tokenizer, _ = open_model(source, device=config.device, dtype="float32")
     sources = []
     for spec, task in tasks:
+        problems = _training_problems(task, tokenizer, model.config.max_position, config)
         pool = VerifyPool(
             spec, config.task_options.get(spec), workers=config.verify_workers, timeout=config.verify_timeout
         )
@@ -107,6 +109,14 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     if checkpoint is not None:
         restore(run, checkpoint)
     return run
+
+
+def _training_problems(task: Task, tokenizer: Tokenizer, limit: int, config: RLConfig) -> list[Problem]:
+    """The problems to train on; those to measure on are checked with them, or they would end the run when it is due."""
+    if config.eval_questions:
+        held_out = choose_problems(task, "test", config.eval_questions, EvalConfig.question_seed)
+        fitting_problems(held_out, tokenizer, limit, config.long_prompts)
+    return fitting_problems(task.problems("train"), tokenizer, limit, config.long_prompts)
 
 
 def train(run: Run) -> None:
@@ -140,6 +150,7 @@ def measure(run: Run) -> dict[str, float]:
         temperature=config.temperature,
         max_tokens=config.max_tokens,
         seed=config.seed,
+        long_prompts=config.long_prompts,
     )
     results = {}
     for source in run.sources:
