@@ -55,7 +55,7 @@ class Completion:
     logprobs: list[float] | None
     """One per token of `token_ids`, if asked for."""
     finish_reason: FinishReason
-    """"stop": a stop token or string; "length": max_tokens or the context is full; "abort": the caller gave up;
+    """"stop": a stop token or string; "length": max_tokens, or context or cache are full; "abort": the caller gave up;
     "error": the model's logits were not finite, by weights or a dtype that overflow."""
     weights_version: int
     """Version of the weights that sampled the first token."""

@@ -111,7 +111,8 @@ class RLConfig(SamplingConfig):
     keep_checkpoints: int = 2
     seed: int = 0
     """Of the order of the prompts and of the sampling."""
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = EngineConfig(cache_memory_bytes=1 << 30)
+    """The cache has 1 GiB, as gradients and the optimiser's state come after it."""
     verify_workers: int = 2
     """Processes that check answers."""
     verify_timeout: float = 5.0
@@ -190,10 +191,10 @@ class CurateConfig(FilteredSamplingConfig):
     """Problems solved by a larger share of their samples teach little and are dropped."""
     seed: int = 0
     """Of the sampling and of every choice."""
-    batch_problems: int = 64
     long_prompts: LongPrompts = "refuse"
     """Problems that leave no room for an answer in the model's context: "refuse" ends with the first one's id before
     any is sampled, "skip" leaves them out and says how many."""
+    batch_problems: int = 64
     """Problems sampled between two writes to disk."""
     engine: EngineConfig = EngineConfig()
     verify_workers: int = 2

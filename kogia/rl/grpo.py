@@ -31,7 +31,7 @@ from kogia.eval.sample import choose_problems, fitting_problems
 from kogia.model.costs import num_params
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
-from kogia.plan.dry_run import mib, print_dry_run, training_memory
+from kogia.plan.dry_run import cache_memory, print_dry_run, training_memory
 from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
 from kogia.rl.config import RLConfig
 from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
@@ -95,7 +95,7 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
         pool = VerifyPool(
             spec, config.task_options.get(spec), workers=config.verify_workers, timeout=config.verify_timeout
         )
-        sources.append(ProblemSource(task, task.problems("train"), stack.enter_context(pool)))
+        sources.append(ProblemSource(task, problems, stack.enter_context(pool)))
     reference = load_model(init, device=model.device, dtype=torch.float32) if config.loss.kl_coef else None
     state = TrainState(
         model,
@@ -317,6 +317,6 @@ def print_plan(config: RLConfig) -> None:
     """The resolved configuration, parameter count and memory estimate on stdout; writes and trains nothing."""
     model, samples = load_config(config.init), config.prompts_per_step * config.group_size
     memory = training_memory(model, config.micro_batch_tokens)
-    cache = f"at most {mib(config.engine.cache_memory_bytes)}"
+    cache = cache_memory(config.engine.cache_memory_bytes)
     rollout = f"{samples:,} samples a step, up to {samples * config.max_tokens:,} tokens"
     print_dry_run(config, model, [memory, ("cache", cache), ("rollout", rollout)])
