@@ -1,7 +1,7 @@
 """Samples of an evaluation on their way to disk, and what a resumed one keeps of them. Torch-free.
 
-They go to NAME.partial.jsonl as they are verified, with their settings in NAME.partial.json, and become NAME.jsonl at
-the end, together with NAME.json.
+They go to NAME.partial.jsonl as they are verified, with their settings in NAME.partial.settings, and become NAME.jsonl
+at the end, together with NAME.json.
 """
 
 import json
@@ -22,7 +22,8 @@ class SampleFiles:
     def __init__(self, out: Path, name: str, settings: Mapping[str, Any]) -> None:
         self.settings = json.loads(json.dumps(settings))
         self._summary, self._samples = out / f"{name}.json", out / f"{name}.jsonl"
-        self._partial, self._partial_settings = out / f"{name}.partial.jsonl", out / f"{name}.partial.json"
+        # no .json: whoever reads the evaluations of a run takes every NAME.json for one
+        self._partial, self._partial_settings = out / f"{name}.partial.jsonl", out / f"{name}.partial.settings"
 
     def finished(self) -> tuple[dict[str, Any], Rows] | None:
         """(summary, samples) where the evaluation under these settings has been finished and no other was begun."""

@@ -242,7 +242,7 @@ def _check_partials(config: EvalConfig, out: Path) -> None:
             f"{left[0]}: an interrupted evaluation left these samples; --resume goes on with them; remove the file to "
             "begin anew"
         )
-    begun = [name for name in names if any((out / f"{name}{end}").exists() for end in (".json", ".partial.json"))]
+    begun = [name for name in names if any((out / f"{name}{end}").exists() for end in (".json", ".partial.settings"))]
     if config.resume and not left and not begun:
         raise ValueError(f"resume: nothing was begun in {out} under the name {names[0]}; leave --resume out")
 

@@ -183,6 +183,7 @@ def test_a_resumed_evaluation_equals_one_that_was_never_interrupted(checkpoint, 
     assert "--resume" in capsys.readouterr().err
     out = tmp_path / "evals"
     partial = out / "Checksum.partial.jsonl"
+    assert not list(out.glob("*.json"))  # nothing that a report would take for an evaluation
     kept = partial.read_bytes()
     torn = kept.rstrip(b"\n").rpartition(b"\n")[0] + b"\n" + kept[:40]  # a kill while the last question was written
     partial.write_bytes(torn)
