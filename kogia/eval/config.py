@@ -61,8 +61,8 @@ class EvalConfig(FilteredSamplingConfig):
     long_prompts: LongPrompts = "refuse"
     """Questions that leave no room for an answer in the model's context: "refuse" ends with the first one's id before
     anything is sampled, "skip" leaves them out and says how many."""
-    batch_questions: int = 64
-    """Questions sampled between two writes to disk."""
+    batch_questions: int = 8
+    """Questions checked and written to disk at a time; an interruption costs these and what is under way."""
     engine: EngineConfig = EngineConfig()
     verify_workers: int = 2
     """Processes that check answers."""
