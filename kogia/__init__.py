@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kogia.model.config import ModelConfig
     from kogia.model.transformer import Transformer
     from kogia.tasks.task import Task, load_task
+    from kogia.text.chat import Message
 
 # Read by OpenMP once, when torch is loaded, so set before anything here loads it. By default a waiting thread spins for
 # long, and a step becomes many times slower as soon as another program wants the core; one that sleeps at once makes
@@ -18,10 +19,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0.dev0"
-__all__ = ["LLM", "ModelConfig", "SamplingParams", "Task", "Transformer", "load_model", "load_task"]
+__all__ = ["LLM", "Message", "ModelConfig", "SamplingParams", "Task", "Transformer", "load_model", "load_task"]
 
 _HOMES = {
     "LLM": "kogia.inference.llm",
+    "Message": "kogia.text.chat",
     "SamplingParams": "kogia.engine.request",
     "ModelConfig": "kogia.model.config",
     "Transformer": "kogia.model.transformer",
@@ -37,3 +39,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,11 +32,30 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text`; the file has the old or the new content at any time. Parents are made."""
+    """Write `text`; the file has the old or the new content at any time. Parents are made.
+
+    Links are followed: the file they lead to is replaced. What is no file, as a terminal, pipe or device, is written
+    to; ValueError as `check_target` says.
+    """
     path = Path(path)
+    check_target(path)
+    if path.exists() and not path.is_file():
+        with writing(path), path.open("w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    path = path.resolve()
     with _draft(path, Path.touch) as draft, writing(path):
         draft.write_text(text, encoding="utf-8")
         put_in_place(draft, path)
+
+
+def check_target(path: str | Path) -> None:
+    """Raise ValueError for a place that no text can be written to, which is best known before it is made."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; name a file, in it or elsewhere")
+    if path.is_block_device():
+        raise ValueError(f"{path}: is a disk, whose content would be lost; name a file")
 
 
 def put_in_place(draft: Path, path: Path) -> None:

@@ -48,6 +48,57 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_link_stays_and_the_file_that_it_leads_to_is_written(tmp_path: Path, links: int):
+    target, path = tmp_path / "elsewhere" / "real.jsonl", tmp_path / "out.jsonl"
+    target.parent.mkdir()
+    target.write_text("old")
+    for number in range(links - 1):
+        (tmp_path / f"link{number}").symlink_to(target)
+    path.symlink_to(target if links == 1 else "link0")
+    write_text(path, "new")
+    assert path.is_symlink() and target.read_text() == "new"
+    assert names(target.parent) == ["real.jsonl"]
+    target.unlink()
+    write_text(path, "again")  # a link that led nowhere
+    assert path.is_symlink() and target.read_text() == "again"
+
+
+def test_a_device_or_a_pipe_is_written_to_and_stays_what_it_is(tmp_path: Path):
+    pipe, null = tmp_path / "pipe", tmp_path / "null"
+    os.mkfifo(pipe)
+    null.symlink_to("/dev/null")
+    for path in (null, Path("/dev/null")):
+        write_text(path, "text")
+        assert path.is_char_device()
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
+    write_text(pipe, "through")
+    assert reader.communicate(timeout=60)[0] == b"through"
+    assert pipe.is_fifo()
+
+
+def test_standard_output_by_its_name_is_written_to():
+    code = "from kogia.files import write_text; print('a', flush=True); write_text('/dev/stdout', 'b')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, b"a\nb")
+
+
+def test_a_directory_is_no_place_for_a_file(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (tmp_path, tmp_path / "link"):
+        with pytest.raises(ValueError, match="is a directory; name a file"):
+            write_text(path, "text")
+
+
+def test_a_disk_is_never_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "disk"
+    path.write_text("all that was there")
+    monkeypatch.setattr(Path, "is_block_device", lambda self: True)  # to have one takes a privilege
+    with pytest.raises(ValueError, match="is a disk, whose content would be lost"):
+        write_text(path, "text")
+    assert path.read_text() == "all that was there"
+
+
 def test_a_failed_write_keeps_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "summary.json"
     write_json(path, {"a": "ä"})
@@ -74,7 +125,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
         with replacing_directory(tmp_path / "a file"):
             pass
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder: could not be written"):
+    with pytest.raises(ValueError, match="folder: is a directory; name a file"):
         write_text(tmp_path / "folder", "text")
     assert names(tmp_path) == ["a file", "folder"]
 

@@ -1,5 +1,6 @@
 """A task a random model sometimes solves: verdicts follow from a checksum of the text. Pool workers import it too."""
 
+from dataclasses import replace
 from zlib import crc32
 
 from kogia.tasks.task import Problem, Response, Verdict
@@ -54,6 +55,16 @@ class Brief(Checksum):
     def verify(self, problem: Problem, response: Response) -> Verdict:
         correct = response.num_tokens <= 3
         return Verdict(float(correct), correct, "ok" if correct else "wrong", {"accuracy": float(correct)}, None)
+
+
+class Wordy(Checksum):
+    """Every fourth prompt is longer than any tiny model's context."""
+
+    name = "wordy"
+
+    def problems(self, split: str) -> list[Problem]:
+        long = (Message("user", "say " * 1000),)
+        return [replace(p, messages=long) if i % 4 == 3 else p for i, p in enumerate(super().problems(split))]
 
 
 class Hopeless(Checksum):

@@ -178,8 +178,10 @@ def write_model_files(
     if tokenizer is not None:
         bos, eos = tokenizer.bos_id, tokenizer.eos_ids
         tokenizer.save(directory)
+    settings = {} if tokenizer is None else tokenizer.generation
+    kept = {name: value for name, value in settings.items() if name not in ("bos_token_id", "eos_token_id")}
     ids = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos)} | ({} if bos is None else {"bos_token_id": bos})
-    write_json(directory / "generation_config.json", {**ids, "do_sample": True})
+    write_json(directory / "generation_config.json", {"do_sample": True, **kept, **ids})
 
 
 def _config_json(model: Transformer, views: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -139,6 +139,14 @@ def _turns(messages: Any, name: str, learned: bool) -> list[Turn]:
     return found
 
 
+def conversation(messages: Any, name: str) -> list[Message]:
+    """The messages of a list of them or of objects as in data files. ValueError that names what is neither."""
+    return [
+        message if isinstance(message, Message) else _turn(message, f"{name}[{i}]", learned=False)[0]
+        for i, message in enumerate(_list(messages, name))
+    ]
+
+
 def _turn(message: Any, name: str, learned: bool) -> Turn:
     """One {"role", "content"} or {"from", "value"}; "weight": 0 keeps a reply from being learned, as for OpenAI."""
     if not isinstance(message, Mapping):

@@ -24,7 +24,7 @@ def read_source(source: SourceConfig) -> Iterator[Document]:
 
     Raises ValueError naming file, line and rule for a row that is no document.
     """
-    rows = _read_file(source) if file_kind(source.spec) else _read_generator(source)
+    rows = read_rows(source) if file_kind(source.spec) else _read_generator(source)
     for index, (where, row) in enumerate(rows):
         if source.num is not None and index >= source.num:
             return
@@ -32,7 +32,8 @@ def read_source(source: SourceConfig) -> Iterator[Document]:
         yield document if source.replies == "all" else replace(document, learned=())
 
 
-def _read_file(source: SourceConfig) -> Iterator[Row]:
+def read_rows(source: SourceConfig) -> Iterator[Row]:
+    """The rows of a file of a kind that `file_kind` knows, before anything is made of them."""
     path = Path(source.spec).expanduser()
     if not path.is_file():
         raise ValueError(f"data source {source.spec!r}: no such file (looked in {path.absolute().parent})")

@@ -21,6 +21,8 @@ from kogia import log
 from kogia.config import from_dict
 from kogia.demo.config import RECIPES, STAGES, DemoConfig
 from kogia.eval.config import EvalConfig
+from kogia.eval.partial import find_partial
+from kogia.eval.run import file_name, output_directory
 from kogia.eval.run import main as run_eval
 from kogia.files import write_json
 from kogia.report.build import main as run_report
@@ -161,7 +163,7 @@ def curate(config: DemoConfig) -> None:
 
 def measure(config: DemoConfig, name: str) -> None:
     """Evaluate a stage's run on the held-out problems, the same at every stage; files go to its evals/."""
-    run_eval(eval_config(config, Path(config.out) / name))
+    evaluate(eval_config(config, Path(config.out) / name))
 
 
 def measure_drafting(config: DemoConfig) -> None:
@@ -169,7 +171,13 @@ def measure_drafting(config: DemoConfig) -> None:
     held_out = eval_config(config, Path(config.out) / DRAFTING_STAGE)
     drafting = replace(held_out.engine, num_draft_tokens=1)
     num_questions = min(100, config.num_questions)
-    run_eval(replace(held_out, num_questions=num_questions, num_samples=0, name="drafting", engine=drafting))
+    evaluate(replace(held_out, num_questions=num_questions, num_samples=0, name="drafting", engine=drafting))
+
+
+def evaluate(config: EvalConfig) -> None:
+    """The evaluation, or the rest of it where the demonstration was interrupted in the middle of one."""
+    left = find_partial(output_directory(config), file_name(config, config.tasks[0]))
+    run_eval(replace(config, resume=left is not None))
 
 
 def eval_config(config: DemoConfig, run: Path) -> EvalConfig:

@@ -114,8 +114,9 @@ class EngineConfig:
     """Tokens per cache block: the unit of allocation and of prefix sharing."""
     num_blocks: int | None = None
     """Cache blocks; None derives them from `cache_memory_bytes`."""
-    cache_memory_bytes: int = 1 << 30
-    """Most memory that the cache may take when `num_blocks` is not given."""
+    cache_memory_bytes: int | None = None
+    """Most memory that the cache may take when `num_blocks` is not given; None takes 80% of what is free on a GPU once
+    the model is loaded, and half of it on a CPU. It is never more than `max_sequences` whole contexts need."""
     max_batch_tokens: int = 2048
     """Token budget of one step, shared by prefill chunks, decodes and draft verification."""
     max_sequences: int = 256

@@ -14,10 +14,13 @@ from itertools import count
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from kogia import log
 from kogia.engine.config import EngineConfig
 from kogia.engine.loop import OnProgress, Stream, StreamLoop
+from kogia.engine.memory import cache_budget
 from kogia.engine.output import TextStream
 from kogia.engine.pruning import Pruner
 from kogia.engine.ranks import RankByContext
@@ -30,6 +33,7 @@ from kogia.model.cache import PagedCache, build_cache, cache_row
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer
 from kogia.ops.cache import KVRow, LatentRow
+from kogia.text.chat import Prompt
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -97,6 +101,7 @@ class Engine:
         self._flights: deque[Flight] = deque()
         self._news: list[TokenEvent] = []
         self._ids = count()
+        self._has_warned = False
         model.absorb()
 
     @property
@@ -127,7 +132,8 @@ class Engine:
         """`params.n` continuations of a prompt, checked and not yet queued.
 
         With `stream`, `step` reports their tokens as they come, else only their ends. Raises ValueError for a prompt
-        that is empty, too long for the model or the cache, or not made of the model's tokens.
+        that is empty, too long for the model or the cache, or not made of the model's tokens. A completion for which
+        context or cache have not all the room that `max_tokens` asks for ends earlier, with reason "length".
         """
         limit, vocab = self.model.config.max_position, self.model.config.vocab_size
         ids = np.asarray(prompt, dtype=np.int64)
@@ -143,7 +149,7 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise ValueError(f"SamplingParams.stop = {params.stop}: stop strings need a tokenizer; use stop_token_ids")
-        max_length = min(len(ids) + params.max_tokens, limit)
+        max_length = self._max_length(len(ids), params.max_tokens)
         requests = [
             Request(next(self._ids), ids, params, derive_seed(params.seed, prompt, index), max_length)
             for index in range(params.n)
@@ -154,6 +160,19 @@ class Engine:
                 request.output = TextStream(self.tokenizer, params.stop)
             self.scheduler.check(request)
         return requests
+
+    def _max_length(self, num_prompt: int, max_tokens: int) -> int:
+        """Length at which a sequence ends. Where the cache is what bounds it, that is said once."""
+        length, longest = min(num_prompt + max_tokens, self.model.config.max_position), self.scheduler.longest
+        if length <= longest or num_prompt >= longest:  # the scheduler refuses a prompt that the cache cannot hold
+            return length
+        if not self._has_warned:
+            self._has_warned = True
+            log.warn(
+                f"the whole cache holds {longest - 1} tokens, so a completion of {max_tokens} tokens may end early; "
+                "raise engine.num_blocks or engine.cache_memory_bytes for longer ones"
+            )
+        return longest
 
     def add(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[int]:
         """Queue what `requests` makes of a prompt; returns the ids that events will name."""
@@ -264,7 +283,11 @@ class Engine:
             num_cached_tokens=request.num_cached_tokens or 0,
             num_drafted=request.num_drafted,
             num_accepted=request.num_accepted,
+            opens_thought=self._opens_thought(request.prompt),
         )
+
+    def _opens_thought(self, prompt: NDArray[np.int64]) -> bool:
+        return self.tokenizer is not None and Prompt.of(prompt.tolist(), self.tokenizer).opens_thought
 
     def _count(self, plan: StepPlan) -> None:
         stats = self.stats
@@ -280,11 +303,13 @@ def _build_cache(model: Transformer, config: EngineConfig) -> PagedCache:
     cached = model.config if config.num_draft_tokens else replace(model.config, num_mtp_layers=0)
     rank = config.rank_by_context[0][1] if config.rank_by_context else None
     row = cache_row(cached, fp8=config.cache_dtype == "fp8", rank=rank)
-    num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype, row)
+    num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype, model.device, row)
     return build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device, row=row)
 
 
-def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, row: LatentRow | KVRow) -> int:
+def _affordable_blocks(
+    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device, row: LatentRow | KVRow
+) -> int:
     """Blocks within `cache_memory_bytes`, but no more than all sequences at full context could use."""
     row_bytes = row.width if isinstance(row, LatentRow) and row.fp8 else row.width * dtype.itemsize
     longest = model.max_position
@@ -292,13 +317,15 @@ def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dt
         row_bytes += 4  # its attention mass
         longest = min(longest, config.prune.most_rows)
     block_bytes = model.num_cache_layers * row_bytes * config.block_size
-    if config.cache_memory_bytes < block_bytes:
+    given = config.cache_memory_bytes
+    budget = cache_budget(device) if given is None else given
+    if budget < block_bytes:
+        name = "the free memory" if given is None else "engine.cache_memory_bytes"
         raise ValueError(
-            f"engine.cache_memory_bytes = {config.cache_memory_bytes}: one block of {config.block_size} tokens takes "
-            f"{block_bytes} bytes; give more"
+            f"{name} = {budget}: one block of {config.block_size} tokens takes {block_bytes} bytes; give more"
         )
     most = config.max_sequences * -(-longest // config.block_size)
-    return min(config.cache_memory_bytes // block_bytes, most)
+    return min(budget // block_bytes, most)
 
 
 def _copy_weights(model: Transformer, source: Mapping[str, Tensor]) -> None:

@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from kogia import log
 from kogia.engine.config import FilteredSamplingConfig, SamplingConfig
 from kogia.engine.output import TextStream
+from kogia.text.chat import ParsedResponse, Prompt
 
 NOT_FINITE = "the model produced NaN or infinite logits: its weights or dtype overflow"
 """What "error" means, in words for the user."""
+MOST_SHOWN = 60
+"""Characters of a thought or an answer in the repr of a completion."""
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -52,7 +55,7 @@ class Completion:
     logprobs: list[float] | None
     """One per token of `token_ids`, if asked for."""
     finish_reason: FinishReason
-    """"stop": a stop token or string; "length": max_tokens or the context is full; "abort": the caller gave up;
+    """"stop": a stop token or string; "length": max_tokens, or context or cache are full; "abort": the caller gave up;
     "error": the model's logits were not finite, by weights or a dtype that overflow."""
     weights_version: int
     """Version of the weights that sampled the first token."""
@@ -60,6 +63,30 @@ class Completion:
     """Prompt tokens found in the prefix cache."""
     num_drafted: int
     num_accepted: int
+    opens_thought: bool = False
+    """Whether the prompt ended in "<think>", so that `text` starts inside the thought."""
+
+    @property
+    def thinking(self) -> str | None:
+        """What stands before the last `</think>`, stripped; None where nothing was thought."""
+        return self._parsed.thinking
+
+    @property
+    def answer(self) -> str:
+        """What follows the thought, stripped; empty while the thought is not closed. Without a thought, all text."""
+        return self._parsed.answer
+
+    @property
+    def _parsed(self) -> ParsedResponse:
+        return Prompt([], self.opens_thought).parse(self.text)
+
+    def __repr__(self) -> str:
+        parsed = self._parsed
+        thinking = "None" if parsed.thinking is None else _shortened(parsed.thinking)
+        return (
+            f"Completion(thinking={thinking}, answer={_shortened(parsed.answer)}, {len(self.token_ids)} tokens, "
+            f"finish_reason={self.finish_reason!r})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +144,10 @@ def derive_seed(seed: int | None, prompt: Sequence[int], index: int) -> int:
         return int.from_bytes(os.urandom(8), "little", signed=True)
     content = np.asarray([seed & (2**63 - 1), index, *prompt], dtype=np.int64).tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…")
 
 
 def report_errors(completions: Sequence[Completion]) -> None:

@@ -83,6 +83,12 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self.waiting) + len(self.running)
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sequence that the whole pool can hold: its last one is never run."""
+        capacity = self.pool.num_blocks * self.config.block_size
+        return sys.maxsize if self.table.most_cache_rows <= capacity else capacity + 1
+
     def check(self, request: Request) -> None:
         """ValueError if the whole pool could not hold it."""
         capacity = self.pool.num_blocks * self.config.block_size

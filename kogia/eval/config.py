@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from kogia.checkpoint.config import LoadDtype
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 
+LongPrompts = Literal["refuse", "skip"]
 TaskOptions = dict[str, dict[str, str | int | float | bool]]
 
 
@@ -55,8 +56,13 @@ class EvalConfig(FilteredSamplingConfig):
     """Directory of NAME.json and NAME.jsonl; None is RUN/evals for a run directory or its checkpoints, else ./evals."""
     compare: str | None = None
     """Another evaluation (NAME.json, or a directory that holds one of the same name): adds the paired difference."""
-    batch_questions: int = 64
-    """Questions sampled between two writes to disk."""
+    resume: bool = False
+    """Go on with an interrupted evaluation: its answers are kept and the rest is sampled, with equal results."""
+    long_prompts: LongPrompts = "refuse"
+    """Questions that leave no room for an answer in the model's context: "refuse" ends with the first one's id before
+    anything is sampled, "skip" leaves them out and says how many."""
+    batch_questions: int = 8
+    """Questions checked and written to disk at a time; an interruption costs these and what is under way."""
     engine: EngineConfig = EngineConfig()
     verify_workers: int = 2
     """Processes that check answers."""

@@ -1,11 +1,8 @@
-"""`kogia eval PATH`: sample, verify, score; and `evaluate`, the same in the process of a training run or the demo.
+"""`kogia eval PATH`: sample, verify, score; and `evaluate`, the same in the process of a training run or the demo."""
 
-Samples go to NAME.partial.jsonl as they are verified and become NAME.jsonl at the end, together with NAME.json.
-"""
-
-import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,13 @@ from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.eval.config import EvalConfig
+from kogia.eval.earlier import Earlier, prompt_text
 from kogia.eval.intervals import Estimate
+from kogia.eval.partial import SampleFiles, find_partial
 from kogia.eval.progress import SamplingProgress
-from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems
-from kogia.eval.summary import GREEDY, compare, read_samples, summarise
+from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems, fitting_problems
+from kogia.eval.summary import GREEDY, compare, summarise
 from kogia.eval.table import print_results
-from kogia.files import put_in_place, write_json
 from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.tasks.pool import VerifyPool
@@ -48,31 +46,36 @@ def main(config: EvalConfig) -> None:
     """Evaluate a model on every task of the configuration, write the files and print the table."""
     if config.dry_run:
         return print_plan(config)
-    earlier = {spec: _read_comparison(config, spec) for spec in config.tasks}
+    out = output_directory(config)
+    _check_partials(config, out)
+    tasks = {spec: load_task(spec, config.task_options.get(spec, {})) for spec in config.tasks}
+    earlier = {spec: _earlier(config, spec, task) for spec, task in tasks.items()}
     model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
+    problems = {spec: _problems(task, tokenizer, model.config.max_position, config) for spec, task in tasks.items()}
     engine = Engine(model, tokenizer, config.engine)
     summaries = []
-    for spec in config.tasks:
+    for spec, task in tasks.items():
         options = config.task_options.get(spec, {})
         pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
         name = file_name(config, spec)
         threads = generation_threads(config.threads, num_params(engine.model.config))
-        with pool, threads, SamplingProgress(name, quiet=config.quiet) as progress:
+        with pool, threads, _resumable(), SamplingProgress(name, quiet=config.quiet) as progress:
             result = evaluate(
                 engine,
                 tokenizer,
-                load_task(spec, options),
+                task,
                 pool,
                 config,
                 name=name,
                 checkpoint=str(directory),
-                out=output_directory(config),
+                out=out,
+                problems=problems[spec],
                 earlier=earlier[spec],
                 on_progress=progress.update,
             )
         summaries.append(result.summary)
     print_results(summaries)
-    log.info(f"written to {output_directory(config)}")
+    log.info(f"written to {out}")
 
 
 def evaluate(
@@ -85,42 +88,48 @@ def evaluate(
     name: str | None = None,
     checkpoint: str = "",
     out: Path | None = None,
-    earlier: tuple[str, list[dict[str, Any]]] | None = None,
+    problems: Sequence[Problem] | None = None,
+    earlier: Earlier | None = None,
     on_progress: Progress | None = None,
 ) -> EvalResult:
     """Sample `config.num_samples` answers (and a greedy one) per question and score them.
 
-    With `out`, writes out/NAME.json and out/NAME.jsonl, samples as they come. `earlier` is (checkpoint, samples) of the
-    evaluation to compare with. Of the configuration, path, tasks and everything on files is left to `main`.
+    With `out`, writes out/NAME.json and out/NAME.jsonl, samples as they come, and keeps those of an interrupted
+    evaluation if `config.resume`; acceptance and seconds are then those of the rest. `problems` were chosen by
+    `config` and `earlier`, the evaluation to compare with, was checked; of the configuration, path, tasks and
+    everything else on files is left to `main`.
     """
     start, name = time.monotonic(), name or task.name
+    if problems is None:
+        problems = _problems(task, tokenizer, engine.model.config.max_position, config)
+    files = None if out is None else SampleFiles(out, name, _settings(config, checkpoint, task))
+    if files is not None and config.resume and (finished := files.finished()):
+        return EvalResult(*finished)
     drafted, accepted = engine.stats.num_drafted, engine.stats.num_accepted
-    problems = choose_problems(task, config.split, config.num_questions, config.question_seed)
-    rows: list[dict[str, Any]] = []
-    partial = None if out is None else out / f"{name}.partial.jsonl"
-    for batch in _rows(engine, tokenizer, pool, problems, config, on_progress):
-        rows.extend(batch)
-        if partial is not None:
-            _append(partial, batch, fresh=len(rows) == len(batch))
+    rows = [] if files is None else files.begin(resume=config.resume)
+    for batch in _rows(engine, tokenizer, pool, problems, config, rows, on_progress):
+        rows = rows + batch
+        if files is not None:
+            files.append(batch)
     drafted, accepted = engine.stats.num_drafted - drafted, engine.stats.num_accepted - accepted
-    summary = {
-        "name": name,
-        "task": task.name,
-        "split": config.split,
-        "checkpoint": checkpoint,
-        "num_questions": len(problems),
-        "num_samples": config.num_samples,
-        **summarise(rows, config.k),
-        "sampling": _sampling(config),
-        "mtp_acceptance": accepted / drafted if drafted else None,
-        "seconds": time.monotonic() - start,
-    }
+    summary = {"name": name, "task": task.name, "checkpoint": checkpoint, "num_questions": len(problems)}
+    summary |= {"split": config.split, "num_samples": config.num_samples, "sampling": _sampling(config)}
+    summary |= summarise(rows, config.k)
+    summary |= {"mtp_acceptance": accepted / drafted if drafted else None, "seconds": time.monotonic() - start}
     if earlier is not None:
-        summary["compare"] = {"checkpoint": earlier[0], **compare(earlier[1], rows)}
-    if out is not None and partial is not None:
-        put_in_place(partial, out / f"{name}.jsonl")
-        write_json(out / f"{name}.json", summary)
+        summary["compare"] = {"checkpoint": earlier.summary["checkpoint"], **compare(earlier.samples, rows)}
+    if files is not None:
+        files.finish(summary)
     return EvalResult(summary, rows)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.info("what was verified is kept; the same command with --resume goes on")
+        raise
 
 
 def output_directory(config: EvalConfig) -> Path:
@@ -155,27 +164,34 @@ def _rows(
     pool: VerifyPool,
     problems: Sequence[Problem],
     config: EvalConfig,
+    kept: Sequence[dict[str, Any]],
     on_progress: Progress | None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of EVAL.jsonl, a batch of questions at a time: the sampled ones, then the greedy ones."""
-    params = SamplingParams.of(config, n=config.num_samples or 1)
-    greedy = replace(params, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1)
-    passes = [(params, False)] if config.num_samples else []
-    if config.greedy:
-        passes.append((greedy, True))
+    """Rows of EVAL.jsonl that are not `kept`, a batch of questions at a time: sampled ones, then greedy ones."""
+    have = {(row["problem_id"], row["sample"] == GREEDY) for row in kept}
+    passes = _passes(config)
+    num_done, total = len(have), len(passes) * len(problems)
     tokens_at_start = engine.stats.num_generated_tokens
-    for index, (each, is_greedy) in enumerate(passes):
 
-        def report(done: int, total: int, _: int, index: int = index) -> None:
-            if on_progress is not None:
-                tokens = engine.stats.num_generated_tokens - tokens_at_start
-                on_progress(index * total + done, len(passes) * total, tokens)
+    def report(done: int, _total: int, _tokens: int) -> None:
+        if on_progress is not None:
+            on_progress(num_done + done, total, engine.stats.num_generated_tokens - tokens_at_start)
 
+    for params, greedy in passes:
+        left = [problem for problem in problems if (problem.id, greedy) not in have]
         answers = answer_problems(
-            engine, tokenizer, pool, problems, each, batch=config.batch_questions, on_progress=report
+            engine, tokenizer, pool, left, params, batch=config.batch_questions, on_progress=report
         )
         for batch in answers:
-            yield [row for answered in batch for row in sample_rows(answered, tokenizer, greedy=is_greedy)]
+            yield [row for answered in batch for row in sample_rows(answered, tokenizer, greedy=greedy)]
+        num_done += len(left)
+
+
+def _passes(config: EvalConfig) -> list[tuple[SamplingParams, bool]]:
+    """(parameters, whether greedy) of the sampled answers and of the greedy ones, as far as they are asked for."""
+    params = SamplingParams.of(config, n=config.num_samples or 1)
+    greedy = replace(params, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1)
+    return [each for each in ((params, False), (greedy, True)) if (config.greedy if each[1] else config.num_samples)]
 
 
 def sample_rows(answered: Answered, tokenizer: Tokenizer, *, greedy: bool) -> list[dict[str, Any]]:
@@ -183,7 +199,7 @@ def sample_rows(answered: Answered, tokenizer: Tokenizer, *, greedy: bool) -> li
     return [
         {
             "problem_id": answered.problem.id,
-            "prompt": "\n".join(message.content for message in answered.problem.messages),
+            "prompt": prompt_text(answered.problem),
             "sample": GREEDY if greedy else index,
             "text": sample.completion.text,
             "num_tokens": len(sample.completion.token_ids),
@@ -205,14 +221,34 @@ def _sampling(config: EvalConfig) -> dict[str, Any]:
     return sampling | {"question_seed": config.question_seed, "num_draft_tokens": config.engine.num_draft_tokens}
 
 
-def _append(path: Path, rows: Sequence[dict[str, Any]], *, fresh: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w" if fresh else "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _settings(config: EvalConfig, checkpoint: str, task: Task) -> dict[str, Any]:
+    """All that the samples and their summary depend on."""
+    names = ("split", "num_questions", "num_samples", "greedy", "k", "task_options", "long_prompts", "dtype", "compare")
+    own = {name: getattr(config, name) for name in names}
+    return {"checkpoint": checkpoint, "task": task.name, **own, **_sampling(config)}
 
 
-def _read_comparison(config: EvalConfig, spec: str) -> tuple[str, list[dict[str, Any]]] | None:
-    """(checkpoint, samples) of the evaluation that `compare` names for a task; read before anything slow begins."""
+def _problems(task: Task, tokenizer: Tokenizer, limit: int, config: EvalConfig) -> list[Problem]:
+    problems = choose_problems(task, config.split, config.num_questions, config.question_seed)
+    return fitting_problems(problems, tokenizer, limit, config.long_prompts)
+
+
+def _check_partials(config: EvalConfig, out: Path) -> None:
+    """Raise ValueError for samples of an interrupted evaluation that would be lost, and for none to go on with."""
+    names = [file_name(config, spec) for spec in config.tasks]
+    left = [path for name in names if (path := find_partial(out, name))]
+    if left and not config.resume:
+        raise ValueError(
+            f"{left[0]}: an interrupted evaluation left these samples; --resume goes on with them; remove the file to "
+            "begin anew"
+        )
+    begun = [name for name in names if any((out / f"{name}{end}").exists() for end in (".json", ".partial.settings"))]
+    if config.resume and not left and not begun:
+        raise ValueError(f"resume: nothing was begun in {out} under the name {names[0]}; leave --resume out")
+
+
+def _earlier(config: EvalConfig, spec: str, task: Task) -> Earlier | None:
+    """The evaluation that `compare` names for a task, known to be comparable; read before anything slow begins."""
     if config.compare is None:
         return None
     path = Path(config.compare)
@@ -220,8 +256,6 @@ def _read_comparison(config: EvalConfig, spec: str) -> tuple[str, list[dict[str,
         path = path / f"{file_name(config, spec)}.json"
     elif len(config.tasks) > 1:
         raise ValueError(f"compare = {config.compare!r}: with several tasks, name the directory that holds their files")
-    samples = path.with_suffix(".jsonl")
-    for file in (path, samples):
-        if not file.is_file():
-            raise ValueError(f"compare = {config.compare!r}: {file} is missing; name the NAME.json of an evaluation")
-    return json.loads(path.read_text(encoding="utf-8"))["checkpoint"], read_samples(samples)
+    earlier = Earlier.read(path, config.compare)
+    earlier.check(config, choose_problems(task, config.split, config.num_questions, config.question_seed))
+    return earlier

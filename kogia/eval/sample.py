@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kogia import log
 from kogia.engine.request import Completion, SamplingParams, report_errors
+from kogia.eval.config import LongPrompts
 from kogia.tasks.pool import VerifyPool, require_scores
 from kogia.tasks.task import Problem, Response, Task, Verdict
 from kogia.text.chat import Prompt, render_prompt
@@ -77,6 +79,31 @@ def choose_problems(task: Task, split: str, num: int, seed: int) -> list[Problem
     if repeated:
         raise ValueError(f"task {task.name!r}: several problems have the id {repeated[0]!r}; ids must differ")
     return chosen
+
+
+def fitting_problems(
+    problems: Sequence[Problem], tokenizer: Tokenizer, limit: int, long_prompts: LongPrompts
+) -> list[Problem]:
+    """The problems whose prompts leave room for an answer in a context of `limit` tokens.
+
+    With "refuse" a longer one is a ValueError with its id, with "skip" a warning with their number, and an error only
+    where none is left.
+    """
+    lengths = [len(render_prompt(problem.messages, tokenizer).token_ids) for problem in problems]
+    too_long = [(problem, length) for problem, length in zip(problems, lengths, strict=True) if length >= limit]
+    if not too_long:
+        return list(problems)
+    (problem, length), num = too_long[0], len(too_long)
+    words = f"problem {problem.id!r}: a prompt of {length} tokens, but the model's context is {limit} and the "
+    words += (
+        f"completion needs room; it is {'the only' if num == 1 else 'the first'} of {num} in {len(problems)} problems"
+    )
+    if long_prompts == "refuse":
+        raise ValueError(f"{words}; shorten them, or leave them out with long_prompts = 'skip'")
+    if num == len(problems):
+        raise ValueError(f"{words}; none is left: take a model with a longer context")
+    log.warn(f"{words}; left out")
+    return [problem for problem, length in zip(problems, lengths, strict=True) if length < limit]
 
 
 def is_truncated(completion: Completion) -> bool:

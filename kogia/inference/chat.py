@@ -1,85 +1,155 @@
 """`kogia chat PATH`: a conversation in the terminal. Thoughts are dimmed; Ctrl-C stops an answer, Ctrl-D leaves."""
 
 import contextlib
+import importlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
 from kogia import log
+from kogia.checkpoint.directory import load_config, resolve_model_dir
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
 from kogia.engine.threads import generation_threads
-from kogia.inference.config import ChatConfig
+from kogia.inference.config import FILTERS, ChatConfig
 from kogia.inference.llm import LLM
 from kogia.model.costs import num_params
-from kogia.text.chat import Message, Prompt, render_prompt
-from kogia.text.tokenizer import END_THINK, THINK
+from kogia.text.chat import Message, Prompt, has_thinking_switch, render_prompt
+from kogia.text.files import read_generation
+from kogia.text.tokenizer import END_THINK, THINK, Tokenizer
 
 TRIAL_DRAFTS, LEAST_ACCEPTANCE = 64, 0.1  # drafts that are hardly ever right only cost time
-HELP = "Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D leaves."
+HELP = """\
+/reset   forget the conversation
+/help    show this
+/exit    leave, as Ctrl-D does
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next one, and so does everything from \"\"\" to \"\"\".
+Arrow keys edit the line and bring back earlier ones."""
+PROMPT, MORE, QUOTES = "> ", ". ", '"""'
+ReadLine = Callable[[str], str | None]
+"""The next line after a prompt, None at the end of the input."""
 
 
 def main(config: ChatConfig) -> int:
-    llm = LLM(
-        config.path, device=config.device, dtype=config.dtype, num_draft_tokens=config.draft_tokens, max_sequences=1
-    )
+    directory = resolve_model_dir(config.path)
+    params = SamplingParams.of(config.sampling(read_generation(directory)))
+    _check_model(config, directory)
+    llm = LLM(directory, device=config.device, dtype=config.dtype, **config.engine_options())
     with generation_threads(None, num_params(llm.model.config)):
-        return converse(llm, config)
+        return converse(llm, config, params)
 
 
-def converse(llm: LLM, config: ChatConfig) -> int:
+def _check_model(config: ChatConfig, directory: Path) -> None:
+    """Raise ValueError for what this model cannot do, before its weights are loaded."""
+    drafts = config.engine_options()["num_draft_tokens"]
+    if drafts and not load_config(directory).num_mtp_layers:
+        raise ValueError(f"draft_tokens = {drafts}: the model has no MTP module to draft with; leave it out")
+    if config.thinking is not None and not has_thinking_switch(Tokenizer.load(directory)):
+        raise ValueError(f"thinking = {config.thinking}: this model's chat template has no such switch; leave it out")
+
+
+def converse(llm: LLM, config: ChatConfig, params: SamplingParams) -> int:
     """Questions and answers until the end of the input."""
-    console, params = Console(highlight=False), SamplingParams.of(config)
+    console = Console(highlight=False)
     opening = [] if config.system is None else [Message("system", config.system)]
     messages = list(opening)
     if sys.stdin.isatty():
-        console.print(HELP, style="dim")
-    for line in _questions(console):
-        if line == "/reset" or config.single:
+        sampling = ", ".join(f"{name} {getattr(params, name):g}" for name in FILTERS)
+        console.print(f"{sampling}. /help says what else there is.", style="dim")
+    for line, is_command in _questions(console):
+        if is_command and line in ("/exit", "/quit"):
+            return 0
+        if config.single or (is_command and line == "/reset"):
             messages = list(opening)
-        if line == "/reset":
-            continue
-        if line.startswith("/"):
-            console.print(f"unknown command {line.split()[0]}. {HELP}", style="yellow", markup=False)
-            continue
-        messages.append(Message("user", line))
-        prompt = render_prompt(messages, llm.tokenizer, config.thinking)
-        try:
-            answer = _answer(llm, prompt, params, console)
-        except ValueError as error:  # the conversation has outgrown the context, which /reset cures
-            messages.pop()
-            log.warn(f"{error}, or /reset the conversation")
-            continue
-        parsed = prompt.parse(answer)
-        messages.append(Message("assistant", parsed.answer, parsed.thinking))
-        if llm.engine.stats.num_drafted >= TRIAL_DRAFTS and llm.engine.stats.acceptance < LEAST_ACCEPTANCE:
-            llm.engine.num_draft_tokens = 0
+        if is_command:
+            _explain(line, console)
+        else:
+            _exchange(llm, config, params, messages, line, console)
     return 0
 
 
-def _questions(console: Console) -> Iterator[str]:
-    """Non-empty lines of the user, until the end of the input."""
-    interactive = sys.stdin.isatty()
+def _explain(command: str, console: Console) -> None:
+    if command == "/help":
+        console.print(HELP, style="dim", markup=False)
+    elif command != "/reset":
+        console.print(f"unknown command {command.split()[0]}.\n{HELP}", style="yellow", markup=False)
+
+
+def _exchange(
+    llm: LLM, config: ChatConfig, params: SamplingParams, messages: list[Message], question: str, console: Console
+) -> None:
+    """Answer a question; both join `messages`."""
+    messages.append(Message("user", question))
+    prompt = render_prompt(messages, llm.tokenizer, config.thinking)
+    try:
+        answer = _answer(llm, prompt, params, console)
+    except ValueError as error:  # the conversation has outgrown the context, which /reset cures
+        messages.pop()
+        log.warn(f"{error}, or /reset the conversation")
+        return
+    parsed = prompt.parse(answer)
+    messages.append(Message("assistant", parsed.answer, parsed.thinking))
+    if llm.engine.stats.num_drafted >= TRIAL_DRAFTS and llm.engine.stats.acceptance < LEAST_ACCEPTANCE:
+        llm.engine.num_draft_tokens = 0
+
+
+def _questions(console: Console) -> Iterator[tuple[str, bool]]:
+    """(what the user says, whether it is a command), until the end of the input. Nothing is said by blank lines."""
+    read = _line_reader(console)
     while True:
         try:
-            line = console.input("[bold cyan]> [/]") if interactive else sys.stdin.readline()
-        except EOFError:
-            console.print()
-            return
+            line = read(PROMPT)
+            if line is None:
+                return
+            said = _whole(line, read).strip()
         except KeyboardInterrupt:
-            if not interactive:
+            if not sys.stdin.isatty():
                 raise
-            console.print("\nCtrl-D leaves.", style="dim")
+            console.print("\nCtrl-D or /exit leaves.", style="dim")
             continue
-        if not interactive and not line:
-            return
-        if line.strip():
-            yield line.strip()
+        if said:
+            yield said, line.lstrip().startswith("/")
+
+
+def _whole(line: str, read: ReadLine) -> str:
+    """What begins with `line`: all between two `QUOTES`, or every line up to one that does not end in a backslash."""
+    quoted = line.lstrip().startswith(QUOTES)
+    lines = [line.lstrip().removeprefix(QUOTES) if quoted else line]
+    while not lines[-1].rstrip().endswith(QUOTES) if quoted else lines[-1].endswith("\\"):
+        if not quoted:
+            lines[-1] = lines[-1].removesuffix("\\")
+        if (more := read(MORE)) is None:
+            return "\n".join(lines)
+        lines.append(more)
+    return "\n".join(lines).rstrip().removesuffix(QUOTES) if quoted else "\n".join(lines)
+
+
+def _line_reader(console: Console) -> ReadLine:
+    if not sys.stdin.isatty():
+        return _piped_line
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # once it is there, input() edits lines and brings back earlier ones
+    return partial(_typed_line, console)
+
+
+def _piped_line(_prompt: str) -> str | None:
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None
+
+
+def _typed_line(console: Console, prompt: str) -> str | None:
+    try:
+        return input(prompt)  # not the console's: readline must know how wide the prompt is
+    except EOFError:
+        console.print()
+        return None
 
 
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, console: Console) -> str:
@@ -106,7 +176,7 @@ def _summary(num_tokens: int, seconds: float, completion: Completion | None) -> 
     if completion is None:
         words.append("stopped")
     elif completion.finish_reason == "length":
-        words.append("cut off at --max-tokens or the context")
+        words.append("cut off at --max-tokens, or by the context or the cache")
     if completion is not None and completion.num_drafted:
         words.append(f"{completion.num_accepted / completion.num_drafted:.0%} of drafts accepted")
     return f"[{', '.join(words)}]"

@@ -1,16 +1,21 @@
 """Settings of the commands that answer prompts. Torch-free."""
 
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, asdict, dataclass, replace
+from typing import Any
 
 from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
+"""Settings that a generation_config.json may hold too."""
+
 
 @dataclass(frozen=True)
 class GenerateConfig(FilteredSamplingConfig):
-    """Answer prompts with a model: from --prompt, from --file (one prompt per line, or JSONL), or from stdin."""
+    """Answer prompts with a model: from --prompt, from --file or from stdin: one prompt per line, or JSON lines."""
 
     path: Positional[str]
     """Model directory or run directory."""
@@ -18,13 +23,15 @@ class GenerateConfig(FilteredSamplingConfig):
     prompt: tuple[str, ...] = ()
     """Prompts; each is one user message unless --raw."""
     file: str | None = None
-    """Text file with one prompt per line, or .jsonl with {"prompt": ...} lines."""
+    """Text file with one prompt per line, or rows (.jsonl, .json, each also .gz, or .parquet) with a "prompt", text or
+    a list of messages, or with "messages". Text whose first line is such a row is read as rows, on stdin too."""
     out: str | None = None
-    """JSONL file for the completions; printed to the terminal when left out."""
+    """JSONL file for the completions; printed to the terminal when left out. All columns of a row are kept; one that
+    has the name of a column written here, such as "answer", is kept as "input_answer"."""
     raw: bool = False
     """Continue the text itself instead of answering it as a chat message."""
     system: str | None = None
-    """System message put before every prompt."""
+    """System message put before every prompt that has none."""
     thinking: bool | None = None
     """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
     n: int = 1
@@ -40,7 +47,7 @@ class GenerateConfig(FilteredSamplingConfig):
 
 
 @dataclass(frozen=True)
-class ChatConfig(FilteredSamplingConfig):
+class ChatConfig:
     """Talk to a model in the terminal."""
 
     path: Positional[str]
@@ -51,12 +58,50 @@ class ChatConfig(FilteredSamplingConfig):
     thinking: bool | None = None
     """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
     max_tokens: int = 2048
-    temperature: float = 0.6
-    top_p: float = 0.95
+    """Longest answer; one that has not ended by then is cut off."""
+    temperature: float | None = None
+    """0 is greedy. None takes what the model's generation_config.json says, else 0.6."""
+    top_k: int | None = None
+    """Keep the k most likely tokens; 0 is off. None takes what generation_config.json says, else 0."""
+    top_p: float | None = None
+    """Keep the smallest set of most likely tokens with at least this probability; 1 is off. None takes what
+    generation_config.json says, else 0.95."""
+    min_p: float | None = None
+    """Keep tokens at least this fraction as likely as the most likely one; 0 is off. None takes what
+    generation_config.json says, else 0."""
+    seed: int | None = None
+    """Makes sampling repeatable; None draws a new seed."""
     single: bool = False
     """Forget each exchange before the next question, as models trained on single questions expect."""
     draft_tokens: int | None = None
-    """Tokens drafted per step by the MTP module; None uses 1 where the model has one."""
+    """Tokens drafted per step by the MTP module; None takes engine.num_draft_tokens, or if that is 0 one where the
+    model has the module."""
+    engine: EngineConfig = EngineConfig(max_sequences=1)
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that will not do, before anything is loaded."""
+        self.sampling({})
+        self.engine_options()
+
+    def sampling(self, own: Mapping[str, Any]) -> FilteredSamplingConfig:
+        """The settings given here, over those of `own`, a generation_config.json, over the defaults."""
+        given = {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
+        greedy = {"temperature": 0.0} if own.get("do_sample") is False else {}
+        asked = {name: own[name] for name in FILTERS if own.get(name) is not None} | greedy
+        values = {"temperature": 0.6, "top_p": 0.95, **asked, **given}
+        try:
+            return FilteredSamplingConfig(max_tokens=self.max_tokens, seed=self.seed, **values)
+        except ValueError as error:
+            if any(f"{name} = " in str(error) for name in asked.keys() - given.keys()):
+                raise ValueError(
+                    f"generation_config.json of the model: {error}; or give a value of your own"
+                ) from error
+            raise
+
+    def engine_options(self) -> dict[str, Any]:
+        """Fields of `EngineConfig`. `num_draft_tokens` may be None: one where the model can draft."""
+        drafts = (self.engine.num_draft_tokens or None) if self.draft_tokens is None else self.draft_tokens
+        return {**asdict(replace(self.engine, num_draft_tokens=drafts or 0)), "num_draft_tokens": drafts}

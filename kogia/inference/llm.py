@@ -1,6 +1,6 @@
 """The front end: a model directory, prompts in, completions out."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 
 from kogia.checkpoint.open import open_model
 from kogia.config import from_dict
+from kogia.data.rows import conversation
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import Completion, SamplingParams, TokenEvent
@@ -15,14 +16,17 @@ from kogia.engine.threads import generation_threads
 from kogia.model.costs import num_params
 from kogia.text.chat import Message, Prompt, render_prompt
 
-Given = Prompt | str | Sequence[int]
-"""A prompt, or the text or token ids of one."""
+Turn = Message | Mapping[str, Any]
+"""A message, or an object with "role" and "content"."""
+Given = Prompt | str | Sequence[int] | Sequence[Turn]
+"""A prompt, or its text or token ids, or a conversation that ends with a user message."""
 
 
 class LLM:
     """A loaded model with its tokenizer and an engine.
 
     >>> llm = LLM("runs/demo/model")
+    >>> llm.chat([{"role": "user", "content": "numbers 4 6 15 target 17"}])[0].answer
     >>> llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))[0][0].text
     """
 
@@ -52,23 +56,28 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_progress: Callable[[int, int, int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Continue texts or token ids, `n` completions each. Texts get the leading BOS that the model's texts have."""
+        """Continue every prompt, `n` completions each.
+
+        Texts go on as they are, after the leading BOS that the model's texts have: no chat template makes a question of
+        them. Conversations are rendered as `chat` does.
+        """
         each = [prompts] if isinstance(prompts, str) else prompts
         with generation_threads(None, num_params(self.model.config)):
             return self.engine.generate([self._ids(p) for p in each], params or SamplingParams(), on_progress)
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, thinking: bool | None = None
+        self, messages: Sequence[Turn], params: SamplingParams | None = None, *, thinking: bool | None = None
     ) -> list[Completion]:
         """Answer one conversation that ends with a user message; `params.n` answers.
 
+        A message is a `Message` or a plain {"role": "user", "content": "..."}. A `Completion` has the thought and the
+        answer apart.
+
         `thinking` turns thoughts on or off for models whose chat template has that switch.
         """
-        return self.generate([render_prompt(messages, self.tokenizer, thinking)], params)[0]
+        return self.generate([render_prompt(conversation(messages, "messages"), self.tokenizer, thinking)], params)[0]
 
-    def stream(
-        self, prompt: Given | Sequence[Message], params: SamplingParams | None = None
-    ) -> Generator[TokenEvent, None, None]:
+    def stream(self, prompt: Given, params: SamplingParams | None = None) -> Generator[TokenEvent, None, None]:
         """Tokens of one continuation or answer as they come; the last event carries the completion.
 
         Leaving the loop early gives the request up.
@@ -82,11 +91,14 @@ class LLM:
         finally:
             stream.cancel()
 
-    def _ids(self, prompt: Given | Sequence[Message]) -> list[int]:
+    def _ids(self, prompt: Given) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode_raw(prompt)
         if isinstance(prompt, Prompt):
             return prompt.token_ids
-        if messages := [part for part in prompt if isinstance(part, Message)]:
-            return render_prompt(messages, self.tokenizer).token_ids
-        return [part for part in prompt if not isinstance(part, Message)]
+        if isinstance(prompt, Message | Mapping):
+            raise ValueError(f"a prompt is {prompt!r:.60}: one message is none; put it into a list, or use chat()")
+        ids = [part for part in prompt if not isinstance(part, Message | Mapping)]
+        if len(ids) == len(prompt):
+            return ids
+        return render_prompt(conversation(prompt, "the prompt"), self.tokenizer).token_ids

@@ -28,9 +28,14 @@ def training_memory(model: ModelConfig, batch_tokens: int) -> Line:
     return "memory", f"about {mib(memory.total)} beside the libraries: {parts}"
 
 
-def sampling_memory(model: ModelConfig, cache_bytes: int) -> Line:
+def sampling_memory(model: ModelConfig, cache_bytes: int | None) -> Line:
     weights = 4 * (num_params(model) + num_mtp_params(model))
-    return "memory", f"weights {mib(weights)} in float32, and at most {mib(cache_bytes)} of cache"
+    return "memory", f"weights {mib(weights)} in float32, and {cache_memory(cache_bytes)} of cache"
+
+
+def cache_memory(nbytes: int | None) -> str:
+    """What `engine.cache_memory_bytes` says, in words."""
+    return "a share of the free memory" if nbytes is None else f"at most {mib(nbytes)}"
 
 
 def _parameters(model: ModelConfig) -> Iterator[Line]:

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 from kogia.checkpoint.config import LoadDtype
 from kogia.config import check_finite
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig, SamplingConfig
-from kogia.eval.config import TaskOptions, check_tasks
+from kogia.eval.config import LongPrompts, TaskOptions, check_tasks
 from kogia.train.config import OptimConfig
 
 
@@ -105,12 +105,16 @@ class RLConfig(SamplingConfig):
     eval_questions: int = 300
     """0 never evaluates."""
     eval_samples: int = 8
+    long_prompts: LongPrompts = "refuse"
+    """Problems that leave no room for an answer in the model's context: "refuse" ends with the first one's id before
+    the first step, "skip" leaves them out and says how many."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
     seed: int = 0
     """Of the order of the prompts and of the sampling."""
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = EngineConfig(cache_memory_bytes=1 << 30)
+    """The cache has 1 GiB, as gradients and the optimiser's state come after it."""
     verify_workers: int = 2
     """Processes that check answers."""
     verify_timeout: float = 5.0
@@ -190,6 +194,9 @@ class CurateConfig(FilteredSamplingConfig):
     """Problems solved by a larger share of their samples teach little and are dropped."""
     seed: int = 0
     """Of the sampling and of every choice."""
+    long_prompts: LongPrompts = "refuse"
+    """Problems that leave no room for an answer in the model's context: "refuse" ends with the first one's id before
+    any is sampled, "skip" leaves them out and says how many."""
     batch_problems: int = 64
     """Problems sampled between two writes to disk."""
     engine: EngineConfig = EngineConfig()

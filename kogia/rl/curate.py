@@ -25,7 +25,7 @@ from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.eval.progress import SamplingProgress
-from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems
+from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems, fitting_problems
 from kogia.files import write_json, write_text
 from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
@@ -65,7 +65,8 @@ def _curate(
     for spec in config.tasks:
         options = config.task_options.get(spec, {})
         task = load_task(spec, options)
-        problems = choose_problems(task, config.split, config.num_problems, config.seed)
+        chosen = choose_problems(task, config.split, config.num_problems, config.seed)
+        problems = fitting_problems(chosen, tokenizer, engine.model.config.max_position, config.long_prompts)
         waiting = [problem for problem in problems if (task.name, problem.id) not in record.done]
         if len(waiting) < len(problems):
             log.info(f"{task.name}: {len(problems) - len(waiting)} of {len(problems)} problems are already done")

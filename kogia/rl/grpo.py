@@ -27,10 +27,11 @@ from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import evaluate
+from kogia.eval.sample import choose_problems, fitting_problems
 from kogia.model.costs import num_params
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
-from kogia.plan.dry_run import mib, print_dry_run, training_memory
+from kogia.plan.dry_run import cache_memory, print_dry_run, training_memory
 from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
 from kogia.rl.config import RLConfig
 from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
@@ -38,7 +39,7 @@ from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, pol
 from kogia.rl.rollout_log import rollout_metrics, write_samples
 from kogia.rl.signal import measure_signal
 from kogia.tasks.pool import VerifyPool
-from kogia.tasks.task import load_task
+from kogia.tasks.task import Problem, Task, load_task
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
@@ -93,10 +94,11 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     model, tokenizer, _ = open_model(source, device=config.device, dtype="float32")
     sources = []
     for spec, task in tasks:
+        problems = _training_problems(task, tokenizer, model.config.max_position, config)
         pool = VerifyPool(
             spec, config.task_options.get(spec), workers=config.verify_workers, timeout=config.verify_timeout
         )
-        sources.append(ProblemSource(task, task.problems("train"), stack.enter_context(pool)))
+        sources.append(ProblemSource(task, problems, stack.enter_context(pool)))
     reference = load_model(init, device=model.device, dtype=torch.float32) if config.loss.kl_coef else None
     state = TrainState(
         model,
@@ -111,6 +113,14 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
         restore(run, checkpoint)
     log.cut_back(out / SAMPLES_FILE, run.rollouts - 1)
     return run
+
+
+def _training_problems(task: Task, tokenizer: Tokenizer, limit: int, config: RLConfig) -> list[Problem]:
+    """The problems to train on; those to measure on are checked with them, or they would end the run when it is due."""
+    if config.eval_questions:
+        held_out = choose_problems(task, "test", config.eval_questions, EvalConfig.question_seed)
+        fitting_problems(held_out, tokenizer, limit, config.long_prompts)
+    return fitting_problems(task.problems("train"), tokenizer, limit, config.long_prompts)
 
 
 def train(run: Run) -> None:
@@ -158,6 +168,7 @@ def measure(run: Run) -> dict[str, float]:
         temperature=config.temperature,
         max_tokens=config.max_tokens,
         seed=config.seed,
+        long_prompts=config.long_prompts,
     )
     results = {}
     for source in run.sources:
@@ -323,6 +334,6 @@ def print_plan(config: RLConfig) -> None:
     """The resolved configuration, parameter count and memory estimate on stdout; writes and trains nothing."""
     model, samples = load_config(config.init), config.prompts_per_step * config.group_size
     memory = training_memory(model, config.micro_batch_tokens)
-    cache = f"at most {mib(config.engine.cache_memory_bytes)}"
+    cache = cache_memory(config.engine.cache_memory_bytes)
     rollout = f"{samples:,} samples a step, up to {samples * config.max_tokens:,} tokens"
     print_dry_run(config, model, [memory, ("cache", cache), ("rollout", rollout)])

@@ -66,6 +66,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return parse_object(read_text(path), str(path))
 
 
+def read_generation(directory: Path) -> dict[str, Any]:
+    """generation_config.json: how the model's makers have it sampled; empty where there is none."""
+    path = directory / "generation_config.json"
+    return read_object(path) if os.path.lexists(path) else {}
+
+
 def read_eos_ids(directory: Path) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json, else of config.json: none, one, or a list (Llama 3)."""
     for name in ("generation_config.json", "config.json"):

@@ -26,6 +26,7 @@ from kogia.text.files import (
     TEMPLATE_FILE,
     parse_object,
     read_eos_ids,
+    read_generation,
     read_object,
     read_text,
 )
@@ -72,9 +73,11 @@ class Tokenizer:
         *,
         files: Mapping[str, str] | None = None,
         eos_ids: Sequence[int] = (),
+        generation: Mapping[str, Any] | None = None,
         origin: str = "chat_template",
     ) -> None:
         """`config` is tokenizer_config.json; `files` are further files by name, `eos_ids` further ids that end a text.
+        `generation` is generation_config.json, which goes with the tokenizer into every model that is saved with it.
 
         `origin` names the place of the chat template in error messages.
         """
@@ -83,6 +86,7 @@ class Tokenizer:
         self.backend = backend
         self.config = config
         self.files = dict(files or {})
+        self.generation = dict(generation or {})
         self.is_byte_level = _is_byte_level(backend)
         names = parse_object(self.files.get(SPECIAL_TOKENS_FILE, "{}"), SPECIAL_TOKENS_FILE)
         self.special_tokens = _special_tokens({**names, **config})
@@ -110,7 +114,8 @@ class Tokenizer:
         files = {name: read_text(directory / name) for name in EXTRA_FILES if os.path.lexists(directory / name)}
         origin = directory / (TEMPLATE_FILE if TEMPLATE_FILE in files else config_path.name)
         try:
-            return cls(backend, config, files=files, eos_ids=read_eos_ids(directory), origin=str(origin))
+            ids, generation = read_eos_ids(directory), read_generation(directory)
+            return cls(backend, config, files=files, eos_ids=ids, generation=generation, origin=str(origin))
         except ValueError as error:
             prefix = "" if str(directory) in str(error) else f"{config_path}: "
             raise ValueError(f"{prefix}{error}") from error

@@ -56,10 +56,26 @@ def test_the_context_ends_a_completion_that_asked_for_more(model):
     assert completion.finish_reason == "length"
 
 
-def test_a_request_larger_than_the_cache_is_refused_and_leaves_nothing_behind(model):
+def test_a_prompt_larger_than_the_cache_is_refused_and_leaves_nothing_behind(model):
     small = engine(model, num_blocks=5)
-    with pytest.raises(ValueError, match="49 cached tokens, but the whole cache holds 20"):
-        small.generate([[5] * 4, [5] * 10], [SamplingParams(max_tokens=8), SamplingParams(max_tokens=40)])
+    for length in (21, 30):
+        with pytest.raises(ValueError, match=f"a prompt of {length} tokens .*but the whole cache holds 20"):
+            small.generate([[5] * 4, [5] * length], SamplingParams(max_tokens=8))
+    assert_empty(small)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_draft_tokens": 1}, {"prefix_cache": False}])
+@pytest.mark.parametrize("length", [4, 10, 19, 20])
+def test_a_completion_ends_where_the_cache_is_full_and_that_is_said_once(model, options, length, capsys):
+    params = SamplingParams(max_tokens=40, ignore_eos=True, seed=0)
+    small = engine(model, num_blocks=5, **options)
+    short, other = (group[0] for group in small.generate([[5] * length, [6] * length], params))
+    (whole,) = engine(model, **options).generate([[5] * length], params)[0]
+    assert short.token_ids == whole.token_ids[: 21 - length]
+    assert len(other.token_ids) == 21 - length
+    assert (short.finish_reason, whole.finish_reason) == ("length", "length")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("the whole cache holds 20 tokens, so a completion of 40 tokens may end early") == 1
     assert_empty(small)
 
 

@@ -4,6 +4,7 @@ import json
 import tomllib
 from collections import Counter, defaultdict
 from dataclasses import replace
+from operator import itemgetter
 from statistics import fmean
 
 import pytest
@@ -15,8 +16,9 @@ from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.eval.config import EvalConfig
 from kogia.eval.metrics import pass_at_k
+from kogia.eval.progress import SamplingProgress
 from kogia.eval.run import evaluate, main, output_directory
-from kogia.eval.sample import choose_problems
+from kogia.eval.sample import answer_problems, choose_problems
 from kogia.eval.summary import read_samples, summarise
 from kogia.eval.table import print_results
 from kogia.tasks.pool import VerifyPool
@@ -160,6 +162,123 @@ def test_an_interrupted_evaluation_keeps_what_was_verified(checkpoint, tmp_path)
     assert result.score() is not None and result.score("greedy") is None
 
 
+def interrupted(config, after):
+    """Run `config` to Ctrl-C after so many questions, as `main` meets it."""
+
+    def interrupt(self, done: int, total: int, _: int) -> None:
+        if done >= after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplingProgress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main(config)
+
+
+@pytest.mark.parametrize("after", [7, 19])
+def test_a_resumed_evaluation_equals_one_that_was_never_interrupted(checkpoint, tmp_path, written, after, capsys):
+    _, whole, rows = written
+    config = settings(checkpoint, tmp_path)
+    interrupted(config, after)
+    assert "--resume" in capsys.readouterr().err
+    out = tmp_path / "evals"
+    partial = out / "Checksum.partial.jsonl"
+    assert not list(out.glob("*.json"))  # nothing that a report would take for an evaluation
+    kept = partial.read_bytes()
+    torn = kept.rstrip(b"\n").rpartition(b"\n")[0] + b"\n" + kept[:40]  # a kill while the last question was written
+    partial.write_bytes(torn)
+    before = {(row["problem_id"], row["sample"] < 0) for row in map(json.loads, kept.decode().splitlines())}
+    asked = []
+
+    def recorded(engine, tokenizer, pool, problems, *rest, **options):
+        asked.extend(problems)
+        return answer_problems(engine, tokenizer, pool, problems, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kogia.eval.run.answer_problems", recorded)
+        main(replace(config, resume=True))
+    assert len(asked) == 24 - (len(before) - 1)  # what is missing, and the torn one
+    place = itemgetter("problem_id", "sample")
+    assert sorted(read_samples(out / "Checksum.jsonl"), key=place) == sorted(rows, key=place)
+    summary = json.loads((out / "Checksum.json").read_text())
+    assert {key: summary[key] for key in KEYS if key != "seconds"} == {
+        key: whole[key] for key in KEYS if key != "seconds"
+    }
+    assert {path.name for path in out.iterdir()} == {"Checksum.json", "Checksum.jsonl"}
+
+
+def test_several_tasks_are_resumed_where_they_were_interrupted(checkpoint, tmp_path, capsys):
+    config = settings(checkpoint, tmp_path, tasks=(SPEC, "toy_task:Hopeless"), greedy=False)
+    main(config)
+    out = tmp_path / "evals"
+    first = (out / "Checksum.jsonl").stat().st_mtime_ns
+    second = read_samples(out / "Hopeless.jsonl")
+    (out / "Hopeless.json").unlink()
+    (out / "Hopeless.jsonl").unlink()
+    main(replace(config, resume=True))
+    assert (out / "Checksum.jsonl").stat().st_mtime_ns == first  # complete: not sampled again
+    place = itemgetter("problem_id", "sample")
+    assert sorted(read_samples(out / "Hopeless.jsonl"), key=place) == sorted(second, key=place)
+    assert "Checksum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"temperature": 0.5}, r"temperature = 1.0, and now it is 0.5"),
+        ({"num_samples": 4, "k": (1,)}, "k = "),
+        ({"task_options": {SPEC: {"prefix": "tell"}}}, "task_options = {}"),
+        ({"question_seed": 1}, "question_seed = 0, and now it is 1"),
+    ],
+)
+def test_an_evaluation_is_not_resumed_under_other_settings(checkpoint, tmp_path, changes, named):
+    config = settings(checkpoint, tmp_path)
+    interrupted(config, 7)
+    with pytest.raises(ValueError, match=f"resume: .*Checksum.partial.jsonl was begun with {named}"):
+        main(replace(config, resume=True, **changes))
+    assert (tmp_path / "evals" / "Checksum.partial.jsonl").stat().st_size > 0
+
+
+def test_interrupted_samples_are_not_lost_by_accident_and_nothing_is_resumed_from_nothing(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="resume: nothing was begun in"):
+        main(replace(config, resume=True))
+    interrupted(config, 7)
+    with pytest.raises(ValueError, match=r"Checksum.partial.jsonl: .*--resume goes on with them"):
+        main(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"temperature": 0.5}, "made with temperature = 1.0, this one would be with temperature = 0.5"),
+        ({"top_k": 3, "min_p": 0.5}, "made with top_k = 0, min_p = 0.0, this one would be with top_k = 3, min_p = 0.5"),
+        ({"max_tokens": 20, "num_samples": 0, "k": ()}, "made with max_tokens = 24, this one"),
+        ({"split": "train"}, "made with split = 'test', this one would be with split = 'train'"),
+        ({"task_options": {SPEC: {"prefix": "tell"}}}, "question 'test/.*' reads differently"),
+    ],
+)
+def test_evaluations_that_cannot_be_compared_are_refused_before_the_model_is_opened(written, tmp_path, changes, reason):
+    config = settings(tmp_path / "no-model-is-here", tmp_path, compare=str(written[0]), **changes)
+    with pytest.raises(ValueError, match=reason):
+        main(config)
+    assert not (tmp_path / "evals").exists()
+
+
+def test_sampled_answers_are_not_compared_with_greedy_ones(checkpoint, tmp_path):
+    main(settings(checkpoint, tmp_path, num_questions=3, num_samples=2, k=(), greedy=False))
+    before = tmp_path / "evals" / "Checksum.json"
+    other = {"out": str(tmp_path / "other"), "compare": str(before), "num_questions": 3}
+    with pytest.raises(ValueError, match="nothing to compare; set num_samples"):
+        main(settings("no-model", tmp_path, num_samples=0, k=(), **other))
+    # greedy answers depend on none of the filters
+    main(settings(checkpoint, tmp_path, num_questions=3, num_samples=0, k=(), out=str(tmp_path / "greedy")))
+    other["compare"] = str(tmp_path / "greedy" / "Checksum.json")
+    main(settings(checkpoint, tmp_path, num_samples=1, k=(), temperature=0.5, top_k=7, **other))
+    compared = json.loads((tmp_path / "other" / "Checksum.json").read_text())["compare"]
+    assert compared["pass@1"] is None and compared["greedy"]["difference"][0] == 0.0
+
+
 def test_truncation_and_the_table_are_shown(checkpoint, tmp_path, capsys):
     main(settings(checkpoint, tmp_path, max_tokens=2, num_questions=4))
     output = capsys.readouterr()
@@ -204,8 +323,24 @@ def test_tasks_without_usable_problems_are_refused(checkpoint, tmp_path):
 
 def test_a_prompt_beyond_the_context_names_its_problem(checkpoint, tmp_path):
     options = {SPEC: {"prefix": "say " * 200}}
-    with pytest.raises(ValueError, match=r"problem 'test/\d+': .*the model's context is 128"):
+    with pytest.raises(ValueError, match=r"problem 'test/\d+': .*the model's context is 128 .*the first of 12 in 12"):
         main(settings(checkpoint, tmp_path, task_options=options))
+    with pytest.raises(ValueError, match="none is left: take a model with a longer context"):
+        main(settings(checkpoint, tmp_path, task_options=options, long_prompts="skip"))
+
+
+def test_prompts_beyond_the_context_are_named_before_the_first_answer_and_left_out_if_asked(
+    checkpoint, tmp_path, capsys
+):
+    spec = "toy_task:Wordy"
+    with pytest.raises(ValueError, match=r"problem 'test/(3|7|11)': .*the first of 3 in 12 problems; shorten them, or"):
+        main(settings(checkpoint, tmp_path, tasks=(SPEC, spec)))
+    assert not (tmp_path / "evals").exists()  # not even of the first task
+    main(settings(checkpoint, tmp_path, tasks=(spec,), long_prompts="skip", greedy=False))
+    rows = read_samples(tmp_path / "evals" / "Wordy.jsonl")
+    assert {row["problem_id"] for row in rows} == {f"test/{i}" for i in range(12) if i % 4 != 3}
+    assert json.loads((tmp_path / "evals" / "Wordy.json").read_text())["num_questions"] == 9
+    assert capsys.readouterr().err.count("the first of 3 in 12 problems; left out") == 1
 
 
 def test_the_output_directory_follows_the_run():

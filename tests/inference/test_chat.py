@@ -1,13 +1,22 @@
 """`kogia chat`: lines in, styled answers out."""
 
 import io
+import json
 import os
+import pty
+import re
+import select
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
 from kogia import cli
+from kogia.checkpoint.hf import save_model
+from kogia.checkpoint.open import open_model
 from kogia.engine.output import printable
 from kogia.engine.request import SamplingParams
 from kogia.inference import chat as chat_command
@@ -15,6 +24,7 @@ from kogia.inference.chat import ThoughtStyle
 from kogia.inference.config import ChatConfig
 from kogia.inference.llm import LLM
 from kogia.text.chat import Message, Prompt
+from kogia.text.tokenizer import Tokenizer
 
 
 def test_chat_command_answers_lines_of_stdin_and_keeps_the_conversation(directory, monkeypatch, capsys, llm):
@@ -73,6 +83,143 @@ def test_chat_command_stops_drafting_when_drafts_are_hardly_ever_right(directory
     assert chat_command.main(config) == 0
     summaries = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
     assert ["drafts" in line for line in summaries] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "expected"),
+    [
+        ({"temperature": 0.7, "top_k": 20, "top_p": 0.8}, {}, (0.7, 20, 0.8, 0.0)),
+        ({"temperature": 0.7, "top_k": 20}, {"temperature": 0.0, "min_p": 0.5}, (0.0, 20, 0.95, 0.5)),
+        ({"temperature": None, "min_p": 0.25, "max_new_tokens": 3}, {}, (0.6, 0, 0.95, 0.25)),
+        ({"do_sample": False, "temperature": 0.9}, {}, (0.0, 0, 0.95, 0.0)),
+        ({"do_sample": False}, {"temperature": 0.5}, (0.5, 0, 0.95, 0.0)),
+    ],
+)
+def test_what_the_models_makers_say_is_the_default_and_flags_come_first(own, flags, expected):
+    sampling = ChatConfig("m", **flags).sampling(own)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == expected
+    assert sampling.max_tokens == 2048
+
+
+def test_values_of_the_model_that_will_not_do_are_named_with_their_file():
+    for own in ({"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}):
+        with pytest.raises(
+            ValueError, match=r"generation_config.json of the model: (temperature|top_k|top_p) = .*must"
+        ):
+            ChatConfig("m").sampling(own)
+    assert ChatConfig("m", temperature=0.5).sampling({"temperature": -1}).temperature == 0.5
+
+
+def test_chat_samples_as_the_model_asks_and_a_saved_model_still_does(directory, tmp_path, monkeypatch, capsys):
+    model, tokenizer, _ = open_model(directory, device="cpu")
+    own = {"temperature": 5.0, "top_k": 1, "repetition_penalty": 1.1}
+    tokenizer.generation = {**tokenizer.generation, **own}
+    first = save_model(model, tmp_path / "first", tokenizer)
+    again = save_model(model, tmp_path / "again", Tokenizer.load(first))
+    written = json.loads((again / "generation_config.json").read_text())
+    assert own.items() <= written.items() and written["eos_token_id"] == tokenizer.eos_id
+    greedy = SamplingParams(temperature=0, max_tokens=9)
+    (expected,) = LLM(again, device="cpu").chat([Message("user", "hello")], greedy)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert cli.main(["chat", str(again), "--max-tokens", "9", "--device", "cpu"]) == 0
+    assert printable(expected.text.split("</think>")[0]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--temperature", "-1"], "temperature = -1.0: must be"),
+        (["--top-k", "-1"], "top_k = -1: must be"),
+        (["--draft-tokens", "-1"], "num_draft_tokens = -1: must be at least 0"),
+        (["--engine.block-size", "0"], "engine.block_size = 0"),
+        (["--thinking", "True"], "thinking = True: this model's chat template has no such switch"),
+        (["--device", "nowhere"], "device = 'nowhere'"),
+    ],
+)
+def test_what_will_not_do_is_said_before_the_weights_are_read(directory, tmp_path, flags, reason, capsys):
+    shutil.copytree(directory, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(cli.main(["chat", str(tmp_path / "model"), *flags]))
+    captured = capsys.readouterr()
+    assert reason in " ".join((captured.out + captured.err).replace("│", " ").split())
+
+
+def test_drafts_that_a_model_cannot_make_are_refused_before_its_weights_are_read(directory, tmp_path, capsys):
+    shutil.copytree(directory, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    for flag in ("--draft-tokens", "--engine.num-draft-tokens"):
+        assert cli.main(["chat", str(tmp_path / "model"), flag, "2"]) == 2
+        assert "the model has no MTP module to draft with" in " ".join(capsys.readouterr().err.split())
+
+
+def test_engine_flags_reach_the_engine_of_a_chat(directory, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    flags = ["--engine.num-blocks", "1", "--engine.block-size", "32", "--max-tokens", "90", "--device", "cpu"]
+    assert cli.main(["chat", str(directory), "--seed", "1", *flags]) == 0
+    captured = capsys.readouterr()
+    assert "the whole cache holds 32 tokens" in " ".join(captured.err.split())
+    assert "cut off" in captured.out
+
+
+SPOKEN = [
+    ("one\ntwo\n", [("one", False), ("two", False)]),
+    ("a \\\nb\\\n\nc\n", [("a \nb", False), ("c", False)]),
+    ('"""a\n\n  b"""\nc\n', [("a\n\n  b", False), ("c", False)]),
+    ('"""\n/exit\n"""\n', [("/exit", False)]),
+    ('"""/exit"""\n/exit\n', [("/exit", False), ("/exit", True)]),
+    ('"""open\nend', [("open\nend", False)]),
+    ("a\\", [("a", False)]),
+    (" \n\n/help\n", [("/help", True)]),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), SPOKEN)
+def test_questions_may_have_several_lines(text, said, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert list(chat_command._questions(Console())) == said
+
+
+def test_help_and_exit_are_obeyed(directory, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\nhello\n/exit\nhello\n"))
+    assert cli.main(["chat", str(directory), "--max-tokens", "4", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "/reset" in out and "/exit" in out
+    assert out.count("tokens/s") == 1
+
+
+def test_lines_are_edited_and_brought_back_in_a_terminal(directory, llm):
+    pytest.importorskip("readline")
+    (expected,) = llm.chat([Message("user", "hello")], SamplingParams(temperature=0, max_tokens=9))
+    words = ["chat", str(directory), "--temperature", "0", "--max-tokens", "9", "--single", "--device", "cpu"]
+    keyboard, screen = pty.openpty()
+    command = [sys.executable, "-m", "kogia.cli", *words]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "NO_COLOR": "1"}
+    chat = subprocess.Popen(command, stdin=screen, stdout=screen, stderr=screen, env=environment)
+    os.close(screen)
+    wait_for(keyboard, "> ")
+    os.write(keyboard, b"helo\x1b[Dl\r")  # left, then the letter that was missing
+    first = wait_for(keyboard, "tokens/s")
+    os.write(keyboard, b"\x1b[A\r")  # up: the same again
+    second = wait_for(keyboard, "tokens/s")
+    os.write(keyboard, b"/exit\r")
+    assert chat.wait(timeout=60) == 0
+    os.close(keyboard)
+    shown = printable(expected.text.split("</think>")[0]).split()[0]
+    for answer in (first, second):
+        assert shown in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", answer)
+
+
+def wait_for(terminal: int, text: str) -> str:
+    """What a terminal shows up to `text`."""
+    shown = b""
+    while text.encode() not in shown:
+        ready, _, _ = select.select([terminal], [], [], 60)
+        assert ready, shown
+        shown += os.read(terminal, 4096)
+    return shown.decode(errors="replace")
 
 
 def terminal() -> tuple[Console, io.StringIO]:

@@ -1,5 +1,6 @@
 """`kogia generate`: prompts from anywhere, completions as rows or as text."""
 
+import gzip
 import io
 import json
 
@@ -10,7 +11,10 @@ from kogia.engine.request import SamplingParams
 from kogia.inference.config import GenerateConfig
 from kogia.inference.generate import read_prompts
 from kogia.inference.llm import LLM
+from kogia.inference.prompts import Question
 from kogia.text.chat import Message
+
+ONE_TWO = [Question.of("one"), Question.of("two")]
 
 
 def test_generate_command_writes_one_json_line_per_completion(directory, tmp_path, capsys):
@@ -40,7 +44,7 @@ def test_generate_command_names_what_is_missing(directory, tmp_path, capsys, mon
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"question": "y"}\n')
     assert cli.main(["generate", str(directory), "--file", str(bad)]) == 2
-    assert "bad.jsonl, line 2: must be a JSON object with a 'prompt'" in capsys.readouterr().err
+    assert "bad.jsonl, line 2: keys ['question']: must be a JSON object with a 'prompt'" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     with pytest.raises(ValueError, match="stdin holds no prompt"):
         read_prompts(GenerateConfig(path=str(directory)))
@@ -60,6 +64,91 @@ def test_generate_command_reads_answers_of_a_model_that_opens_no_thought(qwen, t
 def test_a_byte_order_mark_before_prompts_is_no_part_of_the_first(tmp_path, monkeypatch):
     for name, content in (("a.txt", "one\ntwo\n"), ("a.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n')):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
-        assert read_prompts(GenerateConfig(path="m", file=str(tmp_path / name))) == ["one", "two"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\ntwo\n"))
-    assert read_prompts(GenerateConfig(path="m")) == ["one", "two"]
+        assert read_prompts(GenerateConfig(path="m", file=str(tmp_path / name))) == ONE_TWO
+    for text in ("\ufeffone\ntwo\n", '\ufeff{"prompt": "one"}\n{"prompt": "two"}\n'):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert read_prompts(GenerateConfig(path="m")) == ONE_TWO
+
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "two"}]
+
+
+def test_rows_with_messages_are_asked_as_conversations_and_keep_their_columns(directory, tmp_path, monkeypatch, llm):
+    rows = [
+        {"id": 7, "prompt": CHAT, "answer": "2", "meta": {"level": [1]}},
+        {"messages": CHAT[1:], "text": "a", "input_text": "b"},
+        {"prompt": "two", "messages": []},
+    ]
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(json.dumps(row) + "\n" for row in rows)))
+    flags = ["--max-tokens", "8", "--temperature", "0", "--device", "cpu", "--system", "be brief"]
+    assert cli.main(["generate", str(directory), "--out", str(out), *flags]) == 0
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    (expected,) = llm.chat(CHAT, SamplingParams(max_tokens=8, temperature=0))
+    assert [row["text"] for row in written] == [expected.text] * 3
+    kept = {"id": 7, "prompt": CHAT, "input_answer": "2", "meta": {"level": [1]}}
+    assert kept.items() <= written[0].items()
+    assert written[0]["answer"] == expected.answer
+    assert {"messages": CHAT[1:], "input_input_text": "a", "input_text": "b"}.items() <= written[1].items()
+    assert written[2]["prompt"] == "two"
+
+
+def test_rows_come_from_any_file_of_rows(tmp_path):
+    rows = [{"prompt": "one"}, {"prompt": CHAT, "day": 3}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.prompts").write_text(lines)
+    (tmp_path / "d.txt").write_text(lines)
+    for name in ("a.json", "b.jsonl.gz", "c.prompts", "d.txt"):
+        first, second = read_prompts(GenerateConfig(path="m", file=str(tmp_path / name)))
+        assert first == Question.of("one")
+        assert second == Question((Message("system", "be brief"), Message("user", "two")), rows[1])
+
+
+def test_text_that_only_looks_like_json_stays_text(monkeypatch):
+    for text in ('{"a": 1}', "[1, 2]", '{"prompt": ', '"prompt"', "[" * 20_000):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f'{text}\n{{"prompt": "x"}}\n'))
+        assert [question.asked for question in read_prompts(GenerateConfig(path="m"))] == [text, '{"prompt": "x"}']
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"prompt": 5}', r"prompt is 5 \(int\): must be a list"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "the last must be"),
+        ('{"messages": [{"content": "a"}]}', r"messages\[0\] has only \['content'\]"),
+        ('{"messages": "hello"}', "messages is 'hello' .str.: must be a list"),
+        ('{"prompt": "\\ud800"}', "prompt"),
+        ('{"prompt": ""}', "must be a JSON object with a 'prompt'"),
+        ("[]", "a list: must be a JSON object"),
+        ('{"prompt"', "not JSON"),
+    ],
+)
+def test_a_row_that_asks_nothing_is_named_by_its_line(row, reason, tmp_path, monkeypatch):
+    text = f'{{"prompt": "fine"}}\n\n{row}\n'
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 3: .*{reason}"):
+        read_prompts(GenerateConfig(path="m", file=str(tmp_path / "rows.jsonl")))
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    with pytest.raises(ValueError, match=f"stdin, line 3: .*{reason}"):
+        read_prompts(GenerateConfig(path="m"))
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_model_is_opened(tmp_path, capsys):
+    assert cli.main(["generate", str(tmp_path / "no-model"), "--prompt", "x", "--out", str(tmp_path)]) == 2
+    assert "is a directory; name a file" in " ".join(capsys.readouterr().err.split())
+
+
+def test_completions_go_through_a_link(directory, tmp_path, capsys):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    flags = ["--prompt", "x", "--max-tokens", "2", "--device", "cpu", "--out", str(tmp_path / "link.jsonl")]
+    assert cli.main(["generate", str(directory), *flags]) == 0
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert json.loads((tmp_path / "real.jsonl").read_text())["prompt"] == "x"
+
+
+def test_messages_are_not_continued_as_raw_text(directory, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"messages": CHAT}) + "\n"))
+    assert cli.main(["generate", str(directory), "--raw", "--device", "cpu"]) == 2
+    assert "leave out --raw" in capsys.readouterr().err

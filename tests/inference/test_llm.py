@@ -1,12 +1,19 @@
 """The front end, over a model directory on disk."""
 
 import json
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from inference.tiny import CONFIG, PARAMS
 from tokenizer_families import QWEN3, write_llama2
 
+import kogia
 from kogia.checkpoint.convert import convert
 from kogia.checkpoint.hf import load_model, save_model
 from kogia.engine.engine import Engine
@@ -50,6 +57,91 @@ def test_a_prompt_that_was_made_elsewhere_is_taken_as_it_is(llm):
     groups = llm.generate([prompt, prompt.token_ids], PARAMS)
     assert [[completion.token_ids for completion in group] for group in groups] == [[answer.token_ids]] * 2
     assert list(llm.stream(prompt, PARAMS))[-1].completion.token_ids == answer.token_ids
+
+
+def test_plain_objects_are_messages_wherever_a_conversation_is_taken(llm):
+    messages = [
+        Message("system", "be brief"),
+        Message("user", "hi"),
+        Message("assistant", "yes"),
+        Message("user", "so"),
+    ]
+    plain = [{"role": message.role, "content": message.content} for message in messages]
+    (expected,) = llm.chat(messages, PARAMS)
+    mixed = [messages[0], *plain[1:]]
+    assert [llm.chat(each, PARAMS)[0].token_ids for each in (plain, mixed)] == [expected.token_ids] * 2
+    assert [group[0].token_ids for group in llm.generate([plain, mixed], PARAMS)] == [expected.token_ids] * 2
+    assert list(llm.stream(plain, PARAMS))[-1].completion.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([{"role": "user"}], r"messages\[0\] has only \['role'\] filled"),
+        ([{"role": "user", "content": "a"}, {"role": "boss", "content": "b"}], "role='boss': must be one of"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content is 5 \(int\): must be text"),
+        ([{"role": "assistant", "content": "a"}], "must end with a user message, this one ends with assistant"),
+        ([], "ends with nothing"),
+    ],
+)
+def test_what_is_no_conversation_is_named(llm, messages, reason):
+    with pytest.raises(ValueError, match=reason):
+        llm.chat(messages, PARAMS)
+
+
+NO_CONVERSATIONS = """
+import sys
+from kogia import LLM
+llm, message = LLM(sys.argv[1], device="cpu"), {"role": "user", "content": "hi"}
+for ask in (lambda: llm.generate([message]), lambda: next(llm.stream(message)), lambda: llm.chat("hi")):
+    try:
+        ask()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_one_message_or_a_text_in_the_place_of_a_conversation_is_pointed_out(directory):
+    # in a process of its own: the type checks of the test run would come first
+    done = subprocess.run([sys.executable, "-c", NO_CONVERSATIONS, str(directory)], capture_output=True, text=True)
+    one, streamed, text = done.stdout.splitlines()
+    assert one == streamed
+    assert one.endswith("one message is none; put it into a list, or use chat()")
+    assert text == "messages is 'hi' (str): must be a list"
+
+
+def test_a_completion_has_its_thought_and_its_answer_apart(llm, qwen):
+    (answer,) = llm.chat([Message("user", "hi")], PARAMS)
+    assert answer.opens_thought
+    assert (answer.thinking, answer.answer) == (answer.text.strip(), "")  # random weights never close the thought
+    assert replace(answer, text="so\n</think>\n\n42").thinking == "so"
+    assert replace(answer, text="so\n</think>\n\n42").answer == "42"
+    (plain,) = LLM(qwen, device="cpu").chat([Message("user", "hi")], PARAMS, thinking=False)
+    assert not plain.opens_thought
+    assert (plain.thinking, plain.answer) == (None, plain.text.strip())
+
+
+def test_the_repr_of_a_completion_is_read_at_a_glance(llm):
+    (answer,) = llm.chat([Message("user", "hi")], replace(PARAMS, logprobs=True))
+    shown = repr(replace(answer, text="why not\n</think>\n" + "y" * 1000, finish_reason="stop"))
+    assert shown == f"Completion(thinking='why not', answer='{'y' * 59}…', 12 tokens, finish_reason='stop')"
+    assert "thinking=None, answer='42'" in repr(replace(answer, text="42", opens_thought=False))
+
+
+def test_the_package_lists_its_names_and_has_them():
+    assert set(kogia.__all__) <= set(dir(kogia))
+    assert all(getattr(kogia, name).__name__ == name for name in kogia.__all__)
+    assert kogia.Message is Message
+
+
+def test_the_examples_of_the_readme_run(directory, tmp_path, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme.split("## In Python")[1].split("\n## ")[0], re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text("".join(blocks).replace("runs/demo/rejection_sft", str(directory)))
+    names = runpy.run_path(str(script))
+    assert capsys.readouterr().out.startswith(f"{names['completion'].thinking}\n{names['completion'].answer}\n")
+    assert names["logits"].shape == (names["batch"].num_tokens, 290)
 
 
 @pytest.mark.parametrize("ids", [[], [-1], [0, 290]])

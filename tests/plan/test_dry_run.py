@@ -63,6 +63,7 @@ def test_memory_is_that_of_the_costs():
     assert f"activations {memory.activations / 2**20:,.0f} MiB" in text
     weights = 4 * num_params(model) / 2**20
     assert sampling_memory(model, 2**30)[1] == f"weights {weights:,.0f} MiB in float32, and at most 1,024 MiB of cache"
+    assert sampling_memory(model, None)[1].endswith("in float32, and a share of the free memory of cache")
 
 
 def test_a_plan_takes_no_torch():

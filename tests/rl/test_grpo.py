@@ -509,3 +509,17 @@ def test_a_toy_task_is_learned_and_a_random_reward_teaches_nothing(checkpoint, t
         accuracy = [line["accuracy"] for line in read_metrics(tmp_path / out)]
         assert fmean(accuracy[:3]) < 0.6
         assert low <= fmean(accuracy[-5:]) <= high, accuracy
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_questions": 0}])
+def test_a_prompt_beyond_the_context_is_named_before_the_first_step(checkpoint, tmp_path, settings):
+    split = "test" if not settings else "train"
+    with pytest.raises(ValueError, match=rf"problem '{split}/\d+': .*the first of 3 in 12 .*long_prompts = 'skip'"):
+        main(rl_settings(checkpoint, tmp_path / "run", tasks=("toy_task:Wordy",), **{"eval_questions": 12} | settings))
+
+
+def test_prompts_beyond_the_context_are_left_out_if_asked(build, capsys):
+    run = build(tasks=("toy_task:Wordy",), long_prompts="skip", eval_questions=12)
+    assert [problem.id for problem in run.sources[0].problems] == [f"train/{i}" for i in range(12) if i % 4 != 3]
+    assert capsys.readouterr().err.count("the first of 3 in 12 problems; left out") == 2  # to train, and to measure on
+    assert step(run)["tokens_per_second"] > 0
