@@ -13,7 +13,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, runtime_checkable
 
 from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent
@@ -48,7 +48,7 @@ class Stream:
         self._on_end = on_end
         self._events: deque[TokenEvent] = deque()
         self._error: BaseException | None = None
-        self._wake: Callable[[], None] | None = None
+        self._wakes: list[Callable[[], None]] = []
 
     @property
     def is_done(self) -> bool:
@@ -93,13 +93,17 @@ class Stream:
         running, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            running.call_soon_threadsafe(arrived.set)
+            with suppress(RuntimeError):  # that event loop is closed: nobody waits in it any more
+                running.call_soon_threadsafe(arrived.set)
 
-        self._wake = wake
-        self._loop.run_in_background()
-        if not self._has_news():
-            await arrived.wait()
-        self._wake = None
+        self._wakes.append(wake)
+        try:
+            self._loop.run_in_background()
+            while not self._has_news():  # woken, too, for what another one who waits has taken
+                await arrived.wait()
+                arrived.clear()
+        finally:
+            self._wakes.remove(wake)
         if not self._events:
             self._raise_error()
         return bool(self._events)
@@ -125,7 +129,7 @@ class Stream:
         self._notify()
 
     def _notify(self) -> None:
-        if (wake := self._wake) is not None:
+        for wake in tuple(self._wakes):
             wake()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
+from kogia.engine.loop import Stream
 from kogia.engine.request import Completion, SamplingParams
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import Transformer, build_model
@@ -225,4 +226,31 @@ def test_weights_are_replaced_between_steps_whoever_runs_them(model):
     assert len(stream.result()[0].token_ids) == 100
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), new.parameters()))
     assert engine.generate([[9]], PARAMS)[0][0].token_ids == alone(new, [9])
+    assert_empty(engine)
+
+
+def test_an_event_loop_that_is_gone_stops_nobody(engine, model):
+    """It is closed while the step is under way after which the stream it gave up would have heard of its end."""
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    other = engine.submit([5, 7], PARAMS)
+
+    async def give_up() -> None:
+        await asyncio.wait_for(engine.submit([5, 6], PARAMS), 0.1)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(give_up())
+    hook.remove()
+    assert other.result()[0].token_ids == alone(model, [5, 7])
+    assert_empty(engine)
+
+
+def test_several_tasks_may_wait_for_one_stream(engine, model):
+    async def whole(stream: Stream) -> list[int]:
+        return (await stream)[0].token_ids
+
+    async def main() -> list[list[int]]:
+        stream = engine.submit([5, 6], PARAMS)
+        return await asyncio.wait_for(asyncio.gather(*(whole(stream) for _ in range(3))), 30)
+
+    assert asyncio.run(main()) == [alone(model, [5, 6])] * 3
     assert_empty(engine)
