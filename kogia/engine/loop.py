@@ -196,20 +196,22 @@ class StreamLoop:
     ) -> Iterator[tuple[int, list[Completion]]]:
         """(place, completions) of each request as soon as all its completions are there.
 
-        Requests are taken from the iterable while fewer than `ahead` sequences are unfinished, all at once for None.
+        Requests are taken from the iterable while fewer than `ahead` sequences of theirs are unfinished, however many
+        others there are; all at once for None.
         `on_step(completions that have ended)` is called after every step. If anything fails, Ctrl-C included, or the
         iterator is closed, nothing of this call stays in the engine.
         """
         coming, ended = enumerate(requests), deque[Stream]()
         under_way: dict[Stream, int] = {}
-        num_ended = 0
+        num_taken = num_ended = 0
         try:
             while True:
-                while ahead is None or self.num_unfinished < ahead:
+                while ahead is None or num_taken - num_ended < ahead:
                     item = next(coming, None)
                     if item is None:
                         break
                     place, (prompt, params) = item
+                    num_taken += params.n
                     under_way[self.submit(prompt, params, stream=False, on_end=ended.append)] = place
                 if not under_way:
                     return

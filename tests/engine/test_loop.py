@@ -254,3 +254,14 @@ def test_several_tasks_may_wait_for_one_stream(engine, model):
 
     assert asyncio.run(main()) == [alone(model, [5, 6])] * 3
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_other_streams_take_no_request_its_turn(engine, model, ahead):
+    others = [engine.submit([40, n], SamplingParams(max_tokens=100, ignore_eos=True)) for n in range(6)]
+    found = dict(engine.loop.complete((([n], PARAMS) for n in range(5)), ahead=ahead))
+    assert {n: completions[0].token_ids for n, completions in found.items()} == {n: alone(model, [n]) for n in range(5)}
+    for other in others:
+        other.cancel()
+    engine.loop.wait(lambda: engine.loop.num_unfinished == 0)
+    assert_empty(engine)
