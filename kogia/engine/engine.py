@@ -215,6 +215,8 @@ class Engine:
         if plan is None:
             return False
         self._flights.append(self.runner.launch(plan, self.num_draft_tokens))
+        if self.pruner is not None:
+            self.stats.num_dropped_rows += self.pruner.prune(self.scheduler.table, plan)
         self._count(plan)
         return True
 
@@ -225,8 +227,6 @@ class Engine:
         outcomes, num_new = self.scheduler.settle(plan, result)
         if self.num_draft_tokens:
             self.scheduler.propose(plan, result.drafts)
-        if self.pruner is not None:
-            self.stats.num_dropped_rows += self.pruner.prune(self.scheduler.table, plan)
         if tainted := self.scheduler.take_tainted_blocks():
             self.runner.clear(tainted)
         self._news += [self._event(outcome) for outcome in outcomes]
