@@ -261,7 +261,7 @@ class Scheduler:
         entry, offset = np.nonzero(column < num_new[:, None])
         table.token_ids[rows[entry], table.num_known[rows[entry]] + offset] = tokens[entry, offset]
         table.logprobs[rows[entry], table.num_known[rows[entry]] + offset] = logprobs[entry, offset]
-        self._advance(plan, num_new, np.isfinite(logprobs).all(axis=1))
+        self._advance(plan, num_new, np.all(np.isfinite(logprobs), axis=1))
         full = table.num_known[rows] >= table.max_length[rows]
         done = failed | (live & (num_new > 0) & (stopped | full))
         outcomes = []
