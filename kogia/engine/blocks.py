@@ -3,6 +3,9 @@
 A full block is named by a 128-bit hash of its tokens chained with the name of the block before it, so equal names mean
 equal prefixes (a collision needs about 2^64 blocks). A named block whose last owner leaves stays findable until its
 space is needed: free blocks without a name are used first, then named ones, least recently used first.
+
+A tainted block may hold rows that are not finite. Whoever shares its prefix computes the same; before it gets another
+content it must be cleared, since attention multiplies what it masks by 0, and 0 * NaN is not 0.
 """
 
 import hashlib
@@ -28,6 +31,8 @@ class BlockPool:
         self._index: dict[bytes, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._tainted: set[int] = set()
+        self._to_clear: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -46,6 +51,9 @@ class BlockPool:
                 self._forget(block)
             self.ref_counts[block] = 1
             blocks.append(block)
+            if block in self._tainted:
+                self._tainted.remove(block)
+                self._to_clear.append(block)
         return blocks
 
     def acquire(self, name: bytes) -> int | None:
@@ -82,12 +90,20 @@ class BlockPool:
             if self._names[block] is not None:
                 self._forget(block)
 
-    def flush(self) -> None:
-        """Forget every prefix. Owned blocks stay with their owners."""
-        for block in list(self._index.values()):
-            self._forget(block)
-        self._blank.extend(self._cached)
-        self._cached.clear()
+    def taint(self, blocks: Sequence[int]) -> None:
+        """Note that rows of these blocks may not be finite."""
+        self._tainted.update(blocks)
+
+    def take_to_clear(self) -> list[int]:
+        """Tainted blocks allocated since the last call: to be cleared before anything is written to them."""
+        blocks, self._to_clear = self._to_clear, []
+        return blocks
+
+    def renewed(self) -> "BlockPool":
+        """A pool of as many blocks, free and without names. What is tainted in this one is so in that."""
+        pool = BlockPool(self.num_blocks)
+        pool.taint([*self._tainted, *self._to_clear])
+        return pool
 
     def _forget(self, block: int) -> None:
         name = self._names[block]

@@ -8,7 +8,8 @@ The model is the trainer's own `Transformer`, used without gradients; nothing of
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -190,26 +191,23 @@ class Engine:
         Where steps overlap, they are those of the step before.
         """
         started = time.perf_counter()
-        try:
+        with self._whole():
             launched = self._launch()
             left_in_flight = 1 if launched and self.overlap else 0
             while len(self._flights) > left_in_flight:
                 self._land()
             if not self.num_unfinished:
                 self._land_all()
-        except BaseException:  # Ctrl-C included: blocks were promised to the prefix index but not written
-            self._flights.clear()
-            self.scheduler.recompute_all()
-            raise
         self.stats.seconds += time.perf_counter() - started
         events, self._news = self._news, []
         return events
 
     def abort(self, request_id: int) -> Completion | None:
         """Give up a request and free its blocks; returns what it had, or None if it is not (any more) in the engine."""
-        request = self.scheduler.abort(request_id)
-        if not self.num_unfinished:
-            self._land_all()  # its row and blocks are free when nothing in flight runs it
+        with self._whole():
+            request = self.scheduler.abort(request_id)
+            if not self.num_unfinished:
+                self._land_all()  # its row and blocks are free when nothing in flight runs it
         return None if request is None else self._complete(Outcome(request, [], [], "abort"))
 
     def update_weights(self, source: Transformer | Mapping[str, Tensor], version: int | None = None) -> None:
@@ -219,7 +217,8 @@ class Engine:
         requests keep their tokens and recompute their cache. `version` defaults to one more than before.
         """
         with self.loop.paused():
-            self._land_all()
+            with self._whole():
+                self._land_all()
             if source is not self.model:
                 _copy_weights(self.model, source.state_dict() if isinstance(source, Transformer) else source)
             self.model.absorb()
@@ -229,12 +228,27 @@ class Engine:
                     request.weights_version = self.weights_version
             self.weights_version = self.weights_version + 1 if version is None else version
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What fails within, by Ctrl-C too, leaves no step in flight and nothing in the cache: blocks were promised to
+        the prefix index but not written. Sequences keep their tokens."""
+        try:
+            yield
+        except BaseException:
+            self._flights.clear()
+            self.scheduler.recompute_all()
+            raise
+
     def _launch(self) -> bool:
         """Plan a step and start it, if there is one to plan."""
         plan = self.scheduler.plan()
         if plan is None:
             return False
+        if tainted := self.scheduler.pool.take_to_clear():
+            self.runner.clear(tainted)
         self._flights.append(self.runner.launch(plan, self.num_draft_tokens))
+        if self.pruner is not None:
+            self.stats.num_dropped_rows += self.pruner.prune(self.scheduler.table, plan)
         self._count(plan)
         return True
 
@@ -245,10 +259,6 @@ class Engine:
         outcomes, num_new = self.scheduler.settle(plan, result)
         if self.num_draft_tokens:
             self.scheduler.propose(plan, result.drafts)
-        if self.pruner is not None:
-            self.stats.num_dropped_rows += self.pruner.prune(self.scheduler.table, plan)
-        if tainted := self.scheduler.take_tainted_blocks():
-            self.runner.clear(tainted)
         self._news += [self._event(outcome) for outcome in outcomes]
         self.stats.num_generated_tokens += int(num_new.sum())
         self.stats.num_accepted += int(np.maximum(num_new - 1, 0).sum())

@@ -13,7 +13,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, runtime_checkable
 
 from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent
@@ -48,12 +48,17 @@ class Stream:
         self._on_end = on_end
         self._events: deque[TokenEvent] = deque()
         self._error: BaseException | None = None
-        self._wake: Callable[[], None] | None = None
+        self._wakes: list[Callable[[], None]] = []
 
     @property
     def is_done(self) -> bool:
         """All completions are there."""
         return len(self.completions) == len(self.request_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more will come: `result` does not wait."""
+        return self.is_done or self._error is not None
 
     def __iter__(self) -> Iterator[TokenEvent]:
         """Events as they come; the last one of each continuation carries its completion. Raises what a step raises."""
@@ -65,7 +70,7 @@ class Stream:
 
     def result(self) -> list[Completion]:
         """Wait for the end; the completions in order."""
-        self._loop.wait(lambda: self.is_done or self._error is not None)
+        self._loop.wait(lambda: self.has_ended)
         self._raise_error()
         return [self.completions[request_id] for request_id in self.request_ids]
 
@@ -93,19 +98,23 @@ class Stream:
         running, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            running.call_soon_threadsafe(arrived.set)
+            with suppress(RuntimeError):  # that event loop is closed: nobody waits in it any more
+                running.call_soon_threadsafe(arrived.set)
 
-        self._wake = wake
-        self._loop.run_in_background()
-        if not self._has_news():
-            await arrived.wait()
-        self._wake = None
+        self._wakes.append(wake)
+        try:
+            self._loop.run_in_background()
+            while not self._has_news():  # woken, too, for what another one who waits has taken
+                await arrived.wait()
+                arrived.clear()
+        finally:
+            self._wakes.remove(wake)
         if not self._events:
             self._raise_error()
         return bool(self._events)
 
     def _has_news(self) -> bool:
-        return bool(self._events) or self.is_done or self._error is not None
+        return bool(self._events) or self.has_ended
 
     def _raise_error(self) -> None:
         if self._error is not None and not self.is_done:
@@ -125,7 +134,7 @@ class Stream:
         self._notify()
 
     def _notify(self) -> None:
-        if (wake := self._wake) is not None:
+        for wake in tuple(self._wakes):
             wake()
 
 
@@ -135,14 +144,16 @@ class StreamLoop:
     def __init__(self, engine: Steps) -> None:
         self._engine = engine
         self.num_steps = 0
-        self._changed = threading.Condition()
-        """Guards all that follows, and is notified when it changes."""
+        self._lock = threading.RLock()
+        """Guards all that follows. Entered by itself: a Condition's own exit is Python, which Ctrl-C can cut short."""
+        self._changed = threading.Condition(self._lock)
+        """Notified when any of it changes."""
         self._streams: dict[int, Stream] = {}
         """Request id -> who hears of it."""
         self._arrivals: list[Request] = []
         self._departures: list[int] = []
-        self._is_busy = False
-        """Somebody has the engine, in a step or a pause."""
+        self._turn: object | None = None
+        """Of whoever has the engine, for steps or a pause."""
         self._thread: threading.Thread | None = None
 
     @property
@@ -165,7 +176,7 @@ class StreamLoop:
         """
         requests = self._engine.requests(prompt, params, stream=stream)
         handle = Stream(self, [request.id for request in requests], on_end)
-        with self._changed:
+        with self._lock:
             self._arrivals += requests
             self._streams.update((request.id, handle) for request in requests)
             self._changed.notify_all()
@@ -173,15 +184,19 @@ class StreamLoop:
 
     def cancel(self, stream: Stream) -> None:
         """See `Stream.cancel`. While a step is under way it takes effect after it."""
-        with self._changed:
+        with self._lock:
             self._departures += [each for each in stream.request_ids if each not in stream.completions]
-            if not self._is_busy:
+            if self._turn is None:
                 self._exchange()
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Run steps, in turn with others who wait, until `ready`."""
-        while self._take_turn(ready):
-            self._run_step()
+        turn = object()
+        try:
+            while self._take_turn(turn, ready):
+                self._run_step(turn)
+        finally:
+            self._release(turn)
 
     def complete(
         self,
@@ -192,20 +207,22 @@ class StreamLoop:
     ) -> Iterator[tuple[int, list[Completion]]]:
         """(place, completions) of each request as soon as all its completions are there.
 
-        Requests are taken from the iterable while fewer than `ahead` sequences are unfinished, all at once for None.
+        Requests are taken from the iterable while fewer than `ahead` sequences of theirs are unfinished, however many
+        others there are; all at once for None.
         `on_step(completions that have ended)` is called after every step. If anything fails, Ctrl-C included, or the
         iterator is closed, nothing of this call stays in the engine.
         """
         coming, ended = enumerate(requests), deque[Stream]()
         under_way: dict[Stream, int] = {}
-        num_ended = 0
+        num_taken = num_ended = 0
         try:
             while True:
-                while ahead is None or self.num_unfinished < ahead:
+                while ahead is None or num_taken - num_ended < ahead:
                     item = next(coming, None)
                     if item is None:
                         break
                     place, (prompt, params) = item
+                    num_taken += params.n
                     under_way[self.submit(prompt, params, stream=False, on_end=ended.append)] = place
                 if not under_way:
                     return
@@ -213,7 +230,7 @@ class StreamLoop:
                 self.wait(lambda seen=seen: bool(ended) or self.num_steps > seen)
                 while ended:
                     stream, num_ended = ended.popleft(), num_ended + 1
-                    if stream.is_done and stream in under_way:
+                    if stream.has_ended and stream in under_way:
                         yield under_way.pop(stream), stream.result()
                 if on_step is not None:
                     on_step(num_ended)
@@ -242,7 +259,7 @@ class StreamLoop:
 
     def run_in_background(self) -> None:
         """Let a thread of the loop's own run steps as long as anything is unfinished."""
-        with self._changed:
+        with self._lock:
             if self._thread is None and self._streams:
                 self._thread = threading.Thread(target=self._drive, name="kogia-steps", daemon=True)
                 self._thread.start()
@@ -250,52 +267,69 @@ class StreamLoop:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Nobody steps within the block. Waits for a step under way."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_busy)
-            self._is_busy = True
+        turn = object()
         try:
+            self._take_turn(turn)
             yield
         finally:
-            self._release()
+            self._release(turn)
 
     def _drive(self) -> None:
+        turn = object()
         try:
-            while self._take_turn(lambda: not self._streams, is_driver=True):
-                self._run_step()
+            while self._take_turn(turn, lambda: not self._streams, is_driver=True):
+                self._run_step(turn)
         except BaseException as error:  # noqa: BLE001 - there is no caller to tell: all who wait are told
-            with self._changed:
+            with self._lock:
                 self._thread = None
                 for stream in set(self._streams.values()):
                     stream._fail(error)
+        finally:
+            self._release(turn)
 
-    def _take_turn(self, ready: Callable[[], bool], *, is_driver: bool = False) -> bool:
+    def _take_turn(self, turn: object, ready: Callable[[], bool] = lambda: False, *, is_driver: bool = False) -> bool:
         """Wait for `ready` (False) or for the engine to be free (True, and it is taken)."""
-        with self._changed:
-            self._changed.wait_for(lambda: ready() or not self._is_busy)
+        with self._lock:
+            self._changed.wait_for(lambda: ready() or self._turn is None)
             if ready():
                 if is_driver:
                     self._thread = None
                 return False
-            self._is_busy = True
+            self._turn = turn
             return True
 
-    def _run_step(self) -> None:
+    def _run_step(self, turn: object) -> None:
         """One step by whoever has taken the turn."""
-        events: list[TokenEvent] = []
-        try:
-            with self._changed:
-                self._exchange()
-            events = self._engine.step()
-        finally:
-            self._release(events)
+        with self._lock:
+            self._exchange()
+        events = self._engine.step()
+        self._release(turn, events, is_idle=not self._engine.num_unfinished)
 
-    def _release(self, events: Sequence[TokenEvent] = ()) -> None:
-        with self._changed:
-            self.num_steps += 1
-            for event in events:
-                self._deliver(event)
-            self._is_busy = False
-            self._changed.notify_all()
+    def _release(self, turn: object, events: Sequence[TokenEvent] = (), *, is_idle: bool = False) -> None:
+        """Hand out what a step brought and give a turn back; nothing where it is not (any more) that one's.
+
+        All that may take a turn ends with this, for an interrupt can come between any two lines. `is_idle` says that
+        the engine has nothing left to do.
+        """
+        with self._lock:
+            if self._turn is not turn:
+                return
+            try:
+                self.num_steps += 1
+                for event in events:
+                    self._deliver(event)
+                if is_idle and not self._arrivals:
+                    self._give_up_lost()
+            finally:
+                self._turn = None
+                self._changed.notify_all()
+
+    def _give_up_lost(self) -> None:
+        """Tell streams that will never hear of their requests: an interrupt came while news were handed over."""
+        lost, self._streams = set(self._streams.values()), {}
+        for stream in lost:
+            stream._fail(RuntimeError(f"requests {stream.request_ids}: an interrupt lost their end; submit them again"))
+            stream._on_end(stream)
 
     def _exchange(self) -> None:
         """Bring the engine what has arrived and take out what was cancelled, while nothing steps."""

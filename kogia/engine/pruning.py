@@ -30,7 +30,7 @@ from kogia.engine.config import PruneConfig
 from kogia.engine.inputs import Upload
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.step import StepPlan
-from kogia.engine.views import TokenRuns
+from kogia.engine.views import TokenRuns, own_blocks
 from kogia.model.cache import PagedCache, StepCache
 from kogia.ops.attention import cached_attention
 from kogia.ops.cache import LatentRow, LayerCache
@@ -39,7 +39,7 @@ from kogia.ops.segments import Segments
 
 
 class Pruner:
-    """Knows which rows each layer still holds of the running sequences, and drops some after a step.
+    """Knows which rows each layer still holds of the running sequences, and drops some behind a step.
 
     It is a `CacheView` whose layers differ, and a limit on the runs of tokens that the scheduler plans.
     """
@@ -72,7 +72,7 @@ class Pruner:
         contexts = runs.starts + runs.counts - self.dropped[:, runs.seq_rows]
         num_blocks = -(-int(contexts.max()) // self.cache.block_size)
         upload.put("slots", self._slots(table, runs.rows, runs.positions - self.dropped[:, runs.rows]))
-        upload.put("block_tables", table.blocks[runs.seq_rows, :num_blocks])
+        upload.put("block_tables", own_blocks(table, runs.seq_rows, num_blocks))
         upload.put("context_lens", contexts)
 
     def step_cache(self, upload: Upload, runs: TokenRuns) -> StepCache:
@@ -93,9 +93,10 @@ class Pruner:
         raise AssertionError("EngineConfig allows no drafts beside pruning")
 
     def prune(self, table: SequenceTable, plan: StepPlan) -> int:
-        """Once a step has settled: cut back every layer of its sequences that have come to a cut.
+        """Behind a step that was launched: cut back every layer of its sequences that have come to a cut.
 
-        Returns how many rows were dropped.
+        It depends on lengths alone, so nothing waits, and a step planned while this one is in flight finds the rows
+        where they will be. Returns how many rows were dropped.
         """
         ends = plan.starts + plan.counts
         due = ends % self.config.slack == 0

@@ -85,7 +85,7 @@ class Runner:
 
     @torch.no_grad()
     def clear(self, blocks: list[int]) -> None:
-        """Zero blocks whose rows are not finite: attention multiplies what it masks by 0, and 0 * NaN is not 0."""
+        """Zero blocks whose rows may not be finite, before they are written."""
         size = self.cache.block_size
         slots = (np.array(blocks)[:, None] * size + np.arange(size)).ravel()
         self.cache.rows.index_fill_(1, torch.from_numpy(slots).to(self.device), 0)

@@ -76,8 +76,6 @@ class Scheduler:
         self.lookahead = max(0, config.num_draft_tokens - 1)
         """A chain of k drafts also writes k - 1 rows of its own past the tokens that run."""
         self._run_limit = run_limit
-        self._failed: set[int] = set()
-        self._tainted: list[int] = []
 
     @property
     def num_unfinished(self) -> int:
@@ -132,6 +130,7 @@ class Scheduler:
         table.num_computed[rows] += counts
         table.num_pending[rows] += num_samples > 0
         table.num_flights[rows] += 1
+        table.is_proved[rows] = False
         self.num_flights += 1
         return StepPlan(rows, starts, counts, num_samples, is_pending)
 
@@ -268,7 +267,7 @@ class Scheduler:
         entry, offset = np.nonzero(column < num_new[:, None])
         table.token_ids[rows[entry], table.num_known[rows[entry]] + offset] = tokens[entry, offset]
         table.logprobs[rows[entry], table.num_known[rows[entry]] + offset] = logprobs[entry, offset]
-        self._advance(plan, num_new)
+        self._advance(plan, num_new, np.all(np.isfinite(logprobs), axis=1))
         full = table.num_known[rows] >= table.max_length[rows]
         done = failed | (live & (num_new > 0) & (stopped | full))
         outcomes = []
@@ -285,7 +284,7 @@ class Scheduler:
         known = self.table.num_known[rows][:, None]
         return self.table.token_ids[rows[:, None], np.minimum(known + column, self.table.token_ids.shape[1] - 1)]
 
-    def _advance(self, plan: StepPlan, num_new: NDArray[np.int64]) -> None:
+    def _advance(self, plan: StepPlan, num_new: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> None:
         """Move the counters, and each block tail back to what the known tokens need."""
         table, rows, samples = self.table, plan.rows, plan.num_samples
         sampled = samples > 0
@@ -296,12 +295,13 @@ class Scheduler:
         table.num_computed[rows] -= np.where(sampled, samples - num_new, 0)
         table.num_drafts[rows[sampled]] = 0
         table.num_flights[rows] -= 1
+        table.is_proved[rows] = sampled & is_finite & (table.num_flights[rows] == 0)
         self.num_flights -= 1
         ends = table.num_known[rows] + table.num_pending[rows] + self.lookahead
         needed = -(-np.minimum(ends, table.max_cache_rows[rows]) // table.block_size)
         for where in np.flatnonzero(sampled & (table.num_blocks[rows] > needed)).tolist():
             row, keep = int(rows[where]), int(needed[where])
-            self.pool.release(table.row_blocks(row)[keep:])
+            self._release(row, table.row_blocks(row)[keep:])
             table.num_blocks[row] = keep
 
     def _outcome(self, row: int, num_new: int, reason: FinishReason | None, stopped: bool) -> Outcome:
@@ -349,18 +349,19 @@ class Scheduler:
     def recompute_all(self) -> None:
         """Send every running sequence back to the queue and forget all prefixes: no cache row is valid any more.
 
-        Steps in flight are forgotten: their samples are drawn again, and are the same.
+        Steps in flight are forgotten: their samples are drawn again, and are the same. Whatever an interrupt has left
+        half written, all is made anew from the sequences that have a row and those that wait.
         """
         table = self.table
-        self.num_flights = 0
-        table.num_flights[:] = 0
-        table.num_pending[:] = 0
-        while len(self.running):
-            self._preempt_last()
-        for row in np.flatnonzero(table.has_ended).tolist():
-            if table.requests[row] is not None:
-                self._free(row)
-        self.pool.flush()
+        taken = [row for row, request in enumerate(table.requests) if request is not None]
+        for row in taken:
+            if not table.is_proved[row]:
+                self.pool.taint(table.row_blocks(row))
+        going = [row for row in dict.fromkeys([*self.running.tolist(), *taken]) if not table.has_ended[row]]
+        self.waiting = deque(dict.fromkeys([*map(table.write_back, going), *self.waiting]))
+        self.running, self.num_flights = self.running[:0], 0
+        table.clear()
+        self.pool = self.pool.renewed()
 
     def take_preemptions(self) -> int:
         """Preemptions since the last call."""
@@ -372,26 +373,21 @@ class Scheduler:
         count, self.num_prefix_hit_tokens = self.num_prefix_hit_tokens, 0
         return count
 
-    def take_tainted_blocks(self) -> list[int]:
-        """Free blocks that hold rows which are not finite: to be cleared before anyone shares a block with them."""
-        blocks, self._tainted = self._tainted, []
-        return blocks
-
     def _end(self, row: int, *, failed: bool = False) -> None:
         """A running sequence is over. Its row and blocks are free when no step in flight runs it."""
         self.table.write_back(row)
         self.table.has_ended[row] = True
         self.running = self.running[self.running != row]
         if failed:
-            self._failed.add(row)
             self.pool.forget(self.table.row_blocks(row))
         if self.table.num_flights[row] == 0:
             self._free(row)
 
     def _free(self, row: int) -> None:
-        blocks = self.table.row_blocks(row)
-        self.pool.release(blocks)
+        self._release(row, self.table.row_blocks(row))
         self.table.close(row)
-        if row in self._failed:
-            self._failed.remove(row)
-            self._tainted += [block for block in blocks if self.pool.ref_counts[block] == 0]
+
+    def _release(self, row: int, blocks: list[int]) -> None:
+        if not self.table.is_proved[row]:
+            self.pool.taint(blocks)
+        self.pool.release(blocks)

@@ -38,6 +38,8 @@ class SequenceTable:
         """Steps in flight that run tokens of the row. It is not given to another sequence before they have settled."""
         self.has_ended = np.zeros(max_sequences, dtype=bool)
         """The sequence is over, and what steps in flight still sample for it is dropped."""
+        self.is_proved = np.ones(max_sequences, dtype=bool)
+        """All cache rows are finite: so was what the last of them sampled, and that is no step in flight's."""
         self.num_drafted = np.zeros(max_sequences, dtype=np.int64)
         self.num_accepted = np.zeros(max_sequences, dtype=np.int64)
         self.max_length = np.zeros(max_sequences, dtype=np.int64)
@@ -71,7 +73,7 @@ class SequenceTable:
         self.num_known[row] = known
         for counter in (self.num_pending, self.num_computed, self.num_drafts, self.num_blocks, self.num_named):
             counter[row] = 0
-        self.has_ended[row] = False
+        self.has_ended[row], self.is_proved[row] = False, True
         self.num_drafted[row], self.num_accepted[row] = request.num_drafted, request.num_accepted
         self.max_length[row], self.seed[row] = request.max_length, request.seed
         self.max_cache_rows[row] = self.cache_rows_of(request)
@@ -98,6 +100,12 @@ class SequenceTable:
         self.requests[row] = None
         self._free.append(row)
 
+    def clear(self) -> None:
+        """Empty all rows. Steps in flight are forgotten."""
+        self.requests = [None] * len(self.requests)
+        self._free = list(range(len(self.requests) - 1, -1, -1))
+        self.num_flights[:] = 0
+
     def row_blocks(self, row: int) -> list[int]:
         return self.blocks[row, : self.num_blocks[row]].tolist()
 
@@ -110,8 +118,9 @@ class SequenceTable:
         width = self.token_ids.shape[1]
         if length > width:
             width = max(length, 2 * width)
-            self.token_ids, self.logprobs = _widen(self.token_ids, width), _widen(self.logprobs, width)
             self.blocks = _widen(self.blocks, -(-width // self.block_size))
+            self.logprobs = _widen(self.logprobs, width)
+            self.token_ids = _widen(self.token_ids, width)  # last: after an interrupt the others are widened again
         if num_stops > self.stop_ids.shape[1]:
             added = num_stops - self.stop_ids.shape[1]
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, added)), constant_values=-1)

@@ -73,7 +73,7 @@ class WholeCache:
         upload.put("slots", table.blocks[runs.rows, runs.positions // size] * size + runs.positions % size)
         upload.put("context_lens", contexts)
         num_blocks = -(-(int(contexts.max()) + self.lookahead) // size)
-        upload.put("block_tables", _own_blocks(table, runs.seq_rows, num_blocks))
+        upload.put("block_tables", own_blocks(table, runs.seq_rows, num_blocks))
 
     def step_cache(self, upload: Upload, runs: TokenRuns) -> StepCache:
         tables, lens = upload["block_tables"], upload["context_lens"]
@@ -93,7 +93,10 @@ class WholeCache:
         return self.cache.step(slots, block_tables, positions + 1, contexts)
 
 
-def _own_blocks(table: SequenceTable, rows: NDArray[np.int64], num_blocks: int) -> NDArray[np.int64]:
-    """[rows, num_blocks] block tables; behind its own blocks a sequence has its first one again, unread."""
+def own_blocks(table: SequenceTable, rows: NDArray[np.int64], num_blocks: int) -> NDArray[np.int64]:
+    """[rows, num_blocks] block tables; behind its own blocks a sequence has its first one again.
+
+    What is masked is read all the same and multiplied by 0: another's rows, if not finite, would spoil the sum.
+    """
     blocks = table.blocks[rows, :num_blocks]
     return np.where(np.arange(blocks.shape[1]) < table.num_blocks[rows][:, None], blocks, blocks[:, :1])

@@ -55,7 +55,10 @@ class DecoderLayer(Layer):
 
 
 class SharedHead(nn.Module):
-    """The norm before the shared output head; the published layout keeps it under this name."""
+    """The norm before the shared output head; the published layout keeps it under this name.
+
+    It runs apart from its layer, on the rows that predict: who shards the layer from outside shards this one by itself.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

@@ -41,18 +41,32 @@ def test_the_end_of_a_prefix_is_evicted_before_its_start():
     assert pool.allocate(1) == [blocks[1]]
 
 
-def test_flush_forgets_names_but_not_owners():
-    pool = BlockPool(2)
-    (kept,), (freed,) = pool.allocate(1), pool.allocate(1)
+def test_a_renewed_pool_has_all_blocks_no_names_and_the_same_taints():
+    pool = BlockPool(3)
+    (kept,), (freed,), (waiting,) = pool.allocate(1), pool.allocate(1), pool.allocate(1)
     pool.register(kept, b"kept")
     pool.register(freed, b"freed")
-    pool.release([freed])
-    pool.flush()
-    assert pool.acquire(b"kept") is None
-    assert pool.acquire(b"freed") is None
-    assert pool.num_free == 1
-    pool.release([kept])
-    assert sorted(pool.allocate(2)) == [0, 1]
+    pool.taint([freed, waiting])
+    pool.release([freed, waiting])
+    assert pool.allocate(1) == [waiting]
+    fresh = pool.renewed()
+    assert fresh.acquire(b"kept") is None
+    assert fresh.acquire(b"freed") is None
+    assert sorted(fresh.allocate(3)) == [0, 1, 2]
+    assert sorted(fresh.take_to_clear()) == sorted([freed, waiting])
+
+
+def test_a_tainted_block_is_to_be_cleared_once_when_it_changes_hands():
+    pool = BlockPool(2)
+    first, second = pool.allocate(2)
+    pool.register(first, b"prefix")
+    pool.taint([first])
+    pool.release([first, second])
+    assert pool.acquire(b"prefix") == first
+    assert pool.take_to_clear() == [], "who shares a prefix wants what is there"
+    pool.release([first])
+    assert sorted(pool.allocate(2)) == [first, second]
+    assert (pool.take_to_clear(), pool.take_to_clear()) == ([first], [])
 
 
 def test_two_blocks_of_equal_content_keep_one_name():
@@ -113,9 +127,10 @@ class PoolMachine(RuleBasedStateMachine):
             self.shares.append(block)
 
     @rule()
-    def flush(self) -> None:
-        self.pool.flush()
+    def renew(self) -> None:
+        self.pool = self.pool.renewed()
         self.names.clear()
+        self.shares.clear()
 
     @invariant()
     def counts_agree(self) -> None:

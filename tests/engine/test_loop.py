@@ -1,14 +1,23 @@
 """Many callers, one engine: streams side by side, in threads and in asyncio, cancelled and failing."""
 
 import asyncio
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from linecache import getline
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 
+from kogia.engine import loop as loop_module
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
+from kogia.engine.loop import Stream
 from kogia.engine.request import Completion, SamplingParams
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import Transformer, build_model
@@ -226,3 +235,94 @@ def test_weights_are_replaced_between_steps_whoever_runs_them(model):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), new.parameters()))
     assert engine.generate([[9]], PARAMS)[0][0].token_ids == alone(new, [9])
     assert_empty(engine)
+
+
+def test_an_event_loop_that_is_gone_stops_nobody(engine, model):
+    """It is closed while the step is under way after which the stream it gave up would have heard of its end."""
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    other = engine.submit([5, 7], PARAMS)
+
+    async def give_up() -> None:
+        await asyncio.wait_for(engine.submit([5, 6], PARAMS), 0.1)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(give_up())
+    hook.remove()
+    assert other.result()[0].token_ids == alone(model, [5, 7])
+    assert_empty(engine)
+
+
+def test_several_tasks_may_wait_for_one_stream(engine, model):
+    async def whole(stream: Stream) -> list[int]:
+        return (await stream)[0].token_ids
+
+    async def main() -> list[list[int]]:
+        stream = engine.submit([5, 6], PARAMS)
+        return await asyncio.wait_for(asyncio.gather(*(whole(stream) for _ in range(3))), 30)
+
+    assert asyncio.run(main()) == [alone(model, [5, 6])] * 3
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_other_streams_take_no_request_its_turn(engine, model, ahead):
+    others = [engine.submit([40, n], SamplingParams(max_tokens=100, ignore_eos=True)) for n in range(6)]
+    found = dict(engine.loop.complete((([n], PARAMS) for n in range(5)), ahead=ahead))
+    assert {n: completions[0].token_ids for n, completions in found.items()} == {n: alone(model, [n]) for n in range(5)}
+    for other in others:
+        other.cancel()
+    engine.loop.wait(lambda: engine.loop.num_unfinished == 0)
+    assert_empty(engine)
+
+
+@contextmanager
+def interrupted_at(line: int, package: Path) -> Iterator[None]:
+    """Ctrl-C before the `line`-th line that runs in files of `package`.
+
+    Not before those of a `with`, which Python traces once more where it is left, and where no signal can come.
+    """
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(str(package)):
+            return None
+        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def generate_in_a_thread(engine: Engine) -> list[int] | None:
+    """What a request comes to, or None if nothing has come after 20 seconds."""
+    found: list[list[int]] = []
+    thread = threading.Thread(target=lambda: found.append(engine.generate([[9]], PARAMS)[0][0].token_ids), daemon=True)
+    thread.start()
+    thread.join(20)
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"num_draft_tokens": 2}], ids=str)
+def test_wherever_ctrl_c_comes_the_engine_goes_on(model, options):
+    """At every 499th line of three requests, with a stream of somebody else's beside them."""
+    package, want, line, is_over = Path(loop_module.__file__).parent, alone(model, [9]), 1, False
+    short = SamplingParams(max_tokens=2, seed=3, ignore_eos=True)
+    while not is_over:
+        engine = Engine(model, None, EngineConfig(block_size=4, num_blocks=12, max_sequences=2, **options))
+        engine.submit([9, 8], PARAMS)
+        with suppress(KeyboardInterrupt), interrupted_at(line, package):
+            engine.generate([[5], [6, 7], [4] * 9], short)
+            is_over = True
+        assert generate_in_a_thread(engine) == want, f"interrupted at line {line}"
+        engine.loop.wait(lambda loop=engine.loop: loop.num_unfinished == 0)
+        assert_empty(engine)
+        line += 499
+    assert line > 2000

@@ -280,3 +280,22 @@ def test_flags_switch_pruning_on():
     config = parse_args(GenerateConfig, flags, prog="generate", description="")
     assert config.engine.prune == PruneConfig(512, 128)
     assert parse_args(GenerateConfig, ["m"], prog="generate", description="").engine.prune is None
+
+
+@pytest.mark.parametrize("options", [{}, {"max_batch_tokens": 9}, {"num_blocks": 14}, {"max_sequences": 2}], ids=str)
+def test_a_step_planned_while_another_is_in_flight_finds_the_rows_where_they_will_be(model, options):
+    overlapped = engine(model, overlap=True, **options)
+    assert_same(overlapped.generate(PROMPTS, params()), alone(model))
+    assert overlapped.stats.num_dropped_rows > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"max_batch_tokens": 9}, {"overlap": True}], ids=str)
+def test_a_sequence_that_is_not_finite_spoils_no_other(options):
+    ours = build("dense")
+    with torch.no_grad():
+        ours.model.embed_tokens.weight[59] = float("nan")
+    for prompts in ([[59] * 20, *PROMPTS], [*PROMPTS, [3, 59]], [PROMPTS[0], [59] * 20, *PROMPTS[1:]]):
+        mixed = [group[0] for group in engine(ours, **options).generate(prompts, params())]
+        want = engine(ours).generate([prompt for prompt in prompts if 59 not in prompt], params())
+        assert_same([[c] for c, prompt in zip(mixed, prompts, strict=True) if 59 not in prompt], want)
+        assert [c.finish_reason == "error" for c in mixed] == [59 in prompt for prompt in prompts]

@@ -79,7 +79,8 @@ def test_logits_that_are_not_finite_end_the_sequence_without_their_tokens():
     assert (num_new.tolist(), outcomes[0].finish_reason, outcomes[0].token_ids) == ([0], "error", [])
     assert outcomes[0].request.token_ids.tolist() == [5, 6, 7, 8, 10, 11, 12]
     assert scheduler.pool.num_free == 50
-    assert scheduler.take_tainted_blocks() != []
+    scheduler.pool.allocate(50)
+    assert scheduler.pool.take_to_clear() != []
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 999))

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kogia.ops.dispatch import use_backend
 from kogia.ops.linear import grouped_linear
 from kogia.ops.moe import (
     affinities,
@@ -142,6 +143,16 @@ def test_grouped_linear_is_the_loop_over_rows(widths, counts):
     want_grads = torch.autograd.grad(want, (wide_x, wide_weight), upstream.double())
     for ours, theirs in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_linear_runs_in_float64_which_the_fused_product_refuses_by_name():
+    torch.manual_seed(0)
+    x, weight, counts = torch.randn(5, 8).double(), torch.randn(4, 12, 8).double(), torch.tensor([2, 0, 3, 0])
+    torch.testing.assert_close(grouped_linear(x, weight, counts), loop_linear(x, weight, counts))
+    with use_backend("aten"), pytest.raises(ValueError, match=r"not torch.float64 and torch.float64"):
+        grouped_linear(x, weight, counts)
+    with use_backend("aten"), pytest.raises(ValueError, match=r"not torch.bfloat16 and torch.float32"):
+        grouped_linear(x.bfloat16(), weight.float(), counts)
 
 
 def test_bfloat16_grouped_linear_is_close_to_float64():

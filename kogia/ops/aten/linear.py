@@ -2,12 +2,14 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kogia.ops.packed import Packed
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes that the strides of grouped_mm's operands must be multiples of
 
 
@@ -25,6 +27,8 @@ def grouped_linear(
 def grouped_linear_supports(x: Tensor, weight: Tensor | Packed, counts: Tensor) -> str | None:
     if isinstance(weight, Packed):
         return f"grouped_mm takes dense weights, not {weight.format}"
+    if x.dtype not in _DTYPES or weight.dtype != x.dtype:
+        return f"grouped_mm takes rows and weights of one of {_DTYPES}, not {x.dtype} and {weight.dtype}"
     for name, width in (("input", x.shape[1]), ("output", math.prod(weight.shape[1:-1]))):
         if width * x.element_size() % _ALIGNMENT:
             return f"grouped_mm wants rows of a multiple of {_ALIGNMENT} bytes; {width} {name} numbers are not"
