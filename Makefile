@@ -1,16 +1,23 @@
 # make demo     the whole recipe in miniature, in minutes       make check    format, lint, types, layers
 # make test     the test suite                                  make format   rewrite the code as `check` wants it
+# make audit    advisories on the pins, licences                make lock     hashes of all pins, after changing one
 # make clean    remove .venv and caches; runs/ is kept
 #
 # Each target first makes .venv with python3 -m venv and pip: make demo PYTHON=python3.12 TORCH="torch==2.12.*"
-# torch goes in first and alone, so that a CPU or CUDA build that pip knows of is kept. The choice is remembered.
+# Everything has hashes but torch, which is yours: a CPU or CUDA build that pip knows of. The choice is remembered.
 
 PYTHON ?= python3
 TORCH ?= $(or $(shell cat .venv/.torch 2>/dev/null),torch==2.13.0)
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 ARGS ?=
+LOCKS := $(wildcard requirements/*.txt)
+COMPILE := .venv/tools/bin/uv pip compile --universal --python-version 3.11 --no-deps --generate-hashes \
+	--no-annotate --no-header
+# An advisory that is known to be there: true only where there is a network, and advisories on it.
+ADVISED := from urllib.request import urlopen; \
+	assert b"CVE-2025-27516" in urlopen("https://pypi.org/pypi/Jinja2/3.1.5/json", timeout=5).read()
 
-.PHONY: demo test check format clean
+.PHONY: demo test check audit format lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -24,10 +31,23 @@ check: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/basedpyright
 	.venv/bin/lint-imports --no-logo
+	@if .venv/bin/python -c '$(ADVISED)' 2>/dev/null; \
+	then $(MAKE) --no-print-directory audit || echo "make audit: see above; that is no failure of make check"; \
+	else echo "make audit: left out, the public advisories cannot be reached from here"; fi
+
+# The licences of what is installed, then the known holes of what is pinned: a new one fails this, not `check`.
+audit: .venv/.installed-dev .venv/tools/.installed
+	.venv/tools/bin/pip-licenses --python .venv/bin/python --order license
+	.venv/tools/bin/pip-audit --strict --disable-pip --require-hashes --timeout 10 $(LOCKS:%=-r %)
 
 format: .venv/.installed-dev
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+lock: .venv/tools/.installed
+	for file in $(LOCKS); do \
+	    { grep '^#' $$file; $(COMPILE) $$file; } > $$file.new && mv $$file.new $$file || exit 1; \
+	done
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
@@ -41,15 +61,21 @@ clean:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "'$(PYTHON)' has no venv module. On Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.installed: pyproject.toml requirements/lock.txt | .venv/bin/pip
+.venv/.installed: pyproject.toml requirements/build.txt requirements/lock.txt | .venv/bin/pip
+	$(PIP) install --require-hashes -r requirements/build.txt
+	$(PIP) install --require-hashes --no-build-isolation -r requirements/lock.txt
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -r requirements/lock.txt
-	$(PIP) install --no-deps -e .
+	$(PIP) install --no-deps --no-build-isolation -e .
 	@echo "$(TORCH)" > .venv/.torch
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed requirements/dev.txt
-	$(PIP) install -r requirements/dev.txt
+	$(PIP) install --require-hashes --no-deps -r requirements/dev.txt
+	@touch $@
+
+.venv/tools/.installed: requirements/tools.txt | .venv/bin/pip
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/python -m pip --disable-pip-version-check install --require-hashes -r requirements/tools.txt
 	@touch $@
 
 # Another TORCH than the installed one: install again.

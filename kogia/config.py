@@ -14,10 +14,12 @@ import functools
 import importlib
 import math
 import os
+import re
 import sys
 import tomllib
 import types
 import typing
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union
@@ -109,7 +111,8 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
 
     Beside one flag per field: `--part.kind gqa` picks the member of a union, `--part none` switches an optional part
     off, naming a field of an absent part switches it on, `--part.preset name` starts from a preset, `--table.key value`
-    sets an entry of a free table, and `--tables.name.key value` one of a table of tables.
+    sets an entry of a free table, and `--tables.name.key value` one of a table of tables. `true`, `false`, `none` and the
+    choices of a field are understood in any case, and a switch with or without a word: `--flag`, `--no-flag`, `--flag off`.
     A mistake in a flag prints a suggestion and exits with 2, as `--help` prints and exits with 0.
     """
     import tyro
@@ -118,7 +121,7 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
     if argv and argv[0].endswith(".toml"):
         recipe = Path(argv.pop(0))
     data = _load(recipe) if recipe else {}
-    flags = _absorb_structure(cls, argv, data)
+    flags = _in_tyros_words(cls, _absorb_structure(cls, argv, data))
     with _naming(recipe):
         default = _read_table(cls, data, "", None, tyro.MISSING)
     config = tyro.cli(
@@ -350,13 +353,23 @@ def _absorb_structure(cls: type, argv: list[str], data: dict[str, Any]) -> list[
         flag, equals, value = word.partition("=")
         if not equals:
             value = argv[position + 1] if position + 1 < len(argv) else ""
-        path = flag[2:].replace("-", "_").split(".") if flag.startswith("--") else []
+        path = _flag_path(flag)
         if path and _absorb(cls, None, data, path, value):
             position += 1 if equals else 2
         else:
             rest.append(word)
             position += 1
     return rest
+
+
+def _flag_path(flag: str) -> list[str]:
+    """The fields that `--part.some-key` goes through; none where the word is no flag."""
+    return flag[2:].replace("-", "_").split(".") if flag.startswith("--") else []
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type that `hint` is."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _is_table_of_tables(hint: Any) -> bool:
@@ -371,22 +384,23 @@ def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: 
         return False
     hint, default, presets = _fields(cls)[name]
     fallback = default if base is None else getattr(base, name)
-    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    members = _members(hint)
     tables = [m for m in members if dataclasses.is_dataclass(m)]
     if not inner:
         if not tables or types.NoneType not in members or value.lower() != "none":
             return False
         table[name] = "none"
         return True
+    if not isinstance(table.get(name, {}), dict):
+        return False  # a recipe's mistake, which reading will name
+    if any(_is_table_of_tables(m) for m in members):
+        table.setdefault(name, dict(fallback) if isinstance(fallback, Mapping) else {})
+        _absorb_entry(table[name], f"--{name.replace('_', '-')}", inner, value)
+        return True
     if len(inner) == 1 and any(typing.get_origin(m) in (dict, Mapping) or m is dict for m in members):
         table.setdefault(name, dict(fallback) if isinstance(fallback, Mapping) else {})[inner[0]] = _toml_value(value)
         return True
-    if len(inner) > 1 and any(_is_table_of_tables(m) for m in members):
-        # --task_options.my_pkg.tasks:Sudoku.size 9: the entry's own name may hold dots
-        entries = table.setdefault(name, dict(fallback) if isinstance(fallback, Mapping) else {})
-        entries.setdefault(".".join(inner[:-1]), {})[inner[-1]] = _toml_value(value)
-        return True
-    if not tables or table.get(name, {}) == "none" or not isinstance(table.get(name, {}), dict):
+    if not tables:
         return False
     given = table.get(name, {})
     if presets is not None and inner == ["preset"]:
@@ -405,12 +419,91 @@ def _absorb(cls: Any, base: Any, table: dict[str, Any], path: list[str], value: 
     return used
 
 
+def _absorb_entry(tables: dict[str, Any], flag: str, path: list[str], text: str) -> None:
+    """`--task-options.my_pkg.tasks:Sudoku.size 9`, or `{size = 9}` for the whole: the table's name may hold dots."""
+    value = _toml_value(text)
+    if not isinstance(value, dict):
+        path, value = path[:-1], {path[-1]: value}
+    if not path:
+        raise ValueError(f"{flag}.{next(iter(value))} {text}: whose? Write {flag}.NAME.KEY VALUE")
+    name = ".".join(path)
+    if isinstance(tables.get(name, {}), dict):  # else a recipe's mistake, too
+        tables[name] = tables.get(name, {}) | value
+
+
 def _toml_value(text: str) -> Any:
-    """`4` -> 4, `true` -> True, `[1, 2]` -> list; anything that is no TOML value is the string itself."""
+    """`4` -> 4, `true` or `True` -> True, `[1, 2]` -> list; anything that is no such value is the string itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
-        return tomllib.loads(f"x = {text}")["x"]
+        value = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         return text
+    return value if isinstance(value, str | int | float | list | dict) else text  # no setting is a date
+
+
+# Flags as people write them --------------------------------------------------------------------------------------------
+
+_SWITCH_WORDS = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
+
+
+def _in_tyros_words(cls: type, argv: Sequence[str]) -> list[str]:
+    """`argv` with switches, choices and absent values spelled as tyro spells them."""
+    rest, words = [], deque(argv)
+    while words:
+        word = words.popleft()
+        flag, equals, value = word.partition("=")
+        hint = _hint_at(cls, _flag_path(flag))
+        spelled = _spelling(hint, value if equals else words[0] if words else "")
+        if spelled is not None and not equals:
+            words.popleft()
+        if spelled is None and equals and hint is bool:
+            raise ValueError(f"{word}: {flag} takes true or false, or no value for true")
+        if spelled is None:
+            rest += [word] if equals else _bare(cls, word, hint)
+        elif hint is bool:
+            rest.append(flag if spelled == "True" else re.sub(r"([^-.][^.]*)$", r"no-\1", flag))
+        else:
+            rest += [flag, spelled]
+    return rest
+
+
+def _hint_at(hint: Any, path: Sequence[str]) -> Any:
+    """The type of what `path` leads to from a value of the type `hint`; None where it leads nowhere."""
+    if not path:
+        return hint
+    for member in _members(hint):
+        inner = None
+        if dataclasses.is_dataclass(member) and path[0] in _fields(typing.cast(type, member)):
+            inner = _fields(typing.cast(type, member))[path[0]].hint
+        elif typing.get_origin(member) in (tuple, list) and path[0].isdecimal():
+            inner = typing.get_args(member)[0]
+        if inner is not None and (found := _hint_at(inner, path[1:])) is not None:
+            return found
+    return None
+
+
+def _spelling(hint: Any, value: str) -> str | None:
+    """tyro's spelling of a word that is a value of the type `hint`; None where it is none, or spelled so already."""
+    word, members = value.lower(), _members(hint)
+    if bool in members and word in _SWITCH_WORDS:
+        return _SWITCH_WORDS[word]
+    if types.NoneType in members and word == "none":
+        return "None"
+    choices = [str(choice) for m in members if typing.get_origin(m) is Literal for choice in typing.get_args(m)]
+    return None if value in choices else next((choice for choice in choices if choice.lower() == word), None)
+
+
+def _bare(cls: type, flag: str, hint: Any) -> list[str]:
+    """A flag without a value: of a switch that may be unset tyro knows neither `--flag` nor `--no-flag`."""
+    if negative := re.fullmatch(r"(--(?:.*\.)?)no[-_](.+)", flag):
+        positive = "".join(negative.groups())
+        return [positive, "False"] if _may_be_unset(_hint_at(cls, _flag_path(positive))) else [flag]
+    return [flag, "True"] if _may_be_unset(hint) else [flag]
+
+
+def _may_be_unset(hint: Any) -> bool:
+    return set(_members(hint)) == {bool, types.NoneType}
 
 
 Main = Callable[[Any], int | None]

@@ -10,7 +10,7 @@ import pytest
 
 from kogia import cli
 from kogia.cli import COMMANDS, Command, main
-from kogia.config import resolve
+from kogia.config import parse_args, resolve
 
 
 @dataclass(frozen=True)
@@ -111,3 +111,23 @@ def test_each_command_has_a_main_that_takes_its_configuration(name: str):
     config_type, run_command = cli._load(command.config), cli._load(command.main)
     assert isinstance(config_type, type)
     assert callable(run_command)
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("generate M --thinking false --dtype bf16", {"path": "M", "thinking": False, "dtype": "bf16"}),
+        ("chat --no-thinking M --dtype FP16 --single true", {"path": "M", "thinking": False, "dtype": "fp16"}),
+        ("convert A B --dtype Float32 --overwrite=no", {"src": "A", "dtype": "float32", "overwrite": False}),
+        (
+            "eval M --greedy on --task-options.countdown.max-target 50",
+            {"task_options": {"countdown": {"max_target": 50}}},
+        ),
+        ("rl --init M --resume false --normalize-std False", {"resume": False, "normalize_std": False}),
+        ("inspect", {"model": None, "json": False}),
+    ],
+)
+def test_commands_take_what_people_type(line: str, fields: dict[str, Any]):
+    name, *words = line.split()
+    config = parse_args(cli._load(COMMANDS[name].config), words, prog="p", description="d")
+    assert {field: getattr(config, field) for field in fields} == fields

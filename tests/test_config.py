@@ -280,6 +280,80 @@ def test_structural_flags_switch_kinds_parts_and_entries():
     assert parse("--out", "x", "--limit", "None").limit is None
 
 
+SIZES = {"small": Optim(lr=0.1), "large": Optim(lr=0.9, clip=None)}
+
+
+@dataclass(frozen=True)
+class Part:
+    optim: Annotated[Optim, Presets(SIZES.__getitem__)] = Optim(lr=0.5)
+    other: Optim = Optim()
+
+
+UNCLIPPED = Part(Optim(lr=0.5, clip=None))
+
+
+@dataclass(frozen=True)
+class Inner:
+    dry_run: bool = False
+    overlap: bool | None = None
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """One field of each kind that has words for values."""
+
+    path: tyro.conf.Positional[str] = "here"
+    quiet: bool = False
+    checked: bool = True
+    thinking: bool | None = None
+    dtype: Literal["auto", "bfloat16", "bf16"] | None = "auto"
+    limit: int | None = 3
+    system: str | None = "Be brief."
+    part: Part = Part()
+    inner: Inner = Inner()
+    parts: tuple[Inner, ...] = (Inner(), Inner())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--thinking false", Spelled(thinking=False)),
+        ("--thinking True", Spelled(thinking=True)),
+        ("--thinking=off", Spelled(thinking=False)),
+        ("--thinking", Spelled(thinking=True)),
+        ("--thinking there", Spelled("there", thinking=True)),
+        ("--no-thinking there", Spelled("there", thinking=False)),
+        ("--no_thinking", Spelled(thinking=False)),
+        ("--thinking none", Spelled()),
+        ("--quiet there", Spelled("there", quiet=True)),
+        ("--quiet true there", Spelled("there", quiet=True)),
+        ("--quiet=False --checked NO", Spelled(checked=False)),
+        ("--no-checked --no-quiet", Spelled(checked=False)),
+        ("--dtype BF16", Spelled(dtype="bf16")),
+        ("--dtype=BFloat16 there", Spelled("there", dtype="bfloat16")),
+        ("--dtype NONE --limit none --system None", Spelled(dtype=None, limit=None, system=None)),
+        ("--inner.overlap false --inner.dry-run true", Spelled(inner=Inner(dry_run=True, overlap=False))),
+        ("--inner.no-overlap --inner.dry_run", Spelled(inner=Inner(dry_run=True, overlap=False))),
+        ("--inner.overlap --inner.dry-run false", Spelled(inner=Inner(overlap=True))),
+        ("--parts.1.overlap no --part.optim.clip none", Spelled(parts=(Inner(), Inner(overlap=False)), part=UNCLIPPED)),
+    ],
+)
+def test_a_value_is_understood_as_people_write_it(line: str, expected: Spelled):
+    assert parse_args(Spelled, line.split(), prog="p", description="d") == expected
+
+
+@pytest.mark.parametrize("line", ["--quiet maybe x", "--thinking=maybe", "--dtype bf17", "--limit nil"])
+def test_a_word_that_is_no_value_is_still_a_mistake(line: str):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(Spelled, line.split(), prog="p", description="d")
+
+
+@pytest.mark.parametrize("word", ["--quiet=maybe", "--checked=", "--inner.dry-run=2"])
+def test_a_switch_takes_no_other_value(word: str):
+    with pytest.raises(ValueError, match=f"{word}: .* takes true or false"):
+        parse_args(Spelled, [word], prog="p", description="d")
+
+
 @pytest.mark.parametrize(
     ("argv", "messages"),
     [
@@ -323,15 +397,6 @@ def test_a_mistaken_preset_is_named_with_its_place(tmp_path: Path):
         from_dict(Recipe, {"out": "x", "model": {"preset": 2}})
     with pytest.raises(ValueError, match="unknown key 'preset' in \\[optim\\]"):
         from_dict(Recipe, {"out": "x", "optim": {"preset": "fast"}})
-
-
-SIZES = {"small": Optim(lr=0.1), "large": Optim(lr=0.9, clip=None)}
-
-
-@dataclass(frozen=True)
-class Part:
-    optim: Annotated[Optim, Presets(SIZES.__getitem__)] = Optim(lr=0.5)
-    other: Optim = Optim()
 
 
 @dataclass(frozen=True)
@@ -413,10 +478,49 @@ def test_the_form_that_flags_fill_in_never_leaks():
 
 @dataclasses.dataclass(frozen=True)
 class Tabled:
-    options: dict[str, dict[str, int | str | bool]] = dataclasses.field(default_factory=dict)
+    options: dict[str, dict[str, int | str | float | bool]] = dataclasses.field(default_factory=dict)
 
 
 def test_a_flag_sets_one_entry_of_a_table_of_tables_whose_name_may_hold_dots():
     flags = ["--options.my_pkg.tasks:Sudoku.size", "9", "--options.countdown.max-target", "50"]
     parsed = parse_args(Tabled, flags, prog="p", description="d")
     assert parsed.options == {"my_pkg.tasks:Sudoku": {"size": 9}, "countdown": {"max_target": 50}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("True", True), ("false", False), ("FALSE", False), ("0.5", 0.5), ("07", "07"), ("2024-01-01", "2024-01-01")],
+)
+def test_an_entry_of_a_free_table_is_what_its_text_says(text: str, value: Any):
+    parsed = parse("--out", "x", "--options.given", text).options["given"]
+    assert (parsed, type(parsed)) == (value, type(value))
+    tables = parse_args(Tabled, ["--options.countdown.given", text], prog="p", description="d").options
+    assert tables == {"countdown": {"given": value}}
+
+
+@pytest.mark.parametrize("word", ["--options.max-target=50", "--options.numbers=4", "--options.countdown=size=4"])
+def test_an_option_without_its_table_is_asked_whose_it_is(word: str):
+    with pytest.raises(ValueError, match=r"whose\? Write --options\.NAME\.KEY VALUE"):
+        parse_args(Tabled, [word], prog="p", description="d")
+
+
+def test_a_whole_table_of_a_table_of_tables_may_be_given_at_once():
+    words = ["--options.a.b:C", "{size = 4, name = 'x'}", "--options.a.b:C.size", "5", "--options.d={on = true}"]
+    parsed = parse_args(Tabled, words, prog="p", description="d")
+    assert parsed.options == {"a.b:C": {"size": 5, "name": "x"}, "d": {"on": True}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("options = 5", "options = 5 (int): expected a table"),
+        ("options.countdown = 5", "options.countdown = 5 (int): expected a table"),
+        ("options.countdown = [1]", "options.countdown = [1] (list): expected a table"),
+    ],
+)
+def test_a_flag_does_not_hide_what_is_wrong_with_a_recipes_table(tmp_path: Path, recipe: str, message: str):
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe)
+    with pytest.raises(ValueError) as error:
+        parse_args(Tabled, [str(path), "--options.countdown.size", "3"], prog="p", description="d")
+    assert message in str(error.value)

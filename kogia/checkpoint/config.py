@@ -25,8 +25,8 @@ def dtype_name(dtype: object) -> str:
 class InspectConfig:
     """What a model is and costs, and where its files contradict its config.json (then the exit status is 1)."""
 
-    model: Positional[str]
-    """Model directory, run directory or preset, such as deepseek-v3."""
+    model: Positional[str | None] = None
+    """Model directory, run directory or preset, such as deepseek-v3; without one the presets are listed."""
     context: int | None = None
     """Tokens of context that the cache and the FLOPs are given for; None takes the longest the model is made for."""
     json: bool = False

@@ -22,11 +22,25 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(Text.assemble((printable(report.name), "bold"), "   ", (_headline(costs), "cyan")))
     _section(console, "Architecture", _pairs(architecture(report.config)))
     _section(console, "Parameters", _parameters(report))
+    _section(console, "Weights", _weights(costs))
     _section(console, "Cache", _cache(costs))
     _section(console, "Compute", _compute(costs))
     if report.stored is not None or report.tokenizer is not None:
         _section(console, "Files", _pairs(_files(report)))
     _print_disagreements(console, report)
+
+
+def print_presets(reports: Sequence[Report], console: Console | None = None) -> None:
+    """One line for each on stdout; memory is that of bfloat16."""
+    console = console or Console(highlight=False)
+    table = _table(["", "all", "activated", "weights", "context", "its cache"])
+    for report in reports:
+        costs = report.costs
+        active = count(costs.active_params) if has_experts(costs) else ""
+        weights, cache = size(costs.weight_bytes["bfloat16"]), size(costs.cache_bytes[0].per_token * costs.context)
+        table.add_row(report.name, count(costs.params), active, weights, f"{costs.context:,}", cache)
+    _section(console, "Presets and their parameters", table)
+    console.print("\n  Memory is that of bfloat16. kogia inspect NAME, or a directory, says more.")
 
 
 def _headline(costs: Costs) -> str:
@@ -73,6 +87,15 @@ def _parameters(report: Report) -> Table:
         table.add_row("with the input embedding", "", f"{active / costs.params:.1%}", count(active), style="dim")
     if costs.mtp_params:
         table.add_row("multi-token prediction, beside these", count(costs.mtp_params), "", "")
+    return table
+
+
+def _weights(costs: Costs) -> Table:
+    labels = {"bfloat16": "bfloat16, float16", "fp8": "FP8, blocks of 128 x 128"}
+    table = _table(["loaded as", "memory", ""])
+    own = costs.weight_bytes["bfloat16"]
+    for dtype, nbytes in costs.weight_bytes.items():
+        table.add_row(labels.get(dtype, dtype), size(nbytes), f"{nbytes / own:.3g} x")
     return table
 
 

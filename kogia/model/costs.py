@@ -1,4 +1,4 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs, cache and the memory to train it. Torch-free.
+"""What a model costs, from its configuration alone: parameters, FLOPs, weights, cache, memory to train it. Torch-free.
 
 Counts leave the router's bias out, as the papers do. "Active" is what one token is multiplied with in the main model.
 """
@@ -11,6 +11,7 @@ from kogia.model.config import GQAConfig, MLAConfig, ModelConfig
 SHORT_CONTEXT = 4096
 """FLOPs are given at this length beside the one asked for, as the reports do."""
 _FP8_SCALE_WIDTH = 128  # numbers of an FP8 row that share one float32 scale
+_FP8_BLOCK = 128  # rows and columns of an FP8 weight that share one float32 scale
 _LOGIT_CHUNK = 1 << 20  # logits held at a time by ops/logprob.py
 
 
@@ -59,6 +60,8 @@ class Costs:
     """What the reports add where they count the input embedding as activated; 0 where the head shares it."""
     mtp_params: int
     parts: tuple[Part, ...]
+    weight_bytes: dict[str, int]
+    """Dtype -> bytes."""
     context: int
     cache_bytes: tuple[CacheBytes, ...]
     """This model first, then its twins."""
@@ -80,6 +83,7 @@ def model_costs(config: ModelConfig, context: int | None = None) -> Costs:
         embedding_params=num_active_params(config) - active,
         mtp_params=num_mtp_params(config),
         parts=tuple(part for part in param_parts(config) if part.component is not Component.MTP),
+        weight_bytes=weight_bytes(config),
         context=context,
         cache_bytes=_cache_bytes(config),
         forward_flops={length: flops_per_token(config, length) / 3 for length in contexts},
@@ -202,6 +206,61 @@ def _attention_products(a: MLAConfig | GQAConfig, context: int) -> float:
         return widths * pairs
     kept = pairs if context <= indexer.topk else indexer.topk * (1 - indexer.topk / (2 * context))
     return widths * kept + indexer.num_heads * indexer.head_dim * pairs
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(config: ModelConfig) -> dict[str, int]:
+    """Dtype -> bytes of a loaded model, its MTP modules included; float16 takes what bfloat16 takes.
+
+    "fp8" is the published form: projections in FP8 with a float32 scale per 128 x 128 block, all else in bfloat16.
+    The router's biases are float32 in each.
+    """
+    numbers = num_params(config) + num_mtp_params(config)
+    biases = 4 * _router_biases(config)
+    matrices = [each for layer in _all_layers(config) for each in _projections(config, layer)]
+    saved = sum(count * rows * columns for count, rows, columns in matrices)
+    scales = sum(count * -(-rows // _FP8_BLOCK) * -(-columns // _FP8_BLOCK) for count, rows, columns in matrices)
+    return {
+        "float32": 4 * numbers + biases,
+        "bfloat16": 2 * numbers + biases,
+        "fp8": 2 * numbers - saved + 4 * scales + biases,
+    }
+
+
+def _all_layers(config: ModelConfig) -> range:
+    return range(config.num_layers + config.num_mtp_layers)
+
+
+def _router_biases(config: ModelConfig) -> int:
+    moe = config.moe
+    if moe is None or moe.score != "sigmoid":
+        return 0
+    return moe.num_experts * sum(config.is_moe_layer(layer) for layer in _all_layers(config))
+
+
+def _projections(config: ModelConfig, layer: int) -> list[tuple[int, int, int]]:
+    """(how many, rows, columns) of the matrices that DeepSeek-V3 publishes in FP8."""
+    dim, moe = config.dim, config.moe
+    attention = [(1, rows, columns) for rows, columns in _attention_projections(config.attention, dim, layer)]
+    if moe is None or not config.is_moe_layer(layer):
+        return [*attention, (3, config.ffn_dim, dim)]
+    shared = [(3, moe.num_shared_experts * moe.expert_dim, dim)] if moe.num_shared_experts else []
+    return [*attention, (3 * moe.num_experts, moe.expert_dim, dim), *shared]
+
+
+def _attention_projections(a: MLAConfig | GQAConfig, dim: int, layer: int) -> list[tuple[int, int]]:
+    if a.kind == "gqa":
+        queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        return [(queries, dim), (keys, dim), (keys, dim), (dim, queries)]
+    rank, queries = a.query_rank(layer), a.num_heads * a.qk_head_dim
+    query = [(queries, dim)] if rank is None else [(rank, dim), (queries, rank)]
+    expanded = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    latent = [(a.latent_row, dim), (expanded, a.kv_lora_rank), (dim, a.num_heads * a.v_head_dim)]
+    if (i := a.indexer) is None:
+        return [*query, *latent]
+    return [*query, *latent, (i.num_heads * i.head_dim, rank or 0), (i.head_dim, dim)]
 
 
 # Cache ----------------------------------------------------------------------------------------------------------------

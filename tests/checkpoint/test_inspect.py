@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.tiny import CONFIG, DENSE, edit, rewrite, shard, tiny, tiny_fp8
+from checkpoint.tiny import BLOCKS, CONFIG, DENSE, edit, rewrite, shard, tiny, tiny_fp8
 from rich.console import Console
 
 from kogia.checkpoint.hf import save_model
-from kogia.checkpoint.inspect_table import print_report
+from kogia.checkpoint.inspect_table import print_presets, print_report
 from kogia.checkpoint.inspection import Report, inspect_model
 from kogia.cli import main
-from kogia.model.config import ModelConfig
-from kogia.model.costs import num_params
+from kogia.model.config import GQAConfig, IndexerConfig, ModelConfig
+from kogia.model.costs import num_params, weight_bytes
 from kogia.model.facts import cache_name
 from kogia.model.presets import PRESETS
 from kogia.text.tokenizer import train_bpe
@@ -84,6 +84,59 @@ def test_the_table_says_what_a_reader_looks_for():
     assert "Files" not in text and "agree" not in text
     llama = printed(inspect_model("llama-3.1-8b"))
     assert "base 500,000; Llama 3 scaling x 8 over 8,192" in llama and "activated" not in llama
+
+
+def test_without_a_model_the_presets_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect"]) == 0
+    rows = {words[0]: words[1:] for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
+    assert set(PRESETS) <= set(rows)
+    assert " ".join(rows["deepseek-r1"]) == "671.03 B 36.63 B 1.37 TB 163,840 11.51 GB"
+    assert " ".join(rows["llama-3.1-8b"]) == "8.03 B 16.06 GB 131,072 17.18 GB"
+    reports = [inspect_model(name) for name in PRESETS]
+    console = Console(width=80, highlight=False, color_system=None)
+    with console.capture() as capture:
+        print_presets(reports, console)
+    text = capture.get()
+    assert all(len(line) <= 80 for line in text.splitlines()) and all(text.count(f" {name} ") == 1 for name in PRESETS)
+
+
+def test_the_list_of_presets_takes_context_and_json(capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", "--context", "1000", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["presets"]
+    assert [each["name"] for each in listed] == list(PRESETS)
+    assert {each["context"] for each in listed} == {1000}
+    assert listed[0]["weight_bytes"] == weight_bytes(PRESETS[listed[0]["name"]])
+    assert main(["inspect", "--context", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(BLOCKS, num_mtp_layers=2),
+        replace(BLOCKS, moe=replace(BLOCKS.moe, score="softmax", num_shared_experts=0, num_groups=1)),
+        replace(BLOCKS, attention=replace(BLOCKS.attention, q_lora_rank=None)),
+        replace(BLOCKS, attention=replace(BLOCKS.attention, indexer=IndexerConfig(num_heads=2, head_dim=8, topk=4))),
+        replace(BLOCKS, attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=50, qkv_bias=True)),
+        replace(DENSE, dim=200, ffn_dim=140),
+    ],
+)
+def test_weights_take_the_memory_that_a_real_model_takes(config: ModelConfig):
+    models = {"float32": tiny(config), "bfloat16": tiny(config, torch.bfloat16), "fp8": tiny_fp8(config)}
+    taken = {dtype: sum(t.nbytes for t in model.state_dict().values()) for dtype, model in models.items()}
+    assert weight_bytes(config) == taken
+
+
+def test_a_preset_shows_what_its_weights_take_in_each_dtype():
+    text = printed(inspect_model("deepseek-r1"))
+    for words in (
+        "float32                      2.73 TB       2 x",
+        "bfloat16, float16            1.37 TB       1 x",
+        "FP8, blocks of 128 x 128   684.87 GB   0.502 x",
+    ):
+        assert words in text
+    copies = 2 * 2 * 129280 * 7168  # the published files hold embedding and head a second time
+    assert weight_bytes(PRESETS["deepseek-r1"])["fp8"] + copies == pytest.approx(688.6e9, rel=1e-4)
+    assert inspect_model("llama-3-8b").costs.weight_bytes["bfloat16"] == 2 * 8_030_261_248
 
 
 def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture[str]):
