@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from train.tiny import make_batch, random_sequences, tiny_model
+from kogia.model.transformer import SharedHead
 from kogia.train.loss import LossWeights, supervised_loss
 
 rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -26,7 +27,8 @@ def loss_and_norm(shard):
     model = tiny_model()
     if shard:
         mesh = dist.init_device_mesh("cpu", (world,))
-        for part in (*model.model.layers, model.model.embed_tokens, model.lm_head):
+        heads = [module for module in model.modules() if isinstance(module, SharedHead)]
+        for part in (*heads, *model.model.layers, model.model.embed_tokens, model.lm_head):
             fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
     loss = supervised_loss(model, batch, weights).total
