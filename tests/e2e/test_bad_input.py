@@ -194,5 +194,6 @@ def test_a_prompt_longer_than_the_context_is_named_with_the_limit(folder, checkp
     model = str(checkpoint)
     for words in (("rl", "long.toml", "--init", model, *TINY_RL), ("eval", "long.toml", model)):
         message = fails(folder, *words)
-        assert "must have 1 to 127" in message
+        assert "context is 128" in message
+        assert "long_prompts = 'skip'" in message
         assert "problem '" in message  # whose prompt it is
