@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--base", default="711fa00", help="the commit to compare with")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/seams.json")
-    parser.add_argument("--demo", type=Path, help="OUT of a finished `kogia demo`, to note its time beside demo.json's")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -60,12 +59,7 @@ def main() -> None:
             }
             rows.append(row(id, median(ratios), "ratio", low=min(ratios), high=max(ratios), limit=LIMIT, **speeds))
             print(rows[-1], file=sys.stderr)
-    if args.demo is not None:
-        seconds = json.loads((args.demo / "summary.json").read_text(encoding="utf-8"))["seconds"]
-        before = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))["rows"]
-        times = [each["value"] for each in before if each["id"].startswith("demo-seconds")]
-        rows.append(row("seams-demo-seconds", seconds, "s", limit=max(times)))
-    write_result(args.out, f"seams, beside {args.base}", rows)
+            write_result(args.out, f"seams, beside {args.base}", rows)  # after each: what is measured is not lost
 
 
 @contextmanager
