@@ -41,7 +41,7 @@ def figures(rows: dict[str, Any], result: dict[str, Any]) -> str:
 
     machine = f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores"
     lines = [
-        f"Held-out problems, mean of {len(seeds)} seeds ({machine}):",
+        f"Held-out problems, mean of {len(seeds)} seeds ({machine}; measured at commit {result['commit'][:7]}):",
         "",
         "| stage | pass@1 | pass@8 | greedy | thinks (tokens) | never stops | right among claims |",
         "|---|---|---|---|---|---|---|",
@@ -66,8 +66,8 @@ def figures(rows: dict[str, Any], result: dict[str, Any]) -> str:
         f"* Multi-token prediction on the final model, one prompt at a time: {100 * mean('mtp-acceptance'):.0f}% of "
         f"drafts accepted, {mean('mtp-speedup'):.2f}x the speed, greedy output identical for "
         f"{100 * mean('mtp-identical-greedy'):.0f}% of prompts.",
-        f"* The whole demonstration took {min(timed):.1f} to {max(timed):.1f} minutes, and up to 23 with other "
-        f"programs at work on the same cores. Peak memory {rows['demo-peak-gib']['high']:.1f} GiB.",
+        f"* The whole demonstration took {min(timed):.1f} to {max(timed):.1f} minutes. "
+        f"Peak memory {rows['demo-peak-gib']['high']:.1f} GiB.",
     ]
     recipes = {row["recipe"]: [] for row in rows.values() if "recipe" in row}
     for id, row in rows.items():
