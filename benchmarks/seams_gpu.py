@@ -40,6 +40,9 @@ def main() -> None:
     from result import row, write_result
 
     rows = [row("seams-gpu-tokens-equal", same_tokens(), "share of completions that equal the CPU's", limit=1.0)]
+    rows += [
+        row(f"seams-gpu-experts-{name}-error", value, "of the norm", limit=limit) for name, value, limit in errors()
+    ]
     for name, (syncs, uploads, launches) in step_costs().items():
         rows.append(row(f"seams-gpu-{name}-syncs", syncs, "waits", limit=1, uploads=uploads, launches=launches))
     print(rows, file=sys.stderr)
@@ -98,6 +101,37 @@ def same_tokens() -> float:
         pairs = [(a, b) for mine, theirs in zip(got, want) for a, b in zip(mine, theirs)]
         equal += [a.token_ids == b.token_ids for a, b in pairs]
     return sum(equal) / len(equal)
+
+
+def errors() -> list[tuple[str, float, float]]:
+    """(name, largest error, limit) of mixed experts and their gradients against float64 on the reference backend.
+
+    Random inputs and loads, an expert without tokens, and choices that are nobody's; by backend and dtype.
+    """
+    from kogia.ops.dispatch import use_backend
+    from kogia.ops.moe import mix_experts
+
+    torch.manual_seed(0)
+    ids = torch.randint(-1, 7, (500, 4))  # the last of 8 experts has none
+    shapes = ((500, 64), (500, 4), (8, 2, 32, 64), (8, 64, 32), (500, 64))
+    x, weights, gate_up, down, upstream = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+
+    def run(device: str, dtype: torch.dtype, backend: str) -> list[Any]:
+        inputs = [
+            each.to(device, dtype).detach().clone().requires_grad_() for each in (x, weights, gate_up * 0.1, down * 0.1)
+        ]
+        with use_backend(backend, ["grouped_linear"]):
+            y = mix_experts(inputs[0], ids.to(device), *inputs[1:])
+            y.backward(upstream.to(device, dtype))
+        return [each.double().cpu() for each in (y.detach(), *(each.grad for each in inputs))]
+
+    want, found = run("cpu", torch.float64, "reference"), []
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for backend in ("reference", "aten"):
+            pairs = zip(run("cuda", dtype, backend), want)
+            worst = max(float((got - right).norm() / right.norm()) for got, right in pairs)
+            found.append((f"{backend}-{str(dtype).removeprefix('torch.')}", worst, limit))
+    return found
 
 
 def step_costs() -> dict[str, tuple[int, int, int]]:
