@@ -41,7 +41,8 @@ def main() -> None:
 
     rows = [row("seams-gpu-tokens-equal", same_tokens(), "share of completions that equal the CPU's", limit=1.0)]
     rows += [
-        row(f"seams-gpu-experts-{name}-error", value, "of the norm", limit=limit) for name, value, limit in errors()
+        row(f"seams-gpu-experts-{name}-error", value, "millionths of the norm", limit=limit)
+        for name, value, limit in errors()
     ]
     for name, (syncs, uploads, launches) in step_costs().items():
         rows.append(row(f"seams-gpu-{name}-syncs", syncs, "waits", limit=1, uploads=uploads, launches=launches))
@@ -104,7 +105,7 @@ def same_tokens() -> float:
 
 
 def errors() -> list[tuple[str, float, float]]:
-    """(name, largest error, limit) of mixed experts and their gradients against float64 on the reference backend.
+    """(name, largest error in millionths of the norm, limit) of mixed experts and their gradients against float64 on the reference backend.
 
     Random inputs and loads, an expert without tokens, and choices that are nobody's; by backend and dtype.
     """
@@ -126,10 +127,10 @@ def errors() -> list[tuple[str, float, float]]:
         return [each.double().cpu() for each in (y.detach(), *(each.grad for each in inputs))]
 
     want, found = run("cpu", torch.float64, "reference"), []
-    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for dtype, limit in ((torch.float32, 10), (torch.bfloat16, 20_000)):
         for backend in ("reference", "aten"):
             pairs = zip(run("cuda", dtype, backend), want)
-            worst = max(float((got - right).norm() / right.norm()) for got, right in pairs)
+            worst = 1e6 * max(float((got - right).norm() / right.norm()) for got, right in pairs)
             found.append((f"{backend}-{str(dtype).removeprefix('torch.')}", worst, limit))
     return found
 
