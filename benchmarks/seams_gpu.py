@@ -105,7 +105,7 @@ def same_tokens() -> float:
 
 
 def errors() -> list[tuple[str, float, float]]:
-    """(name, largest error in millionths of the norm, limit) of mixed experts and their gradients against float64 on the reference backend.
+    """(name, largest error, limit), in millionths of the norm, of mixed experts and their gradients against float64.
 
     Random inputs and loads, an expert without tokens, and choices that are nobody's; by backend and dtype.
     """
