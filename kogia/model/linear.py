@@ -1,5 +1,6 @@
 """The linear layer of every projection, and of stacks of experts: dense, or packed in a format of kogia.ops.packed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,18 @@ class Linear(nn.Module):
     def pack(self, format: str, **options: Any) -> None:
         """Round a dense weight to a format; FP8 takes `power_of_two`, for scales that are."""
         self._hold(FORMATS[format].pack(self.weight, **options))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
+        """What `Module.to` and its like go through. A packed weight moves but is never cast: its numbers are codes."""
+        if self.format is not None:
+            stored = FORMATS[self.format].data_dtype
+            cast = fn(torch.empty(0, dtype=stored, device=self.weight.device)).dtype
+            if cast != stored:
+                raise TypeError(
+                    f"a weight stored as {self.format} cannot be cast to {cast}: its scales would no longer fit; load "
+                    "the model in that dtype (`load_model(path, dtype=...)`, or `kogia convert`)"
+                )
+        return super()._apply(fn, recurse)
 
     def _hold(self, packed: Packed) -> None:
         self.format = packed.format

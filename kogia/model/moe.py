@@ -7,6 +7,8 @@ experts that got fewer than their share (DeepSeek-V3 section 2.1.2; arXiv 2408.1
     b_i <- b_i + gamma * sign(mean_j c_j - c_i),   c_i = tokens sent to expert i over the whole global batch
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -50,6 +52,15 @@ class Router(nn.Module):
                 loss = sequence_balance_loss(routed.scores, routed.expert_ids, step.segments)
                 routing.add_balance_loss(self.mixture, loss)
         return routed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """What `Module.to` and its like go through. The bias moves but stays float32: its steps are of 0.001."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
 
     @torch.no_grad()
     def update_bias(self, load: Int[Tensor, " experts"], speed: float) -> None:

@@ -236,11 +236,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tran
     """The model without storage, on the meta device. Selection biases stay float32 whatever the dtype."""
     with torch.device("meta"):
         model = Transformer(config)
-    model = model.to(dtype)
-    for router in model.routers():
-        if router.e_score_correction_bias is not None:
-            router.e_score_correction_bias = router.e_score_correction_bias.float()
-    return model
+    return model.to(dtype)
 
 
 def materialize(model: Transformer, device: torch.device | str) -> None:

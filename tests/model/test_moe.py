@@ -133,6 +133,20 @@ def test_the_bias_is_no_parameter_and_is_saved():
     assert "gate.e_score_correction_bias" in moe.state_dict()
 
 
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.float16)]
+)
+def test_the_bias_stays_float32_to_the_bit_when_the_model_is_cast(cast):
+    moe = build(MoEConfig(num_experts=4, topk=2, expert_dim=4))
+    before = torch.randn(4)
+    moe.gate.e_score_correction_bias.copy_(before)
+    cast(moe)
+    assert moe.gate.weight.dtype != torch.float32
+    assert moe.gate.e_score_correction_bias.dtype == torch.float32
+    assert moe.gate.e_score_correction_bias.equal(before)
+    assert "e_score_correction_bias" in dict(moe.gate.named_buffers())
+
+
 def test_softmax_routers_carry_no_bias():
     router = Router(4, MoEConfig(num_experts=4, topk=1, score="softmax"), 0)
     assert router.e_score_correction_bias is None
