@@ -1,12 +1,17 @@
 """Decoding and training on the CPU beside an earlier commit of this repository, in one run.
 
     python benchmarks/seams.py [--base 711fa00] [--rounds 7] [--out benchmarks/results/seams.json]
+    python benchmarks/seams.py --demo 0 [--out benchmarks/results/seams_demo.json]
 
 Both sides run the demonstration's model on one thread, in processes of their own that alternate; the earlier commit
 comes from a temporary worktree. A round is one process of each side, and its ratio is that of the two. Time is the
 process's own CPU time, so that another program on the machine costs both sides what it costs. The value is the median
 of the rounds, low and high are the smallest and largest. `seams-pretrain-ratio` is what a user waits for: time on the
 wall with the machine's threads, which wait as each commit's command line has them wait; it needs an idle machine.
+
+With --demo SEED... whole demonstrations are measured instead, the earlier commit's first, then this one's, on the wall:
+`seams-demo-ratio` is the earlier commit's seconds over ours, with the seconds of each stage. Random weights differ
+between the two, so learning does, and with it the length of the sampled answers; the score of both is beside it.
 """
 
 import argparse
@@ -22,6 +27,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
 LIMIT = 1.0
 WORK = {
     "seams-decode-ratio": ("decode", 64, 0),
@@ -39,7 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="711fa00", help="the commit to compare with")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/seams.json")
+    parser.add_argument("--out", type=Path, help="default: seams.json or seams_demo.json")
+    parser.add_argument("--demo", type=int, nargs="+", metavar="SEED", help="measure whole demonstrations instead")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -49,6 +56,12 @@ def main() -> None:
 
     rows = []
     with worktree(args.base) as base:
+        if args.demo is not None:
+            for seed in args.demo:
+                rows.append(demo_row(base, seed))
+                print(rows[-1], file=sys.stderr)
+                write_result(args.out or RESULTS / "seams_demo.json", f"demonstration, beside {args.base}", rows)
+            return
         for id, work in WORK.items():
             pairs = [(child(ROOT, work), child(base, work)) for _ in range(args.rounds + 1)][1:]  # the first warms up
             ratios = [ours / theirs for ours, theirs in pairs]
@@ -59,7 +72,9 @@ def main() -> None:
             }
             rows.append(row(id, median(ratios), "ratio", low=min(ratios), high=max(ratios), limit=LIMIT, **speeds))
             print(rows[-1], file=sys.stderr)
-            write_result(args.out, f"seams, beside {args.base}", rows)  # after each: what is measured is not lost
+            write_result(
+                args.out or RESULTS / "seams.json", f"seams, beside {args.base}", rows
+            )  # after each: what is measured is not lost
 
 
 @contextmanager
@@ -83,6 +98,36 @@ def child(checkout: Path, work: tuple[str, int, int]) -> float:
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(work)]
     done = subprocess.run(command, env=env, cwd=checkout, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
+
+
+def demo_row(base: Path, seed: int) -> dict[str, Any]:
+    """Both demonstrations, one after the other."""
+    from result import row
+
+    (theirs, base_stages, base_score), (ours, stages, score) = demo(base, seed), demo(ROOT, seed)
+    scores = {"greedy": score, "base_greedy": base_score}
+    seconds = {"seconds": round(ours, 1), "base_seconds": round(theirs, 1)}
+    parts = {"stages": stages, "base_stages": base_stages}
+    return row(f"seams-demo-ratio-seed{seed}", theirs / ours, "ratio", limit=LIMIT, **seconds, **parts, **scores)
+
+
+def demo(checkout: Path, seed: int) -> tuple[float, dict[str, float], float]:
+    """Seconds on the wall of `kogia demo` from `checkout`, of each of its stages, and the final greedy score."""
+    import time
+
+    run = "import sys; from kogia.cli import main; sys.exit(main())"
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
+    env |= {"PYTHONPATH": str(checkout)}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "demo"
+        start = time.perf_counter()
+        command = [sys.executable, "-c", run, "demo", "--out", str(out), "--seed", str(seed), "--quiet"]
+        subprocess.run(command, env=env, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+        kept = json.loads((out / "stages.json").read_text(encoding="utf-8"))
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    stages = {name: round(stage["seconds"], 1) for name, stage in kept.items() if isinstance(stage, dict)}
+    return seconds, stages, summary["stages"][-1]["greedy"][0]
 
 
 def measure(kind: str, amount: int, drafts: int) -> float:
