@@ -126,7 +126,9 @@ def demo(checkout: Path, seed: int) -> tuple[float, dict[str, float], float]:
         seconds = time.perf_counter() - start
         kept = json.loads((out / "stages.json").read_text(encoding="utf-8"))
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    stages = {name: round(stage["seconds"], 1) for name, stage in kept.items() if isinstance(stage, dict)}
+    stages = {
+        name: round(kept[name]["seconds"], 1) for name in kept if isinstance(kept[name], dict) and "done" in kept[name]
+    }
     return seconds, stages, summary["stages"][-1]["greedy"][0]
 
 
