@@ -9,9 +9,10 @@ process's own CPU time, so that another program on the machine costs both sides 
 of the rounds, low and high are the smallest and largest. `seams-pretrain-ratio` is what a user waits for: time on the
 wall with the machine's threads, which wait as each commit's command line has them wait; it needs an idle machine.
 
-With --demo SEED... whole demonstrations are measured instead, the earlier commit's first, then this one's, on the wall:
-`seams-demo-ratio` is the earlier commit's seconds over ours, with the seconds of each stage. Random weights differ
-between the two, so learning does, and with it the length of the sampled answers; the score of both is beside it.
+With --demo SEED... whole demonstrations are measured instead, both commits' at the same time, each on a core of its own
+with one thread: `seams-demo-ratio` is the earlier commit's CPU seconds over ours, of all processes of each, with the
+seconds on the wall of every stage beside it. Random weights differ between the two, so learning does, and with it the
+length of the sampled answers; the final score of both is beside it.
 """
 
 import argparse
@@ -101,35 +102,40 @@ def child(checkout: Path, work: tuple[str, int, int]) -> float:
 
 
 def demo_row(base: Path, seed: int) -> dict[str, Any]:
-    """Both demonstrations, one after the other."""
+    """Both demonstrations side by side."""
     from result import row
 
-    (theirs, base_stages, base_score), (ours, stages, score) = demo(base, seed), demo(ROOT, seed)
-    scores = {"greedy": score, "base_greedy": base_score}
-    seconds = {"seconds": round(ours, 1), "base_seconds": round(theirs, 1)}
-    parts = {"stages": stages, "base_stages": base_stages}
-    return row(f"seams-demo-ratio-seed{seed}", theirs / ours, "ratio", limit=LIMIT, **seconds, **parts, **scores)
+    with tempfile.TemporaryDirectory() as scratch:
+        started = [
+            start_demo(checkout, Path(scratch) / str(core), seed, core) for core, checkout in enumerate((base, ROOT))
+        ]
+        (theirs, base_stages, base_score), (ours, stages, score) = (finish_demo(*each) for each in started)
+    seconds = {"cpu_seconds": round(ours, 1), "base_cpu_seconds": round(theirs, 1)}
+    found = {"stages": stages, "base_stages": base_stages, "greedy": score, "base_greedy": base_score}
+    return row(f"seams-demo-ratio-seed{seed}", theirs / ours, "ratio", limit=LIMIT, **seconds, **found)
 
 
-def demo(checkout: Path, seed: int) -> tuple[float, dict[str, float], float]:
-    """Seconds on the wall of `kogia demo` from `checkout`, of each of its stages, and the final greedy score."""
-    import time
-
+def start_demo(checkout: Path, out: Path, seed: int, core: int) -> tuple[subprocess.Popen[bytes], Path]:
+    """`kogia demo` from `checkout` on one core."""
     run = "import sys; from kogia.cli import main; sys.exit(main())"
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
     env |= {"PYTHONPATH": str(checkout)}
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "demo"
-        start = time.perf_counter()
-        command = [sys.executable, "-c", run, "demo", "--out", str(out), "--seed", str(seed), "--quiet"]
-        subprocess.run(command, env=env, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - start
-        kept = json.loads((out / "stages.json").read_text(encoding="utf-8"))
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    demo = ["demo", "--out", str(out), "--seed", str(seed), "--threads", "1", "--quiet"]
+    command = ["taskset", "-c", str(core), sys.executable, "-c", run, *demo]
+    return subprocess.Popen(command, env=env, cwd=out.parent, stdout=subprocess.DEVNULL), out
+
+
+def finish_demo(process: subprocess.Popen[bytes], out: Path) -> tuple[float, dict[str, float], float]:
+    """CPU seconds of it and its children, seconds on the wall of its stages, and the final greedy score."""
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"a demonstration ended with status {status}; its files were in {out}")
+    kept = json.loads((out / "stages.json").read_text(encoding="utf-8"))
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     stages = {
         name: round(kept[name]["seconds"], 1) for name in kept if isinstance(kept[name], dict) and "done" in kept[name]
     }
-    return seconds, stages, summary["stages"][-1]["greedy"][0]
+    return used.ru_utime + used.ru_stime, stages, summary["stages"][-1]["greedy"][0]
 
 
 def measure(kind: str, amount: int, drafts: int) -> float:
