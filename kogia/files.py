@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_DESCRIPTORS = ("/dev/fd", "/proc/self/fd", "/proc/thread-self/fd")
+_MOST_LINKS = 40  # as Linux follows in one path
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 DRAFT, ASIDE = ".tmp", ".old"
 """Ends of the names of a draft and of the directory that it replaces, until the draft stands in its place."""
@@ -35,13 +37,13 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text`; the file has the old or the new content at any time. Parents are made.
 
     Links are followed: the file they lead to is replaced. What is no file, as a terminal, pipe or device, is written
-    to; ValueError as `check_target` says.
+    to, and so is what is already open, as /dev/stdout, wherever the shell sends it: behind what was written there
+    before. ValueError as `check_target` says.
     """
     path = Path(path)
     check_target(path)
-    if path.exists() and not path.is_file():
-        with writing(path), path.open("w", encoding="utf-8") as file:
-            file.write(text)
+    if not is_replaceable(path):
+        _write_through(path, text)
         return
     path = path.resolve()
     with _draft(path, Path.touch) as draft, writing(path):
@@ -56,6 +58,16 @@ def check_target(path: str | Path) -> None:
         raise ValueError(f"{path}: is a directory; name a file, in it or elsewhere")
     if path.is_block_device():
         raise ValueError(f"{path}: is a disk, whose content would be lost; name a file")
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path}: is a link that leads back to itself; name a file") from None
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether a path names a file, or what may become one: no device or pipe, and nothing that is open already."""
+    return _descriptor(path) is None and (path.is_file() or not path.exists())
 
 
 def put_in_place(draft: Path, path: Path) -> None:
@@ -119,6 +131,28 @@ def writing(path: Path) -> Iterator[None]:
         fix = "free some disk space" if full else "check the place and its permissions"
         reason = error.strerror or error
         raise OSError(error.errno, f"{path}: could not be written ({reason}); {fix}") from None
+
+
+def _write_through(path: Path, text: str) -> None:
+    """Write to what is no file of its own. The position in an open one is shared, so that nothing is overwritten."""
+    number = _descriptor(path)
+    if sys.stdout is not None:
+        sys.stdout.flush()  # what was printed before comes first
+    with writing(path), open(path if number is None else os.dup(number), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file of this process that a path names, through any links; None where it names none."""
+    places = {Path(place).resolve() for place in _DESCRIPTORS}
+    for _ in range(_MOST_LINKS):
+        parent = path.parent.resolve()
+        if parent in places and path.name.isdecimal():
+            return int(path.name)
+        if not path.is_symlink():
+            return None
+        path = parent / path.readlink()
+    return None
 
 
 @contextmanager

@@ -83,6 +83,53 @@ def test_standard_output_by_its_name_is_written_to():
     assert (result.returncode, result.stdout) == (0, b"a\nb")
 
 
+OPEN = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "/proc/thread-self/fd/1", "link", "link to a link")
+
+
+@pytest.mark.parametrize("mode", ["w", "a"])
+@pytest.mark.parametrize("name", OPEN)
+def test_an_open_file_that_the_shell_sends_output_to_is_written_to_and_stays_what_it_is(tmp_path, name, mode):
+    out = tmp_path / "out.txt"
+    out.write_text("from before\n")
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    (tmp_path / "link to a link").symlink_to("link")
+    before = out.stat()
+    code = f"from kogia.files import write_text; print('a'); write_text({name!r}, 'b\\n'); print('c')"
+    with out.open(mode) as file:
+        assert subprocess.run([sys.executable, "-c", code], stdout=file, cwd=tmp_path, timeout=60).returncode == 0
+        os.write(file.fileno(), b"d\n")  # the shell's next command
+    assert out.read_text() == ("from before\n" if mode == "a" else "") + "a\nb\nc\nd\n"
+    assert os.path.samestat(before, out.stat())
+    assert names(tmp_path) == ["link", "link to a link", "out.txt"]
+
+
+def test_any_open_descriptor_may_be_named_and_one_that_is_not_open_is_an_error(tmp_path: Path):
+    with (tmp_path / "out.txt").open("w+") as file, (tmp_path / "in.txt").open("w") as closed:
+        number = closed.fileno()
+        closed.close()
+        write_text(f"/dev/fd/{file.fileno()}", "one\n")
+        write_text(f"/proc/self/fd/{file.fileno()}", "two\n")
+        with pytest.raises(OSError, match=rf"/dev/fd/{number}: could not be written \(Bad file descriptor\)"):
+            write_text(f"/dev/fd/{number}", "three")
+    assert (tmp_path / "out.txt").read_text() == "one\ntwo\n"
+    assert names(tmp_path) == ["in.txt", "out.txt"]
+
+
+def test_a_file_called_by_a_number_is_a_file(tmp_path: Path):
+    (tmp_path / "fd").mkdir()
+    write_text(tmp_path / "fd" / "1", "old")
+    write_text(tmp_path / "fd" / "1", "new")
+    assert (tmp_path / "fd" / "1").read_text() == "new"
+
+
+def test_a_link_that_leads_to_itself_is_refused_and_stays(tmp_path: Path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(ValueError, match="a: is a link that leads back to itself"):
+        write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").is_symlink()
+
+
 def test_a_directory_is_no_place_for_a_file(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path)
     for path in (tmp_path, tmp_path / "link"):

@@ -3,6 +3,9 @@
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -146,6 +149,28 @@ def test_completions_go_through_a_link(directory, tmp_path, capsys):
     assert cli.main(["generate", str(directory), *flags]) == 0
     assert (tmp_path / "link.jsonl").is_symlink()
     assert json.loads((tmp_path / "real.jsonl").read_text())["prompt"] == "x"
+
+
+def test_completions_on_standard_output_leave_the_file_that_the_shell_sends_it_to(directory, tmp_path):
+    words = [
+        "generate",
+        str(directory),
+        "--prompt",
+        "x",
+        "--max-tokens",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        "/dev/stdout",
+    ]
+    with (tmp_path / "log.txt").open("a") as file:
+        before = os.fstat(file.fileno())
+        for _ in range(2):
+            subprocess.run([sys.executable, "-m", "kogia.cli", *words], stdout=file, check=True, timeout=100)
+    assert os.path.samestat(before, (tmp_path / "log.txt").stat())
+    rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["x", "x"]
 
 
 def test_messages_are_not_continued_as_raw_text(directory, monkeypatch, capsys):

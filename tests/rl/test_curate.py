@@ -156,6 +156,26 @@ def test_more_problems_may_not_slip_into_another_curation(checkpoint, tmp_path):
     assert read(tmp_path)[1]["settings"]["temperature"] == 0.7
 
 
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}])
+@pytest.mark.parametrize("target", ["/dev/null", "/dev/stdout", "/dev/fd/1"])
+def test_what_is_no_file_cannot_hold_a_curation_and_is_left_alone(checkpoint, tmp_path, target, flags):
+    (tmp_path / "out.jsonl").symlink_to(target)
+    with pytest.raises(ValueError, match=r"out.jsonl': is no file, and curate reads again what it wrote"):
+        main(settings(checkpoint, tmp_path, out=str(tmp_path / "out.jsonl"), **flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert (tmp_path / "out.jsonl").is_symlink()
+
+
+def test_a_curation_that_is_deleted_through_a_link_leaves_the_link(checkpoint, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "good.jsonl").symlink_to(tmp_path / "real.jsonl")
+    config = settings(checkpoint, tmp_path, num_problems=2)
+    for changes in ({}, {"temperature": 0.7, "overwrite": True}):
+        main(replace(config, **changes))
+        assert (tmp_path / "data" / "good.jsonl").is_symlink()
+        assert lines(tmp_path / "real.jsonl") == read(tmp_path)[0] != []
+
+
 def test_a_curation_from_before_a_setting_existed_continues_under_its_default(checkpoint, tmp_path):
     config = settings(checkpoint, tmp_path, num_problems=2)
     main(config)
