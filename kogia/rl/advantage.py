@@ -3,7 +3,11 @@
     A_i = (R_i - mean(R)) / (std(R) + eps)        GRPO, DAPO, GSPO, CISPO   (normalize_std=True)
     A_i =  R_i - mean(R)                          Dr. GRPO                  (normalize_std=False)
 
-The papers do not say which deviation; verl and TRL take the sample one (N - 1), and so does this file.
+The papers do not say which deviation. verl and TRL take the sample one, of N - 1, which is the default here; the
+population one, of N, makes advantages larger by sqrt(N / (N - 1)). For rewards 1.0, 0.7, 1.0, 0.0:
+
+    sample        std 0.4717      advantages 0.689  0.053  0.689  -1.431
+    population    std 0.4085      advantages 0.796  0.061  0.796  -1.652
 
 A reward of NaN says that the check of a sample failed. Such samples have no part in their group's mean and deviation,
 and get the advantage of its worst sample, or 0 if that is higher: breaking the verifier must never pay.
@@ -17,11 +21,16 @@ from torch import Tensor
 
 
 def group_advantages(
-    rewards: Float[Tensor, "prompts group"], *, normalize_std: bool, eps: float = 1e-6
+    rewards: Float[Tensor, "prompts group"],
+    *,
+    normalize_std: bool,
+    std: Literal["sample", "population"] = "sample",
+    eps: float = 1e-6,
 ) -> Float[Tensor, "prompts group"]:
     """Rewards relative to the other samples of the same prompt; exactly zero where a whole group has one reward.
 
-    Raises ValueError for groups of one, which have nothing to compare with.
+    `std` is that of a group's judged samples; it says nothing without `normalize_std`. Raises ValueError for groups of
+    one, which have nothing to compare with.
     """
     if rewards.shape[1] < 2:
         raise ValueError(f"group_size = {rewards.shape[1]}: a group needs at least 2 samples to be a baseline")
@@ -29,7 +38,8 @@ def group_advantages(
     num_judged = judged.sum(dim=1, keepdim=True)
     advantages = (rewards - rewards.nanmean(dim=1, keepdim=True)).masked_fill(~judged, 0.0)
     if normalize_std:
-        deviation = (advantages.square().sum(dim=1, keepdim=True) / (num_judged - 1).clamp(min=1)).sqrt()
+        count = num_judged - 1 if std == "sample" else num_judged
+        deviation = (advantages.square().sum(dim=1, keepdim=True) / count.clamp(min=1)).sqrt()
         advantages = advantages / (deviation + eps)
     # The mean of equal rewards can round off by one bit, which 1 / eps would blow up into a gradient.
     advantages = advantages.masked_fill(is_zero_variance(rewards)[:, None], 0.0)

@@ -1,12 +1,17 @@
 """Advantages against plain arithmetic, and the shaping and control rewards."""
 
 from math import nan
-from statistics import fmean, stdev
+from pathlib import Path
+from statistics import fmean, pstdev, stdev
 
 import pytest
 import torch
 
+from kogia.rl import advantage as advantage_module
+from kogia.rl import config as config_module
 from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
+
+ARCHITECTURE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
 
 def test_advantages_are_standard_scores_with_the_sample_deviation():
@@ -17,6 +22,33 @@ def test_advantages_are_standard_scores_with_the_sample_deviation():
         expected = [(r - fmean(group)) / (stdev(group) + 1e-6) for r in group]
         assert scored[row].tolist() == pytest.approx(expected, abs=1e-5)
         assert plain[row].tolist() == pytest.approx([r - fmean(group) for r in group], abs=1e-6)
+
+
+STATED = {
+    "sample": (0.4717, [0.689, 0.053, 0.689, -1.431]),
+    "population": (0.4085, [0.796, 0.061, 0.796, -1.652]),
+}
+
+
+@pytest.mark.parametrize("std", STATED)
+def test_the_stated_deviation_and_advantages_are_what_comes_out(std):
+    rewards, (deviation, advantages) = [1.0, 0.7, 1.0, 0.0], STATED[std]
+    group = torch.tensor([rewards], dtype=torch.float64)
+    scored = group_advantages(group, normalize_std=True, std=std)[0]
+    assert scored.tolist() == pytest.approx(advantages, abs=6e-4)
+    assert ((group[0] - group.mean()) / scored).tolist() == pytest.approx([deviation] * 4, abs=6e-5)
+    for place in (advantage_module.__doc__, Path(config_module.__file__).read_text(), ARCHITECTURE.read_text()):
+        words = " ".join(place.split())
+        assert f"{deviation}" in words and all(f"{value}" in words for value in advantages)
+
+
+@pytest.mark.parametrize("group", [[1.0, 0.0], [-0.3, 1.0, 1.0, 1.0, 0.1], [5.0, nan, 6.0, 8.0]])
+def test_either_deviation_is_that_of_the_statistics_module(group):
+    judged = [reward for reward in group if reward == reward]
+    for std, deviation in (("sample", stdev(judged)), ("population", pstdev(judged))):
+        scored = group_advantages(torch.tensor([group], dtype=torch.float64), normalize_std=True, std=std)[0].tolist()
+        expected = [(reward - fmean(judged)) / (deviation + 1e-6) for reward in judged]
+        assert [a for a, reward in zip(scored, group) if reward == reward] == pytest.approx(expected)
 
 
 def test_a_group_with_one_reward_has_exactly_zero_advantage_despite_rounding():

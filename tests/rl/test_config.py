@@ -22,6 +22,7 @@ def test_settings_survive_a_recipe():
         ({"updates_per_rollout": 33}, "at most prompts_per_step = 32"),
         ({"overlong_penalty": 0.5}, "overlong_buffer = 0"),
         ({"reference_every": 400}, "without loss.kl_coef"),
+        ({"std": "population", "normalize_std": False}, "std = 'population' without normalize_std"),
         ({"resume": True, "overwrite": True}, "both set"),
         ({"loss": {"aggregate": "tokens"}}, "did you mean 'token'"),
         ({"loss": {"clip_hi": 0.3}}, "did you mean 'clip_high'"),

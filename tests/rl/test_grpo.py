@@ -66,7 +66,8 @@ def reinforce(run: Run, rollout: Rollout, rewards: torch.Tensor, weight) -> dict
     """Gradient of -sum_i A_i w_i sum_t log pi(o_t), one sequence at a time, with the group's mean as baseline."""
     run.state.model.zero_grad(set_to_none=True)
     for p, group in enumerate(rollout.completions):
-        baseline, deviation = float(rewards[p].mean()), float(rewards[p].std())
+        correction = 1 if run.config.std == "sample" else 0
+        baseline, deviation = float(rewards[p].mean()), float(rewards[p].std(correction=correction))
         for g, completion in enumerate(group):
             advantage = (
                 (float(rewards[p, g]) - baseline) / (deviation + 1e-6)
@@ -83,13 +84,22 @@ def reinforce(run: Run, rollout: Rollout, rewards: torch.Tensor, weight) -> dict
 
 
 CASES = {
-    "grpo": (PolicyLossConfig(aggregate="sequence"), True, lambda n, total, count: 1 / n / count),
-    "token": (PolicyLossConfig(aggregate="token"), True, lambda n, total, count: 1 / total),
-    "dr_grpo": (PolicyLossConfig(aggregate="constant"), False, lambda n, total, count: 1 / 8 / count),
-    "cispo": (PolicyLossConfig(objective="cispo"), True, lambda n, total, count: 1 / total),
+    "grpo": (PolicyLossConfig(aggregate="sequence"), {}, lambda n, total, count: 1 / n / count),
+    "population": (
+        PolicyLossConfig(aggregate="sequence"),
+        {"std": "population"},
+        lambda n, total, count: 1 / n / count,
+    ),
+    "token": (PolicyLossConfig(aggregate="token"), {}, lambda n, total, count: 1 / total),
+    "dr_grpo": (
+        PolicyLossConfig(aggregate="constant"),
+        {"normalize_std": False},
+        lambda n, total, count: 1 / 8 / count,
+    ),
+    "cispo": (PolicyLossConfig(objective="cispo"), {}, lambda n, total, count: 1 / total),
     "gspo": (
         PolicyLossConfig(ratio="sequence", aggregate="sequence", clip_low=3e-4, clip_high=4e-4),
-        True,
+        {},
         lambda n, total, count: 1 / n / count,
     ),
 }
@@ -98,8 +108,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_first_gradient_is_that_of_reinforce_with_the_group_mean_as_baseline(build, case, temperature):
-    loss, normalize, weight = CASES[case]
-    run = build(loss=loss, normalize_std=normalize, temperature=temperature, optim=SGD_LIKE, mtp_weight=0.0)
+    loss, settings, weight = CASES[case]
+    run = build(loss=loss, temperature=temperature, optim=SGD_LIKE, mtp_weight=0.0, **settings)
     run.config = replace(run.config, micro_batch_tokens=60)
     rollout = sampled(run)
     rewards = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
