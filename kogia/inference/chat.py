@@ -19,6 +19,7 @@ from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.inference.config import FILTERS, ChatConfig
+from kogia.inference.history import History
 from kogia.inference.llm import LLM
 from kogia.model.costs import num_params
 from kogia.text.chat import Message, Prompt, has_thinking_switch, render_prompt
@@ -63,7 +64,7 @@ def converse(llm: LLM, config: ChatConfig, params: SamplingParams) -> int:
     if sys.stdin.isatty():
         sampling = ", ".join(f"{name} {getattr(params, name):g}" for name in FILTERS)
         console.print(f"{sampling}. /help says what else there is.", style="dim")
-    for line, is_command in _questions(console):
+    for line, is_command in _questions(console, config.history):
         if is_command and line in ("/exit", "/quit"):
             return 0
         if config.single or (is_command and line == "/reset"):
@@ -100,9 +101,9 @@ def _exchange(
         llm.engine.num_draft_tokens = 0
 
 
-def _questions(console: Console) -> Iterator[tuple[str, bool]]:
+def _questions(console: Console, keep_history: bool = False) -> Iterator[tuple[str, bool]]:
     """(what the user says, whether it is a command), until the end of the input. Nothing is said by blank lines."""
-    read = _line_reader(console)
+    read = _line_reader(console, keep_history)
     while True:
         try:
             line = read(PROMPT)
@@ -131,12 +132,14 @@ def _whole(line: str, read: ReadLine) -> str:
     return "\n".join(lines).rstrip().removesuffix(QUOTES) if quoted else "\n".join(lines)
 
 
-def _line_reader(console: Console) -> ReadLine:
+def _line_reader(console: Console, keep_history: bool) -> ReadLine:
     if not sys.stdin.isatty():
         return _piped_line
+    history = None
     with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # once it is there, input() edits lines and brings back earlier ones
-    return partial(_typed_line, console)
+        readline = importlib.import_module("readline")  # from now on input() edits lines and brings back earlier ones
+        history = History(readline) if keep_history else None
+    return partial(_typed_line, console, history)
 
 
 def _piped_line(_prompt: str) -> str | None:
@@ -144,12 +147,15 @@ def _piped_line(_prompt: str) -> str | None:
     return line.removesuffix("\n") if line else None
 
 
-def _typed_line(console: Console, prompt: str) -> str | None:
+def _typed_line(console: Console, history: History | None, prompt: str) -> str | None:
     try:
-        return input(prompt)  # not the console's: readline must know how wide the prompt is
+        line = input(prompt)  # not the console's: readline must know how wide the prompt is
     except EOFError:
         console.print()
         return None
+    if history is not None:
+        history.add(line)
+    return line
 
 
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, console: Console) -> str:

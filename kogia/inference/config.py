@@ -76,6 +76,9 @@ class ChatConfig:
     draft_tokens: int | None = None
     """Tokens drafted per step by the MTP module; None takes engine.num_draft_tokens, or if that is 0 one where the
     model has the module."""
+    history: bool = True
+    """Keep what is typed for the arrow keys of later chats, in $XDG_STATE_HOME/kogia/chat_history, else below
+    ~/.local/state, where nobody else can read it."""
     engine: EngineConfig = EngineConfig(max_sequences=1)
     device: str = "auto"
     dtype: LoadDtype = "auto"

@@ -1,5 +1,6 @@
 """`kogia chat`: lines in, styled answers out."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 
@@ -190,26 +192,53 @@ def test_help_and_exit_are_obeyed(directory, monkeypatch, capsys):
     assert out.count("tokens/s") == 1
 
 
-def test_lines_are_edited_and_brought_back_in_a_terminal(directory, llm):
-    pytest.importorskip("readline")
-    (expected,) = llm.chat([Message("user", "hello")], SamplingParams(temperature=0, max_tokens=9))
-    words = ["chat", str(directory), "--temperature", "0", "--max-tokens", "9", "--single", "--device", "cpu"]
+@contextlib.contextmanager
+def talk(directory, home, *flags):
+    """A terminal with a chat in it that waits for a question; left with /exit."""
+    words = ["chat", str(directory), "--temperature", "0", "--max-tokens", "9", "--single", "--device", "cpu", *flags]
     keyboard, screen = pty.openpty()
     command = [sys.executable, "-m", "kogia.cli", *words]
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "NO_COLOR": "1"}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "NO_COLOR": "1", "XDG_STATE_HOME": str(home)}
     chat = subprocess.Popen(command, stdin=screen, stdout=screen, stderr=screen, env=environment)
     os.close(screen)
-    wait_for(keyboard, "> ")
-    os.write(keyboard, b"helo\x1b[Dl\r")  # left, then the letter that was missing
-    first = wait_for(keyboard, "tokens/s")
-    os.write(keyboard, b"\x1b[A\r")  # up: the same again
-    second = wait_for(keyboard, "tokens/s")
-    os.write(keyboard, b"/exit\r")
-    assert chat.wait(timeout=60) == 0
-    os.close(keyboard)
+    try:
+        wait_for(keyboard, "> ")
+        yield keyboard
+        os.write(keyboard, b"/exit\r")
+        assert chat.wait(timeout=60) == 0
+    finally:
+        chat.kill()
+        os.close(keyboard)
+
+
+def test_lines_are_edited_and_brought_back_in_a_terminal(directory, tmp_path, llm):
+    pytest.importorskip("readline")
+    (expected,) = llm.chat([Message("user", "hello")], SamplingParams(temperature=0, max_tokens=9))
+    with talk(directory, tmp_path) as keyboard:
+        os.write(keyboard, b"helo\x1b[Dl\r")  # left, then the letter that was missing
+        answers = [wait_for(keyboard, "tokens/s")]
+        os.write(keyboard, b"\x1b[A\r")  # up: the same again
+        answers.append(wait_for(keyboard, "tokens/s"))
+    with talk(directory, tmp_path) as keyboard:
+        os.write(keyboard, b"\x1b[A\x1b[A\r")  # up in the next chat, and past its predecessor's /exit
+        answers.append(wait_for(keyboard, "tokens/s"))
     shown = printable(expected.text.split("</think>")[0]).split()[0]
-    for answer in (first, second):
+    for answer in answers:
         assert shown in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", answer)
+    path = tmp_path / "kogia" / "chat_history"
+    assert path.read_text() == "hello\n/exit\nhello\n/exit\n"
+    assert (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)) == (0o600, 0o700)
+
+
+def test_a_chat_that_keeps_no_history_touches_none(directory, tmp_path):
+    pytest.importorskip("readline")
+    path = tmp_path / "kogia" / "chat_history"
+    path.parent.mkdir()
+    path.write_text("a secret\n")
+    with talk(directory, tmp_path, "--no-history") as keyboard:
+        os.write(keyboard, b"\x1b[Ahello\r")
+        assert "a secret" not in wait_for(keyboard, "tokens/s")
+    assert path.read_text() == "a secret\n"
 
 
 def wait_for(terminal: int, text: str) -> str:
