@@ -14,7 +14,7 @@ from markupsafe import Markup
 from kogia.files import write_text
 from kogia.log import info
 from kogia.report.config import ReportConfig
-from kogia.report.figures import LEARNING, ROUTING, SPECULATION, Curve, draw_accuracy, draw_curves
+from kogia.report.figures import LEARNING, ROUTING, SPECULATION, Chart, Curve, draw_accuracy, draw_curves
 from kogia.report.load import Interval, Measurement, Run, Sample, Stage, load_run, read_samples
 from kogia.report.words import (
     before_and_after,
@@ -134,7 +134,7 @@ def _alone(group: Sequence[Measurement]) -> list[Trajectory]:
     return [Trajectory(f"Problem {s.problem_id}", s.prompt, None, (plain(group[-1].stage), s)) for s in samples]
 
 
-def _charts(stages: Sequence[Stage], curves: Sequence[Curve]) -> list[tuple[str, list[Markup]]]:
+def _charts(stages: Sequence[Stage], curves: Sequence[Curve]) -> list[tuple[str, list[Chart]]]:
     drawn = [(stage.name, draw_curves(stage, curves)) for stage in stages]
     return [(name, charts) for name, charts in drawn if charts]
 

@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kogia.report.load import Interval, Measurement, Stage
 
@@ -67,14 +69,24 @@ ROUTING = (
 SPECULATION = (Curve("MTP acceptance", ("mtp_acceptance",), "share of drafted tokens that were accepted"),)
 
 
-def draw_curves(stage: Stage, curves: Sequence[Curve]) -> list[Markup]:
+@dataclass(frozen=True)
+class Chart:
+    """A drawn curve; its words are the page's, which wraps them."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+def draw_curves(stage: Stage, curves: Sequence[Curve]) -> list[Chart]:
     """The charts for which the stage has figures of at least two steps."""
     drawn = []
     for curve in curves:
         series = {key: _series(stage.metrics, key) for key in curve.keys}
         series = {key: xy for key, xy in series.items() if len(xy[0]) >= 2}
         if series:
-            drawn.append(_draw_curve(f"{stage.name}-{curve.keys[0]}", curve, series))
+            svg = _draw_curve(f"{stage.name}-{curve.keys[0]}", curve, series)
+            drawn.append(Chart(curve.title, curve.note, svg))
     return drawn
 
 
@@ -85,21 +97,18 @@ def draw_accuracy(measurements: Sequence[Measurement], labels: Sequence[str]) ->
         return None
     measurements, labels = [m for m, _ in shown], [label for _, label in shown]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 0.9 + 0.5 * len(measurements)))
+        figure = Figure(figsize=(4.8, 0.9 + 0.5 * len(measurements)), layout="constrained")
         axes = figure.add_subplot()
         ks = sorted({m.k for m in measurements if m.pass_k})
         _points(axes, [m.pass_k for m in measurements], "pass@" + "/".join(map(str, ks)), "s", 2, -0.22)
         _points(axes, [m.greedy for m in measurements], "greedy", "D", 1, 0.22)
         _points(axes, [m.pass_1 for m in measurements], "pass@1, 95% interval", "o", 0, 0.0)
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(labels)), [textwrap.fill(label, 22) for label in labels])
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_xlim(0, 100)
         axes.set_xlabel("problems solved, %")
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
-        height = figure.get_figheight()
-        left = max(0.17, 0.05 + 0.012 * max(map(len, labels)))  # room for the longest label
-        figure.subplots_adjust(left=left, right=0.97, top=1 - 0.35 / height, bottom=0.45 / height)
+        figure.legend(loc="outside upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
         parts = [
             f"{text}: {100 * m.pass_1.mean:.1f}%" for text, m in zip(labels, measurements, strict=True) if m.pass_1
         ]
@@ -123,6 +132,7 @@ def _points(
         fmt=marker,
         markersize=7 if lead else 4.5,
         elinewidth=2.2 if lead else 1,
+        clip_on=False,  # whole also at 0 and at 100
         color=_SERIES[colour],
         label=name,
     )
@@ -136,7 +146,7 @@ def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[float], l
 
 def _draw_curve(name: str, curve: Curve, series: dict[str, tuple[list[float], list[float]]]) -> Markup:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.2, 2.5))
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
         axes = figure.add_subplot()
         for index, (key, (steps, values)) in enumerate(series.items()):
             colour, smooth = _SERIES[index], _moving_average(values)
@@ -151,17 +161,30 @@ def _draw_curve(name: str, curve: Curve, series: dict[str, tuple[list[float], li
                 markersize=3,
                 label=key.replace("_", " "),
             )
-        axes.set_title(curve.title, loc="left", fontsize=10, fontweight="bold", pad=18 if curve.note else 6)
-        axes.text(0, 1.03, curve.note, transform=axes.transAxes, fontsize=8)
         axes.set_xlabel("step")
         axes.margins(x=0.01)
+        _tick(axes, [value for _, values in series.values() for value in values])
         if len(series) > 1:
             axes.legend(fontsize=8)
-        figure.subplots_adjust(left=0.14, right=0.97, top=0.81, bottom=0.18)
         ends = [f"{key.replace('_', ' ')} from {v[0]:.4g} to {v[-1]:.4g}" for key, (_, v) in series.items()]
         return _to_svg(
             figure, name, f"{curve.title}: {'; '.join(ends)}, over {len(next(iter(series.values()))[0])} points"
         )
+
+
+def _tick(axes: Axes, values: Sequence[float]) -> None:
+    """Few labels, each a whole number by itself; a curve that stays where it is lies in the middle."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # what is left is rounding
+        axes.set_ylim(low - 0.1 * abs(low) - 1e-12, high + 0.1 * abs(high) + 1e-12)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(_label))
+
+
+def _label(value: float, _: int | None) -> str:
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    return text.replace("-", "−")
 
 
 def _moving_average(values: list[float]) -> list[float]:

@@ -1,5 +1,8 @@
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -112,7 +115,7 @@ def test_measurements_under_other_conditions_stand_in_a_table_of_their_own(demo,
     assert [len(group) for group in grouped(load_run(demo).stages)] == [1, 1]
     page = write_report(demo).read_text(encoding="utf-8")
     assert "went from" not in page
-    captions = re.findall(r'<caption><div class="wide">(.*?)</div>', page)
+    captions = re.findall(r"<figcaption>(countdown.*?|arithmetic.*?)</figcaption>", page)
     assert len(captions) == 4  # of scores and of verdicts
     assert len(set(captions)) == 4 or "pass@16</th>" in page
 
@@ -189,6 +192,16 @@ def test_a_single_run_is_reported_too(demo):
     page = write_report(demo / "grpo", demo / "page.html")
     assert page == demo / "page.html"
     assert "52.0%" in page.read_text(encoding="utf-8")
+
+
+def test_a_page_on_standard_output_leaves_the_file_that_the_shell_sends_it_to(demo, tmp_path):
+    target = tmp_path / "page.html"
+    with target.open("w") as file:
+        words = ["report", str(demo), "--out", "/dev/stdout"]
+        subprocess.run([sys.executable, "-m", "kogia.cli", *words], stdout=file, check=True, timeout=100)
+        assert os.path.samestat(os.fstat(file.fileno()), target.stat())
+    assert "52.0%" in target.read_text(encoding="utf-8")
+    assert not (demo / "report.html").exists()
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
