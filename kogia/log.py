@@ -1,46 +1,33 @@
-"""What a run tells: one JSON line per step on disk, one live line on the terminal, plain messages on stderr."""
+"""What a run tells: one JSON line per step on disk, and on the terminal a live line and plain messages."""
 
 import json
 import math
 import os
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from typing import Any, Protocol, runtime_checkable
 
 from kogia.files import write_text
+from kogia.terminal import LiveLine, conclude, info, printable, warn
+
+__all__ = ["conclude", "info", "printable", "warn"]
 
 METRICS_FILE = "metrics.jsonl"
-SHOWN = ("loss", "val_loss", "reward", "accuracy", "completion_tokens", "truncated", "max_vio", "tokens_per_second")
-"""The metrics of the live line, in this order, as far as a step has them."""
-PLAIN_INTERVAL = 10.0
-"""Seconds between progress lines where stderr is no terminal."""
-
-_console = Console(stderr=True, highlight=False)
-
-
-def info(message: str) -> None:
-    """Print a line to stderr, above the live line where there is one."""
-    _console.print(printable(message), markup=False, soft_wrap=True)
-
-
-def warn(message: str) -> None:
-    """Print a line that asks for attention to stderr."""
-    _console.print(f"warning: {printable(message)}", style="yellow", markup=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """`text` with signs that could steer a terminal escaped, as names and values out of files may hold them."""
-    kept = ("\n", "\t")
-    return "".join(
-        sign.encode("unicode_escape").decode() if unicodedata.category(sign)[0] == "C" and sign not in kept else sign
-        for sign in text
-    )
+ON_POLICY = {
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "entropy": "entropy",
+    "completion_tokens": "length",
+    "truncated": "truncated",
+}
+"""Metrics of the live line of reinforcement learning and their names there, the first ones first. Its loss is about 0
+at every step, whatever is learned."""
+SUPERVISED = {"loss": "loss", "val_loss": "val loss", "max_vio": "max vio", "grad_norm": "grad norm"}
+"""The same of every other stage."""
+EVAL = "eval_"
+"""How the names of scores begin that were measured on the way."""
 
 
 def writable(text: str) -> str:
@@ -55,6 +42,15 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """
     rows = [row for _, row in json_lines(Path(run_dir) / METRICS_FILE) if row is not None]
     return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+
+
+def last_figures(run_dir: str | Path) -> str:
+    """The newest of the scores measured on the way, in words; of the live line's metrics where there is none."""
+    latest: dict[str, float] = {}
+    for row in read_metrics(run_dir):
+        latest |= row
+    measured = {name: value for name, value in latest.items() if name == "val_loss" or name.startswith(EVAL)}
+    return ", ".join(_shown(measured or latest)[:2])
 
 
 def json_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
@@ -95,8 +91,17 @@ def check_in_place(path: Path, opened: os.stat_result | None = None) -> None:
         )
 
 
+@runtime_checkable
+class Sink(Protocol):
+    """Another place that metrics go to."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricLog:
-    """Appends metrics to `run_dir/metrics.jsonl` and shows progress. A context manager.
+    """Appends metrics to `run_dir/metrics.jsonl`, passes them to `sinks` and shows progress. A context manager.
 
     With `resume_step`, the lines after that step are dropped and time goes on from the last line kept; without it an
     existing file is started over. Raises FileNotFoundError once the file is no longer in its place.
@@ -110,38 +115,32 @@ class MetricLog:
         description: str,
         quiet: bool = False,
         resume_step: int | None = None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         check_in_place(self.path.parent)
         kept = cut_back(self.path, -1 if resume_step is None else resume_step)
-        self.total_steps, self.description, self.quiet = total_steps, description, quiet
-        self._first_step = resume_step or 0
+        self.total_steps = total_steps
         self._seconds_before = _last_seconds(kept)
-        self._start = self._last_print = time.monotonic()
-        self._last_line = ""
+        self._start = time.monotonic()
         self._file = self.path.open("a", encoding="utf-8")
         self._opened = os.fstat(self._file.fileno())
-        self._live: Progress | None = None
-        self._task = TaskID(0)
+        self._sinks = sinks
+        self._latest: dict[str, float] = {}
+        self._line = LiveLine(description, quiet=quiet)
+        self._line.begin(resume_step or 0, total_steps)
 
     def __enter__(self) -> "MetricLog":
-        if _console.is_terminal and not self.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[text]}"))
-            self._live = Progress(*columns, console=_console, refresh_per_second=4)
-            self._task = self._live.add_task(
-                self.description, total=self.total_steps, completed=self._first_step, text=""
-            )
-            self._live.start()
+        self._line.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
-        elif self._last_line and not self.quiet:
-            info(self._last_line)
+        self._line.__exit__(kind, error, trace)
         self._file.close()
+        for sink in self._sinks:
+            sink.close()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (1-based: the number of steps done). One line on disk, flushed."""
@@ -149,20 +148,12 @@ class MetricLog:
         seconds = self._seconds_before + time.monotonic() - self._start
         self._file.write(_json_line({"step": step, "seconds": round(seconds, 3), **metrics}))
         self._file.flush()
-        if self.quiet:
-            return
-        text = f"{step}/{self.total_steps}  {_shown(metrics)}  {self._eta(step)}"
-        if self._live is not None:
-            self._live.update(self._task, completed=step, text=text)
-            return
-        self._last_line = f"{self.description}  {text}"
-        if time.monotonic() - self._last_print >= PLAIN_INTERVAL or step == self._first_step + 1:
-            info(self._last_line)
-            self._last_line, self._last_print = "", time.monotonic()
-
-    def _eta(self, step: int) -> str:
-        done = max(step - self._first_step, 1)
-        return f"eta {_duration((time.monotonic() - self._start) / done * max(self.total_steps - step, 0))}"
+        for sink in self._sinks:
+            sink.log(step, metrics)
+        self._latest |= metrics  # a score that was measured some steps ago is still the latest
+        speed = self._latest.get("tokens_per_second")
+        rate = "" if speed is None else f"{speed:,.0f} tokens/s"
+        self._line.update(step, self.total_steps, rate=rate, fields=_shown(self._latest))
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
@@ -188,10 +179,14 @@ def _number(value: Any) -> int | float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _shown(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name.replace('_', ' ')} {float(metrics[name]):.4g}" for name in SHOWN if name in metrics)
+def _shown(metrics: Mapping[str, float]) -> list[str]:
+    names = ON_POLICY if "reward" in metrics else SUPERVISED
+    scores = {name: f"eval {name.removeprefix(EVAL)}" for name in metrics if name.startswith(EVAL)}
+    return [f"{label} {_figure(name, metrics[name])}" for name, label in {**names, **scores}.items() if name in metrics]
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"
+def _figure(name: str, value: float) -> str:
+    """Losses move in the fourth digit, and nothing else that is told does."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if name.endswith("loss") else f"{value:.3g}"

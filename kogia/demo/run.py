@@ -22,16 +22,15 @@ from kogia.config import from_dict
 from kogia.demo.config import RECIPES, STAGES, DemoConfig
 from kogia.eval.config import EvalConfig
 from kogia.eval.partial import find_partial
-from kogia.eval.run import file_name, output_directory
-from kogia.eval.run import main as run_eval
+from kogia.eval.run import evaluate_tasks, file_name, output_directory
 from kogia.files import write_json
 from kogia.report.build import main as run_report
 from kogia.report.config import ReportConfig
 from kogia.rl.config import CurateConfig, RLConfig
-from kogia.rl.curate import main as run_curate
-from kogia.rl.grpo import main as run_rl
+from kogia.rl.curate import run_curation
+from kogia.rl.grpo import run_stage as run_rl
 from kogia.train.config import SupervisedConfig
-from kogia.train.supervised import main as run_supervised
+from kogia.train.supervised import run_stage as run_supervised
 
 T = TypeVar("T")
 STAGES_FILE = "stages.json"
@@ -152,7 +151,7 @@ def reinforce(config: DemoConfig) -> None:
 def curate(config: DemoConfig) -> None:
     curated = recipe(config, "curate", CurateConfig)
     Path(curated.out).parent.mkdir(parents=True, exist_ok=True)
-    run_curate(curated)
+    run_curation(curated)
     if not Path(curated.out).read_text(encoding="utf-8").strip():
         raise ValueError(
             f"rejection sampling kept nothing: after GRPO the model solves none of {curated.num_problems} problems, "
@@ -177,7 +176,7 @@ def measure_drafting(config: DemoConfig) -> None:
 def evaluate(config: EvalConfig) -> None:
     """The evaluation, or the rest of it where the demonstration was interrupted in the middle of one."""
     left = find_partial(output_directory(config), file_name(config, config.tasks[0]))
-    run_eval(replace(config, resume=left is not None))
+    evaluate_tasks(replace(config, resume=left is not None))
 
 
 def eval_config(config: DemoConfig, run: Path) -> EvalConfig:

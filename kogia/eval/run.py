@@ -18,7 +18,6 @@ from kogia.eval.config import EvalConfig
 from kogia.eval.earlier import Earlier, prompt_text
 from kogia.eval.intervals import Estimate
 from kogia.eval.partial import SampleFiles, find_partial
-from kogia.eval.progress import SamplingProgress
 from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems, fitting_problems
 from kogia.eval.summary import GREEDY, compare, summarise
 from kogia.eval.table import print_results
@@ -26,6 +25,7 @@ from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, load_task
+from kogia.terminal import SamplingProgress
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -43,9 +43,17 @@ class EvalResult:
 
 
 def main(config: EvalConfig) -> None:
-    """Evaluate a model on every task of the configuration, write the files and print the table."""
+    """Evaluate a model on every task of the configuration, write the files and say what came out."""
     if config.dry_run:
         return print_plan(config)
+    scores = [_headline(summary) for summary in evaluate_tasks(config)]
+    out = output_directory(config)
+    words = ("report", out.parent) if out.name == "evals" else ("eval", "OTHER", "--compare", out)
+    log.conclude(", ".join(scores), out, "kogia", *words)
+
+
+def evaluate_tasks(config: EvalConfig) -> list[dict[str, Any]]:
+    """Evaluate a model on every task of the configuration, write the files and print the table; the summaries."""
     out = output_directory(config)
     _check_partials(config, out)
     tasks = {spec: load_task(spec, config.task_options.get(spec, {})) for spec in config.tasks}
@@ -75,7 +83,7 @@ def main(config: EvalConfig) -> None:
             )
         summaries.append(result.summary)
     print_results(summaries)
-    log.info(f"written to {out}")
+    return summaries
 
 
 def evaluate(
@@ -121,6 +129,12 @@ def evaluate(
     if files is not None:
         files.finish(summary)
     return EvalResult(summary, rows)
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    name = "greedy" if summary["pass@1"] is None else "pass@1"
+    mean, low, high = (100 * share for share in summary[name])
+    return f"{summary['name']}: {name} {mean:.1f}% ({low:.1f} to {high:.1f})"
 
 
 @contextmanager
@@ -234,7 +248,10 @@ def _problems(task: Task, tokenizer: Tokenizer, limit: int, config: EvalConfig) 
 
 
 def _check_partials(config: EvalConfig, out: Path) -> None:
-    """Raise ValueError for samples of an interrupted evaluation that would be lost, and for none to go on with."""
+    """Raise ValueError for samples of an interrupted evaluation that would be lost, for none to go on with, and where
+    `out` is no directory."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out = {str(out)!r}: is a file; name a directory")
     names = [file_name(config, spec) for spec in config.tasks]
     left = [path for name in names if (path := find_partial(out, name))]
     if left and not config.resume:

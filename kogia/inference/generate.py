@@ -6,9 +6,6 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from kogia import log
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams, report_errors
@@ -16,6 +13,7 @@ from kogia.files import check_target, write_text
 from kogia.inference.config import GenerateConfig
 from kogia.inference.llm import LLM
 from kogia.inference.prompts import Question, read_prompts
+from kogia.terminal import SamplingProgress
 from kogia.text.chat import Prompt, render_prompt
 from kogia.text.tokenizer import Tokenizer
 
@@ -28,21 +26,8 @@ def main(config: GenerateConfig) -> int:
     options = asdict(config.engine)
     llm = LLM(config.path, device=config.device, dtype=config.dtype, **options)
     prompts = [_prompt(config, question, llm.tokenizer) for question in questions]
-    with Progress(
-        TextColumn("generating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[tokens]} tokens"),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as progress:
-        task = progress.add_task("", total=len(questions) * config.n, tokens=0)
-
-        def show(finished: int, total: int, tokens: int) -> None:
-            progress.update(task, completed=finished, total=total, tokens=tokens)
-
-        groups = llm.generate(prompts, SamplingParams.of(config), show)
+    with SamplingProgress("generating", transient=True) as progress:
+        groups = llm.generate(prompts, SamplingParams.of(config), progress.update)
     report_errors([completion for group in groups for completion in group])
     _write(config, questions, groups)
     stats = llm.engine.stats

@@ -9,6 +9,7 @@ from kogia.checkpoint.config import LoadDtype
 from kogia.config import check_finite
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig, SamplingConfig
 from kogia.eval.config import LongPrompts, TaskOptions, check_tasks
+from kogia.sinks import SinkName
 from kogia.train.config import OptimConfig
 
 
@@ -70,7 +71,11 @@ class RLConfig(SamplingConfig):
     temperature: float = 1.0
     """Of the rollout; the trainer scores at the same one. No other filter is offered: it would bias the ratio."""
     normalize_std: bool = True
-    """Divide advantages by the group's deviation (GRPO); false is Dr. GRPO."""
+    """Divide advantages by the standard deviation of the group's rewards (GRPO); false is Dr. GRPO."""
+    std: Literal["sample", "population"] = "sample"
+    """Which deviation `normalize_std` divides by. "sample", over group_size - 1 as in verl and TRL: rewards 1.0, 0.7,
+    1.0, 0.0 deviate by 0.4717 and have advantages 0.689, 0.053, 0.689, -1.431. "population", over group_size: 0.4085,
+    and 0.796, 0.061, 0.796, -1.652."""
     drop_zero_variance: bool = True
     """Leave groups with one reward out of the batch and of the denominator; they are counted either way."""
     loss: PolicyLossConfig = PolicyLossConfig()
@@ -130,6 +135,9 @@ class RLConfig(SamplingConfig):
     """Print the resolved configuration, parameter count and memory estimate, and stop."""
     quiet: bool = False
     """No progress line."""
+    sinks: tuple[SinkName, ...] = ()
+    """Where metrics go beside metrics.jsonl: "tensorboard", into RUN/tensorboard, or "wandb", to Weights & Biases. Each
+    takes an extra: pip install 'kogia[tensorboard]'."""
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -150,6 +158,8 @@ class RLConfig(SamplingConfig):
             )
         if self.overlong_penalty and not 0 < self.overlong_buffer <= self.max_tokens:
             raise ValueError(f"overlong_buffer = {self.overlong_buffer}: must lie in 1..max_tokens = {self.max_tokens}")
+        if self.std != "sample" and not self.normalize_std:
+            raise ValueError(f"std = {self.std!r} without normalize_std: nothing is divided by it; drop one of the two")
         if self.reference_every and not self.loss.kl_coef:
             raise ValueError(
                 f"reference_every = {self.reference_every} without loss.kl_coef: there is no reference to refresh"

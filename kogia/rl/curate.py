@@ -24,15 +24,15 @@ from kogia.config import from_dict, to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
-from kogia.eval.progress import SamplingProgress
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems, fitting_problems
-from kogia.files import write_json, write_text
+from kogia.files import is_replaceable, write_json, write_text
 from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import load_task
+from kogia.terminal import SamplingProgress
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.lock import sole_writer
 
@@ -43,12 +43,20 @@ FIRST_LINE = b'{"settings": {'
 
 
 def main(config: CurateConfig) -> None:
-    """Curate with the model at `config.path`. Raises ValueError if OUT holds another curation."""
+    """Curate with the model at `config.path` and say what came out. Raises as `run_curation`."""
     if config.dry_run:
         return print_plan(config)
+    summary = run_curation(config)
+    if summary["kept"]:
+        words = ("--init", config.path, "--data", config.out, "--out", "runs/sft", "--epochs", "1")
+        log.conclude(f"{summary['kept']} samples kept", config.out, "kogia", "sft", *words)
+
+
+def run_curation(config: CurateConfig) -> dict[str, Any]:
+    """Curate with the model at `config.path`; the summary. Raises ValueError if OUT holds another curation."""
     with closing(Record(config)) as record:
         model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
-        _curate(Engine(model, tokenizer, config.engine), tokenizer, config, record, str(directory))
+        return _curate(Engine(model, tokenizer, config.engine), tokenizer, config, record, str(directory))
 
 
 def curate(engine: Engine, tokenizer: Tokenizer, config: CurateConfig, *, checkpoint: str = "") -> dict[str, Any]:
@@ -154,6 +162,8 @@ class Record:
         self.finished: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._lines: list[dict[str, Any]] = []
+        if not is_replaceable(self.path):
+            raise ValueError(f"out = {str(self.path)!r}: is no file, and curate reads again what it wrote; name a file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not (config.overwrite or self.progress_path.exists()):
             raise self._foreign()
@@ -244,8 +254,8 @@ class Record:
         }
 
     def _delete(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.summary_path.unlink(missing_ok=True)
+        for path in (self.path, self.summary_path):
+            path.resolve().unlink(missing_ok=True)  # a link stays one
         os.truncate(self.progress_path, 0)
 
     def _open(self) -> None:

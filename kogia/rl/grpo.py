@@ -22,6 +22,7 @@ from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
 from kogia.checkpoint.open import open_model
 from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint, seed_random
+from kogia.config import to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
@@ -38,6 +39,7 @@ from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
 from kogia.rl.rollout import ProblemSource, Rollout, collect, draw_problems, policy_batches
 from kogia.rl.rollout_log import rollout_metrics, write_samples
 from kogia.rl.signal import measure_signal
+from kogia.sinks import check_sinks, open_sinks
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, load_task
 from kogia.text.tokenizer import Tokenizer
@@ -67,17 +69,25 @@ class Run:
 
 
 def main(config: RLConfig) -> None:
-    """Run the stage to its end. Raises KeyboardInterrupt, with everything saved, after SIGINT or SIGTERM."""
+    """Run the stage to its end and say what came out. Raises as `run_stage`."""
+    check_sinks(config.sinks)
     if config.dry_run:
         return print_plan(config)
+    run = run_stage(config)
+    log.conclude(log.last_figures(run.out), run.state.last_checkpoint, "kogia", "report", run.out)
+
+
+def run_stage(config: RLConfig) -> Run:
+    """Run the stage to its end. Raises KeyboardInterrupt, with everything saved, after SIGINT or SIGTERM."""
     with ExitStack() as stack:
         run = build_run(config, stack)
         if run.rollouts >= config.steps and not owes_evaluation(run):
             log.info(f"{run.out} is complete: {run.rollouts} of {config.steps} steps are done")
-            return
+            return run
         if config.signal_check and run.rollouts == 0:
             measure_signal(run.state.model, run.engine, run.tokenizer, run.sources, config, run.out)
         train(run)
+        return run
 
 
 def build_run(config: RLConfig, stack: ExitStack) -> Run:
@@ -128,7 +138,12 @@ def train(run: Run) -> None:
     config = run.config
     log.check_in_place(run.out / RECIPE)
     metric_log = log.MetricLog(
-        run.out, total_steps=config.steps, description=run.out.name, quiet=config.quiet, resume_step=run.rollouts
+        run.out,
+        total_steps=config.steps,
+        description=run.out.name,
+        quiet=config.quiet,
+        resume_step=run.rollouts,
+        sinks=open_sinks(config.sinks, run.out, to_dict(config), run.rollouts),
     )
     with metric_log, GracefulStop() as stop:
         if owes_evaluation(run):
@@ -219,7 +234,7 @@ def shaped_rewards(rollout: Rollout, config: RLConfig, rollouts: int) -> Tensor:
 def update(run: Run, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
     """`updates_per_rollout` optimiser steps from one rollout, over disjoint sets of prompts."""
     config, state = run.config, run.state
-    advantages = group_advantages(rewards, normalize_std=config.normalize_std)
+    advantages = group_advantages(rewards, normalize_std=config.normalize_std, std=config.std)
     flat = is_zero_variance(rewards)
     prompts = [p for p in range(len(rewards)) if not (config.drop_zero_variance and flat[p])]
     # all parts are scored before the first update, or the ratios of the later ones would not know the rollout's policy

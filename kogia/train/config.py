@@ -7,6 +7,7 @@ from kogia.config import Presets, check_finite
 from kogia.data.config import DataConfig
 from kogia.model.config import IndexerConfig, ModelConfig
 from kogia.model.presets import preset
+from kogia.sinks import SinkName
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ class SupervisedConfig:
     """Print the resolved configuration, parameter count and memory estimate, and stop."""
     quiet: bool = False
     """No progress line."""
+    sinks: tuple[SinkName, ...] = ()
+    """Where metrics go beside metrics.jsonl: "tensorboard", into RUN/tensorboard, or "wandb", to Weights & Biases. Each
+    takes an extra: pip install 'kogia[tensorboard]'."""
 
     def __post_init__(self) -> None:
         check_finite(self)

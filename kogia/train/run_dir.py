@@ -14,7 +14,7 @@ from kogia.config import load_toml, save_toml, to_dict
 from kogia.train.lock import sole_writer
 
 RECIPE = "run.toml"
-HARMLESS = ("out", "resume", "overwrite", "quiet", "threads")
+HARMLESS = ("out", "resume", "overwrite", "quiet", "threads", "sinks")
 """Settings that change nothing of what a run computes."""
 
 

@@ -24,6 +24,7 @@ from kogia.checkpoint.resume import (
     save_checkpoint,
     seed_random,
 )
+from kogia.config import to_dict
 from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
@@ -31,6 +32,7 @@ from kogia.files import replacing_directory
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer, build_model
 from kogia.plan.dry_run import print_dry_run, training_memory
+from kogia.sinks import check_sinks, open_sinks
 from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe
 from kogia.train.config import SupervisedConfig
@@ -55,16 +57,26 @@ class Run:
 
 
 def main(config: SupervisedConfig) -> None:
-    """Run the stage to its end. Raises KeyboardInterrupt, with everything saved, after SIGINT or SIGTERM."""
+    """Run the stage to its end and say what came out. Raises as `run_stage`."""
     config.check_complete()
+    check_sinks(config.sinks)
     if config.dry_run:
         return print_plan(config)
+    run = run_stage(config)
+    words = ("chat", run.out) if config.init else ("generate", run.out, "--raw", "--prompt", "The")
+    log.conclude(log.last_figures(run.out), run.state.last_checkpoint, "kogia", *words)
+
+
+def run_stage(config: SupervisedConfig) -> Run:
+    """Run the stage to its end. Raises KeyboardInterrupt, with everything saved, after SIGINT or SIGTERM."""
+    config.check_complete()
     with hold_run_dir(config):
         run = build_run(config)
-        if run.state.step >= run.state.num_steps and not owes_validation(run):
+        if run.state.step < run.state.num_steps or owes_validation(run):
+            train(run)
+        else:
             log.info(f"{run.out} is complete: {run.state.step} of {run.state.num_steps} steps are done")
-            return
-        train(run)
+        return run
 
 
 def build_run(config: SupervisedConfig) -> Run:
@@ -96,12 +108,15 @@ def train(run: Run) -> None:
     """The loop. Leaves a checkpoint of the last step in every way it can end but by an error."""
     config, state, title = run.config, run.state, run.out.name
     log.check_in_place(run.out / RECIPE)  # making the data takes long, and makes directories
-    with (
-        log.MetricLog(
-            run.out, total_steps=state.num_steps, description=title, quiet=config.quiet, resume_step=state.step
-        ) as metric_log,
-        GracefulStop() as stop,
-    ):
+    metric_log = log.MetricLog(
+        run.out,
+        total_steps=state.num_steps,
+        description=title,
+        quiet=config.quiet,
+        resume_step=state.step,
+        sinks=open_sinks(config.sinks, run.out, to_dict(config), state.step),
+    )
+    with metric_log, GracefulStop() as stop:
         if owes_validation(run):
             metric_log.log(state.step, validation_loss(state.model, run.validation))
         while state.step < state.num_steps:

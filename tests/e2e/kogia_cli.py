@@ -10,6 +10,7 @@ from pathlib import Path
 from kogia.cli import main
 
 TESTS = Path(__file__).parent.parent
+SEARCHED = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
 
 PRETRAIN = """
 out = "base"
@@ -49,7 +50,7 @@ warmup_steps = 2
 def start(folder: Path, *words: str, code: str = "") -> subprocess.Popen:
     """`kogia WORDS` with `folder` as current directory; `code` runs before it in the same process."""
     program = [sys.executable, "-c", f"{code}\nimport sys\nfrom kogia.cli import main\nsys.exit(main())"]
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = os.environ | {"PYTHONPATH": SEARCHED, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(
         [*program, *words],
         cwd=folder,

@@ -11,6 +11,11 @@ TASK = ("--tasks", "toy_task:Checksum")
 SMALL_ENGINE = ("--engine.num-blocks", "512", "--engine.max-sequences", "32")
 
 
+def last(messages):
+    """The last line that a command ends with: its score, its place, what to type next."""
+    return messages.splitlines()[-1]
+
+
 def rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
@@ -29,6 +34,9 @@ def test_the_recipe_runs_from_pretraining_to_the_report(pretrained, checkpoint):
     _, messages = kogia(folder, *rl, *sizes, "--eval-questions", "0", "--optim.lr", "1e-4")
     assert [line["step"] for line in read_metrics(folder / "grpo")] == [1, 2, 3]
     assert "signal check" not in messages
+    assert re.fullmatch(
+        r"reward [-\d.]+, accuracy [\d.]+; in grpo/checkpoints/step-000003; next: kogia report grpo", last(messages)
+    )
 
     curate = ("curate", "grpo", "--out", "curated/data.jsonl", *TASK, *SMALL_ENGINE)
     kogia_here(folder, *curate, "--num-problems", "12", "--max-tokens", "16", "--min-language-share", "0")
@@ -37,13 +45,17 @@ def test_the_recipe_runs_from_pretraining_to_the_report(pretrained, checkpoint):
 
     data = '[data]\nbatch_tokens = 256\nmax_seqlen = 64\n[[data.sources]]\nspec = "curated/data.jsonl"\n'
     (folder / "sft.toml").write_text(f'init = "grpo"\nout = "tuned"\nsteps = 3\nthreads = 1\n{data}')
-    kogia(folder, "sft", "sft.toml")
+    _, messages = kogia(folder, "sft", "sft.toml")
+    assert re.fullmatch(r"loss [\d.]+.*; in tuned/checkpoints/step-000003; next: kogia chat tuned", last(messages))
     losses = [line["loss"] for line in read_metrics(folder / "tuned") if "loss" in line]
     assert len(losses) == 3
 
     sampling = ("--num-questions", "6", "--num-samples", "4", "--max-tokens", "12", "--greedy")
-    table, _ = kogia(folder, "eval", "tuned", *TASK, *sampling, *SMALL_ENGINE)
+    table, messages = kogia(folder, "eval", "tuned", *TASK, *sampling, *SMALL_ENGINE)
     summary = json.loads((folder / "tuned" / "evals" / "Checksum.json").read_text())
+    assert re.fullmatch(
+        r"Checksum: pass@1 [\d.]+% \([\d.]+ to [\d.]+\); in tuned/evals; next: kogia report tuned", last(messages)
+    )
     samples = rows(folder / "tuned" / "evals" / "Checksum.jsonl")
     assert len(samples) == 6 * 5
     right = [row["correct"] for row in samples if row["sample"] >= 0]

@@ -16,12 +16,12 @@ from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.eval.config import EvalConfig
 from kogia.eval.metrics import pass_at_k
-from kogia.eval.progress import SamplingProgress
 from kogia.eval.run import evaluate, main, output_directory
 from kogia.eval.sample import answer_problems, choose_problems
 from kogia.eval.summary import read_samples, summarise
 from kogia.eval.table import print_results
 from kogia.tasks.pool import VerifyPool
+from kogia.terminal import SamplingProgress
 
 SPEC = "toy_task:Checksum"
 KEYS = (

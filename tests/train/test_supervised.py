@@ -355,3 +355,26 @@ def test_the_second_signal_acts_as_if_nothing_handled_it(config):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("sink", ["tensorboard", "wandb"])
+def test_a_sink_that_is_not_installed_is_said_before_anything_is_made(config, monkeypatch, sink, dry_run):
+    monkeypatch.setitem(sys.modules, sink, None)  # as if it were not
+    with pytest.raises(ValueError, match=rf"pip install 'kogia\[{sink}\]'"):
+        main(replace(config, sinks=(sink,), dry_run=dry_run))
+    assert not Path(config.out).exists()
+
+
+def test_a_run_goes_to_tensorboard_too_and_may_be_resumed_without(config, capsys):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    main(replace(config, steps=4, sinks=("tensorboard",)))
+    shown = events.EventAccumulator(str(Path(config.out) / "tensorboard"))
+    shown.Reload()
+    for name in ("loss", "val_loss", "grad_norm", "lr"):
+        written = [(line["step"], line[name]) for line in read_metrics(config.out) if name in line]
+        assert [e.step for e in shown.Scalars(name)] == [step for step, _ in written] != []
+        assert [e.value for e in shown.Scalars(name)] == pytest.approx([value for _, value in written])
+    main(replace(config, steps=5, resume=True))
+    assert "steps = 5 (was 4)" in " ".join(capsys.readouterr().err.split())
+    assert "sinks" not in capsys.readouterr().err
