@@ -1,7 +1,10 @@
 """Metrics elsewhere: read back from real TensorBoard and W&B files where those packages are there."""
 
+import json
 import math
+import struct
 import sys
+from operator import itemgetter
 
 import pytest
 
@@ -51,21 +54,40 @@ def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
     assert scalars(tmp_path)["loss"] == [(1, 0.5)]
 
 
+def history(path):
+    """The rows of an offline run of W&B: protocol buffers in a log as LevelDB writes it, small enough for one block."""
+    records = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    data, position = path.read_bytes()[:32768], 7
+    while position + 7 <= len(data):
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record = records.Record.FromString(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        assert kind == 1  # a whole record
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            yield {name: value for name, value in row.items() if not name.startswith("_")}
+
+
 def test_wandb_offline_records_the_run_and_takes_it_up_again(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     record(tmp_path, ["wandb"], [1, 2, 3])
     name = (tmp_path / "wandb_id").read_text()
     record(tmp_path, ["wandb"], [3, 4], resume_step=2)
     assert (tmp_path / "wandb_id").read_text() == name
-    files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
-    assert wandb and len(files) == 2
+    rows = [row for path in (tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb") for row in history(path)]
+    expected = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5}]
+    expected += [{"step": 3, "loss": 1.5}, {"step": 4, "loss": 2.0}]
+    assert sorted((row for row in rows if "loss" in row), key=itemgetter("step")) == expected
+    (last,) = [row for row in rows if "val_loss" in row]
+    assert last["step"] == 4 and math.isnan(last["val_loss"])
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_sink_whose_package_is_missing_is_named_with_the_way_to_get_it(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    for module in [name, *(module for module in sys.modules if module.startswith(f"{name}."))]:
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     message = rf"sinks = \['{name}'\]: {name} is not there \(.*\); pip install 'kogia\[{name}\]', or leave it out"
     with pytest.raises(ValueError, match=message):
         check_sinks([name])

@@ -360,7 +360,8 @@ def test_the_second_signal_acts_as_if_nothing_handled_it(config):
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("sink", ["tensorboard", "wandb"])
 def test_a_sink_that_is_not_installed_is_said_before_anything_is_made(config, monkeypatch, sink, dry_run):
-    monkeypatch.setitem(sys.modules, sink, None)  # as if it were not
+    for module in [sink, *(module for module in sys.modules if module.startswith(f"{sink}."))]:
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(ValueError, match=rf"pip install 'kogia\[{sink}\]'"):
         main(replace(config, sinks=(sink,), dry_run=dry_run))
     assert not Path(config.out).exists()
