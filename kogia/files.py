@@ -29,8 +29,18 @@ DRAFT, ASIDE = ".tmp", ".old"
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` as `as_json` has it, as `write_text` does."""
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """Indented JSON, in escapes where it holds what UTF-8 cannot: an escape in a file read may be half a character."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=2) + "\n"
+    return text
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -110,6 +120,23 @@ def remove_stale_drafts(directory: Path, name: str | None = None) -> None:
                 _remove(draft)
             finally:
                 os.close(descriptor)
+
+
+def is_draft(path: Path, name: str) -> bool:
+    """Whether `path` is called as a draft of the target `name` is."""
+    return _called(name, DRAFT).fullmatch(path.name) is not None
+
+
+def empty_directory(directory: Path, last: str) -> None:
+    """Delete all that a directory holds; the directory stays, for its lock.
+
+    `last`, by which its kind is known, goes at the end: if this is killed, what is left may be emptied again.
+    """
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sync(path: Path) -> None:
@@ -223,8 +250,11 @@ def _remove_replaced(directory: Path) -> None:
 
 
 def _siblings(directory: Path, name: str | None, end: str) -> list[Path]:
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}{re.escape(end)}", re.DOTALL)
-    return [path for path in directory.iterdir() if pattern.fullmatch(path.name)]
+    return [path for path in directory.iterdir() if _called(name, end).fullmatch(path.name)]
+
+
+def _called(name: str | None, end: str) -> re.Pattern[str]:
+    return re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}{re.escape(end)}", re.DOTALL)
 
 
 def _remove(path: Path) -> None:

@@ -1,10 +1,12 @@
 import json
+import math
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -131,3 +133,29 @@ def test_commands_take_what_people_type(line: str, fields: dict[str, Any]):
     name, *words = line.split()
     config = parse_args(cli._load(COMMANDS[name].config), words, prog="p", description="d")
     assert {field: getattr(config, field) for field in fields} == fields
+
+
+def numbers(cls: type) -> Iterator[tuple[type, str]]:
+    """(class, field) of every floating-point setting of a configuration and of those in it, but for a model's own."""
+    hints = get_type_hints(cls)
+    for each in fields(cls):
+        kinds = (hints[each.name], *get_args(hints[each.name]))
+        if float in kinds and get_origin(hints[each.name]) is not tuple:
+            yield cls, each.name
+        for inner in kinds:
+            if is_dataclass(inner) and not inner.__module__.startswith("kogia.model"):
+                assert isinstance(inner, type)
+                yield from numbers(inner)
+
+
+NUMBERS = sorted({found for command in COMMANDS.values() for found in numbers(resolve(command.config))}, key=str)
+REQUIRED = {"path": "m", "init": "m", "src": "m", "dst": "n", "out": "o.jsonl", "spec": "a.txt"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("cls", "name"), NUMBERS, ids=lambda part: getattr(part, "__name__", part))
+def test_no_setting_of_any_command_may_be_nan_or_infinite(cls: Any, name: str, value: float):
+    needed = [each.name for each in fields(cls) if each.default is each.default_factory is MISSING and each.init]
+    given = {each: REQUIRED[each] for each in needed}
+    with pytest.raises(ValueError, match=f"{name}.* = -?(nan|inf)"):
+        cls(**given, **{name: value})

@@ -64,6 +64,13 @@ def test_a_link_stays_and_the_file_that_it_leads_to_is_written(tmp_path: Path, l
     assert path.is_symlink() and target.read_text() == "again"
 
 
+def test_json_with_half_a_character_is_written_as_it_was_read_and_others_as_they_are_seen(tmp_path: Path):
+    for text in ('{"a": "\\ud800"}', '{"\\udfff": ["ä", "\\ud83d"]}', '{"ä": "🐋"}'):
+        write_json(tmp_path / "a.json", json.loads(text))
+        assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == json.loads(text)
+    assert "🐋" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
 def test_a_device_or_a_pipe_is_written_to_and_stays_what_it_is(tmp_path: Path):
     pipe, null = tmp_path / "pipe", tmp_path / "null"
     os.mkfifo(pipe)

@@ -5,6 +5,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from kogia.config import check_finite
+
 DTYPES = ("float32", "bfloat16", "float16", "fp8")
 SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """What people type for them."""
@@ -50,3 +52,8 @@ class ConvertConfig:
     """Replace a model directory that is there already."""
     dry_run: bool = False
     """Print what would be written and stop."""
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        if self.shard_gib < 0:
+            raise ValueError(f"shard_gib = {self.shard_gib}: must be positive, or 0 for a single file")

@@ -91,9 +91,7 @@ class Step:
 
 
 def main(config: ConvertConfig) -> None:
-    if config.shard_gib < 0:
-        raise ValueError(f"shard_gib = {config.shard_gib}: must be positive, or 0 for a single file")
-    max_shard_bytes = int(config.shard_gib * 2**30)
+    max_shard_bytes = int(min(config.shard_gib, 2.0**30) * 2**30)
     if config.dry_run:
         source = resolve_model_dir(config.src)
         steps = plan(source, _named(config.dtype))

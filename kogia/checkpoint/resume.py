@@ -38,6 +38,18 @@ class ResumeState:
     """JSON values."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
+    def count(self, *keys: str) -> int:
+        """A number of `values`, found by one key after the other. Raises ValueError if it is no whole one."""
+        value: Any = self.values
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(
+                f"the checkpoint's train_state/state.json: {'.'.join(keys)} = {value!r:.60}: must be a whole number; "
+                "the file is damaged, delete the checkpoint to resume from the one before it"
+            )
+        return value
+
 
 def save_checkpoint(
     run_dir: str | Path, step: int, model: Transformer, tokenizer: Tokenizer, state: ResumeState, *, keep: int = 2
@@ -62,9 +74,16 @@ def save_checkpoint(
             _save_train_state(draft / "train_state", step, state)
     except (OSError, SafetensorError) as error:
         raise OSError(getattr(error, "errno", None) or 0, _cannot_save(final, error)) from error
+    prune(run_dir, keep)
+    return final
+
+
+def prune(run_dir: str | Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, also what a kill left of one that was being written or deleted."""
     for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
-    return final
+    if (parent := Path(run_dir) / "checkpoints").is_dir():
+        remove_stale_drafts(parent)
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -88,15 +107,25 @@ def load_train_state(checkpoint: str | Path) -> ResumeState:
     directory = Path(checkpoint) / "train_state"
     try:
         values = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        return ResumeState(values, load_file(directory / "tensors.safetensors"))
+        state = ResumeState(values, load_file(directory / "tensors.safetensors"))
     except FileNotFoundError as error:
         raise ValueError(
             f"{checkpoint}: no {error.filename}; it is a model without training state: use it as `init`, not to resume"
         ) from error
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(
-            f"{directory}: damaged or truncated ({error}); delete {checkpoint} to resume from the checkpoint before it"
-        ) from error
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from None
+    try:
+        _set_random(state, random.Random(), np.random.RandomState(), torch.Generator())
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
+        raise _damaged(checkpoint, f"its random states: {error}") from None
+    return state
+
+
+def _damaged(checkpoint: str | Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{Path(checkpoint) / 'train_state'}: damaged or truncated ({reason}); delete {checkpoint} to resume from the "
+        "checkpoint before it"
+    )
 
 
 def seed_random(seed: int) -> None:
@@ -108,14 +137,18 @@ def seed_random(seed: int) -> None:
 
 def restore_random(state: ResumeState) -> None:
     """Set the random states of Python, NumPy and PyTorch to those of the checkpoint."""
-    version, internal, gauss = state.values["random"]["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state.values["random"]["numpy"]
-    np.random.set_state((kind, np.array(keys, "uint32"), position, has_gauss, cached))
-    torch.set_rng_state(state.tensors[RANDOM + "torch"])
+    _set_random(state, random, np.random, torch.default_generator)
     for index in range(torch.cuda.device_count()):
         if (saved := state.tensors.get(f"{RANDOM}cuda{index}")) is not None:
             torch.cuda.set_rng_state(saved, index)
+
+
+def _set_random(state: ResumeState, python: Any, numpy: Any, generator: torch.Generator) -> None:
+    version, internal, gauss = state.values["random"]["python"]
+    python.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state.values["random"]["numpy"]
+    numpy.set_state((kind, np.array(keys, "uint32"), position, has_gauss, cached))
+    generator.set_state(state.tensors[RANDOM + "torch"])
 
 
 def _save_train_state(directory: Path, step: int, state: ResumeState) -> None:

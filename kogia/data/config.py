@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from kogia.config import check_finite
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -33,6 +35,7 @@ class SourceConfig:
     """Keyword arguments of a generator."""
 
     def __post_init__(self) -> None:
+        check_finite(self, f"data source {self.spec!r}")
         if self.weight <= 0:
             raise ValueError(f"data source {self.spec!r}: weight = {self.weight}: must be above 0; delete the source")
         if self.num is not None and self.num < 1:

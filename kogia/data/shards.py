@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def build_shards(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> dic
         directory = Path(data.cache_dir).expanduser() / fingerprint
     if not (directory / "meta.json").exists():
         _write_directory(data, tokenizer, directory, fingerprint)
-    found = json.loads((directory / "meta.json").read_text())["fingerprint"]
+    found = _read_meta(directory).get("fingerprint")
     if found != fingerprint:
         raise ValueError(
             f"{directory} holds the tokens of other data settings, tokenizer or file versions (fingerprint {found}, "
@@ -89,15 +89,32 @@ def build_shards(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> dic
 
 def open_shard(directory: Path) -> Shard:
     """Map one split of a finished shard directory."""
-    meta = json.loads((directory / "meta.json").read_text())
-    counts = ShardCounts(**meta["counts"])
-    tokens = _map(directory / "tokens.bin", meta["dtype"])
-    mask, offsets = _map(directory / "mask.bin", "uint8"), np.fromfile(directory / "offsets.bin", "int64")
-    if not len(tokens) == len(mask) == counts.tokens == offsets[-1]:
-        raise ValueError(
-            f"{directory}: tokens, mask and offsets disagree (truncated?); delete the folder to rebuild it"
-        )
-    return Shard(tokens, mask, offsets, tuple(meta["source_ends"]), counts)
+    meta = _read_meta(directory)
+    try:
+        counts, ends = ShardCounts(**meta["counts"]), tuple(map(int, meta["source_ends"]))
+        tokens = _map(directory / "tokens.bin", {"uint16": "uint16", "uint32": "uint32"}[meta["dtype"]])
+        mask, offsets = _map(directory / "mask.bin", "uint8"), np.fromfile(directory / "offsets.bin", "int64")
+        whole = len(tokens) == len(mask) == counts.tokens == offsets[-1] and ends[-1] == len(offsets) - 1
+        in_order = offsets[0] == 0 and (np.diff(offsets) > 0).all() and list(ends) == sorted(ends) and ends[0] >= 0
+    except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+        raise _damaged(directory, error) from None
+    if not (whole and in_order):
+        raise _damaged(directory, "tokens, mask and offsets disagree")
+    return Shard(tokens, mask, offsets, ends, counts)
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(directory, error) from None
+    if not isinstance(meta, dict):
+        raise _damaged(directory, "meta.json holds no object")
+    return meta
+
+
+def _damaged(directory: Path, reason: object) -> ValueError:
+    return ValueError(f"{directory}: damaged or truncated ({reason}); delete the folder to rebuild it")
 
 
 def shard_fingerprint(data: DataConfig, tokenizer: Tokenizer) -> str:

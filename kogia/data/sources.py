@@ -41,6 +41,11 @@ def read_rows(source: SourceConfig) -> Iterator[Row]:
     return readers[file_kind(source.spec)](source, path)
 
 
+def read_text(spec: str) -> str:
+    """All of a text file, .gz or not. Raises ValueError that names the line of what is no UTF-8, or OSError."""
+    return "".join(line for _, line in _lines(spec, Path(spec).expanduser()))
+
+
 def _read_text(source: SourceConfig, path: Path) -> Iterator[Row]:
     text = "".join(line for _, line in _lines(source.spec, path))
     pieces = text.split(source.separator) if source.separator else [text]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from kogia.config import check_finite
+
 RECIPES = Path(__file__).parent.parent / "recipes" / "demo"
 STAGES = ("base", "cold_start", "grpo", "rejection_sft", "student")
 """The stages that are measured, in order."""
@@ -36,6 +38,7 @@ class DemoConfig:
     """No progress lines."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.scale <= 0:
             raise ValueError(f"scale = {self.scale}: must be above 0")
         for name in ("num_questions", "num_samples"):

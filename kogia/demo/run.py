@@ -7,10 +7,10 @@ interrupted demonstration goes on where it stopped.
 
 import json
 import resource
-import shutil
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,13 +23,14 @@ from kogia.demo.config import RECIPES, STAGES, DemoConfig
 from kogia.eval.config import EvalConfig
 from kogia.eval.partial import find_partial
 from kogia.eval.run import evaluate_tasks, file_name, output_directory
-from kogia.files import write_json
+from kogia.files import empty_directory, is_draft, write_json
 from kogia.report.build import main as run_report
 from kogia.report.config import ReportConfig
 from kogia.rl.config import CurateConfig, RLConfig
 from kogia.rl.curate import run_curation
 from kogia.rl.grpo import run_stage as run_rl
 from kogia.train.config import SupervisedConfig
+from kogia.train.lock import sole_writer
 from kogia.train.supervised import run_stage as run_supervised
 
 T = TypeVar("T")
@@ -59,31 +60,38 @@ def main(config: DemoConfig) -> None:
             print(f"{name:14} {what}")
         print(f"recipes in {config.recipes or RECIPES}")
         return
-    out = open_directory(config)
-    done = Stages(out, config)
-    for number, (name, what, action) in enumerate(stages, start=1):
-        log.info(f"[{number}/{len(stages)}] {what}")
-        done.run(name, action)
-        if name in STAGES:
-            done.run(f"{name}_eval", lambda name=name: measure(config, name))
-            log.info(f"      {_score_line(out, name)}")
-        if name == DRAFTING_STAGE:
-            done.run("drafting", lambda: measure_drafting(config))
-    done.run("report", lambda: summarise_and_report(config, done))
+    with open_directory(config) as out:
+        done = Stages(out, config)
+        for number, (name, what, action) in enumerate(stages, start=1):
+            log.info(f"[{number}/{len(stages)}] {what}")
+            done.run(name, action)
+            if name in STAGES:
+                done.run(f"{name}_eval", lambda name=name: measure(config, name))
+                log.info(f"      {_score_line(out, name)}")
+            if name == DRAFTING_STAGE:
+                done.run("drafting", lambda: measure_drafting(config))
+        done.run("report", lambda: summarise_and_report(config, done))
     _farewell(config, done)
 
 
-def open_directory(config: DemoConfig) -> Path:
-    """OUT, made if it is not there and emptied with `overwrite`. Raises ValueError if it holds anything else."""
+@contextmanager
+def open_directory(config: DemoConfig) -> Iterator[Path]:
+    """OUT, made if it is not there and emptied with `overwrite`, kept for this demonstration while the block lasts.
+
+    Raises ValueError if it holds anything else, or another demonstration is at work there.
+    """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {config.out!r}: is a file; name a directory")
-    if out.is_dir() and any(out.iterdir()) and not (out / STAGES_FILE).exists():
+    # a start that was killed leaves at most a draft
+    begun = not out.exists() or (out / STAGES_FILE).exists()
+    if not begun and any(not is_draft(path, STAGES_FILE) for path in out.iterdir()):
         raise ValueError(f"out = {config.out!r}: holds other files and no {STAGES_FILE}; name a new directory")
-    if config.overwrite and out.exists():
-        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    return out
+    with sole_writer(out):
+        if config.overwrite:
+            empty_directory(out, last=STAGES_FILE)
+        yield out
 
 
 class Stages:
@@ -91,7 +99,7 @@ class Stages:
 
     def __init__(self, out: Path, config: DemoConfig) -> None:
         self.file = out / STAGES_FILE
-        self.state: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.state: dict[str, Any] = _read_state(self.file) if self.file.exists() else {}
         settings = {"seed": config.seed, "scale": config.scale}
         if self.state.setdefault("settings", settings) != settings:
             raise ValueError(
@@ -117,6 +125,27 @@ class Stages:
     @property
     def seconds(self) -> float:
         return sum(entry["seconds"] for entry in self.state.values() if isinstance(entry, dict) and "seconds" in entry)
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is not JSON ({error}); restore it, or add --overwrite to start over") from None
+    if not isinstance(state, dict) or not all(_is_sound(name, entry) for name, entry in state.items()):
+        raise ValueError(f"{file}: is no record of a demonstration; restore it, or add --overwrite to start over")
+    return state
+
+
+def _is_sound(name: str, entry: Any) -> bool:
+    if name == "settings":
+        return isinstance(entry, dict)
+    if name == "peak_memory_bytes":
+        return isinstance(entry, int)
+    match entry:
+        case {"seconds": int() | float(), "done": bool()}:
+            return True
+    return False
 
 
 def recipe(config: DemoConfig, name: str, cls: type[T]) -> T:

@@ -6,6 +6,9 @@ from math import inf
 from numbers import Integral, Real
 from typing import Any, Literal
 
+MOST_COMPLETIONS = 1_000_000
+"""Of one prompt."""
+
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
@@ -26,11 +29,17 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "top_k": (lambda value: _is_whole(value) and 0 <= value < 2**31, "at least 0 (0 is off), whole and below 2^31"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "in (0, 1] (1 is off)"),
     "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "in [0, 1] (0 is off)"),
-    "n": (lambda value: _is_whole(value) and value >= 1, "at least 1, a whole number"),
+    "n": (lambda value: _is_whole(value) and 1 <= value <= MOST_COMPLETIONS, f"1 to {MOST_COMPLETIONS:,}, whole"),
     "stop": (
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
         "a tuple of non-empty strings",
     ),
+    "stop_token_ids": (
+        lambda value: isinstance(value, tuple) and all(_is_whole(token) and 0 <= token < 2**31 for token in value),
+        "a tuple of token ids, whole and at least 0",
+    ),
+    "ignore_eos": (lambda value: isinstance(value, bool), "true or false"),
+    "logprobs": (lambda value: isinstance(value, bool), "true or false"),
 }
 """By field name: whether a value will do, and what it must be."""
 

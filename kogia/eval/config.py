@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype
+from kogia.config import check_finite
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 
 LongPrompts = Literal["refuse", "skip"]
@@ -79,6 +80,7 @@ class EvalConfig(FilteredSamplingConfig):
     """No progress line."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         super().__post_init__()
         check_tasks(self.tasks, self.task_options)
         for name in ("num_questions", "batch_questions", "verify_workers"):

@@ -1,13 +1,12 @@
 """The evaluation that another one is compared with, held against it before anything is sampled. Torch-free."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kogia.eval.config import EvalConfig
-from kogia.eval.summary import GREEDY, read_samples
+from kogia.eval.summary import GREEDY, read_samples, read_summary
 from kogia.tasks.task import Problem
 
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
@@ -30,7 +29,12 @@ class Earlier:
         for file in (path, samples):
             if not file.is_file():
                 raise ValueError(f"compare = {named!r}: {file} is missing; name the NAME.json of an evaluation")
-        return cls(path, json.loads(path.read_text(encoding="utf-8")), read_samples(samples))
+        return cls(path, read_summary(path), read_samples(samples))
+
+    @property
+    def checkpoint(self) -> str:
+        """What it measured; empty where it does not say."""
+        return str(self.summary.get("checkpoint") or "")
 
     def check(self, config: EvalConfig, problems: Sequence[Problem]) -> None:
         """Raise ValueError unless answers to `problems`, drawn as `config` says, can be compared with these."""
@@ -51,7 +55,8 @@ class Earlier:
                 f"compare = {str(self.path)!r}: one evaluation holds sampled answers only, the other greedy ones only: "
                 f"nothing to compare; set {'greedy' if greedy else 'num_samples'}"
             )
-        here = {"split": self.summary.get("split"), **self.summary.get("sampling", {})}
+        sampling = self.summary.get("sampling")
+        here = {"split": self.summary.get("split"), **(sampling if isinstance(sampling, dict) else {})}
         for name in ("split", "max_tokens", *(FILTERS if sampled and config.num_samples else ())):
             if here.get(name) != getattr(config, name):
                 yield name, here.get(name), getattr(config, name)

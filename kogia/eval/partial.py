@@ -7,11 +7,14 @@ at the end, together with NAME.json.
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kogia.eval.summary import GREEDY, read_samples
-from kogia.files import put_in_place, write_json, write_text
+from kogia.eval.summary import GREEDY, read_row, read_samples, read_summary
+from kogia.files import put_in_place, write_json
+from kogia.log import check_in_place
+from kogia.train.lock import sole_writer
 
 Rows = list[dict[str, Any]]
 
@@ -25,32 +28,59 @@ class SampleFiles:
         # no .json: whoever reads the evaluations of a run takes every NAME.json for one
         self._partial, self._partial_settings = out / f"{name}.partial.jsonl", out / f"{name}.partial.settings"
 
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep other evaluations of this name out, while the block lasts. ValueError if one is at work.
+
+        The lock is on the partial file, which is never replaced and at the end becomes the file of the samples.
+        """
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        with sole_writer(self._partial, make=True):
+            self._opened = self._partial.stat()
+            yield
+
     def finished(self) -> tuple[dict[str, Any], Rows] | None:
         """(summary, samples) where the evaluation under these settings has been finished and no other was begun."""
-        if self._partial.exists() or not (self._summary.is_file() and self._samples.is_file()):
+        if self._partial.stat().st_size or not (self._summary.is_file() and self._samples.is_file()):
             return None
-        summary = json.loads(self._summary.read_text(encoding="utf-8"))
-        return (summary, read_samples(self._samples)) if summary.get("settings") == self.settings else None
+        summary = read_summary(self._summary)
+        if summary.get("settings") != self.settings:
+            return None
+        found = summary, read_samples(self._samples)
+        self._partial_settings.unlink(missing_ok=True)
+        self._partial.unlink()
+        return found
 
     def begin(self, *, resume: bool) -> Rows:
         """Start the partial files, with `resume` with the rows that an interrupted evaluation left, and return those.
 
         A question is kept where all of its samples are there. ValueError where the settings were others.
         """
-        kept = self._kept() if resume and self._partial.exists() else []
+        kept = self._kept() if resume and self._partial.stat().st_size else []
         write_json(self._partial_settings, self.settings)
-        write_text(self._partial, "".join(map(_line, kept)))
+        self._leave_only("".join(map(_line, kept)).encode())
         return kept
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        check_in_place(self._partial, self._opened)
         with self._partial.open("a", encoding="utf-8") as file:
             file.writelines(map(_line, rows))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Put summary and samples in place. A kill in between leaves what `begin` resumes, or `finished` knows."""
+        check_in_place(self._partial, self._opened)
         write_json(self._summary, {**summary, "settings": self.settings})
         put_in_place(self._partial, self._samples)
         self._partial_settings.unlink()
+
+    def _leave_only(self, kept: bytes) -> None:
+        """Cut the partial file back, in place: it stays the file that is locked."""
+        with self._partial.open("r+b") as file:
+            if file.read(len(kept)) != kept:  # a question in the middle lost samples: only damage does that
+                file.seek(0)
+                file.truncate()
+                file.write(kept)
+            file.truncate()
 
     def _kept(self) -> Rows:
         for name, was, now in self._differing():
@@ -65,11 +95,11 @@ class SampleFiles:
 
     def _differing(self) -> Iterator[tuple[str, Any, Any]]:
         try:
-            before = json.loads(self._partial_settings.read_text(encoding="utf-8"))
-        except OSError:
+            before = read_summary(self._partial_settings)
+        except (OSError, ValueError):
             raise ValueError(
-                f"resume: {self._partial} lacks {self._partial_settings.name} beside it, so nobody knows what it was "
-                "made with; remove it to begin anew"
+                f"resume: {self._partial} lacks a whole {self._partial_settings.name} beside it, so nobody knows what "
+                "it was made with; remove it to begin anew"
             ) from None
         for name in sorted(before.keys() | self.settings.keys()):
             if before.get(name) != self.settings.get(name):
@@ -86,9 +116,9 @@ def _whole_rows(path: Path) -> Rows:
     """Rows up to the last line end: what a kill left behind it is none."""
     whole = path.read_bytes().rpartition(b"\n")[0]
     try:
-        return [json.loads(line) for line in whole.split(b"\n")] if whole else []
+        return [read_row(line, f"line {n}") for n, line in enumerate(whole.split(b"\n"), start=1)] if whole else []
     except ValueError as error:
-        raise ValueError(f"resume: {path} holds a line that is not JSON ({error}); remove it to begin anew") from error
+        raise ValueError(f"resume: {path}, {error}, or remove the file to begin anew") from None
 
 
 def _line(row: Mapping[str, Any]) -> str:

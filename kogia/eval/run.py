@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task, load_task
 from kogia.terminal import SamplingProgress
 from kogia.text.tokenizer import Tokenizer
+from kogia.train.lock import sole_writer
 
 
 @dataclass(frozen=True)
@@ -111,23 +112,23 @@ def evaluate(
     if problems is None:
         problems = _problems(task, tokenizer, engine.model.config.max_position, config)
     files = None if out is None else SampleFiles(out, name, _settings(config, checkpoint, task))
-    if files is not None and config.resume and (finished := files.finished()):
-        return EvalResult(*finished)
-    drafted, accepted = engine.stats.num_drafted, engine.stats.num_accepted
-    rows = [] if files is None else files.begin(resume=config.resume)
-    for batch in _rows(engine, tokenizer, pool, problems, config, rows, on_progress):
-        rows = rows + batch
+    with nullcontext() if files is None else files.hold():
+        about = {"name": name, "task": task.name, "checkpoint": checkpoint, "num_questions": len(problems)}
+        if files is not None and config.resume and (finished := files.finished()):
+            stored, rows = finished
+            spent = {key: stored.get(key) for key in ("mtp_acceptance", "seconds")}
+            return EvalResult(about | _scores(config, rows, earlier) | spent, rows)
+        drafted, accepted = engine.stats.num_drafted, engine.stats.num_accepted
+        rows = [] if files is None else files.begin(resume=config.resume)
+        for batch in _rows(engine, tokenizer, pool, problems, config, rows, on_progress):
+            rows = rows + batch
+            if files is not None:
+                files.append(batch)
+        drafted, accepted = engine.stats.num_drafted - drafted, engine.stats.num_accepted - accepted
+        summary = about | _scores(config, rows, earlier)
+        summary |= {"mtp_acceptance": accepted / drafted if drafted else None, "seconds": time.monotonic() - start}
         if files is not None:
-            files.append(batch)
-    drafted, accepted = engine.stats.num_drafted - drafted, engine.stats.num_accepted - accepted
-    summary = {"name": name, "task": task.name, "checkpoint": checkpoint, "num_questions": len(problems)}
-    summary |= {"split": config.split, "num_samples": config.num_samples, "sampling": _sampling(config)}
-    summary |= summarise(rows, config.k)
-    summary |= {"mtp_acceptance": accepted / drafted if drafted else None, "seconds": time.monotonic() - start}
-    if earlier is not None:
-        summary["compare"] = {"checkpoint": earlier.summary["checkpoint"], **compare(earlier.samples, rows)}
-    if files is not None:
-        files.finish(summary)
+            files.finish(summary)
     return EvalResult(summary, rows)
 
 
@@ -135,6 +136,15 @@ def _headline(summary: dict[str, Any]) -> str:
     name = "greedy" if summary["pass@1"] is None else "pass@1"
     mean, low, high = (100 * share for share in summary[name])
     return f"{summary['name']}: {name} {mean:.1f}% ({low:.1f} to {high:.1f})"
+
+
+def _scores(config: EvalConfig, rows: Sequence[dict[str, Any]], earlier: Earlier | None) -> dict[str, Any]:
+    """What the rows say under these settings, with the difference to an earlier evaluation where one is named."""
+    scores = {"split": config.split, "num_samples": config.num_samples, "sampling": _sampling(config)}
+    scores |= summarise(rows, config.k)
+    if earlier is not None:
+        scores["compare"] = {"checkpoint": earlier.checkpoint, **compare(earlier.samples, rows)}
+    return scores
 
 
 @contextmanager
@@ -248,12 +258,15 @@ def _problems(task: Task, tokenizer: Tokenizer, limit: int, config: EvalConfig) 
 
 
 def _check_partials(config: EvalConfig, out: Path) -> None:
-    """Raise ValueError for samples of an interrupted evaluation that would be lost, for none to go on with, and where
-    `out` is no directory."""
+    """Raise ValueError for an evaluation at work there, for samples of an interrupted one that would be lost, for none
+    to go on with, and where `out` is no directory."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {str(out)!r}: is a file; name a directory")
     names = [file_name(config, spec) for spec in config.tasks]
     left = [path for name in names if (path := find_partial(out, name))]
+    for path in left:
+        with sole_writer(path):  # else another evaluation is at work
+            pass
     if left and not config.resume:
         raise ValueError(
             f"{left[0]}: an interrupted evaluation left these samples; --resume goes on with them; remove the file to "

@@ -17,6 +17,19 @@ TRUNCATION_LIMIT = 0.1
 """A larger share of cut-off samples makes a score doubtful, and is said aloud."""
 
 Row = Mapping[str, Any]
+_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "problem_id": (str,),
+    "prompt": (str,),
+    "sample": (int,),
+    "num_tokens": (int,),
+    "think_tokens": (int,),
+    "reward": (float, int),
+    "correct": (bool,),
+    "status": (str,),
+    "extracted": (str, type(None)),
+    "truncated": (bool,),
+}
+"""What a row is summarised and compared by."""
 
 
 def summarise(rows: Sequence[Row], ks: Iterable[int]) -> dict[str, Any]:
@@ -75,17 +88,37 @@ def question_scores(rows: Iterable[Row]) -> dict[str, float]:
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """Rows of an EVAL.jsonl. Raises ValueError that names a line that is not one."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: is not JSON ({error}); evaluate again") from error
-        missing = {"problem_id", "prompt", "sample", "correct"} - set(row if isinstance(row, dict) else ())
-        if missing:
-            raise ValueError(f"{path}, line {number}: lacks {', '.join(sorted(missing))}; name a file that eval wrote")
-        rows.append(row)
-    return rows
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); evaluate again") from None
+    return [read_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def read_row(line: str | bytes, where: str) -> dict[str, Any]:
+    """A line of an EVAL.jsonl. Raises ValueError that begins with `where` if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: is not JSON ({error}); evaluate again") from None
+    missing = set(_FIELDS) - set(row if isinstance(row, dict) else ())
+    if missing:
+        raise ValueError(f"{where}: lacks {', '.join(sorted(missing))}; name a file that eval wrote")
+    wrong = next((name for name, kinds in _FIELDS.items() if type(row[name]) not in kinds), None)
+    if wrong is not None:
+        raise ValueError(f"{where}: {wrong} = {row[wrong]!r:.60}, which eval never writes; evaluate again")
+    return row
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The object of an EVAL.json. Raises ValueError for what is none."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON ({error}); evaluate again") from None
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path}: holds a {type(summary).__name__}, not an object; evaluate again")
+    return summary
 
 
 def _pass(group: list[Row], k: int) -> float:

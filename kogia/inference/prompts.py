@@ -4,12 +4,11 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kogia.data.config import SourceConfig, file_kind
 from kogia.data.rows import conversation
-from kogia.data.sources import read_rows
+from kogia.data.sources import read_rows, read_text
 from kogia.inference.config import GenerateConfig
 from kogia.text.chat import Message
 from kogia.text.tokenizer import sound
@@ -50,15 +49,22 @@ def read_prompts(config: GenerateConfig) -> list[Question]:
     elif not questions:
         if sys.stdin.isatty():
             raise ValueError("no prompt: give --prompt TEXT, --file FILE, or lines on stdin")
-        questions = _read_lines(sys.stdin.read(), "stdin")
+        questions = _read_lines(_read_stdin(), "stdin")
     if not questions:
         raise ValueError(f"{config.file or 'stdin'} holds no prompt: write one per line")
     return questions
 
 
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin: is no UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+
+
 def _read_file(spec: str) -> list[Question]:
     if file_kind(spec) in ("", ".txt"):
-        return _read_lines(Path(spec).read_text(encoding="utf-8"), spec)
+        return _read_lines(read_text(spec), spec)
     return [_question(row, where) for where, row in read_rows(SourceConfig(spec))]
 
 

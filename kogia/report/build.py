@@ -15,7 +15,7 @@ from kogia.files import write_text
 from kogia.log import info
 from kogia.report.config import ReportConfig
 from kogia.report.figures import LEARNING, ROUTING, SPECULATION, Chart, Curve, draw_accuracy, draw_curves
-from kogia.report.load import Interval, Measurement, Run, Sample, Stage, load_run, read_samples
+from kogia.report.load import Interval, Measurement, Run, Sample, Stage, load_run, number, read_samples
 from kogia.report.words import (
     before_and_after,
     explain_change,
@@ -142,12 +142,12 @@ def _charts(stages: Sequence[Stage], curves: Sequence[Curve]) -> list[tuple[str,
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What the summary says of the whole run, in words."""
     facts = []
-    seconds, memory, seed = (run.summary.get(key) for key in ("seconds", "peak_memory_bytes", "seed"))
-    if isinstance(seconds, int | float):
+    seconds, memory = (number(run.summary.get(key)) for key in ("seconds", "peak_memory_bytes"))
+    if seconds is not None:
         facts.append(("took", f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"))
-    if isinstance(memory, int | float):
+    if memory is not None:
         facts.append(("peak memory", f"{memory / 2**30:.2f} GiB"))
-    if isinstance(seed, int):
+    if isinstance(seed := run.summary.get("seed"), int):
         facts.append(("seed", str(seed)))
     return facts
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from kogia.report.load import Interval, Measurement, Stage
+from kogia.report.load import Interval, Measurement, Stage, number
 
 # Stand-ins that the SVG is written with and the page's own colours that replace them.
 _INK, _GRID = "#010203", "#040506"
@@ -140,8 +140,9 @@ def _points(
 
 def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values where the metric is a finite number."""
-    pairs = [(m["step"], m[key]) for m in metrics if isinstance(m.get(key), int | float) and abs(m[key]) < float("inf")]
-    return [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
+    pairs = [(number(m.get("step")), number(m.get(key))) for m in metrics]
+    known = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return [x for x, _ in known], [y for _, y in known]
 
 
 def _draw_curve(name: str, curve: Curve, series: dict[str, tuple[list[float], list[float]]]) -> Markup:

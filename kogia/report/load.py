@@ -1,7 +1,6 @@
 """Read what a run directory holds, forgivingly: a part that is absent or damaged becomes a note, never an error."""
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from kogia.log import METRICS_FILE, read_metrics, writable
 
 STAGE_ORDER = ("base", "cold_start", "grpo", "curated", "rejection_sft", "student")
 """The stages of the R1 recipe; others follow by name."""
+MOST = 1e30
+"""A figure of this size or more is none."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def read_samples(path: Path | None, problem_ids: set[str] | None = None) -> Iter
         for line in file:
             try:
                 sample = _sample(_clean(json.loads(line)))
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
             if sample.problem_id in seen or (problem_ids is not None and sample.problem_id not in problem_ids):
                 continue
@@ -144,7 +145,7 @@ def _stage_key(directory: Path) -> tuple[int, str]:
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         data = _clean(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{_place(path)} is left out: {error}")
         return {}
     if not isinstance(data, dict):
@@ -173,7 +174,7 @@ def _place(path: Path) -> str:
 def _load_stage(directory: Path, notes: list[str]) -> Stage:
     name = writable(directory.resolve().name)
     try:
-        metrics = [m for m in read_metrics(directory) if _number(m.get("step")) is not None]
+        metrics = [m for m in read_metrics(directory) if number(m.get("step")) is not None]
     except (OSError, ValueError, AttributeError) as error:
         notes.append(f"{name}/{METRICS_FILE} is left out: {error}")
         metrics = []
@@ -207,7 +208,7 @@ def _fill_from_summary(stages: list[Stage], summary: Mapping[str, Any]) -> list[
 
 
 def _measurement(stage: str, stem: str, data: Mapping[str, Any], samples: Path | None) -> Measurement:
-    k = max((int(m[1]) for key in data if (m := re.fullmatch(r"pass@(\d+)", key))), default=1)
+    k = max((int(m[1]) for key in data if (m := re.fullmatch(r"pass@(\d{1,9})", key))), default=1)
     counts = data.get("status_counts")
     sampling = data.get("sampling")
     return Measurement(
@@ -221,36 +222,42 @@ def _measurement(stage: str, stem: str, data: Mapping[str, Any], samples: Path |
         maj_k=_interval(data.get(f"maj@{k}")),
         greedy=_interval(data.get("greedy")),
         k=k,
-        values={key: x for key, value in data.items() if (x := _number(value)) is not None},
-        status_counts={str(s): int(n) for s, n in counts.items() if _number(n)} if isinstance(counts, dict) else {},
+        values={key: x for key, value in data.items() if (x := number(value)) is not None},
+        status_counts={str(s): int(n) for s, n in counts.items() if number(n)} if isinstance(counts, dict) else {},
         sampling=sampling if isinstance(sampling, dict) else {},
         samples=samples if samples is not None and samples.exists() else None,
     )
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def number(value: Any) -> float | None:
+    """The value as a float where it is a finite number of a size that can be drawn."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST:
         return None
     return float(value)
+
+
+def _share(value: Any) -> float | None:
+    found = number(value)
+    return found if found is not None and 0 <= found <= 1 else None
 
 
 def _interval(value: Any) -> Interval | None:
     """[mean, low, high], or a bare mean."""
     if isinstance(value, list | tuple) and value:
-        mean, low, high = [_number(v) for v in [*value, None, None][:3]]
+        mean, low, high = [_share(v) for v in [*value, None, None][:3]]
     else:
-        mean, low, high = _number(value), None, None
+        mean, low, high = _share(value), None, None
     return None if mean is None else Interval(mean, low, high)
 
 
 def _sample(data: Mapping[str, Any]) -> Sample:
-    prompt, extracted, tokens = data.get("prompt", ""), data.get("extracted"), _number(data.get("num_tokens"))
+    prompt, extracted, tokens = data.get("prompt", ""), data.get("extracted"), number(data.get("num_tokens"))
     return Sample(
         problem_id=str(data["problem_id"]),
         prompt=prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
         text=str(data["text"]),
         num_tokens=None if tokens is None else int(tokens),
-        reward=_number(data.get("reward")),
+        reward=number(data.get("reward")),
         correct=bool(data.get("correct")),
         status=str(data.get("status", "")),
         extracted=None if extracted is None else str(extracted),

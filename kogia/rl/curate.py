@@ -254,9 +254,9 @@ class Record:
         }
 
     def _delete(self) -> None:
+        os.truncate(self.progress_path, 0)  # first: after a kill nothing may count as finished whose samples are gone
         for path in (self.path, self.summary_path):
             path.resolve().unlink(missing_ok=True)  # a link stays one
-        os.truncate(self.progress_path, 0)
 
     def _open(self) -> None:
         """Take up what the progress file says, or begin it: it is new, or a kill tore its first line."""
@@ -271,7 +271,7 @@ class Record:
     def _take_up(self) -> None:
         """Read what is finished; drop half-written lines and samples of unfinished problems from the files."""
         found = log.json_lines(self.progress_path)
-        whole = list(itertools.takewhile(lambda entry: entry[1] is not None, found))
+        whole = found[:1] + list(itertools.takewhile(lambda entry: _is_progress(entry[1]), found[1:]))
         lines = [row for _, row in whole if row is not None]
         before = lines[0].get("settings") if lines else None
         if before is None:
@@ -295,12 +295,31 @@ class Record:
 
     def _keep_samples_of(self, done: set[tuple[str, str]]) -> None:
         rows = [row for _, row in log.json_lines(self.path) if row is not None]
+        if any(not isinstance(row.get(name), str) for row in rows for name in ("task", "problem_id")):
+            raise self._foreign()
         write_text(self.path, _json_lines([row for row in rows if (row["task"], row["problem_id"]) in done]))
 
     def _foreign(self) -> ValueError:
         return ValueError(
             f"out = {str(self.path)!r}: exists and was not written by curate; name another file, or add --overwrite"
         )
+
+
+def _is_progress(line: dict[str, Any] | None) -> bool:
+    """Whether a line of the progress file is whole: of one finished problem, with all that is counted."""
+    match line:
+        case {
+            "task": str(),
+            "problem_id": str(),
+            "samples": int(),
+            "correct": int(),
+            "kept": int(),
+            "kept_tokens": int(),
+            "statuses": dict() as statuses,
+            "dropped": dict() as dropped,
+        }:
+            return all(isinstance(count, int) for count in [*statuses.values(), *dropped.values()])
+    return False
 
 
 def _decisive(config: CurateConfig) -> dict[str, Any]:

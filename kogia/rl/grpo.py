@@ -187,6 +187,7 @@ def measure(run: Run) -> dict[str, float]:
     )
     results = {}
     for source in run.sources:
+        log.check_in_place(run.out / RECIPE)  # the evaluation makes its directory
         name = f"{source.task.name}-{run.rollouts:06d}"
         where = {"checkpoint": str(run.state.last_checkpoint), "out": run.out / "evals"}
         result = evaluate(run.engine, run.tokenizer, source.task, source.pool, settings, name=name, **where)
@@ -335,10 +336,12 @@ def save(run: Run) -> None:
 def restore(run: Run, checkpoint: Path) -> None:
     """Put step counts, optimiser, reference and random states back; the weights are already the checkpoint's."""
     resume = load_train_state(checkpoint)
-    run.rollouts, run.state.step = resume.values["rollouts"], resume.values["updates"]
+    run.rollouts, run.state.step = resume.count("rollouts"), resume.count("updates")
     load_optimizer_tensors(run.state.model, run.state.optimizer, resume.tensors)
     if run.reference is not None:
         stored = {k.removeprefix("reference/"): v for k, v in resume.tensors.items() if k.startswith("reference/")}
+        if stored.keys() != run.reference.state_dict().keys():
+            raise ValueError(f"{checkpoint}: has no whole KL reference; resume with the run's own loss.kl_coef")
         run.reference.load_state_dict(stored)
     restore_random(resume)
     run.engine.update_weights(run.state.model, run.rollouts)

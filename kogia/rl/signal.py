@@ -55,12 +55,13 @@ def measure_signal(
     """Sample training prompts, print what the run starts from, write OUT/signal.json.
 
     Raises ValueError when engine and trainer log-probabilities differ by more than `config.logprob_tolerance`, or when
-    not one group is informative.
+    not one group is informative, and FileNotFoundError when OUT is gone.
     """
     drawn = draw_problems(sources, 0, config.signal_prompts, config.seed + 104_729)
     params = SamplingParams.of(config, n=config.signal_samples, logprobs=True)
     rollout = collect(engine, tokenizer, drawn, params)
     signal = summarize(rollout, tokenizer, max_logprob_difference(model, rollout, config.temperature))
+    log.check_in_place(out)
     write_json(out / "signal.json", asdict(signal))
     _show(signal)
     if not signal.max_logprob_difference <= config.logprob_tolerance:

@@ -27,7 +27,8 @@ _VALUE = re.compile(
     r"[\d=<>+*/^-]|\\(?:pi|infty|sqrt|[dtc]?frac|text|math|mbox|emptyset|varnothing|begin|le|ge|lt|gt|ne|in|pm)"
 )
 _COMMAND_OR_RELATION = re.compile(r"\\[A-Za-z]{2}|[A-Za-z]\s?\^|[A-Za-z][^=<>\n]{0,40}[=<>]")
-_DECIMAL = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)"
+_DECIMAL = r"(?:(?:[1-9]\d{0,2}(?:,\d{3}){1,60}(?![\d,])|\d+)(?:\.\d+)?|\.\d+)"  # bounded, or a
+# list of thousand numbers is walked through from each of them; what is longer no comparison reads
 _NUMBER = re.compile(
     rf"""(?P<sign>(?<![\w.)\]}}])-)?(?:[{CURRENCY}]\s?(?P<late>-)?)?(?<![\w.^{{])(?P<body>
       \\[dtc]?frac\s?\{{-?{_DECIMAL}\}}\s?\{{-?{_DECIMAL}\}}
@@ -123,11 +124,12 @@ def _declared(text: str, after: int) -> str | None:
 
 def _after_hashes(text: str) -> str | None:
     """What the last "####" marks. Prose behind it is a heading, unless the text ends there."""
+    end = len(text.rstrip())
     for line in reversed(list(_HASHES.finditer(text))):
         marked = _LABEL.sub("", line[1].strip().strip("*").strip())
         if not _words(marked) or _is_number(marked):
             return marked
-        if not text[line.end() :].strip():
+        if line.end() >= end:
             return _last_value(marked) or marked
     return None
 

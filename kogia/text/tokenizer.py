@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from kogia.files import as_json
 from kogia.text.added_tokens import add_tokens
 from kogia.text.files import (
     EXTRA_FILES,
@@ -125,8 +126,7 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        config = json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"
-        (directory / "tokenizer_config.json").write_text(config, encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(as_json(self.config), encoding="utf-8")
         for name in EXTRA_FILES:
             (directory / name).unlink(missing_ok=True)
         for name, text in self.files.items():

@@ -1,6 +1,5 @@
 """Opening a run directory: new, resumed or overwritten, the same for every training stage."""
 
-import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kogia import log
-from kogia.checkpoint.resume import latest_checkpoint
+from kogia.checkpoint.resume import latest_checkpoint, prune
 from kogia.config import load_toml, save_toml, to_dict
+from kogia.files import empty_directory, is_draft
 from kogia.train.lock import sole_writer
 
 RECIPE = "run.toml"
@@ -42,7 +42,7 @@ def open_run_dir(config: Any) -> Path | None:
     checkpoint = latest_checkpoint(out)
     started = checkpoint is not None or bool(log.read_metrics(out))
     if recipe.exists() and (config.overwrite or not (started or config.resume)):
-        _empty(out)
+        empty_directory(out, last=RECIPE)
         checkpoint = None
     elif recipe.exists() and not config.resume:
         found = f"a run up to {checkpoint.name}" if checkpoint else "a run without checkpoint"
@@ -52,6 +52,7 @@ def open_run_dir(config: Any) -> Path | None:
         )
     elif recipe.exists():
         _warn_of_changes(recipe, config)
+        prune(out, config.keep_checkpoints)  # a kill may have come while the last save did
     if config.resume and checkpoint is None:
         log.info(f"{out} has no checkpoint to resume from: starting at the first step")
     save_toml(replace(config, resume=False, overwrite=False), recipe)
@@ -77,21 +78,9 @@ def _check_place(out: Path, config: Any) -> None:
         return
     if not out.is_dir():
         raise ValueError(f"out = {config.out!r}: is a file; name a directory")
-    drafts = f".{RECIPE}."  # how their names begin; a start that was killed leaves at most one
-    if not (out / RECIPE).exists() and any(not path.name.startswith(drafts) for path in out.iterdir()):
+    # a start that was killed leaves at most a draft
+    if not (out / RECIPE).exists() and any(not is_draft(path, RECIPE) for path in out.iterdir()):
         raise ValueError(f"out = {config.out!r}: holds other files and no {RECIPE}; name a new directory")
-
-
-def _empty(out: Path) -> None:
-    """Delete what a run directory holds; the directory stays, for its lock.
-
-    run.toml goes last: if this is killed, what is left is still a run, which may be overwritten.
-    """
-    for path in sorted(out.iterdir(), key=lambda path: path.name == RECIPE):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _warn_of_changes(recipe: Path, now: Any) -> None:

@@ -171,8 +171,8 @@ def save(run: Run) -> None:
 def restore(run: Run, checkpoint: Path) -> None:
     """Put step, data position, optimiser and random states back; the weights are already the checkpoint's."""
     resume = load_train_state(checkpoint)
-    run.state.step = resume.values["step"]
-    run.loader.state = LoaderState(**resume.values["loader"])
+    run.state.step = resume.count("step")
+    run.loader.state = LoaderState(resume.count("loader", "epoch"), resume.count("loader", "cursor"))
     load_optimizer_tensors(run.state.model, run.state.optimizer, resume.tensors)
     restore_random(resume)
     log.info(f"resuming {checkpoint} at step {run.state.step} of {run.state.num_steps}")

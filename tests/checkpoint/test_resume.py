@@ -17,6 +17,7 @@ from kogia.checkpoint.resume import (
     checkpoints,
     latest_checkpoint,
     load_train_state,
+    prune,
     restore_random,
     save_checkpoint,
 )
@@ -92,6 +93,17 @@ def test_leftovers_of_a_killed_save_are_ignored_and_cleaned_up(tmp_path, model, 
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000003"]
 
 
+def test_what_a_kill_left_of_a_checkpoint_that_was_being_deleted_or_written_goes(tmp_path, model, tokenizer):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, model, tokenizer, STATE, keep=3)
+    (tmp_path / "checkpoints" / "step-000001" / "model.safetensors").unlink()
+    (tmp_path / "checkpoints" / ".step-000004.0123456789abcdef.tmp").mkdir()
+    prune(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000002", "step-000003"]
+    prune(tmp_path / "new", 2)
+    assert not (tmp_path / "new").exists()
+
+
 def test_missing_and_truncated_training_state_are_errors_that_name_the_fix(tmp_path, model, tokenizer):
     with pytest.raises(ValueError, match="use it as `init`"):
         load_train_state(tmp_path)
@@ -100,6 +112,36 @@ def test_missing_and_truncated_training_state_are_errors_that_name_the_fix(tmp_p
     tensors.write_bytes(tensors.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"damaged or truncated.*delete .*step-000001"):
         load_train_state(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.clear(),
+        lambda values: values["random"].pop("numpy"),
+        lambda values: values["random"].update(python=[3, [1], None]),
+        lambda values: values["random"].update(numpy=["MT19937", [2**70], 0, 0, 0.0]),
+        lambda values: values.update(random=5),
+    ],
+)
+def test_random_states_that_are_none_are_damage(tmp_path, model, tokenizer, change):
+    path = save_checkpoint(tmp_path, 1, model, tokenizer, STATE)
+    file = path / "train_state" / "state.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+    before = random.getstate()
+    with pytest.raises(ValueError, match=r"damaged or truncated .its random states.*delete .*step-000001"):
+        load_train_state(path)
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize("value", [None, -1, 1.0, True, "3", 2**70, [3]])
+def test_a_count_that_is_none_is_named(value):
+    state = ResumeState({"loader": {"epoch": 2, "cursor": value}})
+    assert state.count("loader", "epoch") == 2
+    with pytest.raises(ValueError, match=r"loader\.cursor = .*must be a whole number"):
+        state.count("loader", "cursor")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -120,6 +120,25 @@ def test_tokens_are_written_once_and_other_settings_are_refused(tmp_path, tokeni
         build_shards(other, tokenizer, tmp_path / "data")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("meta.json", b"5"),
+        ("meta.json", b"\xff"),
+        ("train/meta.json", b"{}"),
+        ("train/meta.json", b'{"dtype": "object", "source_ends": [1], "counts": {}}'),
+        ("train/tokens.bin", b"abc"),
+        ("val/offsets.bin", b""),
+    ],
+)
+def test_damaged_shards_are_named_whatever_is_damaged(tmp_path, tokenizer, name, content):
+    data = DataConfig((source("stories", num=50),), batch_tokens=64, max_seqlen=32, val_share=0.3)
+    build_shards(data, tokenizer, tmp_path / "data")
+    (tmp_path / "data" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"data.*delete th(at|e) folder to"):
+        build_shards(data, tokenizer, tmp_path / "data")
+
+
 def test_runs_share_tokens_in_a_cache_folder(tmp_path, tokenizer):
     sources = (source("stories", num=5),)
     data = DataConfig(sources, batch_tokens=64, max_seqlen=64, cache_dir=str(tmp_path / "cache"))

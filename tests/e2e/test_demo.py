@@ -1,5 +1,6 @@
 """`kogia demo` end to end, with short recipes that keep every finished sample: the model learns nothing here."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 from e2e.kogia_cli import fails, kogia_here, start
 
 from kogia.demo.config import RECIPES, STAGES, DemoConfig
-from kogia.demo.run import recipe
+from kogia.demo.run import Stages, open_directory, recipe
 from kogia.log import read_metrics
 from kogia.rl.config import CurateConfig, RLConfig
 from kogia.train.config import SupervisedConfig
@@ -117,6 +118,42 @@ def test_other_settings_or_a_foreign_directory_are_refused(finished, recipes):
     for flags in (["--out", "mine"], ["--out", "mine", "--overwrite"]):
         assert "holds other files and no stages.json" in fails(folder, *words(recipes, *flags))
     assert (folder / "mine" / "thesis.tex").read_text() == "keep me"
+
+
+def test_a_start_or_an_overwriting_that_was_killed_stands_in_nobodys_way(finished, recipes, tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / ".stages.json.0123456789abcdef.tmp").write_text("{")
+    with contextlib.chdir(tmp_path), open_directory(DemoConfig(out="demo")) as out:
+        Stages(out, DemoConfig(out="demo"))
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["stages.json"]
+    shutil.copytree(finished[0] / "demo", tmp_path / "old")
+    rmtree, removed = shutil.rmtree, []
+
+    def die_in_the_middle(path, *rest, **options):
+        rmtree(path, *rest, **options)
+        removed.append(path)
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+
+    config = DemoConfig(out=str(tmp_path / "old"), overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die_in_the_middle)
+        with pytest.raises(KeyboardInterrupt):
+            open_directory(config).__enter__()
+    with open_directory(config) as out:
+        assert list(out.iterdir()) == []
+
+
+def test_two_demonstrations_in_one_directory_are_refused_and_a_damaged_record_is_named(tmp_path, recipes):
+    (tmp_path / "demo").mkdir()
+    with open_directory(DemoConfig(out=str(tmp_path / "demo"))):
+        for flags in ([], ["--overwrite"]):
+            assert "'demo': another run is writing there" in fails(tmp_path, *words(recipes, *flags))
+    for damaged in ("", "[]", '{"base": {}}', '{"base": 5}', "[" * 5000):
+        (tmp_path / "demo" / "stages.json").write_text(damaged)
+        message = fails(tmp_path, *words(recipes))
+        assert message.startswith("demo/stages.json: is ")
+        assert message.endswith("or add --overwrite to start over")
 
 
 def test_the_commands_it_prints_work(finished):

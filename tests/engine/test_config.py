@@ -62,7 +62,8 @@ from kogia.inference.config import GenerateConfig
 from kogia.rl.config import RLConfig
 refused = [
     ("temperature", "1"), ("temperature", None), ("max_tokens", 2.5), ("max_tokens", None), ("seed", 1.5),
-    ("seed", "0"), ("top_k", 2.0), ("top_p", "1"), ("min_p", None), ("n", 1.5), ("stop", "x"), ("stop", ["x"]),
+    ("seed", "0"), ("n", 10**7), ("top_k", 2.0), ("top_p", "1"), ("min_p", None), ("n", 1.5), ("stop", "x"),
+    ("stop", ["x"]),
 ]
 for make in (SamplingParams, lambda **changes: GenerateConfig("m", **changes)):
     for name, value in refused:
@@ -72,6 +73,17 @@ for make in (SamplingParams, lambda **changes: GenerateConfig("m", **changes)):
             assert str(error).startswith(f"{name} = {value!r}: must be"), error
         else:
             raise AssertionError((name, value))
+refused = [
+    ("stop_token_ids", [1]), ("stop_token_ids", (2**70,)), ("stop_token_ids", (-1,)), ("stop_token_ids", ("</s>",)),
+    ("ignore_eos", "no"), ("logprobs", 1),
+]
+for name, value in refused:
+    try:
+        SamplingParams(**{name: value})
+    except ValueError as error:
+        assert str(error).startswith(f"{name} = {value!r}: must be"), error
+    else:
+        raise AssertionError((name, value))
 try:
     RLConfig("m", seed=None)
 except ValueError as error:

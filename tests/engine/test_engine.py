@@ -313,6 +313,30 @@ def test_a_step_that_fails_leaves_no_unwritten_block_in_the_prefix_index(model):
     assert done[0].completion.token_ids == expected
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_cannot_even_be_opened_takes_nobody_along(model, overlap):
+    """No parameter that the checks let through does that: what one that got around them leaves is as before."""
+    params = SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
+    prompts = [list(range(5)), list(range(20)), [3, 2, 1]]
+    expected = [group[0].token_ids for group in engine(model).generate(prompts, params)]
+    busy = engine(model, overlap=overlap)
+    going = [busy.add(prompt, params)[0] for prompt in prompts[:2]]
+    busy.step()
+    bad = SamplingParams(max_tokens=8)
+    object.__setattr__(bad, "top_k", 2**63)
+    (poison,) = busy.add([0, 9], bad)
+    going += busy.add(prompts[2], params)
+    for _ in range(2):
+        with pytest.raises(OverflowError):
+            busy.step()
+    busy.abort(poison)
+    done = {}
+    while busy.num_unfinished:
+        done |= {event.request_id: event.completion for event in busy.step()}
+    assert [done[request_id].token_ids for request_id in going] == expected
+    assert_empty(busy)
+
+
 def test_progress_counts_up_to_all_completions_and_tokens(model):
     seen: list[tuple[int, int, int]] = []
     params = SamplingParams(max_tokens=6, seed=1, n=2, ignore_eos=True)

@@ -1,6 +1,7 @@
 """Evaluation from end to end with a real tiny model, its files recomputed by hand."""
 
 import json
+import shutil
 import tomllib
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -246,6 +247,96 @@ def test_interrupted_samples_are_not_lost_by_accident_and_nothing_is_resumed_fro
     interrupted(config, 7)
     with pytest.raises(ValueError, match=r"Checksum.partial.jsonl: .*--resume goes on with them"):
         main(config)
+
+
+def test_an_evaluation_that_another_process_is_at_is_refused_and_one_of_another_name_is_not(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, greedy=False)
+    model, tokenizer, _ = open_model(checkpoint, device="cpu")
+    refused = []
+
+    def meanwhile(done: int, total: int, _: int) -> None:
+        partial = tmp_path / "evals" / "Checksum.partial.jsonl"
+        if refused or not partial.stat().st_size:
+            return
+        for flags in ({}, {"resume": True}):
+            with pytest.raises(ValueError, match=r"Checksum.partial.jsonl': another run is writing there") as error:
+                main(replace(config, **flags))
+            refused.append(str(error.value))
+        main(replace(config, name="other", num_questions=1))
+
+    with VerifyPool(SPEC, workers=1) as pool:
+        engine = Engine(model, tokenizer, config.engine)
+        options = {"name": "Checksum", "out": tmp_path / "evals", "on_progress": meanwhile}
+        result = evaluate(engine, tokenizer, Checksum(), pool, config, **options)
+    assert len(refused) == 2
+    assert len(read_samples(tmp_path / "evals" / "Checksum.jsonl")) == len(result.samples) == 12 * 8
+    names = {f"{name}.json{end}" for name in ("Checksum", "other") for end in ("", "l")}
+    assert {path.name for path in (tmp_path / "evals").iterdir()} == names
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_settings_that_a_kill_at_the_very_end_left_go_with_the_next_evaluation(checkpoint, tmp_path, resume):
+    config = settings(checkpoint, tmp_path, greedy=False, num_questions=2)
+    main(config)
+    summary = json.loads((tmp_path / "evals" / "Checksum.json").read_text())
+    (tmp_path / "evals" / "Checksum.partial.settings").write_text(json.dumps(summary["settings"]))
+    before = (tmp_path / "evals" / "Checksum.jsonl").read_bytes()
+    main(replace(config, resume=resume))
+    assert (tmp_path / "evals" / "Checksum.jsonl").read_bytes() == before
+    assert {path.name for path in (tmp_path / "evals").iterdir()} == {"Checksum.json", "Checksum.jsonl"}
+
+
+@pytest.mark.parametrize("after", [0, 7])
+def test_an_output_that_is_deleted_meanwhile_is_an_error_and_not_made_again(checkpoint, tmp_path, after):
+    config = settings(checkpoint, tmp_path, greedy=False)
+    model, tokenizer, _ = open_model(checkpoint, device="cpu")
+
+    def delete(done: int, total: int, _: int) -> None:
+        if done >= after:
+            shutil.rmtree(tmp_path / "evals", ignore_errors=True)
+
+    engine = Engine(model, tokenizer, config.engine)
+    with VerifyPool(SPEC, workers=1) as pool, pytest.raises(FileNotFoundError, match=r"partial.jsonl is gone"):
+        evaluate(engine, tokenizer, Checksum(), pool, config, out=tmp_path / "evals", on_progress=delete)
+    assert not (tmp_path / "evals").exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "content", "reason"),
+    [
+        ("jsonl", b"[]\n", "line 1: lacks correct"),
+        ("jsonl", b'{"problem_id": 5}\n', "line 1: lacks correct"),
+        ("jsonl", b"{" * 5000 + b"\n", "line 1: is not JSON"),
+        ("jsonl", b"\xff\n", "is not"),
+        ("settings", b"[]", "lacks a whole Checksum.partial.settings"),
+        ("settings", b"\xff", "lacks a whole Checksum.partial.settings"),
+    ],
+)
+def test_damaged_files_of_an_interrupted_evaluation_are_named_with_the_way_out(
+    checkpoint, tmp_path, end, content, reason
+):
+    config = settings(checkpoint, tmp_path)
+    interrupted(config, 7)
+    (tmp_path / "evals" / f"Checksum.partial.{end}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"resume: .*Checksum.partial.jsonl.* {reason}.*to begin anew"):
+        main(replace(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("Checksum.json", b"[]"),
+        ("Checksum.json", b'{"split": "test", "sampling": 5}'),
+        ("Checksum.json", b"[" * 5000),
+        ("Checksum.jsonl", b"\xff"),
+        ("Checksum.jsonl", b'{"problem_id": ["p"], "prompt": "q", "sample": 0, "correct": true}'),
+    ],
+)
+def test_a_damaged_evaluation_to_compare_with_is_named(written, tmp_path, name, content):
+    shutil.copytree(written[0], tmp_path / "earlier")
+    (tmp_path / "earlier" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"earlier/Checksum.json"):
+        main(settings(tmp_path / "no-model-is-here", tmp_path, compare=str(tmp_path / "earlier")))
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,21 @@ def test_missing_and_damaged_parts_become_notes(demo):
     assert "52.0%" in page
 
 
+@pytest.mark.parametrize("odd", [10**400, -(10**400), 1e308, [10**400, 0, 1], [7.0, -3.0, 9e99], True, {"a": 1}])
+def test_figures_that_cannot_be_drawn_are_left_out(demo, odd):
+    metrics = [{"step": i, "seconds": i, "loss": odd if i == 2 else 1.0, "reward": odd} for i in range(4)]
+    (demo / "grpo" / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in [*metrics, {"step": odd}]))
+    summary = {"seconds": odd, "peak_memory_bytes": odd, "seed": 7, "stages": [], f"pass@{'9' * 5000}": 1}
+    (demo / "summary.json").write_text(json.dumps(summary))
+    path = demo / "cold_start" / "evals" / "heldout.json"
+    data = json.loads(path.read_text()) | {"pass@1": odd, "think_tokens": odd, f"pass@{'9' * 5000}": odd}
+    path.write_text(json.dumps(data | {"status_counts": {"ok": odd}}))
+    (demo / "cold_start" / "evals" / "deep.json").write_text("[" * 5000)
+    page = write_report(demo).read_text(encoding="utf-8")
+    assert "52.0%" in page
+    assert "deep.json is left out" in page
+
+
 def test_a_single_run_is_reported_too(demo):
     page = write_report(demo / "grpo", demo / "page.html")
     assert page == demo / "page.html"

@@ -203,6 +203,38 @@ def test_a_curation_that_another_process_is_at_is_refused_as_it_is(checkpoint, t
     assert len(read(tmp_path)[0]) == before["good.jsonl"].count(b"\n")
 
 
+def test_an_overwriting_that_was_killed_leaves_nothing_finished_without_its_samples(checkpoint, tmp_path, monkeypatch):
+    config = settings(checkpoint, tmp_path, num_problems=3)
+    main(config)
+    before = read(tmp_path)[0]
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", die)
+        with pytest.raises(KeyboardInterrupt):
+            main(replace(config, overwrite=True))
+    with pytest.raises(ValueError, match="add --overwrite"):
+        main(config)
+    main(replace(config, overwrite=True))
+    assert read(tmp_path)[0] == before
+
+
+@pytest.mark.parametrize(
+    "line", ['{"task": "checksum", "problem_id": ["p"]}', '{"task": "checksum", "problem_id": "p"}']
+)
+def test_a_line_of_the_progress_that_lacks_what_is_counted_is_damage(checkpoint, tmp_path, line, capsys):
+    config = settings(checkpoint, tmp_path, num_problems=3)
+    main(config)
+    before = read(tmp_path)[0]
+    with (tmp_path / "data" / "good.progress.jsonl").open("a") as file:
+        file.write(line + "\n")
+    main(config)
+    assert read(tmp_path)[0] == before
+    assert "torn or damaged lines dropped: 1" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("torn", [b"", b'{"sett', b'{"settings": {"path": "m'])
 def test_a_curation_killed_while_it_began_is_begun_again(checkpoint, tmp_path, torn):
     config = settings(checkpoint, tmp_path, num_problems=1)

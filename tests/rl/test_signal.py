@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from rl.tiny import rl_settings
 
 from kogia.engine.request import SamplingParams
 from kogia.model.transformer import build_model
-from kogia.rl.grpo import Run, build_run, main
+from kogia.rl.grpo import Run, build_run, main, measure
 from kogia.rl.rollout import collect, draw_problems
 from kogia.rl.signal import max_logprob_difference, measure_signal
 from kogia.text.chat import render_prompt
@@ -108,3 +109,19 @@ def test_few_informative_groups_are_a_warning(checkpoint, tmp_path, stack, capsy
     signal = check(run)
     assert 0 < signal.informative_groups < 0.3
     assert "few groups mix right and wrong samples" in capsys.readouterr().err
+
+
+def test_a_run_directory_that_is_deleted_while_the_signal_is_sampled_is_not_made_again(checkpoint, tmp_path, stack):
+    run = build_run(rl_settings(checkpoint, tmp_path / "run"), stack)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="run is gone, deleted"):
+        check(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_is_deleted_before_an_evaluation_is_not_made_again(checkpoint, tmp_path, stack):
+    run = build_run(rl_settings(checkpoint, tmp_path / "run", eval_questions=4), stack)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="run.toml is gone, deleted"):
+        measure(run)
+    assert not (tmp_path / "run").exists()

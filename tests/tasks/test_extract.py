@@ -132,6 +132,8 @@ def test_a_formula_in_a_text_is_seen(text, states):
         "1 ",
         "1",
         "1,234,",
+        ",234",
+        "#### a heading\n",
         "1/",
         "1^",
         "1e",
@@ -147,5 +149,5 @@ def test_a_formula_in_a_text_is_seen(text, states):
 )
 def test_every_scan_is_linear(part):
     started = time.process_time()
-    extract_answer(part * 20_000)
-    assert time.process_time() - started < 1.0
+    extract_answer("1" + part * 20_000)
+    assert time.process_time() - started < 2.0

@@ -55,3 +55,30 @@ def test_a_link_does_not_get_around_the_lock_and_a_neighbour_is_free(tmp_path, k
         sole_writer(tmp_path / "link").__enter__()
     with sole_writer(tmp_path / "link"):
         pass
+
+
+def test_a_file_that_its_holder_renamed_is_made_and_held_anew(tmp_path):
+    path = tmp_path / "out.partial"
+    with sole_writer(path, make=True):
+        path.rename(tmp_path / "out")
+        with sole_writer(path, make=True):
+            pass
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "out.partial"]
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_whoever_was_about_to_lock_a_file_that_its_holder_put_elsewhere_locks_the_new_one(tmp_path, moved, monkeypatch):
+    path, opened = tmp_path / "out.partial", os.open
+    path.touch()
+
+    def open_late(name, *rest):
+        """The other process is done between opening and locking."""
+        descriptor = opened(name, *rest)
+        monkeypatch.setattr(os, "open", opened)
+        path.rename(tmp_path / "out") if moved else path.unlink()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_late)
+    with sole_writer(path, make=True), pytest.raises(ValueError, match="another run"):
+        sole_writer(path, make=True).__enter__()
+    assert path.exists()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +239,49 @@ def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(con
     main(replace(config, steps=int(done[-6:]) + 1, resume=True))
     steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def noted_rows(notes: str) -> Iterator[str]:
+    """Notes the id of the process that reads it, and gives its rows slowly where the folder has a file `slow`."""
+    with (Path(notes) / "ids").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    for i in range(200):
+        time.sleep(0.05 if (Path(notes) / "slow").exists() else 0.0)
+        yield f"the number {i} follows {i - 1}"
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="a process of id 1 takes a namespace of its own")
+def test_a_run_killed_while_it_tokenised_as_process_1_of_a_container_starts_again_as_process_1(config, tmp_path):
+    namespace = ["unshare", "--pid", "--fork", "--kill-child", *(["--user", "--map-root-user"] * (os.getuid() != 0))]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here; tests/test_files.py has processes of one id without them")
+    cache, notes = tmp_path / "cache", tmp_path / "notes"
+    notes.mkdir()
+    source = SourceConfig(f"{__name__}:noted_rows", options={"notes": str(notes)})
+    data = replace(config.data, sources=(source,), cache_dir=str(cache))
+    save_toml(replace(config, steps=2, data=data), tmp_path / "recipe.toml")
+
+    def start_as_1() -> subprocess.Popen:
+        command = [*namespace, sys.executable, "-c", PROGRAM, str(tmp_path / "recipe.toml")]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    seen = set()
+    for _ in range(2):
+        (notes / "slow").touch()
+        process = start_as_1()
+        wait_for(lambda seen=seen: cache.is_dir() and {p.name for p in cache.glob(".*.tmp")} - seen, process)
+        process.kill()
+        process.communicate()
+        left = {path.name for path in cache.iterdir()}
+        assert len(left) == 1, "each start cleans up after the one before"
+        seen |= left
+    (notes / "slow").unlink()
+    messages = start_as_1().communicate(timeout=100)[1]
+    assert "Error" not in messages
+    assert latest_checkpoint(tmp_path / "run").name == "step-000002"
+    assert set((notes / "ids").read_text().split()) == {"1"}
+    assert len(seen) == 2 and not seen & {path.name for path in cache.iterdir()}
 
 
 @pytest.mark.parametrize("moved", [False, True])
