@@ -77,6 +77,14 @@ def load_toml(path: str | Path, cls: type[C]) -> C:
         return from_dict(cls, data)
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. Raises ValueError for what is none, also where brackets nest too deep to be read."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("brackets in brackets in brackets: too deep to be read; correct it") from None
+
+
 def save_toml(config: Any, path: str | Path) -> None:
     """Write `config` so that `load_toml` gives an equal value. Replaces the file at once or not at all."""
     import tomli_w
@@ -136,7 +144,7 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
 
 def _load(path: Path) -> dict[str, Any]:
     with _naming(path):
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin a file with a mark
+        return parse_toml(path.read_bytes().decode("utf-8-sig"))  # some editors begin a file with a mark
 
 
 @contextlib.contextmanager
@@ -436,8 +444,8 @@ def _toml_value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"x = {text}")["x"]
+    except ValueError:
         return text
     return value if isinstance(value, str | int | float | list | dict) else text  # no setting is a date
 

@@ -34,13 +34,17 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def as_json(value: Any) -> str:
-    """Indented JSON, in escapes where it holds what UTF-8 cannot: an escape in a file read may be half a character."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, indent=2) + "\n"
-    return text
+    """Indented JSON. Half of a surrogate pair, which UTF-8 cannot hold, stays the escape that it was read from."""
+    return _whole(json.dumps(value, indent=2, ensure_ascii=False)) + "\n"
+
+
+def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """The same on one line. `default` is for what JSON has no form for."""
+    return _whole(json.dumps(value, ensure_ascii=False, default=default)) + "\n"
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_text(path: str | Path, text: str) -> None:

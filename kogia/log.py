@@ -165,7 +165,8 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def _last_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-    return next((row["seconds"] for row in reversed(rows) if isinstance(row.get("seconds"), int | float)), 0.0)
+    known = (row.get("seconds") for row in reversed(rows))
+    return next((seconds for seconds in known if isinstance(seconds, int | float) and 0 <= seconds < 1e15), 0.0)
 
 
 def _json_line(metrics: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kogia.config import Presets, from_dict, load_toml, parse_args, resolve, save_toml, to_dict
+from kogia.config import Presets, _toml_value, from_dict, load_toml, parse_args, resolve, save_toml, to_dict
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from kogia.model.presets import preset
 
@@ -212,6 +212,14 @@ def test_bytes_that_are_no_text_are_a_mistake_that_begins_with_the_path(tmp_path
     path.write_bytes(b'out = "\xff"')
     with pytest.raises(ValueError, match=r"a\.toml: .*can't decode byte 0xff"):
         load_toml(path, Recipe)
+
+
+def test_brackets_too_deep_to_be_read_are_a_mistake_in_a_file_and_a_word_in_a_flag(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("size = " + "[" * 5000)
+    with pytest.raises(ValueError, match=r"recipe.toml: .*too deep"):
+        load_toml(path, Recipe)
+    assert _toml_value("[" * 5000) == "[" * 5000
 
 
 def test_a_mistake_in_a_file_begins_with_the_path(tmp_path: Path):

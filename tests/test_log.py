@@ -152,3 +152,12 @@ def test_signs_that_steer_a_terminal_are_shown_escaped(capsys):
     assert "a\nb" in err and r"\x1b[2J \x07 \x9b31m \r \u202e \x7f \ud800" in err
     assert err.replace("\n", "").replace("\t", "").isprintable()
     assert log.printable("naïve 数学 −5 🙂") == "naïve 数学 −5 🙂"
+
+
+@pytest.mark.parametrize("seconds", [10**400, -1, "9", None, 1e300])
+def test_times_that_no_run_took_are_passed_over_on_resume(tmp_path: Path, seconds: Any):
+    lines = [{"step": 1, "seconds": 2.5}, {"step": 2, "seconds": seconds}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with MetricLog(tmp_path, total_steps=3, description="x", quiet=True, resume_step=2) as metrics:
+        metrics.log(3, {"loss": 1.0})
+    assert 2.5 <= read_metrics(tmp_path)[-1]["seconds"] < 10

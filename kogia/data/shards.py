@@ -91,7 +91,7 @@ def open_shard(directory: Path) -> Shard:
     """Map one split of a finished shard directory."""
     meta = _read_meta(directory)
     try:
-        counts, ends = ShardCounts(**meta["counts"]), tuple(map(int, meta["source_ends"]))
+        counts, ends = _counts(meta["counts"]), tuple(map(int, meta["source_ends"]))
         tokens = _map(directory / "tokens.bin", {"uint16": "uint16", "uint32": "uint32"}[meta["dtype"]])
         mask, offsets = _map(directory / "mask.bin", "uint8"), np.fromfile(directory / "offsets.bin", "int64")
         whole = len(tokens) == len(mask) == counts.tokens == offsets[-1] and ends[-1] == len(offsets) - 1
@@ -101,6 +101,12 @@ def open_shard(directory: Path) -> Shard:
     if not (whole and in_order):
         raise _damaged(directory, "tokens, mask and offsets disagree")
     return Shard(tokens, mask, offsets, ends, counts)
+
+
+def _counts(values: dict[str, Any]) -> ShardCounts:
+    if not all(type(value) is int for value in values.values()):
+        raise TypeError(f"counts = {values}")
+    return ShardCounts(**values)
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:

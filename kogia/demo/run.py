@@ -8,7 +8,6 @@ interrupted demonstration goes on where it stopped.
 import json
 import resource
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from kogia import log
-from kogia.config import from_dict
+from kogia.config import from_dict, parse_toml
 from kogia.demo.config import RECIPES, STAGES, DemoConfig
 from kogia.eval.config import EvalConfig
 from kogia.eval.partial import find_partial
@@ -151,7 +150,10 @@ def _is_sound(name: str, entry: Any) -> bool:
 def recipe(config: DemoConfig, name: str, cls: type[T]) -> T:
     """A stage's configuration: its recipe, under this demonstration's directory, seed, scale and threads."""
     file = Path(config.recipes or RECIPES) / f"{name}.toml"
-    data = tomllib.loads(file.read_text(encoding="utf-8").replace(RUNS_PREFIX, config.out))
+    try:
+        data = parse_toml(file.read_text(encoding="utf-8").replace(RUNS_PREFIX, config.out))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     data |= {"seed": data.get("seed", 0) + config.seed, "device": config.device, "quiet": config.quiet}
     for key in ("steps", "num_problems"):
         if key in data:

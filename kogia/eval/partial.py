@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kogia.eval.summary import GREEDY, read_row, read_samples, read_summary
-from kogia.files import put_in_place, write_json
+from kogia.files import json_line, put_in_place, write_json
 from kogia.log import check_in_place
 from kogia.train.lock import sole_writer
 
@@ -58,13 +58,13 @@ class SampleFiles:
         """
         kept = self._kept() if resume and self._partial.stat().st_size else []
         write_json(self._partial_settings, self.settings)
-        self._leave_only("".join(map(_line, kept)).encode())
+        self._leave_only("".join(map(json_line, kept)).encode())
         return kept
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         check_in_place(self._partial, self._opened)
         with self._partial.open("a", encoding="utf-8") as file:
-            file.writelines(map(_line, rows))
+            file.writelines(map(json_line, rows))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Put summary and samples in place. A kill in between leaves what `begin` resumes, or `finished` knows."""
@@ -119,7 +119,3 @@ def _whole_rows(path: Path) -> Rows:
         return [read_row(line, f"line {n}") for n, line in enumerate(whole.split(b"\n"), start=1)] if whole else []
     except ValueError as error:
         raise ValueError(f"resume: {path}, {error}, or remove the file to begin anew") from None
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,6 +1,5 @@
 """`kogia generate PATH`: complete prompts from flags, a file or stdin."""
 
-import json
 import sys
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from typing import Any
 from kogia import log
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams, report_errors
-from kogia.files import check_target, write_text
+from kogia.files import check_target, json_line, write_text
 from kogia.inference.config import GenerateConfig
 from kogia.inference.llm import LLM
 from kogia.inference.prompts import Question, read_prompts
@@ -57,7 +56,7 @@ def _write(config: GenerateConfig, questions: Sequence[Question], groups: Sequen
     ]
     if config.out is not None:
         rows = (_row(config, *each) for each in answered)
-        write_text(config.out, "".join(_json_line(row) for row in rows))
+        write_text(config.out, "".join(json_line(row, default=str) for row in rows))
         log.info(f"{len(answered)} completions written to {config.out}")
         return
     for question, index, completion in answered:
@@ -68,12 +67,6 @@ def _write(config: GenerateConfig, questions: Sequence[Question], groups: Sequen
 
 def _print(text: str) -> None:
     print(printable(text) if sys.stdout.isatty() else text)
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    """What JSON has no form for, as dates of a parquet file, as text; half a surrogate pair as its escape."""
-    line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-    return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _row(config: GenerateConfig, question: Question, index: int, completion: Completion) -> dict[str, Any]:

@@ -7,7 +7,6 @@ OUT.summary.json with the counts.
 """
 
 import itertools
-import json
 import os
 import random
 import time
@@ -25,7 +24,7 @@ from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems, fitting_problems
-from kogia.files import is_replaceable, write_json, write_text
+from kogia.files import is_replaceable, json_line, write_json, write_text
 from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.rl.config import CurateConfig
@@ -333,7 +332,7 @@ def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(map(json_line, rows))
 
 
 def _shorten(path: Path, lines: Sequence[bytes]) -> None:

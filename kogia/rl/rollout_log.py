@@ -1,13 +1,12 @@
 """What a rollout says, before any update: numbers for metrics.jsonl, and samples for people to read."""
 
-import json
 import math
 from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
-from kogia.files import writing
+from kogia.files import json_line, writing
 from kogia.rl.advantage import is_zero_variance
 from kogia.rl.rollout import Rollout
 
@@ -47,4 +46,4 @@ def write_samples(path: Path, step: int, rollout: Rollout, rewards: Float[Tensor
                 "status": verdict.status,
                 "num_tokens": len(completion.token_ids),
             }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_line(row))

@@ -1,6 +1,5 @@
 """Opening a run directory: new, resumed or overwritten, the same for every training stage."""
 
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import Any
 
 from kogia import log
 from kogia.checkpoint.resume import latest_checkpoint, prune
-from kogia.config import load_toml, save_toml, to_dict
+from kogia.config import load_toml, parse_toml, save_toml, to_dict
 from kogia.files import empty_directory, is_draft
 from kogia.train.lock import sole_writer
 
@@ -100,7 +99,7 @@ def _warn_of_changes(recipe: Path, now: Any) -> None:
 def _is_damaged(recipe: Path) -> bool:
     """Whether the file says nothing: a power cut may leave a name without its content."""
     try:
-        return not tomllib.loads(recipe.read_text(encoding="utf-8"))
+        return not parse_toml(recipe.read_text(encoding="utf-8"))
     except ValueError:
         return True
 

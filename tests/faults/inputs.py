@@ -197,7 +197,7 @@ class TooSlow(Exception):
 # Model directories ----------------------------------------------------------------------------------------------------
 
 
-@target(share=120)
+@target(share=150)
 def configs(folder: Path) -> Callable[[random.Random], Case]:
     """config.json of every format: loaded, run and inspected."""
     from checkpoint import fuzz
@@ -233,7 +233,7 @@ def _load_and_inspect(place: Path) -> None:
             raise error
 
 
-@target(share=120)
+@target(share=140)
 def weights(folder: Path) -> Callable[[random.Random], Case]:
     """Headers and index of weight files: loaded, inspected, and planned to be converted."""
     from checkpoint import fuzz
@@ -310,7 +310,7 @@ def _families(folder: Path) -> list[Path]:
     return [folder / "own", *written]
 
 
-@target(share=150)
+@target(share=180)
 def tokenizers(folder: Path) -> Callable[[random.Random], Case]:
     """The files of a tokenizer: loaded, and used on several texts."""
     from faults.mutate import as_file, mutated, mutated_bytes
@@ -366,7 +366,7 @@ def _use_tokenizer(place: Path) -> None:
     Tokenizer.load(place / "again")
 
 
-@target(share=20, seconds=40.0)
+@target(share=12, seconds=40.0)
 def templates(folder: Path) -> Callable[[random.Random], Case]:
     """Chat templates with changed pieces, rendered in their process."""
     import tokenizer_families as families
@@ -418,7 +418,7 @@ ROWS: list[Any] = [
 ]
 
 
-@target(share=220)
+@target(share=300)
 def rows(folder: Path) -> Callable[[random.Random], Case]:
     """Rows and files of data, read and tokenised as training does, and read as prompts."""
     import gzip
@@ -502,7 +502,7 @@ SOUND = {
 }
 
 
-@target(share=110)
+@target(share=200)
 def recipes(folder: Path) -> Callable[[random.Random], Case]:
     """Recipes as values and as files, written back and read again where they are sound."""
     import tomli_w
@@ -585,7 +585,7 @@ def _flags(cls: Any, before: str = "") -> Iterator[str]:
 # Sampling and answers -------------------------------------------------------------------------------------------------
 
 
-@target(share=30)
+@target(share=20)
 def sampling(folder: Path) -> Callable[[random.Random], Case]:
     """Sampling parameters of any kind beside a sound request, whose tokens must be those that it has alone."""
     from tiny_checkpoint import save_tiny_checkpoint
@@ -633,7 +633,7 @@ def sampling(folder: Path) -> Callable[[random.Random], Case]:
 GOLDS = ("5", "-3.5", "1/2", "\\frac{1}{2}", "(1,2)", "x+1", "[0,1)", "\\{1,2\\}", "3:15 PM", "A", "1,234", "x \\geq 5")
 
 
-@target(share=100)
+@target(share=60)
 def answers(folder: Path) -> Callable[[random.Random], Case]:
     """Answers for every verifier, judged in their processes as every command does."""
     from faults.mutate import text_of_fragments
@@ -670,7 +670,7 @@ SCAN_SECONDS = 3.0
 """Of computing, for a text of so many characters in one scanner: some 0.1 s if it is linear."""
 
 
-@target(share=40, seconds=120.0)
+@target(share=15, seconds=120.0)
 def scans(folder: Path) -> Callable[[random.Random], Case]:
     """Long texts of repeated pieces through everything that looks for something in a completion."""
     from faults.mutate import repeated
@@ -744,7 +744,7 @@ SAMPLE = {
 }  # fmt: skip
 
 
-@target(share=60)
+@target(share=25)
 def reports(folder: Path) -> Callable[[random.Random], Case]:
     """A directory of runs, of which any file is changed: a page all the same."""
     from faults.mutate import as_file, mutated, mutated_bytes
@@ -786,7 +786,7 @@ def reports(folder: Path) -> Callable[[random.Random], Case]:
             for stage in found.stages:
                 for measurement in stage.measurements:
                     list(read_samples(measurement.samples))
-            if draw.random() < 0.05:
+            if draw.random() < 0.04:
                 render(found)
 
         return case
@@ -794,7 +794,7 @@ def reports(folder: Path) -> Callable[[random.Random], Case]:
     return make
 
 
-@target(share=80)
+@target(share=90)
 def remains(folder: Path) -> Callable[[random.Random], Case]:
     """Files that a command left and another goes on with: evaluations, partial samples, curations, logs, stages."""
     from faults.mutate import as_file, mutated, mutated_bytes

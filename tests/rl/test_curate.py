@@ -277,6 +277,16 @@ def test_a_foreign_progress_file_is_not_touched(checkpoint, tmp_path, name):
     assert (tmp_path / name).read_text() == "my diary"
 
 
+def test_half_a_character_in_a_sample_that_was_kept_stays_as_it_is(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, num_problems=2, correct_only=False)
+    main(config)
+    data = tmp_path / "data" / "good.jsonl"
+    rows = [json.loads(line) | {"completion": "\ud800"} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(config)
+    assert [json.loads(line) for line in data.read_text().splitlines()] == rows
+
+
 def test_a_foreign_file_is_not_touched(checkpoint, tmp_path):
     config = settings(checkpoint, tmp_path, out=str(tmp_path / "mine.jsonl"))
     (tmp_path / "mine.jsonl").write_text("{}\n")

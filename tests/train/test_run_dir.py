@@ -10,7 +10,7 @@ from kogia.train.config import OptimConfig, SupervisedConfig
 from kogia.train.run_dir import hold_run_dir, open_run_dir
 
 STARTS = [{}, {"resume": True}, {"overwrite": True}]
-DAMAGED = [b"", b"\0\0\0\0", b"out = ", b"\xff\xfe", b"\n \n"]
+DAMAGED = [b"", b"\0\0\0\0", b"out = ", b"\xff\xfe", b"\n \n", b"x = " + b"[" * 5000]
 
 
 @pytest.fixture
