@@ -52,7 +52,7 @@ class Earlier:
                 f"nothing to compare; set {'greedy' if greedy else 'num_samples'}"
             )
         here = {"split": self.summary.get("split"), **self.summary.get("sampling", {})}
-        for name in ("split", "max_tokens", *(FILTERS if sampled and config.num_samples else ())):
+        for name in ("split", "max_tokens", "thinking", *(FILTERS if sampled and config.num_samples else ())):
             if here.get(name) != getattr(config, name):
                 yield name, here.get(name), getattr(config, name)
 
