@@ -65,7 +65,7 @@ def main(config: SupervisedConfig) -> None:
         return print_plan(config)
     run = run_stage(config)
     words = ("chat", run.out) if config.init else ("generate", run.out, "--raw", "--prompt", "The")
-    log.conclude(log.last_figures(run.out), run.state.last_checkpoint, "kogia", *words)
+    log.conclude(log.last_figures(run.out), run.out, "kogia", *words)
 
 
 def run_stage(config: SupervisedConfig) -> Run:
