@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _DESCRIPTORS = ("/dev/fd", "/proc/self/fd", "/proc/thread-self/fd")
@@ -57,7 +57,8 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     check_target(path)
     if not is_replaceable(path):
-        _write_through(path, text)
+        with open_through(path) as file, writing(path):
+            file.write(text)
         return
     path = path.resolve()
     with _draft(path, Path.touch) as draft, writing(path):
@@ -164,13 +165,16 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(error.errno, f"{path}: could not be written ({reason}); {fix}") from None
 
 
-def _write_through(path: Path, text: str) -> None:
-    """Write to what is no file of its own. The position in an open one is shared, so that nothing is overwritten."""
+@contextmanager
+def open_through(path: Path) -> Iterator[TextIO]:
+    """What is no file of its own, to be written to. The position in an open one is shared: nothing is overwritten."""
     number = _descriptor(path)
     if sys.stdout is not None:
         sys.stdout.flush()  # what was printed before comes first
-    with writing(path), open(path if number is None else os.dup(number), "w", encoding="utf-8") as file:
-        file.write(text)
+    with writing(path):
+        file = open(path if number is None else os.dup(number), "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    with file:
+        yield file
 
 
 def _descriptor(path: Path) -> int | None:

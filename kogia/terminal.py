@@ -37,7 +37,7 @@ def warn(message: str) -> None:
     _console.print(f"warning: {printable(message)}", style="yellow", markup=False, soft_wrap=True)
 
 
-def conclude(result: str, path: str | Path | None, *command: str | Path) -> None:
+def conclude(result: str, path: str | Path, *command: str | Path) -> None:
     """Print the last line of a command: what came out, where it is, and what to type next."""
     info(f"{result}; in {path}; next: {shlex.join(map(str, command))}")
 

@@ -7,11 +7,11 @@ import torch
 from kogia.checkpoint.hf import save_model
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import build_model
-from kogia.text.tokenizer import train_bpe
+from kogia.text.tokenizer import Tokenizer, train_bpe
 
 
-def save_tiny_checkpoint(directory: Path) -> Path:
-    tokenizer = train_bpe(["say 1 2 3 4 5 6 7 8 9 10 11"], 270)
+def save_tiny_checkpoint(directory: Path, tokenizer: Tokenizer | None = None) -> Path:
+    tokenizer = tokenizer or train_bpe(["say 1 2 3 4 5 6 7 8 9 10 11"], 270)
     attention = MLAConfig(num_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,

@@ -28,7 +28,8 @@ class InspectConfig:
     """What a model is and costs, and where its files contradict its config.json (then the exit status is 1)."""
 
     model: Positional[str | None] = None
-    """Model directory, run directory or preset, such as deepseek-v3; without one the presets are listed."""
+    """Model directory, run directory, preset, such as deepseek-v3, or `org/name` of the Hugging Face Hub; without one
+    the presets are listed."""
     context: int | None = None
     """Tokens of context that the cache and the FLOPs are given for; None takes the longest the model is made for."""
     json: bool = False
@@ -40,7 +41,7 @@ class ConvertConfig:
     """Rewrite a checkpoint in another type or other files, piece by piece: memory does not grow with the model."""
 
     src: Positional[str]
-    """Model directory or run directory."""
+    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
     dst: Positional[str]
     """Directory to write; it appears under its name only when complete."""
     dtype: Dtype | None = None

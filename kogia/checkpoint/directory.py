@@ -14,6 +14,7 @@ from typing import Any
 
 from kogia import log
 from kogia.checkpoint.fit import max_header
+from kogia.checkpoint.hub import find_on_hub, is_hub_name
 from kogia.checkpoint.tensorfile import MAX_HEADER, Spec, StoredTensor, create, is_name, num_bytes, read_header
 from kogia.files import write_json
 from kogia.model.config import ModelConfig
@@ -30,9 +31,13 @@ _DRAFT, _REPLACED = ".kogia-draft", ".kogia-replaced"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def resolve_model_dir(path: str | Path) -> Path:
-    """The model directory that `path` means: itself, or the newest complete checkpoint of a run directory."""
-    path = Path(path)
+def resolve_model_dir(path: str | Path, *, weights: bool = True) -> Path:
+    """The model directory that `path` means: itself, or the newest complete checkpoint of a run directory.
+
+    Where nothing has that path, `org/name` is a model of the Hugging Face Hub, of which all but the weights is enough
+    without `weights`.
+    """
+    name, path = str(path), Path(path)
     if path.is_file():
         raise ValueError(f"{path}: a file; give the model directory that holds {CONFIG} and the weights")
     if (path / CONFIG).is_file():
@@ -40,16 +45,26 @@ def resolve_model_dir(path: str | Path) -> Path:
     steps = [p for p in (path / "checkpoints").glob("step-*") if _STEP.match(p.name) and (p / CONFIG).is_file()]
     if steps:
         return max(steps, key=lambda p: int(p.name.removeprefix("step-")))
-    if not path.exists():
+    if not os.path.lexists(path):
+        if is_hub_name(name):
+            return find_on_hub(name, CONFIG, weights=weights)
         raise ValueError(f"{path}: no such file or directory; give a model directory or a run directory")
     raise ValueError(
         f"{path}: not a model. Expected {CONFIG} beside {WEIGHTS}, or a run directory with checkpoints/step-*"
     )
 
 
+def resolve_tokenizer_dir(path: str | Path) -> Path:
+    """The directory with tokenizer.json that `path` means: itself, or that of a model of the Hugging Face Hub."""
+    name, path = str(path), Path(path).expanduser()
+    if not os.path.lexists(path) and is_hub_name(name):
+        return find_on_hub(name, "tokenizer.json", weights=False)
+    return path
+
+
 def load_config(path: str | Path) -> ModelConfig:
-    """Read `config.json` of a model or run directory."""
-    return config_from_hf(read_config(resolve_model_dir(path)))
+    """Read `config.json` of a model, as `resolve_model_dir` finds it."""
+    return config_from_hf(read_config(resolve_model_dir(path, weights=False)))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -80,13 +80,15 @@ class Report:
 
 
 def inspect_model(model: str, context: int | None = None) -> Report:
-    """The report of a preset, a model directory or a run directory. Raises ValueError for what is none of them."""
-    if not Path(model).exists():
-        if "/" in model and model.lower() not in PRESETS:
-            resolve_model_dir(model)  # says what a path must be
+    """The report of a preset, a model directory, a run directory or a model of the Hugging Face Hub.
+
+    Raises ValueError for what is none of them. Of a model of the Hub what is in the cache is looked at; weights are not
+    fetched for it.
+    """
+    if not Path(model).exists() and ("/" not in model or model.lower() in PRESETS):
         config = preset(model)
         return Report(model.lower(), config, model_costs(config, context))
-    directory = resolve_model_dir(model)
+    directory = resolve_model_dir(model, weights=False)
     data = read_config(directory)
     config = config_from_hf(data)
     costs = model_costs(config, context)

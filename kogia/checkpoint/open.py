@@ -9,6 +9,7 @@ from kogia.checkpoint.config import dtype_name
 from kogia.checkpoint.directory import load_config, resolve_model_dir
 from kogia.checkpoint.hf import load_model
 from kogia.model.transformer import Transformer
+from kogia.text.chat import check_thinking
 from kogia.text.tokenizer import Tokenizer
 
 
@@ -36,6 +37,12 @@ def open_model(path: str | Path, *, device: torch.device | str = "auto", dtype: 
             "belong together"
         )
     return Opened(load_model(directory, device=place, dtype=chosen, keep_fp8=keep_fp8), tokenizer, directory)
+
+
+def check_thinking_switch(path: str | Path, thinking: bool | None) -> None:
+    """Raise ValueError, before a model is loaded, where `thinking` is set and its chat template has no such switch."""
+    if thinking is not None:
+        check_thinking(thinking, Tokenizer.load(resolve_model_dir(path, weights=False)))
 
 
 def pick_device(device: torch.device | str) -> torch.device:

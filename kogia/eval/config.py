@@ -30,7 +30,7 @@ class EvalConfig(FilteredSamplingConfig):
     """Measure a model on tasks: several samples per question, intervals over questions, every sample kept."""
 
     path: Positional[str]
-    """Model directory or run directory."""
+    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
     _: KW_ONLY
     tasks: tuple[str, ...] = ("countdown",)
     """Built-in names or 'module:Class'."""
@@ -45,6 +45,8 @@ class EvalConfig(FilteredSamplingConfig):
     """More pass@k and maj@k to report, up to num_samples; pass@1 always is, and those of 8 where the samples reach."""
     max_tokens: int = 512
     """Longest completion; longer ones count as wrong and as truncated."""
+    thinking: bool | None = None
+    """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
     greedy: bool = False
     """Also take one greedy answer per question."""
     seed: int = 0

@@ -57,7 +57,7 @@ class Earlier:
             )
         sampling = self.summary.get("sampling")
         here = {"split": self.summary.get("split"), **(sampling if isinstance(sampling, dict) else {})}
-        for name in ("split", "max_tokens", *(FILTERS if sampled and config.num_samples else ())):
+        for name in ("split", "max_tokens", "thinking", *(FILTERS if sampled and config.num_samples else ())):
             if here.get(name) != getattr(config, name):
                 yield name, here.get(name), getattr(config, name)
 

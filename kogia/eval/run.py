@@ -9,7 +9,7 @@ from typing import Any
 
 from kogia import log
 from kogia.checkpoint.hf import load_config
-from kogia.checkpoint.open import open_model
+from kogia.checkpoint.open import check_thinking_switch, open_model
 from kogia.engine.config import FilteredSamplingConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
@@ -45,6 +45,7 @@ class EvalResult:
 
 def main(config: EvalConfig) -> None:
     """Evaluate a model on every task of the configuration, write the files and say what came out."""
+    check_thinking_switch(config.path, config.thinking)
     if config.dry_run:
         return print_plan(config)
     scores = [_headline(summary) for summary in evaluate_tasks(config)]
@@ -204,7 +205,14 @@ def _rows(
     for params, greedy in passes:
         left = [problem for problem in problems if (problem.id, greedy) not in have]
         answers = answer_problems(
-            engine, tokenizer, pool, left, params, batch=config.batch_questions, on_progress=report
+            engine,
+            tokenizer,
+            pool,
+            left,
+            params,
+            thinking=config.thinking,
+            batch=config.batch_questions,
+            on_progress=report,
         )
         for batch in answers:
             yield [row for answered in batch for row in sample_rows(answered, tokenizer, greedy=greedy)]
@@ -242,6 +250,8 @@ def sample_rows(answered: Answered, tokenizer: Tokenizer, *, greedy: bool) -> li
 
 def _sampling(config: EvalConfig) -> dict[str, Any]:
     sampling = {field.name: getattr(config, field.name) for field in fields(FilteredSamplingConfig)}
+    if config.thinking is not None:  # left out where it is the template's default, as before there was the setting
+        sampling["thinking"] = config.thinking
     return sampling | {"question_seed": config.question_seed, "num_draft_tokens": config.engine.num_draft_tokens}
 
 
@@ -254,7 +264,7 @@ def _settings(config: EvalConfig, checkpoint: str, task: Task) -> dict[str, Any]
 
 def _problems(task: Task, tokenizer: Tokenizer, limit: int, config: EvalConfig) -> list[Problem]:
     problems = choose_problems(task, config.split, config.num_questions, config.question_seed)
-    return fitting_problems(problems, tokenizer, limit, config.long_prompts)
+    return fitting_problems(problems, tokenizer, limit, config.long_prompts, config.thinking)
 
 
 def _check_partials(config: EvalConfig, out: Path) -> None:

@@ -49,15 +49,17 @@ def answer_problems(
     problems: Sequence[Problem],
     params: SamplingParams,
     *,
+    thinking: bool | None = None,
     batch: int = 64,
     on_progress: Progress | None = None,
 ) -> Iterator[list[Answered]]:
     """Sample and verify every problem; yields about `batch` of them at a time, in the order they finish.
 
-    The engine must be idle and is idle again when the iterator ends, also by an error or by being closed.
+    `thinking` is the switch of chat templates that have it. The engine must be idle and is idle again when the iterator
+    ends, also by an error or by being closed.
     """
     finished: list[tuple[Problem, Prompt, list[Completion]]] = []
-    for done, item in enumerate(_complete(engine, tokenizer, problems, params, on_progress), start=1):
+    for done, item in enumerate(_complete(engine, tokenizer, problems, params, thinking, on_progress), start=1):
         finished.append(item)
         if len(finished) >= batch or done == len(problems):
             yield _verify(pool, finished)
@@ -82,14 +84,19 @@ def choose_problems(task: Task, split: str, num: int, seed: int) -> list[Problem
 
 
 def fitting_problems(
-    problems: Sequence[Problem], tokenizer: Tokenizer, limit: int, long_prompts: LongPrompts
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    limit: int,
+    long_prompts: LongPrompts,
+    thinking: bool | None = None,
 ) -> list[Problem]:
-    """The problems whose prompts leave room for an answer in a context of `limit` tokens.
+    """The problems whose prompts, rendered with `thinking`, leave room for an answer in a context of `limit`
+    tokens.
 
     With "refuse" a longer one is a ValueError with its id, with "skip" a warning with their number, and an error only
     where none is left.
     """
-    lengths = [len(render_prompt(problem.messages, tokenizer).token_ids) for problem in problems]
+    lengths = [len(render_prompt(problem.messages, tokenizer, thinking).token_ids) for problem in problems]
     too_long = [(problem, length) for problem, length in zip(problems, lengths, strict=True) if length >= limit]
     if not too_long:
         return list(problems)
@@ -121,6 +128,7 @@ def _complete(
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     params: SamplingParams,
+    thinking: bool | None,
     on_progress: Progress | None,
 ) -> Iterator[tuple[Problem, Prompt, list[Completion]]]:
     """Each problem with its completions as soon as all of them are there; the engine is kept full to the end."""
@@ -129,7 +137,7 @@ def _complete(
 
     def requests() -> Iterator[tuple[list[int], SamplingParams]]:
         for problem in problems:
-            prompts.append(_prompt(engine, tokenizer, problem, params))
+            prompts.append(_prompt(engine, tokenizer, problem, params, thinking))
             yield prompts[-1].token_ids, params
 
     def report(_: int) -> None:
@@ -143,10 +151,12 @@ def _complete(
     report_errors(everything)
 
 
-def _prompt(engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams) -> Prompt:
+def _prompt(
+    engine: "Engine", tokenizer: Tokenizer, problem: Problem, params: SamplingParams, thinking: bool | None
+) -> Prompt:
     """Its prompt. Raises ValueError naming the problem if the engine cannot take it."""
     try:
-        prompt = render_prompt(problem.messages, tokenizer)
+        prompt = render_prompt(problem.messages, tokenizer, thinking)
         engine.requests(prompt.token_ids, params)
     except ValueError as error:
         raise ValueError(f"problem {problem.id!r}: {error}") from error

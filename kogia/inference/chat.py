@@ -15,6 +15,7 @@ from rich.console import Console
 
 from kogia import log
 from kogia.checkpoint.directory import load_config, resolve_model_dir
+from kogia.checkpoint.open import check_thinking_switch
 from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
 from kogia.engine.threads import generation_threads
@@ -22,9 +23,9 @@ from kogia.inference.config import FILTERS, ChatConfig
 from kogia.inference.history import History
 from kogia.inference.llm import LLM
 from kogia.model.costs import num_params
-from kogia.text.chat import Message, Prompt, has_thinking_switch, render_prompt
+from kogia.text.chat import Message, Prompt, render_prompt
 from kogia.text.files import read_generation
-from kogia.text.tokenizer import END_THINK, THINK, Tokenizer
+from kogia.text.tokenizer import END_THINK, THINK
 
 TRIAL_DRAFTS, LEAST_ACCEPTANCE = 64, 0.1  # drafts that are hardly ever right only cost time
 HELP = """\
@@ -52,8 +53,7 @@ def _check_model(config: ChatConfig, directory: Path) -> None:
     drafts = config.engine_options()["num_draft_tokens"]
     if drafts and not load_config(directory).num_mtp_layers:
         raise ValueError(f"draft_tokens = {drafts}: the model has no MTP module to draft with; leave it out")
-    if config.thinking is not None and not has_thinking_switch(Tokenizer.load(directory)):
-        raise ValueError(f"thinking = {config.thinking}: this model's chat template has no such switch; leave it out")
+    check_thinking_switch(directory, config.thinking)
 
 
 def converse(llm: LLM, config: ChatConfig, params: SamplingParams) -> int:

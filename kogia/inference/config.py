@@ -18,7 +18,7 @@ class GenerateConfig(FilteredSamplingConfig):
     """Answer prompts with a model: from --prompt, from --file or from stdin: one prompt per line, or JSON lines."""
 
     path: Positional[str]
-    """Model directory or run directory."""
+    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
     _: KW_ONLY
     prompt: tuple[str, ...] = ()
     """Prompts; each is one user message unless --raw."""
@@ -27,7 +27,10 @@ class GenerateConfig(FilteredSamplingConfig):
     a list of messages, or with "messages". Text whose first line is such a row is read as rows, on stdin too."""
     out: str | None = None
     """JSONL file for the completions; printed to the terminal when left out. All columns of a row are kept; one that
-    has the name of a column written here, such as "answer", is kept as "input_answer"."""
+    has the name of a column written here, such as "answer", is kept as "input_answer". It grows in the order of the
+    prompts."""
+    resume: bool = False
+    """Go on with an interrupted run: the rows in `out` are kept and the rest is generated."""
     raw: bool = False
     """Continue the text itself instead of answering it as a chat message."""
     system: str | None = None
@@ -45,13 +48,18 @@ class GenerateConfig(FilteredSamplingConfig):
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     engine: EngineConfig = EngineConfig()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.out is None:
+            raise ValueError("resume: goes on with the rows of a file; name it with --out")
+
 
 @dataclass(frozen=True)
 class ChatConfig:
     """Talk to a model in the terminal."""
 
     path: Positional[str]
-    """Model directory or run directory."""
+    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
     _: KW_ONLY
     system: str | None = None
     """System message of the conversation."""

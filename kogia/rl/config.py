@@ -54,7 +54,7 @@ class RLConfig(SamplingConfig):
     """Reinforcement learning with verifiable rewards: groups of samples, relative advantages, policy updates."""
 
     init: str
-    """Model or run directory to start from; it is also the KL reference."""
+    """Model directory, run directory, or `org/name` of the Hugging Face Hub to start from; also the KL reference."""
     _: KW_ONLY
     out: str = "runs/rl"
     """Run directory to create."""
@@ -70,6 +70,8 @@ class RLConfig(SamplingConfig):
     max_tokens: int = 256
     temperature: float = 1.0
     """Of the rollout; the trainer scores at the same one. No other filter is offered: it would bias the ratio."""
+    thinking: bool | None = None
+    """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
     normalize_std: bool = True
     """Divide advantages by the standard deviation of the group's rewards (GRPO); false is Dr. GRPO."""
     std: Literal["sample", "population"] = "sample"
@@ -173,10 +175,11 @@ class CurateConfig(FilteredSamplingConfig):
     """Rejection sampling (DeepSeek-R1 section 2.3.3): sample, verify, keep good answers as fine-tuning data."""
 
     path: Positional[str]
-    """Model directory or run directory."""
+    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
     _: KW_ONLY
     out: str = "curated.jsonl"
-    """File to append to; an interrupted curation goes on where it stopped. A summary is written to OUT.summary.json."""
+    """File to append to. An interrupted curation goes on where it stopped; with more tasks or larger num_problems,
+    num_samples or keep_per_problem it is extended. A summary is written to OUT.summary.json."""
     tasks: tuple[str, ...] = ("countdown",)
     """Built-in names or 'module:Class'."""
     task_options: TaskOptions = field(default_factory=dict)
@@ -186,6 +189,8 @@ class CurateConfig(FilteredSamplingConfig):
     """Per task, drawn by `seed`."""
     num_samples: int = 8
     """Samples per problem."""
+    thinking: bool | None = None
+    """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
     keep_per_problem: int = 2
     """Most samples kept of one problem."""
     pick: Literal["random", "shortest"] = "random"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kogia import log
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
-from kogia.checkpoint.open import open_model
+from kogia.checkpoint.open import check_thinking_switch, open_model
 from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint, seed_random
 from kogia.config import to_dict
 from kogia.engine.engine import Engine
@@ -71,10 +71,11 @@ class Run:
 def main(config: RLConfig) -> None:
     """Run the stage to its end and say what came out. Raises as `run_stage`."""
     check_sinks(config.sinks)
+    check_thinking_switch(config.init, config.thinking)
     if config.dry_run:
         return print_plan(config)
     run = run_stage(config)
-    log.conclude(log.last_figures(run.out), run.state.last_checkpoint, "kogia", "report", run.out)
+    log.conclude(log.last_figures(run.out), run.out, "kogia", "report", run.out)
 
 
 def run_stage(config: RLConfig) -> Run:
@@ -129,8 +130,8 @@ def _training_problems(task: Task, tokenizer: Tokenizer, limit: int, config: RLC
     """The problems to train on; those to measure on are checked with them, or they would end the run when it is due."""
     if config.eval_questions:
         held_out = choose_problems(task, "test", config.eval_questions, EvalConfig.question_seed)
-        fitting_problems(held_out, tokenizer, limit, config.long_prompts)
-    return fitting_problems(task.problems("train"), tokenizer, limit, config.long_prompts)
+        fitting_problems(held_out, tokenizer, limit, config.long_prompts, config.thinking)
+    return fitting_problems(task.problems("train"), tokenizer, limit, config.long_prompts, config.thinking)
 
 
 def train(run: Run) -> None:
@@ -182,6 +183,7 @@ def measure(run: Run) -> dict[str, float]:
         num_samples=config.eval_samples,
         temperature=config.temperature,
         max_tokens=config.max_tokens,
+        thinking=config.thinking,
         seed=config.seed,
         long_prompts=config.long_prompts,
     )
@@ -203,7 +205,7 @@ def step(run: Run) -> dict[str, float]:
     seed = config.seed * 1_000_003 + run.rollouts
     params = SamplingParams.of(config, n=config.group_size, seed=seed, logprobs=True)
     with generation_threads(config.threads, num_params(model.config)):
-        rollout = collect(run.engine, run.tokenizer, drawn, params)
+        rollout = collect(run.engine, run.tokenizer, drawn, params, thinking=config.thinking)
     sampled = time.perf_counter()
     rewards = shaped_rewards(rollout, config, run.rollouts)
     metrics = rollout_metrics(rollout, rewards)

@@ -95,14 +95,18 @@ def collect(
     drawn: Sequence[tuple[ProblemSource, Problem]],
     params: SamplingParams,
     on_progress: Callable[[int, int, int], None] | None = None,
+    *,
+    thinking: bool | None = None,
 ) -> Rollout:
     """Sample `params.n` completions of every problem and verify them, each task in its own worker processes.
+
+    `thinking` is the switch of chat templates that have it.
 
     Raises ValueError naming a problem whose prompt leaves no room in the model's context, and where nearly all checks
     of a task fail.
     """
     problems = [problem for _, problem in drawn]
-    prompts = [render_prompt(problem.messages, tokenizer) for problem in problems]
+    prompts = [render_prompt(problem.messages, tokenizer, thinking) for problem in problems]
     ids = [prompt.token_ids for prompt in prompts]
     _check_lengths(problems, ids, engine.model.config.max_position)
     completions = engine.generate(ids, params, on_progress)

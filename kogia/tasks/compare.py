@@ -67,8 +67,7 @@ def _numbers(gold: str, answer: str) -> bool | None:
     if number is not None and other is not None:
         return same_quantity(number, other)
     number, other = number or _with_decimal_comma(gold), other or _with_decimal_comma(answer)
-    # else the comma divides a list
-    return True if number is not None and other is not None and same_quantity(number, other) else None
+    return same_quantity(number, other) if number is not None and other is not None else None
 
 
 def _with_decimal_comma(text: str) -> Quantity | None:
@@ -142,8 +141,10 @@ def _relations(gold: str, answer: str) -> bool | None:
 
 
 def _relation_with_value(gold: str, relation: list[str] | None, answer: str, other: list[str] | None) -> bool:
-    if other is not None:
+    if other is not None and set(other[1::2]) == {"="}:
         return _has_value(other) and equal(gold, other[-1])
+    if other is not None:
+        return symbolic.relation_is_set(other, gold)
     assert relation is not None
     if set(relation[1::2]) == {"="}:
         return (_is_named(relation) or len(relation) > 3) and equal(relation[-1], answer)
@@ -174,11 +175,10 @@ def _name(relation: list[str]) -> str:
     return re.sub(r"\s?\([^()]*\)$|[\s{}]", "", relation[0])
 
 
-def _has_value(relation: list[str]) -> bool:
-    """Whether an equation tells what something is worth: "x + y = 5", "2 + 3 = 5", but not "2x = 5"."""
-    return set(relation[1::2]) == {"="} and (
-        _is_named(relation) or len(relation) > 3 or not re.search(r"\d\s*[A-Za-z\\(]|\^", _INDEX.sub("", relation[0]))
-    )
+def _has_value(equation: list[str]) -> bool:
+    """Whether it tells what something is worth: "x + y = 5", "2 + 3 = 5", but not "2x = 5"."""
+    doubtful = re.search(r"\d\s*[A-Za-z\\(]|\^", _INDEX.sub("", equation[0]))
+    return _is_named(equation) or len(equation) > 3 or not doubtful
 
 
 def _unions(gold: str, answer: str) -> bool | None:

@@ -6,7 +6,7 @@ Every scan is linear in the length of the text: a model is free to repeat any op
 import re
 from dataclasses import dataclass
 
-from kogia.tasks.latex import FUNCTION, clean
+from kogia.tasks.latex import FUNCTION, MINUS, clean
 from kogia.tasks.numerals import CURRENCY, SCALES, read_quantity
 
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:(?P<box>\{)|(?P<token>\w))|\\[{}]|(?P<open>\{)|(?P<close>\})")
@@ -35,7 +35,7 @@ _NUMBER = re.compile(
       |\d+:\d+(?:\s?[AaPp]\.?[Mm]\b\.?)?
       |(?:\d+,\d\d|0,\d+)(?![\d,])
       |\d+\s\d+/[1-9]\d*
-      |\d+\s?\^\s?(?:\{{-?\d+\}}|\d+)
+      |\d+\s?\^\s?(?:\{{-?\d+\}}|-?\d+)
       |{_DECIMAL}(?:[eE][-+]?\d+\b|\s?(?:\\times|\\cdot|[*x×])\s?10\s?\^\s?(?:\{{-?\d+\}}|-?\d+)|\s?/\s?[1-9]\d*(?:\.\d+)?)?
     )(?P<tail>\s?\\?%|\s(?:percent|{"|".join(SCALES)})\b)?""",
     re.VERBOSE | re.ASCII,
@@ -53,7 +53,7 @@ class Span:
 
 def extract_answer(text: str) -> str | None:
     """The final answer as it is written; None when there is none."""
-    text = text.replace("−", "-")
+    text = text.translate(MINUS)
     found = _boxes(text)
     declared = _declared(text, after=found[-1].end if found else 0)
     if declared is not None:
@@ -126,7 +126,7 @@ def _after_hashes(text: str) -> str | None:
     """What the last "####" marks. Prose behind it is a heading, unless the text ends there."""
     end = len(text.rstrip())
     for line in reversed(list(_HASHES.finditer(text))):
-        marked = _LABEL.sub("", line[1].strip().strip("*").strip())
+        marked = _LABEL.sub("", line[1].strip().strip("*_`").strip())
         if not _words(marked) or _is_number(marked):
             return marked
         if line.end() >= end:

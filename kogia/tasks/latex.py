@@ -2,10 +2,10 @@
 
 import re
 
-_SYMBOLS = str.maketrans(
+MINUS = str.maketrans(dict.fromkeys("−－﹣–‐‑", "-"))
+"""Signs that people write for a minus, the hyphens and the dash of a range among them."""
+_SYMBOLS = MINUS | str.maketrans(
     {
-        "−": "-",
-        "－": "-",
         "\u00a0": " ",
         "\u2009": " ",
         "\u202f": " ",
@@ -32,7 +32,7 @@ _SYMBOLS = str.maketrans(
     }
 )
 _ROOT = re.compile(r"√(\d+)")
-_BOLD = re.compile(r"^\*\*(.*)\*\*$", re.DOTALL)
+_EMPHASIS = re.compile(r"^([*_`]{1,3})(?=\S)(.*\S)\1$", re.DOTALL)
 _TEXT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname\*?)\s*\{([^{}]*)\}"
 _SPELLINGS = [
     (re.compile(pattern), spelling)
@@ -56,6 +56,7 @@ _SPELLINGS = [
         (r"\\?\$|(?<!\\)\\[()\[\]]", ""),
         (r"\\%|\s*\b(?:percent(?:age)?|pct)\b", "%"),
         (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", "°"),
+        (r"\^\s?(-\d+|\d{2,})", r"^{\1}"),  # 10^-5 and 2^10, of which TeX would raise one sign only
         (r"\s+", " "),
     ]
 ]
@@ -78,7 +79,7 @@ RELATION = r"\\(?:leq|geq|neq|approx|in|equiv)(?![a-zA-Z])|[=<>]"
 
 def clean(text: str) -> str:
     """`text` without delimiters, spacing, fonts and a closing full stop, in one spelling of its signs."""
-    text = _ROOT.sub(r"\\sqrt{\1}", _BOLD.sub(r"\1", text.strip())).translate(_SYMBOLS)
+    text = _ROOT.sub(r"\\sqrt{\1}", _EMPHASIS.sub(r"\2", text.strip())).translate(_SYMBOLS)
     if "\\begin" not in text:  # there "\\" ends a row, elsewhere it is a backslash that was escaped twice
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, spelling in _SPELLINGS:

@@ -105,9 +105,9 @@ def same_relation(gold: list[str], answer: list[str]) -> bool:
     return all(any(_same_comparison(one, other) for other in parts) for one in gold_parts)
 
 
-def relation_is_set(gold: list[str], answer: str) -> bool:
-    """Whether the relation `gold` holds for exactly the members of the set `answer`, of one real symbol."""
-    parts, answer_set = _comparisons(gold), read(answer)
+def relation_is_set(relation: list[str], members: str) -> bool:
+    """Whether the relation holds for exactly the members of the set `members`, of one real symbol."""
+    parts, answer_set = _comparisons(relation), read(members)
     if not parts or not isinstance(answer_set, sympy.Set):
         return False
     try:

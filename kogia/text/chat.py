@@ -112,9 +112,8 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, thinking: b
     The format is the model's own chat template, or R1's where it has none. `thinking` sets that switch of templates
     that have it (V3.1, Qwen3); None leaves them their default.
     """
+    check_thinking(thinking, tokenizer)
     template = tokenizer.template
-    if thinking is not None and not has_thinking_switch(tokenizer):
-        raise ValueError(f"thinking = {thinking}: this model's chat template has no such switch; leave it out")
     if template is None:
         text = render_text(messages, bos=tokenizer.bos or "", eos=tokenizer.eos)
         return Prompt.of(tokenizer.encode(text), tokenizer)
@@ -123,6 +122,12 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, thinking: b
     fixed = {"messages": turns, "add_generation_prompt": True, "tools": None, "documents": None}
     switches = {} if thinking is None else dict.fromkeys(THINKING_SWITCHES, thinking)
     return Prompt.of(tokenizer.encode(template.render(tokenizer.special_tokens | fixed | switches)), tokenizer)
+
+
+def check_thinking(thinking: bool | None, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where `thinking` is set and the model's chat template has no such switch."""
+    if thinking is not None and not has_thinking_switch(tokenizer):
+        raise ValueError(f"thinking = {thinking}: this model's chat template has no such switch; leave it out")
 
 
 def has_thinking_switch(tokenizer: Tokenizer) -> bool:

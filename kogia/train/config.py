@@ -56,11 +56,12 @@ class SupervisedConfig:
     out: str
     """Run directory to create."""
     init: str | None = None
-    """Model or run directory to start from; exactly one of `init` and `model`."""
+    """Model directory, run directory, or `org/name` of the Hugging Face Hub to start from; exactly one of `init` and
+    `model`."""
     model: Annotated[ModelConfig | None, Presets(preset)] = None
     """Architecture to initialise at random, or a model.preset; vocab_size is also that of a tokenizer trained here."""
     tokenizer: str | None = None
-    """Directory with tokenizer.json. None takes that of `init`, or trains one on the data."""
+    """Directory with tokenizer.json, or `org/name` of the Hub. None takes that of `init`, or trains one on the data."""
     tokenizer_documents: int = 20000
     """A tokenizer is trained on at most this many documents of each source, the first ones."""
     data: DataConfig = field(default_factory=DataConfig)

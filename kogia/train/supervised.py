@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from kogia import log
+from kogia.checkpoint.directory import resolve_tokenizer_dir
 from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
 from kogia.checkpoint.open import pick_device
 from kogia.checkpoint.resume import (
@@ -64,7 +65,7 @@ def main(config: SupervisedConfig) -> None:
         return print_plan(config)
     run = run_stage(config)
     words = ("chat", run.out) if config.init else ("generate", run.out, "--raw", "--prompt", "The")
-    log.conclude(log.last_figures(run.out), run.state.last_checkpoint, "kogia", *words)
+    log.conclude(log.last_figures(run.out), run.out, "kogia", *words)
 
 
 def run_stage(config: SupervisedConfig) -> Run:
@@ -184,9 +185,13 @@ def build_tokenizer(config: SupervisedConfig, checkpoint: Path | None = None) ->
     A trained one is kept in RUN/tokenizer, so that a run killed before its first checkpoint finds it again.
     """
     trained = Path(config.out) / "tokenizer"
-    for directory in (checkpoint, config.tokenizer, config.init and resolve_model_dir(config.init)):
-        if directory:
-            return Tokenizer.load(Path(directory).expanduser())
+    if checkpoint is not None:
+        return Tokenizer.load(checkpoint)
+    init = resolve_model_dir(config.init) if config.init else None  # also where its tokenizer is not needed
+    if config.tokenizer:
+        return Tokenizer.load(resolve_tokenizer_dir(config.tokenizer))
+    if init is not None:
+        return Tokenizer.load(init)
     assert config.model is not None
     if not trained.exists():
         tokenizer = train_bpe(_tokenizer_texts(config), config.model.vocab_size)

@@ -44,4 +44,4 @@ def test_training_keeps_its_line_whole_and_ends_with_score_path_and_next_command
     live = [line for line in lines if "━" in line]
     assert live and all(len(line) <= width for line in live)
     assert re.match(r"base  ━+ *  12/12  loss [\d.]+  .*[\d,]+ tokens/s  took 0m\d\ds$", live[-1])
-    assert re.match(r"val loss [\d.]+; in base/checkpoints/step-000012; next: kogia generate base --raw", lines[-1])
+    assert re.match(r"val loss [\d.]+; in base; next: kogia generate base --raw", lines[-1])

@@ -15,12 +15,14 @@ from kogia.checkpoint.open import open_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
+from kogia.engine.request import SamplingParams
 from kogia.eval.config import EvalConfig
 from kogia.eval.metrics import pass_at_k
 from kogia.eval.run import evaluate, main, output_directory
 from kogia.eval.sample import answer_problems, choose_problems
 from kogia.eval.summary import read_samples, summarise
 from kogia.eval.table import print_results
+from kogia.inference.llm import LLM
 from kogia.tasks.pool import VerifyPool
 from kogia.terminal import SamplingProgress
 
@@ -498,3 +500,29 @@ def test_the_table_fits_eighty_columns(written, name, capsys):
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     assert name in "".join(line.strip() for line in lines)
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+def test_a_model_that_thinks_or_not_is_evaluated_with_and_without(hybrid, tmp_path, thinking):
+    main(settings(hybrid, tmp_path, thinking=thinking, num_questions=3, num_samples=4, k=(), greedy=False))
+    summary = json.loads((tmp_path / "evals" / "Checksum.json").read_text())
+    rows = read_samples(tmp_path / "evals" / "Checksum.jsonl")
+    llm, params = LLM(hybrid, device="cpu"), SamplingParams(n=4, max_tokens=24, seed=0)
+    for question in {row["prompt"] for row in rows}:
+        expected = llm.chat([{"role": "user", "content": question}], params, thinking=thinking)
+        assert [row["text"] for row in rows if row["prompt"] == question] == [each.text for each in expected]
+        assert {each.opens_thought for each in expected} == {thinking is True}
+    silent = [row for row in rows if "think>" not in row["text"]]
+    assert silent
+    assert all(row["think_tokens"] == (row["num_tokens"] if thinking else 0) for row in silent)
+    assert summary["sampling"].get("thinking") is thinking
+    with pytest.raises(ValueError, match=rf"compare = .* made with thinking = {thinking}"):
+        main(settings(hybrid, tmp_path, thinking=not thinking, compare=str(tmp_path / "evals"), greedy=False))
+
+
+def test_a_thinking_switch_that_is_not_there_is_said_before_anything_is_loaded(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
+    (copy / "model.safetensors").unlink()
+    for dry_run in (False, True):
+        with pytest.raises(ValueError, match="thinking = True: this model's chat template has no such switch"):
+            main(settings(copy, tmp_path, thinking=True, dry_run=dry_run))

@@ -815,10 +815,19 @@ def remains(folder: Path) -> Callable[[random.Random], Case]:
         "heldout.partial.settings": [settings],
         "kept.jsonl": [curated],
         "kept.progress.jsonl": [{"settings": {"path": "model", "out": "kept.jsonl"}}, progress],
+        "texts.jsonl": [{"prompt": "a", "index": 0, "text": "x"}, {"prompt": "a", "index": 1, "text": "y"}],
+        "texts.jsonl.unfinished": [{"settings": settings}, {"place": 2, "rows": [{"index": 0}, {"index": 1}]}],
         "metrics.jsonl": [{"step": 1, "seconds": 1.0, "loss": 1.0}, {"step": 2, "seconds": 2.0, "val_loss": 1.0}],
         "stages.json": [stages],
     }
-    cases = {"heldout.j": _compare, "heldout.p": _take_up, "kept": _curate, "metrics": _logs, "stages": _stages}
+    cases = {
+        "heldout.j": _compare,
+        "heldout.p": _take_up,
+        "kept": _curate,
+        "texts": _write_rows,
+        "metrics": _logs,
+        "stages": _stages,
+    }
 
     def make(draw: random.Random) -> Case:
         name = draw.choice(sorted(sound))
@@ -875,6 +884,15 @@ def _curate(folder: Path, settings: dict[str, Any]) -> None:
         record.summary("model", 1.0)
     finally:
         record.close()
+
+
+def _write_rows(folder: Path, settings: dict[str, Any]) -> None:
+    from kogia.inference.row_file import open_rows
+
+    with open_rows("texts.jsonl", settings, num_prompts=3, per_prompt=2, resume=True) as rows:
+        for place in rows.left:
+            rows.add(place, [{"index": 0, "text": "\ud800"}, {"index": 1}])
+        rows.finish()
 
 
 def _logs(folder: Path, settings: dict[str, Any]) -> None:

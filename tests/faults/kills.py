@@ -166,8 +166,8 @@ SCENARIOS = (
         (*CURATE, *SAMPLING, "--overwrite", "--seed", "3"),
         before=((*CURATE, *SAMPLING),),
     ),
-    Scenario("generate", tuple(GENERATE)),
-    Scenario("generate-over", (*GENERATE, "--n", "2"), before=(tuple(GENERATE),), whole="made/answers.jsonl"),
+    Scenario("generate", tuple(GENERATE), resumes=True),
+    Scenario("generate-over", (*GENERATE, "--n", "2"), resumes=True, before=(tuple(GENERATE),)),
     Scenario("convert", CONVERT),
     Scenario(
         "convert-over",

@@ -4,10 +4,14 @@ import gzip
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from e2e.kogia_cli import start
 
 from kogia import cli
 from kogia.engine.request import SamplingParams
@@ -177,3 +181,68 @@ def test_messages_are_not_continued_as_raw_text(directory, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"messages": CHAT}) + "\n"))
     assert cli.main(["generate", str(directory), "--raw", "--device", "cpu"]) == 2
     assert "leave out --raw" in capsys.readouterr().err
+
+
+def flags_of(directory, prompts, out, *more) -> list[str]:
+    """Four prompts, one after the other, that never end by themselves."""
+    return ["generate", str(directory), "--file", str(prompts), "--out", str(out), "--n", "2", "--max-tokens", "100",
+            "--seed", "1", "--device", "cpu", "--engine.max-sequences", "2", *more]  # fmt: skip
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"the answer is {i}", "day": [i]}) + "\n" for i in range(6)))
+    return file
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_has_written_what_was_there_and_goes_on_to_the_same_file(
+    directory, prompts, tmp_path, number, capsys
+):
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    assert cli.main(flags_of(directory, prompts, whole)) == 0
+    process = start(tmp_path, *flags_of(directory, prompts, parts))
+    while not (parts.exists() and parts.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert "the same command with --resume goes on" in " ".join(err.split())
+    num_kept = parts.read_bytes().count(b"\n") // 2
+    assert 1 <= num_kept < 6
+    assert whole.read_bytes().startswith(b"\n".join(parts.read_bytes().split(b"\n")[: 2 * num_kept]))
+    capsys.readouterr()
+    assert cli.main(flags_of(directory, prompts, parts)) == 2
+    assert "--resume goes on with them" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(flags_of(directory, prompts, parts, "--temperature", "1", "--resume")) == 2
+    assert "was begun with temperature = 0.6, and now it is 1.0" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(flags_of(directory, prompts, parts, "--resume")) == 0
+    assert parts.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.jsonl", "prompts.jsonl", "whole.jsonl"]
+
+
+def test_a_run_that_is_complete_or_was_never_begun_is_told_apart_on_resume(directory, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert cli.main(flags_of(directory, prompts, out, "--resume")) == 2
+    assert "nothing was begun" in capsys.readouterr().err
+    assert cli.main(flags_of(directory, prompts, out)) == 0
+    before = out.read_bytes()
+    assert cli.main(flags_of(directory, prompts, out, "--resume")) == 0
+    assert "is complete" in capsys.readouterr().err
+    for change in (lambda text: text.replace("is 3", "is 33"), lambda text: text + '{"prompt": "more"}\n'):
+        prompts.write_text(change(prompts.read_text()))
+        assert cli.main(flags_of(directory, prompts, out, "--resume")) == 2
+    assert out.read_bytes() == before
+    with pytest.raises(ValueError, match="name it with --out"):
+        GenerateConfig(str(directory), resume=True)
+
+
+def test_a_thinking_switch_that_is_not_there_is_said_before_the_model_is_loaded(directory, tmp_path, capsys):
+    copy = shutil.copytree(directory, tmp_path / "model")
+    (copy / "model.safetensors").unlink()
+    assert cli.main(["generate", str(copy), "--prompt", "x", "--thinking", "false"]) == 2
+    assert "thinking = False: this model's chat template has no such switch" in " ".join(
+        capsys.readouterr().err.split()
+    )

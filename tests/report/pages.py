@@ -13,7 +13,8 @@ STATUSES = {
     "timeout": 0.01,
     "error": 0.01,
 }
-STAGES = ("base", "cold_start", "grpo", "rejection_sft", "student", "grpo_with_a_rather_long_name_of_its_own")
+UNBROKEN = "DistilledFromTheLargestModelWithEveryTraceThatWasRightAndTwiceAsLong"
+STAGES = ("base", "cold_start", "grpo", "rejection_sft", "student", "grpo_with_a_rather_long_name_of_its_own", UNBROKEN)
 THOUGHT = "15*4=60,60+6=66?17 no\n15-4=11,11+6=17?17 yes\n" + "x" * 200 + "\n</think>\n(15-4)+6"
 
 
@@ -54,6 +55,7 @@ def full_demo(root: Path) -> Path:
             summary |= {"status_counts": {status: int(8000 * share) for status, share in STATUSES.items()}}
             (run / "evals" / f"{label}.json").write_text(json.dumps(summary))
             (run / "evals" / f"{label}.jsonl").write_text("".join(map(sample, range(4), [number] * 4)))
+    (root / UNBROKEN / "run.toml").unlink()
     summary = {"seconds": 660, "peak_memory_bytes": 2**30, "seed": 7, "stages": []}
     (root / "summary.json").write_text(json.dumps(summary))
     return root

@@ -31,6 +31,7 @@ from kogia.model.packed import pack
 from kogia.rl.config import PolicyLossConfig, RLConfig
 from kogia.rl.grpo import Run, build_run, main, step, update
 from kogia.rl.rollout import Rollout, collect, draw_problems
+from kogia.text.tokenizer import Tokenizer
 from kogia.train.config import OptimConfig
 
 TIMINGS = {"seconds", "seconds_rollout", "seconds_train", "tokens_per_second"}
@@ -533,3 +534,30 @@ def test_prompts_beyond_the_context_are_left_out_if_asked(build, capsys):
     assert [problem.id for problem in run.sources[0].problems] == [f"train/{i}" for i in range(12) if i % 4 != 3]
     assert capsys.readouterr().err.count("the first of 3 in 12 problems; left out") == 2  # to train, and to measure on
     assert step(run)["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_model_that_thinks_or_not_is_trained_and_measured_as_asked(hybrid, tmp_path, monkeypatch, thinking):
+    rollouts = []
+
+    def recorded(*args, **options):
+        rollouts.append(collect(*args, **options))
+        return rollouts[-1]
+
+    monkeypatch.setattr("kogia.rl.grpo.collect", recorded)
+    config = rl_settings(hybrid, tmp_path / "run", thinking=thinking, steps=1, signal_check=True, eval_questions=2)
+    main(config)
+    tag = "<think>" if thinking else "</think>"
+    assert json.loads((tmp_path / "run" / "signal.json").read_text())["prompt"].endswith(f"<｜Assistant｜>{tag}")
+    (evaluation,) = (tmp_path / "run" / "evals").glob("*.json")
+    assert json.loads(evaluation.read_text())["sampling"]["thinking"] is thinking
+    tokenizer = Tokenizer.load(hybrid)
+    prompts = [tokenizer.decode(prompt) for prompt in rollouts[0].prompts]
+    assert len(prompts) == config.prompts_per_step
+    assert all(prompt.endswith(f"<｜Assistant｜>{tag}") for prompt in prompts)
+
+
+def test_a_thinking_switch_that_is_not_there_is_said_before_a_run_is_made(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="thinking = True: this model's chat template has no such switch"):
+        main(rl_settings(checkpoint, tmp_path / "run", thinking=True))
+    assert not (tmp_path / "run").exists()
