@@ -103,9 +103,9 @@ def open_shard(directory: Path) -> Shard:
     return Shard(tokens, mask, offsets, ends, counts)
 
 
-def _counts(values: dict[str, Any]) -> ShardCounts:
-    if not all(type(value) is int for value in values.values()):
-        raise TypeError(f"counts = {values}")
+def _counts(values: Any) -> ShardCounts:
+    if not isinstance(values, dict) or not all(type(value) is int for value in values.values()):
+        raise TypeError(f"counts = {values!r:.80}")
     return ShardCounts(**values)
 
 

@@ -129,6 +129,7 @@ def test_tokens_are_written_once_and_other_settings_are_refused(tmp_path, tokeni
         ("train/meta.json", b'{"dtype": "object", "source_ends": [1], "counts": {}}'),
         ("train/meta.json", b'{"dtype": "uint16", "source_ends": [1], "counts": {"documents": null}}'),
         ("train/meta.json", b'{"dtype": "uint16", "source_ends": [1], "counts": {"too_long": "1"}}'),
+        ("train/meta.json", b'{"dtype": "uint16", "source_ends": [1], "counts": 5}'),
         ("train/tokens.bin", b"abc"),
         ("val/offsets.bin", b""),
     ],

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-sys.path[0] = str(Path(__file__).parents[1])  # tests: the tasks and checkpoints of the campaigns are there
+sys.path[:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # the tests, and the kogia beside them
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock")
 PR_SET_CHILD_SUBREAPER = 36

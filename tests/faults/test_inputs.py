@@ -16,7 +16,8 @@ COUNT = 1200
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(INPUTS.parents[1]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(INPUTS.parents[1]), str(INPUTS.parents[2])])  # the tests, and the kogia beside them
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=280)
 
 
