@@ -75,7 +75,7 @@ def main(config: RLConfig) -> None:
     if config.dry_run:
         return print_plan(config)
     run = run_stage(config)
-    log.conclude(log.last_figures(run.out), run.state.last_checkpoint, "kogia", "report", run.out)
+    log.conclude(log.last_figures(run.out), run.out, "kogia", "report", run.out)
 
 
 def run_stage(config: RLConfig) -> Run:
