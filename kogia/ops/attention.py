@@ -13,7 +13,7 @@ from torch import Tensor
 from kogia.ops.cache import KVRow, LatentRow, LayerCache
 from kogia.ops.dispatch import op
 from kogia.ops.segments import Bucket, Segments
-from kogia.ops.sparse import IndexVectors, index_scores, keep_topk
+from kogia.ops.sparse import IndexVectors, best_keys, index_scores, keep_topk
 
 
 @op(cuda=("kogia.ops.triton.prefill",))
@@ -166,7 +166,7 @@ def narrow(
     scores = index_scores(bucket.to_grid(index.q), keys, bucket.to_grid(index.weights))
     if bucket.width > 1:
         return context, keep_topk(scores, visible, index.topk), None
-    best = scores.masked_fill(~visible, float("-inf")).topk(index.topk, dim=-1).indices[:, 0]
+    best = best_keys(scores, visible, index.topk)[:, 0]
     chosen = context.gather(1, best[..., None].expand(-1, -1, context.shape[-1]))
     return chosen, visible.gather(2, best[:, None]), best
 
