@@ -69,8 +69,9 @@ clean:
 	@echo "$(TORCH)" > .venv/.torch
 	@touch $@
 
-.venv/.installed-dev: .venv/.installed requirements/dev.txt
+.venv/.installed-dev: .venv/.installed requirements/dev.txt requirements/triton.txt
 	$(PIP) install --require-hashes --no-deps -r requirements/dev.txt
+	.venv/bin/python -c 'import triton' 2>/dev/null || $(PIP) install --require-hashes --no-deps -r requirements/triton.txt
 	@touch $@
 
 .venv/tools/.installed: requirements/tools.txt | .venv/bin/pip

@@ -56,7 +56,10 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit measured, with "+changes" when the working tree differs from it."""
+    """The commit measured, with "+changes" when the working tree differs from it; where the files are a copy without
+    their history, as on a machine they were carried to, what BENCH_COMMIT says."""
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
     here = Path(__file__).parent
 
     def git(*args: str) -> str:

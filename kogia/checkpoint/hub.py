@@ -15,7 +15,7 @@ _PART = re.compile(r"\w([\w.-]{0,94}\w)?", re.ASCII)
 _INDEX = "model.safetensors.index.json"
 _TEXTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja",
+    "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 """All that is read of a model beside its weights. Nothing else is fetched: no code, no weights in other formats."""
 

@@ -135,6 +135,8 @@ class EngineConfig:
     overlap: bool | None = None
     """Plan the next step while the present one runs; not with drafts. None: on a GPU, where it hides the planning; on a
     CPU, which has nothing to hide it behind, a sequence that ends would only run one token more."""
+    graphs: bool | None = None
+    """Record decode steps as GPU graphs, one per size of batch. None: where the model's kernels allow it."""
     cache_dtype: Literal["auto", "fp8"] = "auto"
     """Of the cached latents: the model's dtype, or FP8 with 16-bit rotary keys (latent attention only)."""
     rank_by_context: tuple[tuple[int, int], ...] = ()

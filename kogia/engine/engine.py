@@ -8,7 +8,7 @@ The model is the trainer's own `Transformer`, used without gradients; nothing of
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kogia import log
 from kogia.engine.config import EngineConfig
+from kogia.engine.graphs import why_not
 from kogia.engine.loop import OnProgress, Stream, StreamLoop
 from kogia.engine.memory import cache_budget
 from kogia.engine.output import TextStream
@@ -97,13 +98,29 @@ class Engine:
         view: CacheView = self.pruner or WholeCache(cache, self.scheduler.lookahead)
         if len(config.rank_by_context) > 1:  # one rank for all: the rows are that narrow, nothing is left to choose
             view = RankByContext(view, config.rank_by_context, model.device)
-        self.runner = Runner(model, cache, self.scheduler.table, view)
+        self.runner = Runner(model, cache, self.scheduler.table, view, self._graph_length(cache, view))
         self.loop = StreamLoop(self)
         self._flights: deque[Flight] = deque()
         self._news: list[TokenEvent] = []
         self._ids = count()
         self._has_warned = False
         model.absorb()
+
+    def _graph_length(self, cache: PagedCache, view: CacheView) -> int | None:
+        """The longest context of recorded decode steps, or None where they are not recorded."""
+        reason = "pruning and ranks by context change what each layer sees"
+        if isinstance(view, WholeCache):
+            reason = why_not(self.model, cache)
+        if reason is None and self.config.graphs is not False:
+            return min(self.model.config.max_position, self.scheduler.longest)
+        if self.config.graphs:
+            raise ValueError(f"engine.graphs = true: {reason}; leave it out, or set it to false")
+        return None
+
+    def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Record all graphs now, so that no request waits for one."""
+        if self.runner.graphs is not None:
+            self.runner.graphs.record_all(on_progress)
 
     @property
     def num_unfinished(self) -> int:

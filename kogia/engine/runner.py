@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kogia.engine.graphs import DecodeGraphs
 from kogia.engine.inputs import Staging, Upload
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.speculative import num_accepted
 from kogia.engine.step import StepPlan, StepResult
-from kogia.engine.views import CacheView, TokenRuns, token_runs
+from kogia.engine.views import CacheView, TokenRuns, WholeCache, token_runs
 from kogia.model.cache import PagedCache, StepCache
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
@@ -48,7 +49,10 @@ class Flight:
 class Runner:
     """Runs plans over one model and its paged cache."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, table: SequenceTable, view: CacheView) -> None:
+    def __init__(
+        self, model: Transformer, cache: PagedCache, table: SequenceTable, view: CacheView, longest: int | None = None
+    ) -> None:
+        """With `longest`, the most tokens of a sequence, decode steps are recorded as graphs."""
         self.model = model
         self.cache = cache
         self.table = table
@@ -57,6 +61,9 @@ class Runner:
         self._staging = Staging(self.device)
         self._newest = torch.zeros(len(table.requests), dtype=torch.long, device=self.device)
         """[table rows] what each sequence sampled last: a step that is planned before that is known runs on it."""
+        self.graphs = None
+        if longest is not None:
+            self.graphs = DecodeGraphs(model, cache, self._newest, len(table.requests), longest)
 
     @torch.no_grad()
     def launch(self, plan: StepPlan, num_drafts: int = 0) -> Flight:
@@ -65,6 +72,8 @@ class Runner:
         Logits exist for sampled rows only.
         """
         runs = token_runs(plan)
+        if self.graphs is not None and not num_drafts and plan.only_decodes:
+            return self._replay(plan, runs, self.graphs)
         upload = self._upload(plan, runs, num_drafts)
         batch = self._batch(plan, upload)
         step = self.model.step(batch, self.view.step_cache(upload, runs))
@@ -75,6 +84,24 @@ class Runner:
         else:
             drafts = tokens[:0]
             self._newest.index_copy_(0, upload["sampled_rows"], tokens)
+        return self._take_off(plan, tokens, drafts, logprobs, num_drafts)
+
+    def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:
+        """A step in which every sequence runs one token: its graph, then the sampling."""
+        assert isinstance(self.view, WholeCache), "graphs know no other view"
+        upload = Upload(self._staging)
+        upload.put(
+            "step", graphs.layout(self._token_ids(plan, runs), runs.positions, *self.view.numbers(self.table, runs))
+        )
+        self._put_sampling(upload, plan, np.cumsum(plan.counts))
+        upload.send()
+        logits = graphs.run(upload["step"])[: plan.num_tokens]
+        tokens, logprobs = self._draw(upload, logits)
+        self._newest.index_copy_(0, upload["sampled_rows"], tokens)
+        return self._take_off(plan, tokens, tokens[:0], logprobs, 0)
+
+    def _take_off(self, plan: StepPlan, tokens: Tensor, drafts: Tensor, logprobs: Tensor, num_drafts: int) -> Flight:
+        """Start the one download."""
         numbers = torch.cat((tokens, drafts.flatten(), logprobs.double().view(torch.int64)))
         numbers = numbers.to("cpu", non_blocking=True)
         landed = None
@@ -92,10 +119,8 @@ class Runner:
 
     def _upload(self, plan: StepPlan, runs: TokenRuns, num_drafts: int) -> Upload:
         table, upload = self.table, Upload(self._staging)
-        token_ids = table.token_ids[runs.rows, runs.positions]
         ends = np.cumsum(plan.counts)
-        token_ids[ends[plan.is_pending] - 1] = -1 - plan.rows[plan.is_pending]  # see `_batch`
-        upload.put("token_ids", token_ids)
+        upload.put("token_ids", self._token_ids(plan, runs))
         upload.put("positions", runs.positions)
         upload.put("cu_seqlens", np.concatenate([np.zeros(1, dtype=np.int64), ends]))
         self.view.put(upload, table, runs)
@@ -104,6 +129,12 @@ class Runner:
             self._put_drafting(upload, plan, runs)
         upload.send()
         return upload
+
+    def _token_ids(self, plan: StepPlan, runs: TokenRuns) -> NDArray[np.int64]:
+        """-1 - row stands for the token that this row of the table is about to get."""
+        token_ids = self.table.token_ids[runs.rows, runs.positions]
+        token_ids[np.cumsum(plan.counts)[plan.is_pending] - 1] = -1 - plan.rows[plan.is_pending]
+        return token_ids
 
     def _put_sampling(self, upload: Upload, plan: StepPlan, ends: NDArray[np.int64]) -> None:
         """What samples come from and how they are drawn; filters only where one is on."""
@@ -142,7 +173,7 @@ class Runner:
 
     def _batch(self, plan: StepPlan, upload: Upload) -> PackedTokens:
         token_ids = upload["token_ids"]
-        if plan.is_pending.any():  # -1 - row stands for the token that this row of the table is about to get
+        if plan.is_pending.any():  # see `_token_ids`
             newest = self._newest[(-1 - token_ids).clamp_min(0)]
             token_ids = torch.where(token_ids < 0, newest, token_ids)
         return PackedTokens(token_ids, upload["positions"], Segments(upload["cu_seqlens"], plan.counts))
@@ -153,7 +184,11 @@ class Runner:
         rows = upload["sample_rows"]
         if not len(rows):
             return rows, upload["temperature"]
-        logits = self.model.logits(hidden if len(rows) == plan.num_tokens else hidden[rows])
+        return self._draw(upload, self.model.logits(hidden if len(rows) == plan.num_tokens else hidden[rows]))
+
+    def _draw(
+        self, upload: Upload, logits: Float[Tensor, "samples vocab"]
+    ) -> tuple[Int[Tensor, " samples"], Float[Tensor, " samples"]]:
         seeds = upload.get("seeds")
         return sample(
             logits,

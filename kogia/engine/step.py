@@ -27,6 +27,11 @@ class StepPlan:
         return int(self.counts.sum())
 
     @cached_property
+    def only_decodes(self) -> bool:
+        """Every sequence runs one token and samples the next."""
+        return bool((self.counts == 1).all() and (self.num_samples == 1).all())
+
+    @cached_property
     def sampled(self) -> NDArray[np.int64]:
         """The entries that sample."""
         return np.flatnonzero(self.num_samples)

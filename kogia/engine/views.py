@@ -69,11 +69,17 @@ class WholeCache:
         self.cache, self.lookahead = cache, lookahead
 
     def put(self, upload: Upload, table: SequenceTable, runs: TokenRuns) -> None:
+        for name, array in zip(("slots", "context_lens", "block_tables"), self.numbers(table, runs), strict=True):
+            upload.put(name, array)
+
+    def numbers(
+        self, table: SequenceTable, runs: TokenRuns
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Slots of the new rows, context lengths and block tables, as `LayerCache` has them."""
         size, contexts = self.cache.block_size, runs.starts + runs.counts
-        upload.put("slots", table.blocks[runs.rows, runs.positions // size] * size + runs.positions % size)
-        upload.put("context_lens", contexts)
+        slots = table.blocks[runs.rows, runs.positions // size] * size + runs.positions % size
         num_blocks = -(-(int(contexts.max()) + self.lookahead) // size)
-        upload.put("block_tables", own_blocks(table, runs.seq_rows, num_blocks))
+        return slots, contexts, own_blocks(table, runs.seq_rows, num_blocks)
 
     def step_cache(self, upload: Upload, runs: TokenRuns) -> StepCache:
         tables, lens = upload["block_tables"], upload["context_lens"]

@@ -33,7 +33,7 @@ HELP = """\
 /help    show this
 /exit    leave, as Ctrl-D does
 Ctrl-C stops an answer. A line that ends in \\ goes on in the next one, and so does everything from \"\"\" to \"\"\".
-Arrow keys edit the line and bring back earlier ones."""
+Arrow keys edit the line and bring back earlier ones, those of earlier chats too unless --no-history is given."""
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
 ReadLine = Callable[[str], str | None]
 """The next line after a prompt, None at the end of the input."""

@@ -32,6 +32,8 @@ class PagedCache:
     what must go somewhere and will not be read is written there."""
     block_size: int
     row: LatentRow | KVRow
+    expands: bool = False
+    """Sequences that run many tokens attend in the expanded form: faster on a GPU."""
 
     @property
     def num_blocks(self) -> int:
@@ -51,7 +53,7 @@ class PagedCache:
         contexts: Int[np.ndarray, " seqs"],
     ) -> StepCache:
         """The same view for every layer; the arguments are those of `LayerCache`."""
-        shared = (slots, block_tables, context_lens, contexts, self.block_size, self.row, {})
+        shared = (slots, block_tables, context_lens, contexts, self.block_size, self.row, {}, self.expands)
         return StepCache(tuple(LayerCache(rows, *shared) for rows in self.rows.unbind()))
 
 
@@ -84,4 +86,6 @@ def build_cache(
     row = row or cache_row(config)
     shape = (config.num_cache_layers, (num_blocks + 1) * block_size, row.width)
     dtype = torch.uint8 if isinstance(row, LatentRow) and row.fp8 else dtype
-    return PagedCache(torch.zeros(shape, dtype=dtype, device=device), block_size, row)
+    expands = isinstance(row, LatentRow) and not row.index and row == cache_row(config, fp8=row.fp8)
+    expands = expands and torch.device(device).type == "cuda"
+    return PagedCache(torch.zeros(shape, dtype=dtype, device=device), block_size, row, expands)

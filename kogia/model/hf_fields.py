@@ -123,7 +123,8 @@ _CHANGING = _SCALES | frozenset(
     "activation_function swiglu_limit sliding_window_pattern attention_window attention_chunk_size "
     "full_attention_interval attn_output_gate attention_sink attention_sinks use_attention_sinks linear_attn_config "
     "linear_num_key_heads mamba_d_state attn_layer_period text_config add_cross_attention "
-    "shared_expert_intermediate_size compression_config quantization compress_ratios hc_mult".split()
+    "shared_expert_intermediate_size compression_config quantization compress_ratios hc_mult clip_qkv "
+    "num_kv_shared_layers rope_interleaved attn_temperature_tuning nope_layer_interval".split()
 )
 _OFF = (None, False, 0, "", [], {})
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

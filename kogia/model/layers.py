@@ -11,7 +11,8 @@ from kogia.model.cache import StepCache
 from kogia.model.linear import Linear
 from kogia.model.routing import Routing
 from kogia.ops.logprob import linear_logprob
-from kogia.ops.norm import rms_norm
+from kogia.ops.moe import SharedExperts, silu_mul
+from kogia.ops.norm import add_rms_norm, rms_norm
 from kogia.ops.segments import Segments
 
 
@@ -39,6 +40,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class ResidualNorm(nn.Module):
+    """The norm of a residual sum, which comes with it."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(
+        self, x: Float[Tensor, "... dim"], delta: Float[Tensor, "... dim"]
+    ) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:
+        return add_rms_norm(x, delta, self.weight, self.eps)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). Also the shared experts, fused into one of their total width."""
 
@@ -48,9 +63,16 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(dim, width)
         self.down_proj = Linear(width, dim)
 
-    def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
-        """`step` is what every feed-forward part takes; this one needs nothing of it."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(
+        self, x: Float[Tensor, "tokens dim"], step: StepContext, residual: Float[Tensor, "tokens dim"] | None = None
+    ) -> Float[Tensor, "tokens dim"]:
+        """`residual` + FFN(x). `step` is what every feed-forward part takes; this one needs nothing of it."""
+        y = self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+        return y if residual is None else residual + y
+
+    def operands(self) -> SharedExperts:
+        """The weights, for an op that computes this part along with others."""
+        return self.gate_proj.operand(), self.up_proj.operand(), self.down_proj.operand()
 
 
 class Head(nn.Module):

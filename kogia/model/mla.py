@@ -23,7 +23,11 @@ from kogia.model.layers import RMSNorm, StepContext
 from kogia.model.linear import Linear
 from kogia.ops.attention import paged_attention, varlen_attention
 from kogia.ops.cache import LatentRow, LayerCache, write_latent
+from kogia.ops.latent import absorb_query, join_rope, project_values
+from kogia.ops.linear import linear
+from kogia.ops.prefill import Prefill, absorbed_part, prefill_of
 from kogia.ops.rope import rotate_interleaved, yarn_mscale
+from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors, indexer_loss
 
 
@@ -56,58 +60,93 @@ class MLA(nn.Module):
             assert q_rank is not None, "ModelConfig checks this"
             self.indexer = Indexer(dim, q_rank, config.qk_rope_head_dim, config.indexer)
         self._up: tuple[int, Tensor, Tensor] | None = None
+        self._joint: Tensor | None = None
+        """The projections that read x, below each other: on a GPU one product is faster than two small ones."""
 
     def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
         c = self.config
-        q_latent = x if self.q_rank is None else self.q_a_layernorm(self.q_a_proj(x))
-        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(q_latent)
-        q_nope, q_rope = q.view(-1, c.num_heads, c.qk_head_dim).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        q_rope = rotate_interleaved(q_rope, step.cos, step.sin)
-        kv = self.kv_a_proj_with_mqa(x)
+        if self._joint is not None and step.cache is not None:
+            first, kv = linear(x, self._joint).split([len(self._joint) - kv_width(c), kv_width(c)], -1)
+        else:
+            first, kv = (self.q_proj if self.q_rank is None else self.q_a_proj)(x), self.kv_a_proj_with_mqa(x)
+        q_latent = x if self.q_rank is None else self.q_a_layernorm(first.contiguous())
+        q = (first if self.q_rank is None else self.q_b_proj(q_latent)).unflatten(-1, (c.num_heads, c.qk_head_dim))
         index = None if self.indexer is None else self.indexer(x, q_latent, step)
         if step.cache is None:
-            mixed = self._expanded(q_nope, q_rope, kv, step, index)
+            mixed = self._expanded(q, kv, step, index)
         else:
-            mixed = self._absorbed(q_nope, q_rope, kv, step, step.cache.layers[self.layer], index)
+            mixed = self._cached(q, kv, step, step.cache.layers[self.layer], index)
         return self.o_proj(mixed.flatten(1))
 
     def _expanded(
-        self, q_nope: Tensor, q_rope: Tensor, kv: Tensor, step: StepContext, index: IndexVectors | None
+        self, q: Tensor, kv: Tensor, step: StepContext, index: IndexVectors | None
     ) -> Float[Tensor, "tokens heads v"]:
         c = self.config
         latent, k_rope = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent = up_to_rank(self.kv_a_layernorm(latent), step.latent_ranks)
         k_rope = rotate_interleaved(k_rope[:, None], step.cos, step.sin)
-        k_nope, v = (
-            self.kv_b_proj(latent)
-            .view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
-            .split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        )
-        q = torch.cat((q_nope, q_rope), -1)
-        k = torch.cat((k_nope, k_rope.expand(-1, c.num_heads, -1)), -1)
+        q, (k, v) = self._rotate_query(q, step.cos, step.sin), self._keys_and_values(latent, k_rope)
         if index is not None and step.routing is not None and step.routing.losses:
             step.routing.add_indexer_loss(self.layer, indexer_loss(q, k, index, step.segments, self.scale))
         return varlen_attention(q, k, v, step.segments, scale=self.scale, index=index)
 
-    def _absorbed(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        kv: Tensor,
-        step: StepContext,
-        cache: LayerCache,
-        index: IndexVectors | None,
+    def _rotate_query(self, q: Tensor, cos: Tensor, sin: Tensor) -> Float[Tensor, "tokens heads qk"]:
+        nope, rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
+        return join_rope(nope, rope, cos, sin)
+
+    def _keys_and_values(
+        self, latent: Float[Tensor, "keys rank"], k_rope: Float[Tensor, "keys 1 rope"]
+    ) -> tuple[Float[Tensor, "keys heads qk"], Float[Tensor, "keys heads v"]]:
+        """Those of every head, from normed latents and the rotated shared key."""
+        c = self.config
+        both = self.kv_b_proj(latent).view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+        k_nope, v = both.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        return join_rope(k_nope, k_rope), v
+
+    def _cached(
+        self, q: Tensor, kv: Tensor, step: StepContext, cache: LayerCache, index: IndexVectors | None
     ) -> Float[Tensor, "tokens heads v"]:
-        norm, row = self.kv_a_layernorm, cache.row
-        assert isinstance(row, LatentRow), "a latent layer has latent rows"
+        """Write this step's rows, then attend: absorbed, and the sequences that run many tokens expanded."""
+        norm = self.kv_a_layernorm
         keys = None if index is None else index.k
         write_latent(kv, cache, norm.weight, step.cos, step.sin, eps=norm.eps, index_key=keys)
+        prefill = prefill_of(cache, step.segments)
+        if prefill is None:
+            return self._absorbed(q, step.cos, step.sin, cache, step.segments, index)
+        rows = prefill.num_rows
+        expanded = self._prefilled(q[rows:], step.cos[rows:], step.sin[rows:], cache, prefill)
+        if not rows:
+            return expanded
+        head = absorbed_part(cache, step.segments, prefill)
+        return torch.cat((self._absorbed(q[:rows], step.cos[:rows], step.sin[:rows], *head, None), expanded))
+
+    def _absorbed(
+        self,
+        q: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        segments: Segments,
+        index: IndexVectors | None,
+    ) -> Float[Tensor, "tokens heads v"]:
+        row = cache.row
+        assert isinstance(row, LatentRow), "a latent layer has latent rows"
         w_uk, w_uv = self._up_matrices()
         if row.latent < self.config.kv_lora_rank:
             w_uk, w_uv = w_uk[..., : row.latent], w_uv[..., : row.latent]
-        q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-        mixed = paged_attention(torch.cat((q_latent, q_rope), -1), cache, step.segments, scale=self.scale, index=index)
-        return torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        q = absorb_query(q, w_uk, cos, sin)
+        mixed = paged_attention(q, cache, segments, scale=self.scale, index=index)
+        return project_values(mixed, w_uv)
+
+    def _prefilled(
+        self, q: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, prefill: Prefill
+    ) -> Float[Tensor, "tokens heads v"]:
+        row, rank = cache.row, self.config.kv_lora_rank
+        assert isinstance(row, LatentRow), "a latent layer has latent rows"
+        latent, k_rope = row.unpack(cache.rows.index_select(0, prefill.slots), q.dtype).split([rank, row.rope], -1)
+        k, v = self._keys_and_values(latent, k_rope[:, None])
+        q = self._rotate_query(q, cos, sin)
+        return varlen_attention(q, k, v, prefill.segments, scale=self.scale, keys=prefill.keys)
 
     @torch.no_grad()
     def absorb(self) -> None:
@@ -115,16 +154,33 @@ class MLA(nn.Module):
 
         Of a dense weight they are views, which follow it; of a packed one copies, to be made again when it changes.
         """
+        self._join()
         c, weight = self.config, self.kv_b_proj.weight
         up = self.kv_b_proj.dense_weight(self.kv_a_layernorm.weight.dtype).detach()
         w_uk, w_uv = up.view(c.num_heads, -1, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         self._up = weight.data_ptr(), w_uk, w_uv
+
+    def _join(self) -> None:
+        """Make or renew `_joint`, in place: recorded graphs read it."""
+        parts = (self.q_proj if self.q_rank is None else self.q_a_proj).operand(), self.kv_a_proj_with_mqa.operand()
+        first, second = parts
+        if not (isinstance(first, Tensor) and isinstance(second, Tensor) and first.device.type == "cuda"):
+            self._joint = None
+        elif self._joint is None or self._joint.device != first.device or self._joint.dtype != first.dtype:
+            self._joint = torch.cat((first, second))
+        else:
+            torch.cat((first, second), out=self._joint)
 
     def _up_matrices(self) -> tuple[Tensor, Tensor]:
         if self._up is None or self._up[0] != self.kv_b_proj.weight.data_ptr():  # moved to another device, say
             self.absorb()
         assert self._up is not None
         return self._up[1:]
+
+
+def kv_width(config: MLAConfig) -> int:
+    """Numbers of the down-projection: latent and shared rotary key."""
+    return config.kv_lora_rank + config.qk_rope_head_dim
 
 
 def up_to_rank(x: Float[Tensor, "tokens *heads rank"], ranks: Int[Tensor, " tokens"] | None) -> Tensor:

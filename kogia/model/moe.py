@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kogia.model.config import MoEConfig
 from kogia.model.layers import FeedForward, StepContext
 from kogia.model.linear import Linear
-from kogia.ops.moe import Routed, mix_experts, route, sequence_balance_loss
+from kogia.ops.moe import Routed, SharedExperts, mix_experts, route, sequence_balance_loss
 
 
 class Router(nn.Module):
@@ -92,9 +92,13 @@ class Experts(nn.Module):
         x: Float[Tensor, "tokens dim"],
         expert_ids: Int[Tensor, "tokens topk"],
         weights: Float[Tensor, "tokens topk"],
+        shared: SharedExperts | None = None,
+        residual: Float[Tensor, "tokens dim"] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
-        """Weighted sum of the outputs of each token's experts; an id of -1 is nobody."""
-        return mix_experts(x, expert_ids, weights, self.gate_up_proj.operand(), self.down_proj.operand())
+        """Weighted sum of the outputs of each token's experts, where an id of -1 is nobody; and on top of `residual`
+        the shared experts', whose weights are `shared`."""
+        routed = self.gate_up_proj.operand(), self.down_proj.operand()
+        return mix_experts(x, expert_ids, weights, *routed, shared=shared, residual=residual)
 
 
 class MoE(nn.Module):
@@ -106,7 +110,14 @@ class MoE(nn.Module):
         shared = config.num_shared_experts * config.expert_dim
         self.shared_experts = FeedForward(dim, shared) if shared else None
 
-    def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
-        routed = self.gate(x, step)
-        y = self.experts(x, routed.expert_ids, routed.weights)
-        return y if self.shared_experts is None else y + self.shared_experts(x, step)
+    def forward(
+        self, x: Float[Tensor, "tokens dim"], step: StepContext, residual: Float[Tensor, "tokens dim"] | None = None
+    ) -> Float[Tensor, "tokens dim"]:
+        """`residual` + the routed and shared experts' sum. With a cache, the shared ones ride along with the routed:
+        each alone is a small product. Without one they are a module like any other, which may be sharded by itself."""
+        routed, shared = self.gate(x, step), self.shared_experts
+        if shared is None or step.cache is not None:
+            weights = None if shared is None else shared.operands()
+            return self.experts(x, routed.expert_ids, routed.weights, weights, residual)
+        y = self.experts(x, routed.expert_ids, routed.weights) + shared(x, step)
+        return y if residual is None else residual + y

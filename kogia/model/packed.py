@@ -21,6 +21,15 @@ class PackedTokens:
     """0-based within each sequence; a chunk of a longer sequence starts at its own offset."""
     segments: Segments
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where the three are not of as many tokens."""
+        counts = (self.token_ids.shape[0], self.positions.shape[0], self.segments.num_tokens)
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"PackedTokens: {counts[0]} token ids, {counts[1]} positions, sequences of {counts[2]} tokens in all: "
+                "give equally many"
+            )
+
     @property
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]

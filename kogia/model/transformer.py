@@ -20,7 +20,7 @@ from kogia.model.cache import StepCache
 from kogia.model.config import MLAConfig, ModelConfig
 from kogia.model.gqa import GQA
 from kogia.model.indexer import Indexer
-from kogia.model.layers import FeedForward, Head, RMSNorm, StepContext
+from kogia.model.layers import FeedForward, Head, ResidualNorm, RMSNorm, StepContext
 from kogia.model.mla import MLA
 from kogia.model.moe import MoE, Router
 from kogia.model.packed import PackedTokens
@@ -38,15 +38,15 @@ class Layer(nn.Module):
         self.self_attn = (
             MLA(dim, attention, layer) if isinstance(attention, MLAConfig) else GQA(dim, attention, eps, layer)
         )
-        self.post_attention_layernorm = RMSNorm(dim, eps)
+        self.post_attention_layernorm = ResidualNorm(dim, eps)
         if config.moe is not None and config.is_moe_layer(layer):
             self.mlp = MoE(dim, config.moe, layer - config.moe.num_dense_layers)
         else:
             self.mlp = FeedForward(dim, config.ffn_dim)
 
     def block(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
-        x = x + self.self_attn(self.input_layernorm(x), step)
-        return x + self.mlp(self.post_attention_layernorm(x), step)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(self.input_layernorm(x), step))
+        return self.mlp(normed, step, residual=x)
 
 
 class DecoderLayer(Layer):

@@ -13,20 +13,27 @@ from torch import Tensor
 from kogia.ops.cache import KVRow, LatentRow, LayerCache
 from kogia.ops.dispatch import op
 from kogia.ops.segments import Bucket, Segments
-from kogia.ops.sparse import IndexVectors, index_scores, keep_topk
+from kogia.ops.sparse import IndexVectors, best_keys, index_scores, keep_topk
 
 
-@op()
+@op(cuda=("kogia.ops.triton.prefill",))
 def varlen_attention(
     q: Float[Tensor, "tokens heads qk"],
-    k: Float[Tensor, "tokens kv_heads qk"],
-    v: Float[Tensor, "tokens kv_heads v"],
+    k: Float[Tensor, "keys kv_heads qk"],
+    v: Float[Tensor, "keys kv_heads v"],
     segments: Segments,
     *,
     scale: float,
     index: IndexVectors | None = None,
+    keys: Segments | None = None,
 ) -> Float[Tensor, "tokens heads v"]:
-    """Causal softmax(q k^T * scale) v inside each sequence; query heads share key/value heads in equal groups."""
+    """Causal softmax(q k^T * scale) v inside each sequence; query heads share key/value heads in equal groups.
+
+    With `keys`, k and v are laid out by those: a sequence's last keys are its queries' own, earlier ones a context.
+    """
+    if keys is not None:
+        assert index is None, "sparse attention with a context is the cache's"
+        return _with_context(q, k, v, segments, keys, scale)
     heads, qk_dim, v_dim = q.shape[1], q.shape[2], v.shape[2]
     if v_dim < qk_dim:  # the fused CPU and flash kernels want equal widths; zero columns of v change nothing
         v = F.pad(v, (0, qk_dim - v_dim))
@@ -43,6 +50,21 @@ def varlen_attention(
         out = rows if out is None else out.index_copy(0, bucket.rows, rows)  # pyright: ignore
     assert out is not None
     return out
+
+
+def _with_context(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments, scale: float) -> Tensor:
+    """One sequence at a time."""
+    parts = zip(q.split(segments.lengths.tolist()), *(x.split(keys.lengths.tolist()) for x in (k, v)), strict=True)
+    out = []
+    for one in parts:
+        grid = [x.transpose(0, 1)[None] for x in one]
+        queries, visible = one[0].shape[0], one[1].shape[0]
+        mask = torch.ones(queries, visible, dtype=torch.bool, device=q.device).tril(visible - queries)
+        attended = F.scaled_dot_product_attention(
+            *grid, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        out.append(attended[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 @torch.no_grad()
@@ -86,7 +108,7 @@ def paged_attention(
     return attend(q, cache, segments, scale=scale, index=index)
 
 
-@op()
+@op(cuda=("kogia.ops.triton.attention",))
 def cached_attention(
     q: Float[Tensor, "tokens heads qk"],
     cache: LayerCache,
@@ -144,7 +166,7 @@ def narrow(
     scores = index_scores(bucket.to_grid(index.q), keys, bucket.to_grid(index.weights))
     if bucket.width > 1:
         return context, keep_topk(scores, visible, index.topk), None
-    best = scores.masked_fill(~visible, float("-inf")).topk(index.topk, dim=-1).indices[:, 0]
+    best = best_keys(scores, visible, index.topk)[:, 0]
     chosen = context.gather(1, best[..., None].expand(-1, -1, context.shape[-1]))
     return chosen, visible.gather(2, best[:, None]), best
 

@@ -99,11 +99,13 @@ class LayerCache:
     row: LatentRow | KVRow
     shared: dict[Any, Any] = field(default_factory=dict)
     """What the reference attention makes once for all layers that see the cache alike, by bucket."""
+    expands: bool = False
+    """Sequences that run many tokens attend in the expanded form (`kogia.ops.prefill`)."""
     attend: Callable[..., Tensor] | None = None
     """Called instead of `paged_attention`, with the same arguments: where an option changes or watches attention."""
 
 
-@op()
+@op(cuda=("kogia.ops.triton.latent",))
 def write_latent(
     kv: Float[Tensor, "tokens latent_rope"],
     cache: LayerCache,

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kogia.ops.dispatch import op
-from kogia.ops.linear import grouped_linear
+from kogia.ops.linear import grouped_linear, linear
 from kogia.ops.packed import Packed
 from kogia.ops.segments import Segments
 
@@ -73,7 +73,7 @@ class Routed:
     """All affinities, which the balance loss is of."""
 
 
-@op()
+@op(cuda=("kogia.ops.triton.moe",))
 def route(
     x: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "experts dim"],
@@ -127,7 +127,7 @@ class ExpertOrder:
 def order_by_expert(expert_ids: Int[Tensor, "tokens topk"], num_experts: int) -> ExpertOrder:
     """Stable sort of all token copies by expert, with its inverse and the copies per expert."""
     ids = _nobody_last(expert_ids, num_experts)
-    order = ids.argsort(stable=True)
+    order = ids.to(torch.int16 if num_experts < 2**15 else torch.int64).argsort(stable=True)  # a sort goes by bytes
     inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
     return ExpertOrder(order, inverse, _counts(ids, num_experts))
 
@@ -167,36 +167,70 @@ def dispatch(x: Float[Tensor, "tokens dim"], topk: int, order: ExpertOrder) -> F
     return _ToExperts.apply(x, order.order, order.inverse, topk)  # pyright: ignore[reportReturnType]
 
 
-def combine(
-    y: Float[Tensor, "routed dim"], weights: Float[Tensor, "tokens topk"], order: ExpertOrder
+@op(cuda=("kogia.ops.triton.moe",))
+def gathered_sum(
+    y: Float[Tensor, "routed dim"],
+    inverse: Int[Tensor, " routed"],
+    weights: Float[Tensor, "tokens topk"],
+    *added: Float[Tensor, "tokens dim"],
 ) -> Float[Tensor, "tokens dim"]:
-    """Weighted sum of each token's expert outputs."""
-    if torch.is_grad_enabled():
-        by_copy: Tensor = _ToCopies.apply(y, order.order, order.inverse)  # pyright: ignore[reportAssignmentType]
-    else:
-        by_copy = y.index_select(0, order.inverse)
-    return torch.bmm(weights.to(y.dtype)[:, None], by_copy.view(*weights.shape, y.shape[1])).squeeze(1)
+    """sum_j weights[t, j] * y[inverse[t * topk + j]] and what is `added`, without gradients; weights are rounded to the
+    dtype of y."""
+    by_copy = y.index_select(0, inverse)
+    total = torch.bmm(weights.to(y.dtype)[:, None], by_copy.view(*weights.shape, y.shape[1])).squeeze(1)
+    for each in added:
+        total = each + total
+    return total
 
 
-@op()
+def combine(
+    y: Float[Tensor, "routed dim"],
+    weights: Float[Tensor, "tokens topk"],
+    order: ExpertOrder,
+    *added: Float[Tensor, "tokens dim"],
+) -> Float[Tensor, "tokens dim"]:
+    """Weighted sum of each token's expert outputs, and what is `added` to it, one after the other."""
+    if not torch.is_grad_enabled():
+        return gathered_sum(y, order.inverse, weights, *added)
+    by_copy: Tensor = _ToCopies.apply(y, order.order, order.inverse)  # pyright: ignore[reportAssignmentType]
+    total = torch.bmm(weights.to(y.dtype)[:, None], by_copy.view(*weights.shape, y.shape[1])).squeeze(1)
+    for each in added:
+        total = each + total
+    return total
+
+
+SharedExperts = tuple[Tensor | Packed, Tensor | Packed, Tensor | Packed]
+"""Gate, up and down matrices of the shared experts, which are one of their total width."""
+
+
+@op(cuda=("kogia.ops.triton.moe",))
 def mix_experts(
     x: Float[Tensor, "tokens dim"],
     expert_ids: Int[Tensor, "tokens topk"],
     weights: Float[Tensor, "tokens topk"],
     gate_up: Tensor | Packed,
     down: Tensor | Packed,
+    *,
+    shared: SharedExperts | None = None,
+    residual: Float[Tensor, "tokens dim"] | None = None,
 ) -> Float[Tensor, "tokens dim"]:
-    """sum_j weights[t, j] * FFN_{expert_ids[t, j]}(x[t]), over experts stored as [experts, gate | up, width, dim] and
-    [experts, dim, width]."""
+    """residual + sum_j weights[t, j] * FFN_{expert_ids[t, j]}(x[t]) + FFN_shared(x[t]), over experts stored as
+    [experts, gate | up, width, dim] and [experts, dim, width]."""
     order = order_by_expert(expert_ids, len(gate_up))
     rows = grouped_linear(dispatch(x, expert_ids.shape[1], order), gate_up, order.counts)
-    weights = weights.masked_fill(expert_ids < 0, 0.0)
-    return combine(grouped_linear(swiglu(rows), down, order.counts), weights, order)
+    y = grouped_linear(silu_mul(*rows.chunk(2, dim=-1)), down, order.counts)
+    added = []
+    if shared is not None:
+        gate, up, back = shared
+        added.append(linear(silu_mul(linear(x, gate), linear(x, up)), back))
+    if residual is not None:
+        added.append(residual)
+    return combine(y, weights.masked_fill(expert_ids < 0, 0.0), order, *added)
 
 
-def swiglu(gate_up: Float[Tensor, "rows two_width"]) -> Float[Tensor, "rows width"]:
-    """silu(gate) * up of a fused [gate | up] projection."""
-    gate, up = gate_up.chunk(2, dim=-1)
+@op(cuda=("kogia.ops.triton.moe",))
+def silu_mul(gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+    """silu(gate) * up, the inside of SwiGLU."""
     return F.silu(gate) * up
 
 

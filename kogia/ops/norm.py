@@ -38,9 +38,18 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-@op()
+@op(cuda=("kogia.ops.triton.norm",))
 def rms_norm(x: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "... dim"]:
     """Normalise the last axis. The product with `weight` is taken in the input's dtype, as the published models do."""
     if not torch.is_grad_enabled():
         return _normalise(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
+
+
+@op(cuda=("kogia.ops.triton.norm",))
+def add_rms_norm(
+    x: Float[Tensor, "... dim"], delta: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: float
+) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:
+    """(x + delta, rms_norm of that): the residual stream behind a block, and the next one's input."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)

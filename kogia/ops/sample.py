@@ -60,7 +60,7 @@ def filter_logits(
     return scaled
 
 
-@op()
+@op(cuda=("kogia.ops.triton.sample",))
 def sample(
     logits: Float[Tensor, "rows vocab"],
     temperature: Float[Tensor, " rows"],

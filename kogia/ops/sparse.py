@@ -3,6 +3,10 @@
     I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s])          over the index heads j; one shared key head
     S[t]    = the topk visible keys s with the largest I[t, s];    attention runs over S[t] alone
 
+Of keys with equal scores the later ones are taken. Equal scores are common, as I is 0 where no index head has a
+positive product. Left to a sort, ties would fall by the width of the grid, and a sequence would attend to other keys
+in a batch than alone.
+
 The selection has no gradient. The indexer learns by itself from the attention it must imitate (section 2.1):
     L_I = sum_t KL(p[t] || softmax over S[t] of I[t]),   p[t] = attention probabilities summed over heads, normalised
 With topk at least as large as the sequences, S[t] is everything and L_I is the paper's dense warm-up loss.
@@ -11,7 +15,7 @@ With topk at least as large as the sequences, S[t] is everything and L_I is the 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kogia.ops.segments import Segments
@@ -40,11 +44,28 @@ def index_scores(
     return scores
 
 
+@torch.no_grad()
+def best_keys(
+    scores: Float[Tensor, "*seqs queries keys"], allowed: Bool[Tensor, "*some queries keys"], topk: int
+) -> Int[Tensor, "*seqs queries best"]:
+    """Places of the best `topk` allowed keys of every query; of equal scores the later places.
+
+    Where fewer are allowed, the rest are places of keys that are not.
+    """
+    # One integer per key, no two alike: above its place the bits of its score, which order as the scores do once those
+    # of negative ones are turned round.
+    bits = scores.float().masked_fill(scores == 0, 0.0).view(torch.int32)  # -0.0 equals 0.0
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    order = order | torch.arange(scores.shape[-1], device=scores.device)
+    order = order.masked_fill(~allowed, torch.iinfo(torch.int64).min)
+    return order.topk(min(topk, scores.shape[-1]), dim=-1).indices
+
+
 def keep_topk(
     scores: Float[Tensor, "*seqs queries keys"], allowed: Bool[Tensor, "*some queries keys"], topk: int
 ) -> Bool[Tensor, "*seqs queries keys"]:
-    """The best `topk` allowed keys of every query; all of them where fewer are allowed."""
-    best = scores.masked_fill(~allowed, float("-inf")).topk(min(topk, scores.shape[-1]), dim=-1).indices
+    """Which keys `best_keys` takes for every query; all allowed ones where they are fewer than `topk`."""
+    best = best_keys(scores, allowed, topk)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & allowed
 
 

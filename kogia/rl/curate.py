@@ -1,48 +1,55 @@
 """`kogia curate PATH`: rejection sampling, stage 3 of the R1 recipe (R1 section 2.3.3), as resumable data.
 
 Per problem n samples are drawn and verified, and good ones are kept: correct, complete, in one language, not too
-long, no two alike. Three files are written: OUT.jsonl with the kept samples, ready for `kogia sft`;
-OUT.progress.jsonl with one line per finished problem, by which an interrupted curation continues; and
+long, no two alike. A curation can be extended: with more problems, more samples or more to keep, what is there stays
+and only what is lacking is drawn. Three files are written: OUT.jsonl with the kept samples, ready for `kogia sft`;
+OUT.progress.jsonl with a line for every round of samples of a problem, by which a curation continues; and
 OUT.summary.json with the counts.
 """
 
+import hashlib
 import itertools
 import os
 import random
+import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kogia import log
 from kogia.checkpoint.hf import load_config
-from kogia.checkpoint.open import open_model
+from kogia.checkpoint.open import check_thinking_switch, open_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
-from kogia.eval.sample import Answered, Sample, answer_problems, choose_problems, fitting_problems
+from kogia.eval.sample import Answered, Progress, Sample, answer_problems, choose_problems, fitting_problems
 from kogia.files import is_replaceable, json_line, write_json, write_text
 from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
-from kogia.tasks.task import load_task
+from kogia.tasks.task import Problem, load_task
 from kogia.terminal import SamplingProgress
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.lock import sole_writer
 
 HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "threads", "overwrite", "dry_run", "quiet")
 """Settings that may change between an interrupted curation and its continuation."""
+GROWING = ("num_problems", "num_samples", "keep_per_problem")
+"""Settings that may only grow, as may the tasks: by them a curation is extended."""
 FIRST_LINE = b'{"settings": {'
 """How a progress file begins."""
 
 
 def main(config: CurateConfig) -> None:
     """Curate with the model at `config.path` and say what came out. Raises as `run_curation`."""
+    check_thinking_switch(config.path, config.thinking)
     if config.dry_run:
         return print_plan(config)
     summary = run_curation(config)
@@ -68,13 +75,14 @@ def _curate(
     engine: Engine, tokenizer: Tokenizer, config: CurateConfig, record: "Record", checkpoint: str
 ) -> dict[str, Any]:
     start = time.monotonic()
-    params = SamplingParams.of(config, n=config.num_samples)
     for spec in config.tasks:
         options = config.task_options.get(spec, {})
         task = load_task(spec, options)
         chosen = choose_problems(task, config.split, config.num_problems, config.seed)
-        problems = fitting_problems(chosen, tokenizer, engine.model.config.max_position, config.long_prompts)
-        waiting = [problem for problem in problems if (task.name, problem.id) not in record.done]
+        problems = fitting_problems(
+            chosen, tokenizer, engine.model.config.max_position, config.long_prompts, config.thinking
+        )
+        waiting = [problem for problem in problems if record.tally(task.name, problem).lacks(config)]
         if len(waiting) < len(problems):
             log.info(f"{task.name}: {len(problems) - len(waiting)} of {len(problems)} problems are already done")
         if not waiting:
@@ -82,17 +90,10 @@ def _curate(
         pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
         threads = generation_threads(config.threads, num_params(engine.model.config))
         with pool, threads, SamplingProgress(f"curate {task.name}", quiet=config.quiet) as progress:
-            for batch in answer_problems(
-                engine,
-                tokenizer,
-                pool,
-                waiting,
-                params,
-                batch=config.batch_problems,
-                on_progress=progress.update,
-            ):
+            for batch in _answer(engine, tokenizer, pool, task.name, waiting, config, record, progress.update):
                 for answered in batch:
-                    record.add(task.name, answered, *select(answered, config), checkpoint)
+                    kept, dropped = select(answered, config, record.tally(task.name, answered.problem))
+                    record.add(task.name, answered, kept, dropped, checkpoint)
                 record.flush()
                 progress.note = f"kept {record.num_kept}"
     summary = record.summary(checkpoint, time.monotonic() - start)
@@ -101,14 +102,68 @@ def _curate(
     return summary
 
 
-def select(answered: Answered, config: CurateConfig) -> tuple[list[int], Counter[str]]:
-    """(samples to keep, in order; the first reason why each other one goes)."""
+def _answer(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    pool: VerifyPool,
+    task: str,
+    problems: Sequence[Problem],
+    config: CurateConfig,
+    record: "Record",
+    on_progress: Progress,
+) -> Iterator[list[Answered]]:
+    """The samples that problems lack, a batch of problems at a time; those that lack equally many go together."""
+    num_done, tokens_at_start = 0, engine.num_generated_tokens
+
+    def report(done: int, _total: int, _tokens: int) -> None:
+        on_progress(num_done + done, len(problems), engine.num_generated_tokens - tokens_at_start)
+
+    rounds: dict[int, list[Problem]] = {}
+    for problem in problems:
+        rounds.setdefault(record.tally(task, problem).samples, []).append(problem)
+    for first, some in rounds.items():
+        seed = config.seed + (first << 32)  # later samples of a problem are others than its first ones
+        params = SamplingParams.of(config, n=config.num_samples - first, seed=seed)
+        yield from answer_problems(
+            engine,
+            tokenizer,
+            pool,
+            some,
+            params,
+            thinking=config.thinking,
+            batch=config.batch_problems,
+            on_progress=report,
+        )
+        num_done += len(some)
+
+
+@dataclass
+class Tally:
+    """What is there of one problem."""
+
+    samples: int = 0
+    correct: int = 0
+    kept: int = 0
+    texts: set[bytes] = field(default_factory=set)
+    """Fingerprints of the completions that were kept."""
+
+    def lacks(self, config: CurateConfig) -> bool:
+        """Whether samples are to be drawn: there are fewer than asked for, and not yet all kept that may be."""
+        return self.samples < config.num_samples and self.kept < config.keep_per_problem
+
+
+def select(answered: Answered, config: CurateConfig, before: Tally | None = None) -> tuple[list[int], Counter[str]]:
+    """(samples to keep, in order; the first reason why each other one goes).
+
+    What is there `before` of the problem stays, and counts.
+    """
+    before = before or Tally()
     dropped: Counter[str] = Counter()
     good: list[int] = []
-    seen: set[str] = set()
+    seen = set(before.texts)
     for index, sample in enumerate(answered.samples):
         reason = _flaw(sample, config)
-        text = sample.completion.text.strip()
+        text = _fingerprint(answered.prompt.canonical(sample.completion.text))
         if reason is None and text in seen:
             reason = "duplicate"
         seen.add(text)
@@ -116,15 +171,21 @@ def select(answered: Answered, config: CurateConfig) -> tuple[list[int], Counter
             good.append(index)
         else:
             dropped[reason] += 1
-    solved = sum(sample.verdict.correct for sample in answered.samples) / len(answered.samples)
+    num_correct = before.correct + sum(sample.verdict.correct for sample in answered.samples)
+    solved = num_correct / (before.samples + len(answered.samples))
     if solved > config.max_solve_rate:
         return [], dropped + Counter({"too_easy": len(good)})
     if config.pick == "shortest":
         good.sort(key=lambda index: len(answered.samples[index].completion.token_ids))
     else:
-        random.Random(f"{config.seed}/{answered.problem.id}").shuffle(good)
-    kept = sorted(good[: config.keep_per_problem])
+        later = f"/{before.samples}" if before.samples else ""
+        random.Random(f"{config.seed}/{answered.problem.id}{later}").shuffle(good)
+    kept = sorted(good[: config.keep_per_problem - before.kept])
     return kept, dropped + Counter({"surplus": len(good) - len(kept)})
+
+
+def _fingerprint(completion: str) -> bytes:
+    return hashlib.blake2b(completion.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _flaw(sample: Sample, config: CurateConfig) -> str | None:
@@ -159,6 +220,7 @@ class Record:
         self.summary_path = self.path.with_suffix(".summary.json")
         self.settings = _decisive(config)
         self.finished: list[dict[str, Any]] = []
+        self._tallies: dict[tuple[str, str], Tally] = {}
         self._rows: list[dict[str, Any]] = []
         self._lines: list[dict[str, Any]] = []
         if not is_replaceable(self.path):
@@ -180,23 +242,22 @@ class Record:
         """Let others open the files."""
         self._lock.close()
 
-    @property
-    def done(self) -> set[tuple[str, str]]:
-        """(task, problem id) of the finished problems."""
-        return {(line["task"], line["problem_id"]) for line in self.finished}
+    def tally(self, task: str, problem: Problem) -> Tally:
+        """What is there of a problem, that which is not flushed left out."""
+        return self._tallies.get((task, problem.id)) or Tally()
 
     @property
     def num_kept(self) -> int:
         return sum(line["kept"] for line in self.finished)
 
     def add(self, task: str, answered: Answered, kept: list[int], dropped: Counter[str], checkpoint: str) -> None:
-        """Record one finished problem; on disk only after `flush`."""
-        problem = answered.problem
+        """Record one round of samples of a problem; on disk only after `flush`."""
+        problem, first = answered.problem, self.tally(task, answered.problem).samples
         for index in kept:
             sample = answered.samples[index]
             self._rows.append(
                 {
-                    "id": f"{problem.id}#{index}",
+                    "id": f"{problem.id}#{first + index}",
                     "task": task,
                     "problem_id": problem.id,
                     "messages": [{"role": m.role, "content": m.content} for m in problem.messages],
@@ -226,12 +287,20 @@ class Record:
             log.check_in_place(path, opened)
         _append(self.path, self._rows)
         _append(self.progress_path, self._lines)
-        self.finished += self._lines
+        self._count(self._lines)
         self._rows, self._lines = [], []
+
+    def _count(self, lines: Sequence[dict[str, Any]]) -> None:
+        self.finished += lines
+        for line in lines:
+            tally = self._tallies.setdefault((line["task"], line["problem_id"]), Tally())
+            tally.samples += line["samples"]
+            tally.correct += line["correct"]
+            tally.kept += line["kept"]
 
     def summary(self, checkpoint: str, seconds: float) -> dict[str, Any]:
         """Counts over all problems, those of earlier sessions included; `seconds` are this session's."""
-        lines = self.finished
+        lines, tallies = self.finished, self._tallies.values()
         statuses, dropped = Counter[str](), Counter[str]()
         for line in lines:
             statuses.update(line["statuses"])
@@ -239,13 +308,13 @@ class Record:
         samples, kept = sum(line["samples"] for line in lines), self.num_kept
         return {
             "checkpoint": checkpoint,
-            "problems": len(lines),
+            "problems": len(tallies),
             "samples": samples,
             "kept": kept,
             "kept_share": kept / samples if samples else 0.0,
             "kept_tokens_mean": sum(line["kept_tokens"] for line in lines) / kept if kept else None,
-            "problems_with_none": sum(line["kept"] == 0 for line in lines),
-            "problems_never_solved": sum(line["correct"] == 0 for line in lines),
+            "problems_with_none": sum(tally.kept == 0 for tally in tallies),
+            "problems_never_solved": sum(tally.correct == 0 for tally in tallies),
             "status_counts": dict(statuses),
             "dropped": dict(dropped),
             "settings": self.settings,
@@ -270,33 +339,50 @@ class Record:
     def _take_up(self) -> None:
         """Read what is finished; drop half-written lines and samples of unfinished problems from the files."""
         found = log.json_lines(self.progress_path)
-        whole = found[:1] + list(itertools.takewhile(lambda entry: _is_progress(entry[1]), found[1:]))
+        whole = list(itertools.takewhile(lambda entry: _is_progress(entry[1]), found))
         lines = [row for _, row in whole if row is not None]
-        before = lines[0].get("settings") if lines else None
-        if before is None:
+        if not lines or "settings" not in lines[0]:
             raise ValueError(f"{self.progress_path}: is no record of a curation; add --overwrite to start over")
+        before = [line["settings"] for line in lines if "settings" in line][-1]
         self._check_settings(before)
-        self.finished = lines[1:]
+        self._count([line for line in lines if "settings" not in line])
         if len(whole) < len(found):
             log.warn(f"{self.progress_path}: torn or damaged lines dropped: {len(found) - len(whole)}")
-        self._keep_samples_of(self.done)
+        self._keep_counted_samples()
         _shorten(self.progress_path, [line for line, _ in whole])
+        if before != self.settings:
+            _append(self.progress_path, [{"settings": self.settings}])
 
     def _check_settings(self, stored: dict[str, Any]) -> None:
         before = _decisive(from_dict(CurateConfig, stored, "settings"))  # what was no setting yet had its default
-        keys = sorted(before.keys() | self.settings.keys())
-        changed = [key for key in keys if before.get(key) != self.settings.get(key)]
+        now, tasks = dict(self.settings), before["tasks"]
+        now["task_options"] = {spec: options for spec, options in now["task_options"].items() if spec in tasks}
+        keys = (before.keys() | now.keys()) - {*GROWING, "tasks"}
+        changed = sorted(key for key in keys if before.get(key) != now.get(key))
         if changed:
             raise ValueError(
                 f"out = {str(self.path)!r}: holds a curation with another {', '.join(changed)}; "
                 "name another file, or add --overwrite to delete it"
             )
+        for key in ("tasks", *GROWING):
+            shrank = set(tasks) - set(now[key]) if key == "tasks" else now[key] < before[key]
+            if shrank:
+                raise ValueError(
+                    f"out = {str(self.path)!r}: holds a curation with {key} = {before[key]!r}, and now it is "
+                    f"{now[key]!r}; it may grow but not shrink: name another file, or add --overwrite to delete it"
+                )
 
-    def _keep_samples_of(self, done: set[tuple[str, str]]) -> None:
-        rows = [row for _, row in log.json_lines(self.path) if row is not None]
-        if any(not isinstance(row.get(name), str) for row in rows for name in ("task", "problem_id")):
-            raise self._foreign()
-        write_text(self.path, _json_lines([row for row in rows if (row["task"], row["problem_id"]) in done]))
+    def _keep_counted_samples(self) -> None:
+        """Drop samples from the file of which no line of progress knows: a kill came between the two."""
+        kept = []
+        for _, row in log.json_lines(self.path):
+            if row is not None and not _is_sample(row):
+                raise self._foreign()
+            tally = None if row is None else self._tallies.get((row["task"], row["problem_id"]))
+            if row is not None and tally is not None and int(row["id"].rpartition("#")[2]) < tally.samples:
+                tally.texts.add(_fingerprint(row["completion"]))
+                kept.append(row)
+        write_text(self.path, _json_lines(kept))
 
     def _foreign(self) -> ValueError:
         return ValueError(
@@ -305,8 +391,10 @@ class Record:
 
 
 def _is_progress(line: dict[str, Any] | None) -> bool:
-    """Whether a line of the progress file is whole: of one finished problem, with all that is counted."""
+    """Whether a line of the progress file is whole: settings, or a round of a problem with all that is counted."""
     match line:
+        case {"settings": dict()}:
+            return True
         case {
             "task": str(),
             "problem_id": str(),
@@ -318,6 +406,14 @@ def _is_progress(line: dict[str, Any] | None) -> bool:
             "dropped": dict() as dropped,
         }:
             return all(isinstance(count, int) for count in [*statuses.values(), *dropped.values()])
+    return False
+
+
+def _is_sample(row: dict[str, Any]) -> bool:
+    """Whether a row is of those that `Record.add` makes."""
+    match row:
+        case {"id": str() as name, "task": str(), "problem_id": str(), "completion": str()}:
+            return re.fullmatch(r"[0-9]{1,9}", name.rpartition("#")[2]) is not None
     return False
 
 

@@ -8,7 +8,8 @@ What counts as the answer, the first of these that is there:
 3. the whole text, if it is nothing but one number or one formula.
 4. the sentence behind the last "Final answer:", else the last sentence with a formula or a number: in it the last
    formula between dollars, \\(...\\) or \\[...\\] and those joined to it, else the last number with its sign, fraction,
-   exponent and thousands. A formula that only names something, like $n$ or $f(x)$, is passed over.
+   exponent and thousands, or the point, interval or set that it is in. A formula that only names something, like $n$
+   or $f(x)$, is passed over.
 
 A gold answer with a box or a formula in it is read in the same order. Comparison is exact for numbers and formulas; two
 tolerances for decimals are in `kogia.tasks.numerals`. An answer that cannot be read whole equals nothing.

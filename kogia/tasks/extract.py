@@ -41,6 +41,12 @@ _NUMBER = re.compile(
     re.VERBOSE | re.ASCII,
 )
 
+_GROUP = re.compile(
+    rf"(?<![\w\\])[(\[{{]\s?-?{_DECIMAL}(?:/\d+)?(?:\s?[,;]\s?-?{_DECIMAL}(?:/\d+)?)+\s?[)\]}}]", re.ASCII
+)
+"""A point, an interval or a set that is written without dollars."""
+_LEAD = re.compile(r"(?:so|thus|hence|then|therefore)\b[\s,:]*", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -139,6 +145,7 @@ def _whole(text: str) -> str | None:
     text = text.strip()
     if len(text) > _MAX_REST or _is_number(text):
         return text if len(text) <= _MAX_REST else None
+    text = text[lead.end() :] if (lead := _LEAD.match(text)) else text
     undelimited = _COMMAND_OR_RELATION.search(text) and not _is_prose(text) and "\n" not in text
     return text if undelimited and not _formulas(text) else None
 
@@ -167,7 +174,15 @@ def _last_value(text: str) -> str | None:
     sentence = max((end.end() for end in _SENTENCE_END.finditer(plain, 0, place)), default=0)
     if valued and valued[-1].start >= sentence:
         return _joined(text, [formula for formula in valued if formula.start >= sentence])
-    return _written(numbers[-1])
+    return _grouped(plain, numbers[-1]) or _written(numbers[-1])
+
+
+def _grouped(text: str, number: re.Match[str]) -> str | None:
+    """The brackets around a number, if they hold nothing but several numbers."""
+    last = next((group for group in _GROUP.finditer(text) if group.end() >= number.end()), None)
+    if last is None or last.start() > number.start() or _is_number(last[0][1:-1]):
+        return None
+    return last[0]
 
 
 def _written(number: re.Match[str]) -> str:

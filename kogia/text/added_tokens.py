@@ -1,4 +1,4 @@
-"""Tokens that only tokenizer_config.json names: added as transformers adds them, one id each."""
+"""Tokens that only tokenizer_config.json, or a file beside it, names: added as transformers adds them, one id each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,23 +6,36 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from kogia.text.files import ADDED_TOKENS_FILE
+
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
-def add_tokens(backend: Backend, config: Mapping[str, Any], names: Mapping[str, Any], roles: Mapping[str, str]) -> None:
+def add_tokens(
+    backend: Backend,
+    config: Mapping[str, Any],
+    names: Mapping[str, Any],
+    listed: Mapping[str, Any],
+    roles: Mapping[str, str],
+) -> None:
     """Adds what `backend` lacks: the table of the configuration by index, then `roles`, then the extra tokens.
 
-    `names` is special_tokens_map.json, which counts where the configuration has no such table. An id of the table is
-    only its place in the order: new tokens follow the vocabulary. Raises ValueError for what is no token.
+    `names` is special_tokens_map.json and `listed` added_tokens.json, which count where the configuration has no such
+    table. An id is only a place in the order: new tokens follow the vocabulary. Raises ValueError for what is no token.
     """
     table = _table(config)
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    special = dict.fromkeys([*roles.values(), *_extra(config if table else {**names, **config})])
+    if not table:
+        table = [
+            AddedToken(name, normalized=name not in special, special=name in special)
+            for name in _by_id(listed)
+            if name not in known
+        ]
     changed = [token for token in table if token != known.get(token.content)]
     taken = known.keys() | {token.content for token in changed}
-    extra = _extra(config if table else {**names, **config})
-    special = [AddedToken(name, special=True) for name in dict.fromkeys([*roles.values(), *extra]) if name not in taken]
-    backend.add_tokens([*changed, *special])
+    backend.add_tokens([*changed, *(AddedToken(name, special=True) for name in special if name not in taken)])
 
 
 def _table(config: Mapping[str, Any]) -> list[AddedToken]:
@@ -30,6 +43,14 @@ def _table(config: Mapping[str, Any]) -> list[AddedToken]:
     if not isinstance(table, dict) or not all(index.isascii() and index.isdigit() for index in table):
         raise ValueError(f"added_tokens_decoder={table!r:.80}: must be a table of tokens by id; correct the file")
     return [_token(table[index]) for index in sorted(table, key=int)]
+
+
+def _by_id(listed: Mapping[str, Any]) -> list[str]:
+    if not all(name and type(index) is int for name, index in listed.items()):
+        raise ValueError(
+            f"{ADDED_TOKENS_FILE}: {dict(listed)!r:.80}: must be a table of ids by token; correct the file"
+        )
+    return sorted(listed, key=lambda name: listed[name])
 
 
 def _token(entry: Any) -> AddedToken:

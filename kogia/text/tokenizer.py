@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 from kogia.files import as_json
 from kogia.text.added_tokens import add_tokens
 from kogia.text.files import (
+    ADDED_TOKENS_FILE,
     EXTRA_FILES,
     MAX_VOCABULARY_BYTES,
     SPECIAL_TOKENS_FILE,
@@ -99,7 +100,8 @@ class Tokenizer:
         self.eos_id = self.token_id(self.eos)
         self.eos_ids = tuple(dict.fromkeys((self.eos_id, *eos_ids)))
         """Every id that ends a text; the first is `eos_id`, the one that training writes."""
-        add_tokens(backend, config, names, self.special_tokens)
+        listed = parse_object(self.files.get(ADDED_TOKENS_FILE, "{}"), ADDED_TOKENS_FILE)
+        add_tokens(backend, config, names, listed, self.special_tokens)
         self._origin = origin
 
     @classmethod

@@ -61,6 +61,7 @@ def test_fields_that_say_nothing_are_named_in_one_warning(tmp_path, capsys, fiel
         ("use_mrope", True), ("final_logit_softcapping", 30.0), ("attention_chunk_size", 8192), ("logit_scale", 0.0625),
         ("partial_rotary_factor", 0.5), ("is_causal", False), ("compression_config", {"format": "pack-quantized"}),
         ("use_mrope", "false"), ("alibi", 1), ("query_pre_attn_scalar", 256), ("hidden_activation", "gelu"),
+        ("clip_qkv", 8.0), ("num_kv_shared_layers", 10), ("rope_interleaved", True),
     ],
 )  # fmt: skip
 def test_fields_that_change_the_computation_are_refused_by_name(kind, field, value):
@@ -72,6 +73,7 @@ def test_fields_that_change_the_computation_are_refused_by_name(kind, field, val
     "field, value",
     [
         ("use_mrope", False), ("final_logit_softcapping", None), ("logit_scale", 1.0), ("partial_rotary_factor", 1),
+        ("clip_qkv", None), ("num_kv_shared_layers", 0), ("rope_interleaved", False),
         ("is_causal", True), ("num_local_experts", 0), ("mrope_section", []), ("hidden_activation", "silu"),
         ("position_embedding_type", "rope"), ("sliding_window", None), ("index_topk", None),
     ],

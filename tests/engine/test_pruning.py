@@ -97,8 +97,9 @@ def reference(model: Transformer, ids: list[int], prune: PruneConfig, budgets: l
         x = model.model.embed_tokens.weight[token, None]
         for index, budget in enumerate(budgets):
             layer = model.model.layers[index]
-            x = x + attend(layer.self_attn, layer.input_layernorm(x), position, kept[index])
-            x = x + layer.mlp(layer.post_attention_layernorm(x), model.step(pack([[token]])))
+            attended = attend(layer.self_attn, layer.input_layernorm(x), position, kept[index])
+            x, normed = layer.post_attention_layernorm(x, attended)
+            x = x + layer.mlp(normed, model.step(pack([[token]])))
             if (position + 1) % prune.slack == 0:
                 kept[index] = prune_list(kept[index], budget, prune.recent)
         logits.append(model.logits(x))

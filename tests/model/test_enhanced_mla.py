@@ -96,8 +96,8 @@ def test_the_rank_of_a_query_follows_its_context():
         step = model.step(batch, latent_ranks=torch.tensor([rank]))
         attended.append(layer.self_attn(layer.input_layernorm(x), step))
     late = (batch.positions + 1 >= 11)[:, None]
-    h = x + torch.where(late, attended[1], attended[0])
-    logits = model.logits(h + layer.mlp(layer.post_attention_layernorm(h), step))
+    h, normed = layer.post_attention_layernorm(x, torch.where(late, attended[1], attended[0]))
+    logits = model.logits(h + layer.mlp(normed, step))
     np.testing.assert_allclose([value for _, value in tokens], model_logprobs(logits, tokens), atol=2e-5)
 
 

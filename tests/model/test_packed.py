@@ -1,6 +1,7 @@
 import pytest
 
-from kogia.model.packed import pack
+from kogia.model.packed import PackedTokens, pack
+from kogia.ops.segments import segments_of
 
 
 def test_sequences_are_laid_end_to_end_with_their_own_positions():
@@ -17,3 +18,10 @@ def test_sequences_are_laid_end_to_end_with_their_own_positions():
 def test_empty_sequences_are_refused(sequences):
     with pytest.raises(ValueError, match="every sequence needs at least one token"):
         pack(sequences)
+
+
+@pytest.mark.parametrize("lengths", [[3, 2], [3, 4], [6, 6]])
+def test_sequences_of_other_lengths_than_there_are_tokens_are_refused_at_construction(lengths):
+    batch = pack([[7, 8, 9], [4, 5, 6]])
+    with pytest.raises(ValueError, match=f"6 token ids, 6 positions, sequences of {sum(lengths)} tokens in all"):
+        PackedTokens(batch.token_ids, batch.positions, segments_of(lengths))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kogia.model.cache import StepCache, build_cache
-from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
+from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from kogia.model.packed import PackedTokens, pack
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer, build_model
@@ -31,6 +31,9 @@ VARIANTS = {
         SMALL, attention=GQAConfig(num_heads=3, num_kv_heads=1, head_dim=6), moe=replace(MOE, score="softmax")
     ),
 }
+TIED = replace(SMALL, attention=replace(MLA, indexer=IndexerConfig(num_heads=1, head_dim=6, topk=3)))
+"""Sparse, with one index head: about half of its scores are 0, so most selections cut between equal ones."""
+WITH_TIES = {**VARIANTS, "mla, sparse": TIED}
 
 
 def tiny(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -86,28 +89,29 @@ def run_in_steps(model: Transformer, sequences: list[list[int]], steps: list[dic
     return [torch.cat(parts) for parts in out]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", WITH_TIES)
 def test_packed_sequences_are_the_sequences_one_by_one(name):
-    model, sequences = tiny(VARIANTS[name]), ids(7, 1, 12, 5)
+    model, sequences = tiny(WITH_TIES[name]), ids(7, 1, 12, 5)
     with torch.no_grad():
         together = model(pack(sequences)).split([len(s) for s in sequences])
         for sequence, hidden in zip(sequences, together, strict=True):
             torch.testing.assert_close(hidden, model(pack([sequence])), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", WITH_TIES)
 def test_the_cached_form_is_the_expanded_form_under_chunks_decodes_and_mixed_steps(name):
-    model, sequences = tiny(VARIANTS[name]), ids(11, 6, 14)
+    model, sequences = tiny(WITH_TIES[name]), ids(11, 6, 14)
     steps = [{0: 11}, {1: 3, 2: 5}, {2: 1, 1: 1}, {1: 2, 2: 4}, {2: 1}, {2: 3}]
     with torch.no_grad():
         for hidden, sequence in zip(run_in_steps(model, sequences, steps), sequences, strict=True):
             torch.testing.assert_close(hidden, model(pack([sequence])), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("config", [SMALL, TIED], ids=["dense", "sparse"])
 @given(data=st.data())
 @settings(max_examples=15)
-def test_any_division_into_steps_gives_the_same_hidden_states(data):
-    model, sequences = tiny(), ids(9, 4, 7)
+def test_any_division_into_steps_gives_the_same_hidden_states(config, data):
+    model, sequences = tiny(config), ids(9, 4, 7)
     left, steps = [len(s) for s in sequences], []
     while any(left):
         alive = [s for s in range(3) if left[s]]

@@ -15,7 +15,7 @@ from kogia.ops.moe import (
     order_by_expert,
     select_experts,
     sequence_balance_loss,
-    swiglu,
+    silu_mul,
 )
 from kogia.ops.segments import segments_of
 
@@ -174,7 +174,7 @@ def expert_pass(x: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> list[T
     leaves = [t.clone().requires_grad_() for t in (x, gate_up, down)]
     order = order_by_expert(ids, gate_up.shape[0])
     rows = dispatch(leaves[0], ids.shape[1], order)
-    y = grouped_linear(swiglu(grouped_linear(rows, leaves[1], order.counts)), leaves[2], order.counts)
+    y = grouped_linear(silu_mul(*grouped_linear(rows, leaves[1], order.counts).chunk(2, -1)), leaves[2], order.counts)
     out = combine(y, torch.full(ids.shape, 0.5), order)
     return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
@@ -197,8 +197,8 @@ def test_poisoned_memory_never_shows_and_two_runs_are_bitwise_equal(width):
     assert runs[2][3][idle].eq(0).all()
 
 
-def test_swiglu_takes_the_gate_first():
-    got = swiglu(torch.tensor([[1.0, -2.0, 3.0, 5.0]]))
+def test_the_gate_comes_first_and_is_the_one_activated():
+    got = silu_mul(*torch.tensor([[1.0, -2.0, 3.0, 5.0]]).chunk(2, -1))
     torch.testing.assert_close(got, F.silu(torch.tensor([[1.0, -2.0]])) * torch.tensor([[3.0, 5.0]]))
 
 

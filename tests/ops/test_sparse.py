@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kogia.ops.attention import paged_attention, selected_keys, varlen_attention
 from kogia.ops.cache import LatentRow, LayerCache
 from kogia.ops.mass import attention_mass
 from kogia.ops.segments import segments_of
-from kogia.ops.sparse import IndexVectors, index_scores, indexer_loss, keep_topk
+from kogia.ops.sparse import IndexVectors, best_keys, index_scores, indexer_loss, keep_topk
 
 LENGTHS = [7, 1, 12, 30]
 HEADS, DIM = 5, 6
@@ -118,3 +120,99 @@ def test_selection_carries_no_gradient():
     index = some_index(12, 3)
     index.q.requires_grad_()
     assert not selected_keys(index, segments_of([12]).buckets[0]).requires_grad
+
+
+def best_by_loop(scores: list[float], allowed: list[bool], topk: int) -> set[int]:
+    """In float64, one key at a time: a better score, or an equal one at a later place, goes first."""
+    best: list[int] = []
+    for _ in range(topk):
+        left = [key for key in range(len(scores)) if allowed[key] and key not in best]
+        if left:
+            best.append(max(left, key=lambda key: (scores[key], key)))
+    return set(best)
+
+
+@given(
+    scores=st.lists(
+        st.sampled_from([-2.5, -1e-30, -0.0, 0.0, 0.0, 0.0, 1e-30, 1.5, math.inf]), min_size=1, max_size=70
+    ),
+    padding=st.integers(0, 70),
+    topk=st.integers(1, 80),
+    data=st.data(),
+)
+def test_of_equal_scores_the_later_keys_are_taken_whatever_stands_behind_them(scores, padding, topk, data):
+    allowed = data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
+    wide = torch.tensor([[*scores, *[math.inf] * padding]])
+    mask = torch.tensor([[*allowed, *[False] * padding]])
+    want = best_by_loop(scores, allowed, topk)
+    assert set(keep_topk(wide, mask, topk)[0].nonzero().flatten().tolist()) == want
+    chosen = best_keys(wide, mask, topk)[0]
+    assert len(chosen) == min(topk, len(scores) + padding)
+    assert set(chosen[mask[0][chosen]].tolist()) == want
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    heads=st.integers(1, 2),
+    topk=st.integers(1, 8),
+    size=st.integers(1, 5),
+    data=st.data(),
+)
+def test_few_index_heads_choose_the_same_keys_packed_alone_and_cached_in_any_chunks(lengths, heads, topk, size, data):
+    """Small whole numbers: products are exact, and most scores are equal."""
+    tokens, width = sum(lengths), 3
+    seed = data.draw(st.integers(0, 2**32))
+    generator = torch.Generator().manual_seed(seed)
+    iq, ik, weights = (
+        torch.randint(-2, 3, (tokens, *shape), generator=generator).float() for shape in ((heads, 2), (2,), (heads,))
+    )
+    index, row = IndexVectors(iq, ik, weights, topk), LatentRow(2, 1, 2)
+    q, k = torch.randn(tokens, 2, width, generator=generator), torch.randn(tokens, width, generator=generator)
+    packed = varlen_attention(
+        q, k[:, None].expand(-1, 2, -1), k[:, None, :2].expand(-1, 2, -1), segments_of(lengths), scale=0.5, index=index
+    )
+    ends = np.cumsum(lengths)
+    chunks = [cut_up(length, data) for length in lengths]
+    cached = in_chunks(q, torch.cat((k, ik), -1), index, lengths, chunks, row, size)
+    for start, end in zip(ends - lengths, ends, strict=True):
+        for query in range(start, end):
+            scores = [
+                sum(float(w) * max(float(a @ b), 0.0) for w, a in zip(weights[query].double(), iq[query].double()))
+                for b in ik[start : query + 1].double()
+            ]
+            rows = sorted(int(start) + key for key in best_by_loop(scores, [True] * len(scores), topk))
+            attended = (torch.einsum("hd,kd->hk", q[query], k[rows]) * 0.5).softmax(-1) @ k[rows, :2]
+            torch.testing.assert_close(packed[query], attended, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(cached[query], attended, atol=1e-5, rtol=1e-5)
+
+
+def cut_up(length: int, data: st.DataObject) -> list[int]:
+    """Chunk sizes that add up to `length`."""
+    sizes = []
+    while sum(sizes) < length:
+        sizes.append(data.draw(st.integers(1, length - sum(sizes))))
+    return sizes
+
+
+def in_chunks(q, rows, index, lengths, chunks, row, size):
+    """Attention over a paged cache: step i takes chunk i of every sequence that has one; blocks are scattered."""
+    blocks = -(-max(lengths) // size)
+    tables = torch.randperm(blocks * len(lengths), generator=torch.Generator().manual_seed(1)).view(
+        len(lengths), blocks
+    )
+    storage = torch.full((blocks * len(lengths) * size, rows.shape[1]), 1e30)  # what was never written is never chosen
+    starts, out = np.cumsum(lengths) - lengths, torch.empty(len(q), q.shape[1], row.latent)
+    for step in range(max(map(len, chunks))):
+        alive = [s for s in range(len(lengths)) if step < len(chunks[s])]
+        done = [sum(chunks[s][:step]) for s in alive]
+        spans = [range(first, first + chunks[s][step]) for s, first in zip(alive, done, strict=True)]
+        own = torch.tensor([int(starts[s]) + t for s, span in zip(alive, spans, strict=True) for t in span])
+        slots = [
+            int(tables[s, t // size]) * size + t % size for s, span in zip(alive, spans, strict=True) for t in span
+        ]
+        storage[slots] = rows[own]
+        contexts = np.array([span.stop for span in spans])
+        cache = LayerCache(storage, own, tables[alive], torch.from_numpy(contexts), contexts, size, row)
+        part = IndexVectors(index.q[own], index.k[own], index.weights[own], index.topk)
+        out[own] = paged_attention(q[own], cache, segments_of([len(span) for span in spans]), scale=0.5, index=part)
+    return out

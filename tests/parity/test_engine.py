@@ -40,7 +40,7 @@ CONFIGS = {
             qk_nope_head_dim=8,
             qk_rope_head_dim=8,
             v_head_dim=8,
-            indexer=IndexerConfig(num_heads=16, head_dim=16, topk=7),
+            indexer=IndexerConfig(num_heads=1, head_dim=16, topk=7),
         ),
         moe=MOE,
         num_mtp_layers=1,

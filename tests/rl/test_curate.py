@@ -17,7 +17,7 @@ from kogia.engine.engine import Engine
 from kogia.engine.request import Completion
 from kogia.eval.sample import Answered, Sample
 from kogia.rl.config import CurateConfig
-from kogia.rl.curate import Record, curate, main, select
+from kogia.rl.curate import Record, Tally, curate, main, select
 from kogia.tasks.task import Problem, Verdict
 from kogia.text.chat import Message, Prompt
 
@@ -330,3 +330,113 @@ def test_bad_settings_name_the_value_and_the_rule(field, value, message):
 def test_settings_survive_a_recipe():
     config = CurateConfig("m", task_options={"countdown": {"numbers": 4}}, max_completion_tokens=50)
     assert from_dict(CurateConfig, to_dict(config)) == config
+
+
+def test_a_curation_is_extended_and_keeps_what_is_there(checkpoint, tmp_path):
+    small = settings(checkpoint, tmp_path / "grown", num_problems=4, num_samples=4, keep_per_problem=1)
+    main(small)
+    before, _ = read(tmp_path / "grown")
+    large = replace(small, num_problems=7, num_samples=16, keep_per_problem=3)
+    main(large)
+    after, summary = read(tmp_path / "grown")
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
+    assert len({row["id"] for row in after}) == len(after) == summary["kept"]
+    assert len({(row["problem_id"], row["completion"].strip()) for row in after}) == len(after)
+    assert max(Counter(row["problem_id"] for row in after).values()) == 3
+    assert (summary["problems"], summary["samples"]) == (7, 7 * 16)
+    assert summary["kept"] + sum(summary["dropped"].values()) == sum(summary["status_counts"].values()) == 7 * 16
+    again = replace(large, out=str(tmp_path / "again" / "data" / "good.jsonl"), num_samples=4, keep_per_problem=99)
+    main(again)
+    first = {(row["problem_id"], row["completion"]) for row in read(tmp_path / "again")[0]}
+    later = [row for row in after if int(row["id"].partition("#")[2]) >= 4]
+    assert sum((row["problem_id"], row["completion"]) in first for row in later) < len(later) / 2
+    main(large)
+    assert read(tmp_path / "grown")[0] == after
+
+
+def test_problems_that_have_all_they_may_keep_are_not_sampled_again(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, num_problems=6, keep_per_problem=1)
+    main(config)
+    full = {row["problem_id"] for row in read(tmp_path)[0]}
+    main(replace(config, num_samples=12))
+    summary = read(tmp_path)[1]
+    assert summary["samples"] == 6 * 8 + (6 - len(full)) * 4
+
+
+def test_a_curation_killed_while_it_was_extended_continues_to_the_same_data(checkpoint, tmp_path):
+    small = settings(checkpoint, tmp_path, num_problems=5, num_samples=3)
+    main(small)
+    large = replace(small, num_samples=9, keep_per_problem=4)
+    main(large)
+    folder = tmp_path / "data"
+    samples, progress = ((folder / name).read_bytes() for name in ("good.jsonl", "good.progress.jsonl"))
+    first_rows = sorted(row["id"] for row in read(tmp_path)[0])
+    rounds = progress.split(b"\n")
+    assert [b'"settings"' in line for line in rounds[:-1]] == [True, *[False] * 5, True, *[False] * 5]
+    for num_lines in range(1, len(rounds)):
+        (folder / "good.jsonl").write_bytes(samples)
+        (folder / "good.progress.jsonl").write_bytes(b"\n".join(rounds[:num_lines]) + b'\n{"ta')
+        main(large)
+        if num_lines >= 7:  # after the settings of the extension
+            assert sorted(row["id"] for row in read(tmp_path)[0]) == first_rows
+        assert read(tmp_path)[1]["samples"] == 5 * 9
+
+
+def test_a_curation_is_extended_by_a_task(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, num_problems=3, task_options={SPEC: {"count": 5}})
+    main(config)
+    before, _ = read(tmp_path)
+    more = ("toy_task:Brief", SPEC)
+    main(replace(config, tasks=more, task_options={SPEC: {"count": 5}, "toy_task:Brief": {"prefix": "tell"}}))
+    after, summary = read(tmp_path)
+    assert after[: len(before)] == before
+    assert {row["task"] for row in after} == {"checksum", "brief"}
+    assert summary["problems"] == 6
+    with pytest.raises(ValueError, match="another task_options;"):
+        main(replace(config, tasks=more, task_options={SPEC: {"count": 6}}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_problems", 2, "num_problems = 3, and now it is 2; it may grow but not shrink"),
+        ("num_samples", 7, "num_samples = 8, and now it is 7"),
+        ("keep_per_problem", 1, "keep_per_problem = 2, and now it is 1"),
+        ("tasks", ("toy_task:Brief",), r"tasks = \['toy_task:Checksum'\], and now it is \['toy_task:Brief'\]"),
+        ("max_solve_rate", 0.5, "another max_solve_rate; name another file"),
+    ],
+)
+def test_a_curation_does_not_shrink_or_change(checkpoint, tmp_path, field, value, message):
+    config = settings(checkpoint, tmp_path, num_problems=3)
+    main(config)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    with pytest.raises(ValueError, match=message):
+        main(replace(config, **{field: value}))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+def test_what_was_drawn_before_counts_when_more_is_chosen_from():
+    config = CurateConfig("m", keep_per_problem=3, max_solve_rate=0.5)
+    answered = Answered(
+        PROBLEM, Prompt([5], opens_thought=True), [sample("a"), sample("b"), sample("c", correct=False)]
+    )
+    before = Tally(samples=5, correct=1, kept=1, texts=set())
+    assert select(answered, config, before)[0] == [0, 1]
+    assert select(answered, config, replace(before, kept=2))[0] in ([0], [1])
+    assert select(answered, config, replace(before, correct=3))[0] == []  # 5 of 8 are right
+    assert before.lacks(replace(config, num_samples=6))
+    assert not before.lacks(replace(config, num_samples=5))
+    assert not replace(before, kept=3).lacks(replace(config, num_samples=6))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_data_are_curated_with_and_without_thoughts(hybrid, tmp_path, thinking):
+    config = settings(hybrid, tmp_path, thinking=thinking, num_problems=4)
+    main(config)
+    rows, summary = read(tmp_path)
+    assert rows
+    assert summary["settings"]["thinking"] is thinking
+    assert all(row["completion"].startswith("</think>\n\n") is not thinking for row in rows)
+    with pytest.raises(ValueError, match="another thinking;"):
+        main(replace(config, thinking=not thinking))

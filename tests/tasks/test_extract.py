@@ -99,6 +99,12 @@ def test_then_the_last_formula_with_a_value(text, answer):
         ("at 3:15 PM, then", "3:15 PM"),
         ("plate AZYUK2A", None),
         ("between 10-15", "15"),
+        ("The answer is (3, 4).", "(3, 4)"),
+        ("x is in [-1.5, 3] then", "[-1.5, 3]"),
+        ("the set {1/2, 2, 3}", "{1/2, 2, 3}"),
+        ("all of (1,234) pounds", "1,234"),
+        ("as f(2, 3) shows", "3"),
+        ("it goes from (1, 2) by 7 steps", "7"),
     ],
 )
 def test_then_the_whole_last_number(text, answer):
@@ -110,6 +116,11 @@ def test_then_the_whole_last_number(text, answer):
 )
 def test_a_text_that_is_one_answer_is_taken_whole(text):
     assert extract_answer(text) == text
+
+
+@pytest.mark.parametrize("lead", ["so ", "Thus, ", "Hence: ", "therefore "])
+def test_a_word_before_an_answer_is_no_part_of_it(lead):
+    assert extract_answer(f"{lead}k = 45, n = 2") == "k = 45, n = 2"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +153,9 @@ def test_a_formula_in_a_text_is_seen(text, states):
         "#### a heading\n",
         "1/",
         "1^",
+        "(1, ",
+        "(1, 2), ",
+        "so ",
         "1e",
         "-",
         "3:",
@@ -156,4 +170,4 @@ def test_a_formula_in_a_text_is_seen(text, states):
 def test_every_scan_is_linear(part):
     started = time.process_time()
     extract_answer("1" + part * 20_000)
-    assert time.process_time() - started < 2.0
+    assert time.process_time() - started < 4.0  # 0.2 where nobody else works; what is not linear takes ten and more

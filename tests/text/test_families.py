@@ -396,6 +396,37 @@ def test_the_special_tokens_map_counts_where_the_configuration_has_no_table(tmp_
 
 
 @pytest.mark.parametrize(
+    ("listed", "changes"),
+    [
+        ({"<|new|>": 295, "<|two|>": 296}, {}),
+        ({"<|two|>": 295, "<|new|>": 296}, {"additional_special_tokens": ["<|new|>"]}),
+        ({"<think>": 7, "<|new|>": 500}, {}),
+        ({"<|new|>": 295}, {"added_tokens_decoder": {"296": token("<|two|>")}}),
+    ],
+)
+def test_the_list_of_added_tokens_counts_where_the_configuration_has_no_table(tmp_path, listed, changes):
+    transformers = pytest.importorskip("transformers")
+    write_qwen(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(listed))
+    path, text = tmp_path / "tokenizer_config.json", "The answer <|new|> to<|two|> <think>3<|im_end|> 漢"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode(text)
+    assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode(ids, skip_special=True) == theirs.decode(ids, skip_special_tokens=True)
+    ours.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").encode(text) == ids
+
+
+@pytest.mark.parametrize("listed", [{"<|new|>": "295"}, {"<|new|>": True}, {"": 295}])
+def test_a_list_of_added_tokens_that_is_none_is_named(tmp_path, listed):
+    write_qwen(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=r"added_tokens\.json: .*must be a table of ids by token"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"added_tokens_decoder": ["x"]}, r"added_tokens_decoder=\['x'\]: must be a table"),

@@ -1,0 +1,138 @@
+"""Decode steps as recorded graphs: one launch instead of hundreds, which is what small batches on a GPU wait for.
+
+A graph is recorded once for each size of batch and class of context, and reads its step from one buffer of fixed
+layout. Batches between two sizes are filled up with tokens of nobody: they write to the cache's spare block and what
+comes out is not looked at.
+What differs from request to request, the sampling, runs behind the graph. Weights are updated in place, so that a graph
+outlives them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kogia.model.cache import PagedCache
+from kogia.model.packed import PackedTokens
+from kogia.model.transformer import Transformer
+from kogia.ops.attention import cached_attention
+from kogia.ops.cache import LatentRow
+from kogia.ops.segments import Segments
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448)
+CONTEXTS = (2048, 16384, 131072)
+"""Longest contexts of the classes: each has its own width of block tables and its own split of the attention."""
+
+
+@dataclass(slots=True, eq=False)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    numbers: Tensor
+    """What the step reads: token ids, positions, slots and context lengths, [size] each, and block tables."""
+    segments: Segments
+    """Kept because the graph reads its tensor."""
+    logits: Float[Tensor, "size vocab"]
+
+
+class DecodeGraphs:
+    """Records and replays steps in which every sequence runs one token and samples the next."""
+
+    def __init__(self, model: Transformer, cache: PagedCache, newest: Tensor, most: int, longest: int) -> None:
+        """Of up to `most` sequences with contexts of up to `longest` tokens; `newest` is the runner's."""
+        self.model, self.cache, self.newest = model, cache, newest
+        self.sizes = [size for size in SIZES if size < most] + [most]
+        self.contexts = [length for length in CONTEXTS if length < longest] + [longest]
+        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._pool: Any = None
+        """Memory that all graphs share: one runs at a time."""
+
+    def record_all(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Record every kind of step, the largest first, whose memory the smaller ones share."""
+        kinds = [(size, context) for context in reversed(self.contexts) for size in reversed(self.sizes)]
+        for done, (size, context) in enumerate(kinds, 1):
+            self._at(size, -(-context // self.cache.block_size))
+            if on_progress is not None:
+                on_progress(done, len(kinds))
+
+    def layout(
+        self,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        contexts: NDArray[np.int64],
+        tables: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """The numbers of a step, as its graph reads them."""
+        count = len(token_ids)
+        size = next(size for size in self.sizes if size >= count)
+        longest = next(length for length in self.contexts if length >= contexts.max())
+        numbers = np.zeros((size, 4 + -(-longest // self.cache.block_size)), dtype=np.int64)
+        spare = self.cache.spare_slot
+        flat = numbers[:, :4].T
+        flat[2, count:], flat[3, count:] = spare, 1
+        flat[0, :count], flat[1, :count], flat[2, :count], flat[3, :count] = token_ids, positions, slots, contexts
+        numbers[count:, 4] = spare // self.cache.block_size
+        numbers[:count, 4 : 4 + tables.shape[1]] = tables
+        return numbers
+
+    def run(self, numbers: Tensor) -> Float[Tensor, "size vocab"]:
+        """Logits of the step that `layout` laid out. They are overwritten by the next run of this size."""
+        recorded = self._at(len(numbers), numbers.shape[1] - 4)
+        recorded.numbers.copy_(numbers)
+        recorded.graph.replay()
+        return recorded.logits
+
+    def _at(self, size: int, num_blocks: int) -> _Recorded:
+        kind = size, num_blocks
+        if kind not in self._recorded:
+            self._recorded[kind] = self._record(size, num_blocks)
+        return self._recorded[kind]
+
+    @torch.no_grad()
+    def _record(self, size: int, num_blocks: int) -> _Recorded:
+        device, spare = self.model.device, self.cache.spare_slot
+        numbers = torch.zeros(size, 4 + num_blocks, dtype=torch.int64, device=device)
+        numbers[:, 2], numbers[:, 3], numbers[:, 4] = spare, 1, spare // self.cache.block_size
+        lengths = np.ones(size, dtype=np.int64)
+        segments = Segments(torch.arange(size + 1, device=device), lengths)
+        contexts = np.full(size, num_blocks * self.cache.block_size)
+
+        def step() -> Tensor:
+            token_ids, positions, slots, lens = numbers[:, :4].T.contiguous().unbind()
+            known = torch.where(token_ids < 0, self.newest[(-1 - token_ids).clamp_min(0)], token_ids)
+            batch = PackedTokens(known, positions, segments)
+            view = self.cache.step(slots, numbers[:, 4:], lens, contexts)
+            return self.model.logits(self.model(batch, view))
+
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = step()
+        self._pool = graph.pool()
+        return _Recorded(graph, numbers, segments, logits)
+
+
+def why_not(model: Transformer, cache: PagedCache) -> str | None:
+    """Why steps of this model cannot be recorded, or None."""
+    if model.device.type != "cuda":
+        return "graphs are a GPU's"
+    row = cache.row
+    if not isinstance(row, LatentRow):
+        return "attention over keys and values of several heads has no kernel of its own yet"
+    heads = model.config.attention.num_heads
+    q = torch.empty(1, heads, row.latent + row.rope, dtype=model.dtype, device=model.device)
+    one = torch.ones(1, dtype=torch.int64, device=model.device)
+    view = cache.step(one, one[:, None], one, np.ones(1, dtype=np.int64)).layers[0]
+    segments = Segments(torch.arange(2, device=model.device), np.ones(1, dtype=np.int64))
+    refusals = cached_attention.refusals((q, view, segments), {"scale": 1.0})
+    reasons = [reason for reason in refusals.values() if reason is not None]
+    return reasons[0] if len(reasons) == len(refusals) else None

@@ -1,0 +1,171 @@
+"""Latent attention over the paged cache (absorbed MLA, DeepSeek-V2 section 2.1.2): one key head for all query heads.
+
+A program reads one part of one sequence's rows for a tile of its queries; a second launch merges the parts by their
+log-sums. Rows are read once: the first `latent` numbers are keys and values at once. (Turning the products round, with
+the keys as the M side of the tensor cores, was slower in Triton at every shape that was tried.)
+"""
+
+# Inside kernels, types are Triton's:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kogia.ops.cache import LatentRow, LayerCache
+from kogia.ops.segments import Segments
+from kogia.ops.sparse import IndexVectors
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, let_next_start, odd_width, refusal, wait_for_inputs
+
+MOST_QUERIES = 4
+"""Query tokens of one sequence: what a step with drafts verifies. More are a prefill."""
+
+
+@kernel
+def _parts(
+    q, rows, tables, context_lens, cu_seqlens, part, part_lse, scale, table_width, PARTS,
+    ROW: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, QUERIES: tl.constexpr,
+    TILE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Softmax numerators of one part: part[token, head, p] = sum_j p_j c_j / sum_j p_j, and its log2-sum."""
+    let_next_start(PDL)
+    seq, p, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    wait_for_inputs(PDL)
+    length = tl.load(context_lens + seq).to(tl.int32)
+    first = tl.load(cu_seqlens + seq)
+    chunk = tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK
+    start = p * chunk
+    stop = tl.minimum(start + chunk, length)
+    m = tile * TILE + tl.arange(0, TILE)  # rows of [queries, heads]
+    token, head = m // HEADS, m % HEADS
+    real = m < QUERIES * HEADS
+    lse_at = part_lse + ((first + token) * HEADS + head) * PARTS + p
+    if (start >= stop) & (PARTS > 1):
+        tl.store(lse_at, tl.full((TILE,), float("-inf"), tl.float32), real)
+        return
+    last = length - QUERIES + token  # the position of each query
+    q_at = q + ((first + token) * HEADS + head) * (LATENT + ROPE)
+    lat, rot = tl.arange(0, LATENT), tl.arange(0, ROPE)
+    q_lat = tl.load(q_at[:, None] + lat[None, :], real[:, None], 0.0)
+    q_rot = tl.load(q_at[:, None] + LATENT + rot[None, :], real[:, None], 0.0)
+    acc = tl.zeros((TILE, LATENT), tl.float32)
+    best = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    for j in range(start, stop, BLOCK):
+        pos = j + tl.arange(0, BLOCK)
+        there = pos < stop
+        page = tl.load(tables + seq.to(tl.int64) * table_width + pos // PAGE, there, 0)
+        row = rows + (page.to(tl.int64) * PAGE + pos % PAGE) * ROW
+        kv = tl.load(row[:, None] + lat[None, :], there[:, None], 0.0)
+        kr = tl.load(row[:, None] + LATENT + rot[None, :], there[:, None], 0.0)
+        s = tl.dot(q_lat, tl.trans(kv))
+        s = tl.dot(q_rot, tl.trans(kr), s) * scale
+        s = tl.where(there[None, :] & (pos[None, :] <= last[:, None]), s, float("-inf"))
+        new = tl.maximum(best, tl.max(s, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        w = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(best - safe)
+        total = total * shrink + tl.sum(w, 1)
+        acc = tl.dot(w.to(kv.dtype), kv, acc * shrink[:, None])
+        best = new
+    tl.store(lse_at, best + tl.log2(total), real)  # -inf where nothing was visible
+    inverse = 1.0 / tl.where(total > 0, total, 1.0)
+    at = part + (((first + token) * HEADS + head) * PARTS + p) * LATENT
+    tl.store(at[:, None] + lat[None, :], (acc * inverse[:, None]).to(part.dtype.element_ty), real[:, None])
+
+
+@kernel
+def _merge(
+    part, part_lse, out, PARTS,
+    LATENT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[row] = the parts' mean, weighted by their sums; a row is one head of one token."""
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    p, lat = tl.arange(0, PADDED), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    lse = tl.load(part_lse + row * PARTS + p, p < PARTS, float("-inf"))
+    top = tl.max(lse, 0)
+    total = tl.sum(tl.exp2(lse - top), 0)
+    used = tl.max(tl.where(lse > float("-inf"), p + 1, 0), 0)  # what is behind saw nothing, and was not written
+    mixed = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, used, AT_ONCE):
+        i = first + tl.arange(0, AT_ONCE)
+        weight = tl.exp2(tl.load(part_lse + row * PARTS + i, i < used, float("-inf")) - top) / total
+        at = part + (row * PARTS + i[:, None]) * LATENT + lat[None, :]
+        mixed += tl.sum(tl.load(at, (weight > 0)[:, None], 0.0) * weight[:, None], 0)
+    tl.store(out + row * LATENT + lat, mixed.to(out.dtype.element_ty))
+
+
+def num_parts(programs: int, longest: int, block: int) -> int:
+    """Parts per sequence that fill the chip about twice, and the shortest of two blocks."""
+    return max(1, min(_PROGRAMS // programs, -(-longest // (2 * block)), _MOST_PARTS))
+
+
+_PROGRAMS = 264
+"""Two on each of a Hopper chip's multiprocessors."""
+_MOST_PARTS = 256
+
+
+def cached_attention(
+    q: Tensor, cache: LayerCache, segments: Segments, *, scale: float, index: IndexVectors | None = None
+) -> Tensor:
+    """Two launches: the parts, and their merging."""
+    part, lse = attention_parts(q, cache, segments, scale)
+    tokens, heads, parts, latent = part.shape
+    if parts == 1:
+        return part[:, :, 0]
+    out = torch.empty(tokens, heads, latent, dtype=q.dtype, device=q.device)
+    merge_parts(part, lse, out)
+    return out
+
+
+def merge_parts(part: Tensor, lse: Tensor, out: Tensor) -> None:
+    tokens, heads, parts, latent = part.shape
+    block = latent if tokens * heads > 512 else min(latent, 64)
+    _merge[(tokens * heads, latent // block)](
+        part, lse, out, parts, LATENT=latent, PADDED=triton.next_power_of_2(parts), BLOCK=block,
+        AT_ONCE=min(64, triton.next_power_of_2(parts)), PDL=PDL, num_warps=4, **LAUNCH,
+    )  # fmt: skip
+
+
+def attention_parts(
+    q: Tensor, cache: LayerCache, segments: Segments, scale: float, parts: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """([tokens, heads, parts, latent] normalised mixtures, [tokens, heads, parts] log2-sums)."""
+    row = cache.row
+    assert isinstance(row, LatentRow)
+    tokens, heads, _ = q.shape
+    queries = segments.longest
+    tile = min(64, max(16, triton.next_power_of_2(queries * heads)))
+    block, warps = (32, 4) if tile <= 32 else (64, 8)
+    tiles = -(-queries * heads // tile)
+    parts = parts or num_parts(segments.num_seqs * tiles, int(cache.contexts.max()), block)
+    kept = q.dtype if parts == 1 else torch.float32
+    part = torch.empty(tokens, heads, parts, row.latent, dtype=kept, device=q.device)
+    lse = torch.empty(tokens, heads, parts, dtype=torch.float32, device=q.device)
+    _parts[(segments.num_seqs, parts, tiles)](
+        q, cache.rows, cache.block_tables, cache.context_lens, segments.cu_seqlens, part, lse,
+        scale * _LOG2_E, cache.block_tables.stride(0), parts,
+        ROW=cache.rows.stride(0), HEADS=heads, LATENT=row.latent, ROPE=row.rope, QUERIES=queries, TILE=tile,
+        PAGE=cache.block_size, BLOCK=block, PDL=PDL, num_warps=warps, num_stages=3, **LAUNCH,
+    )  # fmt: skip
+    return part, lse
+
+
+_LOG2_E = 1.4426950408889634
+
+
+def cached_attention_supports(
+    q: Tensor, cache: LayerCache, segments: Segments, *, scale: float, index: IndexVectors | None = None
+) -> str | None:
+    row = cache.row
+    if not isinstance(row, LatentRow) or row.fp8 or index is not None or row.index:
+        return "it attends to dense latent rows, without an indexer"
+    if segments.longest > MOST_QUERIES or segments.num_tokens != segments.num_seqs * segments.longest:
+        return f"it takes the same number of queries of every sequence, at most {MOST_QUERIES}"
+    if row.latent > 512:
+        return f"latents of {row.latent} numbers do not fit into a multiprocessor; it takes 512 at most"
+    return odd_width(16, latent=row.latent, rope=row.rope) or refusal(q, cache.rows)

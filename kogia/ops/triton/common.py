@@ -1,0 +1,84 @@
+"""What the kernels' wrappers share."""
+
+# Inside kernels, types are Triton's:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run as Python on the CPU: for tests, in float32, because the interpreter's products of halves are wrong."""
+DTYPES = (torch.float32,) if INTERPRETED else (torch.bfloat16, torch.float16)
+PDL = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+"""Programmatic dependent launch, on Hopper and later: a kernel may be put on the device while the one before it ends,
+and waits there for its inputs. In a graph of hundreds of short kernels that is a tenth of the time."""
+LAUNCH = {"launch_pdl": True} if PDL else {}
+"""Options of every launch. A kernel that is launched so must call `wait_for_inputs`."""
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit` of the function itself, where a test run has wrapped it for checking types."""
+    return triton.jit(inspect.unwrap(function))
+
+
+@kernel
+def let_next_start(PDL: tl.constexpr):
+    """The next kernel may be put on the device as soon as there is room."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@kernel
+def wait_for_inputs(PDL: tl.constexpr):
+    """Until the kernel before this one is done. Before it only weights may be read, and nothing written."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+def refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+    """Why a kernel cannot take these tensors, or None: one dtype of `dtypes`, contiguous, not empty, no gradients."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            return f"it takes contiguous tensors, not strides {tensor.stride()} of shape {tuple(tensor.shape)}"
+    return rows_refusal(*tensors, dtypes=dtypes)
+
+
+def rows_refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+    """The same for tensors of which only the last axis must lie side by side."""
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.dtype != first.dtype or tensor.dtype not in dtypes:
+            return f"it takes tensors of one of {dtypes}, not {tensor.dtype} beside {first.dtype}"
+        if tensor.stride(-1) != 1 or not tensor.numel():
+            return f"it takes rows of numbers side by side, not {tuple(tensor.shape)} with strides {tensor.stride()}"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "it has no backward"
+    return None
+
+
+def odd_width(least: int, **widths: int) -> str | None:
+    """Why these widths will not do: a kernel has them as whole tiles."""
+    for name, width in widths.items():
+        if width & (width - 1) or width < least:
+            return f"it takes widths that are powers of two from {least}; {name} has {width}"
+    return None
+
+
+def counters(device: torch.device, size: int) -> Tensor:
+    """int32 zeros that stay where they are, at least `size`. Who uses one leaves it at zero; one stream at a time."""
+    assert size <= _MOST_COUNTERS, f"{size} counters: there are {_MOST_COUNTERS}"
+    if device not in _COUNTERS:
+        _COUNTERS[device] = torch.zeros(_MOST_COUNTERS, dtype=torch.int32, device=device)
+    return _COUNTERS[device]
+
+
+_MOST_COUNTERS = 1 << 16
+_COUNTERS: dict[torch.device, Tensor] = {}

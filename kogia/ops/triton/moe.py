@@ -1,0 +1,463 @@
+"""The mixture of experts for few tokens: weights are read once, tokens are indexed where they lie.
+
+    route      scores in float32, bias, groups, top-k and gates: the last tile of a block of tokens to arrive chooses
+    order      copies of tokens by expert, in blocks of rows that share one expert's weights
+    gate_up    rows of a block times the gate and up matrices of its expert, and silu(gate) * up of the two
+    down       that times the expert's down matrix
+    sum        the weighted sum over a token's copies, on top of the residual stream
+
+Shared experts ride along as further experts that every token has chosen with weight 1. For many tokens the products
+are bound by arithmetic, and PyTorch's grouped_mm (kogia.ops.aten) is as fast: this backend leaves them to it.
+"""
+
+# Inside kernels, types are Triton's:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kogia.ops.moe import Routed
+from kogia.ops.packed import Packed
+from kogia.ops.triton.common import (
+    LAUNCH,
+    PDL,
+    counters,
+    kernel,
+    let_next_start,
+    refusal,
+    rows_refusal,
+    wait_for_inputs,
+)
+
+MOST_TOKENS = 512
+"""From here on the sorted products of kogia.ops.aten are faster."""
+_SINGLE = 1 << 24
+"""Up to so many numbers of router weights are read again for each token."""
+PAIRWISE = 2
+"""Up to here a block of rows is one copy of one token, and nothing is sorted: experts are hardly ever shared."""
+
+
+@kernel
+def _route(
+    x, gate, bias, scores, ids, weights, arrived, tokens, scale, dim,
+    E: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr,
+    BIASED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    tb, eb = tl.program_id(0), tl.program_id(1)
+    t = tb * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = eb * BLOCK_E + tl.arange(0, BLOCK_E)
+    there, known = t < tokens, e < E
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for start in range(0, dim, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < dim
+        if DOT:
+            a = tl.load(x + t[:, None].to(tl.int64) * dim + k[None, :], there[:, None] & inside[None, :], 0.0)
+            w = tl.load(gate + e[None, :] * dim + k[:, None], known[None, :] & inside[:, None], 0.0)
+            acc = tl.dot(a, w, acc)
+        else:  # one token
+            a = tl.load(x + tb.to(tl.int64) * dim + k, inside, 0.0).to(tl.float32)
+            w = tl.load(gate + e[:, None] * dim + k[None, :], known[:, None] & inside[None, :], 0.0).to(tl.float32)
+            acc += tl.sum(w * a[None, :], 1)[None, :]
+    at = scores + t[:, None].to(tl.int64) * E + e[None, :]
+    tl.store(at, acc, there[:, None] & known[None, :])
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + tb, 1, sem="acq_rel") != tl.num_programs(1) - 1:
+        return
+    tl.store(arrived + tb, 0)
+    a = tl.arange(0, PADDED)
+    real = a < E
+    at = scores + t[:, None].to(tl.int64) * E + a[None, :]
+    inside = there[:, None] & real[None, :]
+    logit = tl.load(at, inside, float("-inf"), cache_modifier=".cg")
+    if SIGMOID:
+        s = 1.0 / (1.0 + tl.exp(-logit))
+    else:
+        s = tl.exp(logit - tl.max(logit, 1)[:, None])
+        s = s / tl.sum(s, 1)[:, None]
+    tl.store(at, s, inside)
+    choice = s
+    if BIASED:
+        choice = choice + tl.load(bias + a, real, 0.0)[None, :]
+    choice = tl.where(real[None, :], choice, float("-inf"))
+    if GROUPS > 1:
+        group = a // (E // GROUPS)
+        g = tl.arange(0, GROUPS)
+        member = (group[:, None] == g[None, :]) & real[:, None]
+        spread = tl.where(member[None, :, :], choice[:, :, None], float("-inf"))  # [tokens, experts, groups]
+        best = tl.max(spread, 1)
+        value = best
+        if BIASED:
+            where = tl.argmax(spread, 1)
+            others = tl.where(a[None, :, None] == where[:, None, :], float("-inf"), spread)
+            second = tl.max(others, 1)
+            value = best + tl.where(second == float("-inf"), 0.0, second)
+        closed = tl.full((BLOCK_T, PADDED), 1, tl.int32)
+        for _ in tl.static_range(KEPT):
+            chosen = tl.argmax(value, 1)
+            closed = tl.where(group[None, :] == chosen[:, None], 0, closed)
+            value = tl.where(g[None, :] == chosen[:, None], float("-inf"), value)
+        choice = tl.where(closed == 1, float("-inf"), choice)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    for i in tl.static_range(K):
+        chosen = tl.argmax(choice, 1)
+        mine = a[None, :] == chosen[:, None]
+        weight = tl.sum(tl.where(mine, s, 0.0), 1)
+        total += weight
+        tl.store(ids + t.to(tl.int64) * K + i, chosen.to(tl.int64), there)
+        tl.store(weights + t.to(tl.int64) * K + i, weight, there)
+        choice = tl.where(mine, float("-inf"), choice)
+    factor = tl.zeros((BLOCK_T,), tl.float32) + scale
+    if NORMALIZE:
+        factor = factor / (total + 1e-20)
+    for i in tl.static_range(K):
+        at_weight = weights + t.to(tl.int64) * K + i
+        tl.store(at_weight, tl.load(at_weight, there, 0.0) * factor, there)
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    score: str,
+    topk: int,
+    num_groups: int,
+    topk_groups: int,
+    normalize: bool,
+    scale: float,
+    given: Tensor | None = None,
+    may_be_nobody: bool = False,
+) -> Routed:
+    """One launch. Of equally good experts the lower number is chosen."""
+    tokens, experts = x.shape[0], weight.shape[0]
+    scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    ids = torch.empty(tokens, topk, dtype=torch.int64, device=x.device)
+    weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
+    single = tokens * weight.numel() <= _SINGLE  # a program a token and a few experts, else tiles of 16 tokens
+    block_t, block_e, block_k, warps = (1, 1 if tokens <= 8 else 4, 2048, 1) if single else (16, 16, 256, 4)
+    blocks = triton.cdiv(tokens, block_t)
+    _route[(blocks, triton.cdiv(experts, block_e))](
+        x, weight, bias if bias is not None else scores, scores, ids, weights, counters(x.device, blocks), tokens,
+        scale, x.shape[1], E=experts, K=topk, GROUPS=num_groups, KEPT=topk_groups, SIGMOID=score == "sigmoid",
+        BIASED=bias is not None, NORMALIZE=normalize, BLOCK_T=block_t, BLOCK_E=block_e,
+        BLOCK_K=min(block_k, triton.next_power_of_2(x.shape[1])),
+        PADDED=triton.next_power_of_2(experts), DOT=block_t > 1, PDL=PDL, num_warps=warps, **LAUNCH,
+    )  # fmt: skip
+    return Routed(ids, weights, scores)
+
+
+def route_supports(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    score: str,
+    topk: int,
+    num_groups: int,
+    topk_groups: int,
+    normalize: bool,
+    scale: float,
+    given: Tensor | None = None,
+    may_be_nobody: bool = False,
+) -> str | None:
+    if given is not None:
+        return "it chooses; given experts are for the reference"
+    if num_groups & (num_groups - 1):
+        return f"it takes a power of two of groups, not {num_groups}"
+    return refusal(x, weight)
+
+
+@kernel
+def _order(
+    ids, rows, block_expert, num_blocks, pairs,
+    K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, PADDED: tl.constexpr,
+    EXPERTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program e finds the copies of expert e. A copy is token * (K + SHARED) + choice; -1 fills a block up."""
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    e = tl.program_id(0)
+    p = tl.arange(0, PADDED)
+    token, choice = p // (K + SHARED), p % (K + SHARED)
+    chosen = tl.load(ids + token * K + choice, (p < pairs) & (choice < K), -1).to(tl.int32)
+    chosen = tl.where((p < pairs) & (choice >= K), E + choice - K, chosen)
+    chosen = tl.where(chosen < 0, EXPERTS, chosen)
+    counts = tl.histogram(chosen, 2 * EXPERTS)
+    all_experts = tl.arange(0, 2 * EXPERTS)
+    blocks = tl.where(all_experts < EXPERTS, (counts + BLOCK_M - 1) // BLOCK_M, 0)
+    first = tl.sum(tl.where(all_experts < e, blocks, 0), 0)
+    own = tl.sum(tl.where(all_experts == e, blocks, 0), 0)
+    if e == 0:
+        tl.store(num_blocks, tl.sum(blocks, 0))
+    mine = chosen == e
+    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+    tl.store(rows + first * BLOCK_M + rank, p, mine)
+    count = tl.sum(mine.to(tl.int32), 0)
+    fill = tl.arange(0, BLOCK_M)
+    tl.store(rows + first * BLOCK_M + count + fill, tl.full((BLOCK_M,), -1, tl.int32), count + fill < own * BLOCK_M)
+    for i in range(own):
+        tl.store(block_expert + first + i, e)
+
+
+@kernel
+def _expert_of(ids, copy, K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr):
+    """The expert of a copy, which is token * (K + SHARED) + choice; -1 is nobody."""
+    choice = copy % (K + SHARED)
+    expert = E + choice - K
+    if choice < K:
+        expert = tl.load(ids + (copy // (K + SHARED)).to(tl.int64) * K + choice).to(tl.int32)
+    return expert
+
+
+@kernel
+def _gate_up(
+    x, ids, rows, block_expert, num_blocks, gate_up, shared_gate, shared_up, hidden, dim, width,
+    K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """hidden[copy] = silu(gate) * up of its expert."""
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    block = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.arange(0, BLOCK_M)
+    if PAIRS:  # the block is one copy
+        copy = tl.where(slot == 0, block, -1)
+        expert = _expert_of(ids, block, K, E, SHARED)
+        if expert < 0:
+            return
+    else:
+        if block >= tl.load(num_blocks):
+            return
+        expert = tl.load(block_expert + block)
+        copy = tl.load(rows + block * BLOCK_M + slot)
+    token = (copy // (K + SHARED)).to(tl.int64)
+    size = width.to(tl.int64) * dim
+    gate = gate_up + expert.to(tl.int64) * 2 * size
+    up = gate + size
+    if expert >= E:
+        gate = shared_gate + (expert - E).to(tl.int64) * size
+        up = shared_up + (expert - E).to(tl.int64) * size
+    inside = n < width
+    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, dim, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + token[:, None] * dim + k[None, :], (copy >= 0)[:, None] & (k < dim)[None, :], 0.0)
+        at, mask = n[None, :] * dim + k[:, None], inside[None, :] & (k < dim)[:, None]
+        g = tl.dot(a, tl.load(gate + at, mask, 0.0), g)
+        u = tl.dot(a, tl.load(up + at, mask, 0.0), u)
+    g = g.to(hidden.dtype.element_ty).to(tl.float32)
+    value = (g / (1.0 + tl.exp(-g))).to(hidden.dtype.element_ty) * u.to(hidden.dtype.element_ty)
+    to = hidden + copy[:, None].to(tl.int64) * width + n[None, :]
+    tl.store(to, value, (copy >= 0)[:, None] & inside[None, :])
+
+
+@kernel
+def _down(
+    hidden, ids, rows, block_expert, num_blocks, down, shared_down, y, dim, width, shared_row,
+    K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[copy] = down(hidden[copy]), not yet weighted."""
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    block = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.arange(0, BLOCK_M)
+    if PAIRS:
+        copy = tl.where(slot == 0, block, -1)
+        expert = _expert_of(ids, block, K, E, SHARED)
+        if expert < 0:
+            return
+    else:
+        if block >= tl.load(num_blocks):
+            return
+        expert = tl.load(block_expert + block)
+        copy = tl.load(rows + block * BLOCK_M + slot)
+    row_width = width
+    matrix = down + expert.to(tl.int64) * dim * width
+    if expert >= E:
+        row_width = shared_row
+        matrix = shared_down + (expert - E) * width
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    inside = n < dim
+    for start in range(0, width, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        at = copy[:, None].to(tl.int64) * width + k[None, :]
+        h = tl.load(hidden + at, (copy >= 0)[:, None] & (k < width)[None, :], 0.0)
+        w = tl.load(matrix + n[None, :] * row_width + k[:, None], inside[None, :] & (k < width)[:, None], 0.0)
+        acc = tl.dot(h, w, acc)
+    to = y + copy[:, None].to(tl.int64) * dim + n[None, :]
+    tl.store(to, acc.to(y.dtype.element_ty), (copy >= 0)[:, None] & inside[None, :])
+
+
+@kernel
+def _sum(
+    y, ids, weights, residual, out, dim,
+    K: tl.constexpr, SHARED: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < dim
+    total = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(K + SHARED):
+        value = tl.load(y + (token * (K + SHARED) + choice) * dim + n, inside, 0.0).to(tl.float32)
+        if choice < K:
+            weight = tl.load(weights + token * K + choice)
+            is_somebody = tl.load(ids + token * K + choice) >= 0  # a row of nobody was not written
+            value = tl.where(is_somebody, weight * value, 0.0)
+        total += value
+    if ADD:
+        total += tl.load(residual + token * dim + n, inside, 0.0).to(tl.float32)
+    tl.store(out + token * dim + n, total.to(out.dtype.element_ty), inside)
+
+
+def mix_experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | Packed,
+    down: Tensor | Packed,
+    *,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Four launches; for a few tokens three."""
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    tokens, dim = x.shape
+    topk, (experts, _, width, _) = expert_ids.shape[1], gate_up.shape
+    num_shared = 0 if shared is None else shared[0].shape[0] // width
+    pairs, total = tokens * (topk + num_shared), experts + num_shared
+    sg, su, sd = (gate_up, gate_up, down) if shared is None else shared
+    hidden = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    add, other = residual is not None, x if residual is None else residual
+    out = torch.empty_like(x)
+    pairwise = tokens <= PAIRWISE
+    mean = pairs / total
+    bm = 16 if mean <= 16 else 32 if mean <= 32 else 64
+    tiles = {"BLOCK_M": bm, "BLOCK_N": 64, "BLOCK_K": 128, "PDL": PDL, "num_warps": 4, "num_stages": 3, **LAUNCH}
+    most = pairs if pairwise else min(total, pairs) + pairs // bm
+    rows = block_expert = num_blocks = expert_ids
+    if not pairwise:
+        rows = torch.empty(most * bm, dtype=torch.int32, device=x.device)
+        block_expert = torch.empty(most + 1, dtype=torch.int32, device=x.device)
+        num_blocks = block_expert[most:]
+        _order[(total,)](
+            expert_ids, rows, block_expert, num_blocks, pairs, K=topk, E=experts, SHARED=num_shared, BLOCK_M=bm,
+            PADDED=triton.next_power_of_2(pairs), EXPERTS=triton.next_power_of_2(total),
+            PDL=PDL, num_warps=4 if pairs <= 1024 else 8, **LAUNCH,
+        )  # fmt: skip
+    _gate_up[(triton.cdiv(width, 64), most)](
+        x, expert_ids, rows, block_expert, num_blocks, gate_up, sg, su, hidden, dim, width,
+        K=topk, E=experts, SHARED=num_shared, PAIRS=pairwise, **tiles,
+    )  # fmt: skip
+    y = torch.empty(pairs, dim, dtype=x.dtype, device=x.device)
+    _down[(triton.cdiv(dim, 64), most)](
+        hidden, expert_ids, rows, block_expert, num_blocks, down, sd, y, dim, width, sd.stride(-2),
+        K=topk, E=experts, SHARED=num_shared, PAIRS=pairwise, **tiles,
+    )  # fmt: skip
+    _sum[(tokens, triton.cdiv(dim, 1024))](
+        y, expert_ids, weights, other, out, dim, K=topk, SHARED=num_shared, ADD=add, BLOCK=1024, PDL=PDL,
+        num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def mix_experts_supports(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | Packed,
+    down: Tensor | Packed,
+    *,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> str | None:
+    if isinstance(gate_up, Packed) or isinstance(down, Packed):
+        return "it takes dense weights"
+    if x.shape[0] > MOST_TOKENS:
+        return f"it is made for at most {MOST_TOKENS} tokens; grouped_mm is as fast with more"
+    rest = () if shared is None else shared
+    if any(isinstance(each, Packed) for each in rest):
+        return "it takes dense weights"
+    if rest and rest[0].shape[0] % gate_up.shape[2]:
+        return f"shared experts {rest[0].shape[0]} wide are no whole number of experts of {gate_up.shape[2]}"
+    return refusal(x, gate_up, down, *rest) or refusal(expert_ids, dtypes=(torch.int64,))
+
+
+@kernel
+def _silu_mul(gate, up, out, width, gate_row, up_row, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < width
+    g = tl.load(gate + row * gate_row + n, inside, 0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + n, inside, 0.0)
+    tl.store(out + row * width + n, (g / (1.0 + tl.exp(-g))).to(u.dtype) * u, inside)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """One pass."""
+    rows, width = gate.shape
+    out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
+    block = min(2048, triton.next_power_of_2(width))
+    _silu_mul[(rows, triton.cdiv(width, block))](
+        gate, up, out, width, gate.stride(0), up.stride(0), PDL=PDL, BLOCK=block, num_warps=4, **LAUNCH
+    )
+    return out
+
+
+def silu_mul_supports(gate: Tensor, up: Tensor) -> str | None:
+    return rows_refusal(gate, up)
+
+
+@kernel
+def _gathered_sum(
+    y, inverse, weights, first, second, out, dim,
+    K: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < dim
+    total = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(K):
+        row = tl.load(inverse + token * K + choice).to(tl.int64)
+        weight = tl.load(weights + token * K + choice).to(y.dtype.element_ty).to(tl.float32)
+        total += weight * tl.load(y + row * dim + n, inside, 0.0).to(tl.float32)
+    if ADDED > 0:
+        total += tl.load(first + token * dim + n, inside, 0.0).to(tl.float32)
+    if ADDED > 1:
+        total += tl.load(second + token * dim + n, inside, 0.0).to(tl.float32)
+    tl.store(out + token * dim + n, total.to(out.dtype.element_ty), inside)
+
+
+def gathered_sum(y: Tensor, inverse: Tensor, weights: Tensor, *added: Tensor) -> Tensor:
+    """One pass over the rows, in the order of the tokens."""
+    (tokens, topk), dim = weights.shape, y.shape[1]
+    out = torch.empty(tokens, dim, dtype=y.dtype, device=y.device)
+    block = min(2048, triton.next_power_of_2(dim))
+    first, second = (*added, y, y)[:2]
+    _gathered_sum[(tokens, triton.cdiv(dim, block))](
+        y, inverse, weights, first, second, out, dim, K=topk, ADDED=len(added), BLOCK=block, PDL=PDL,
+        num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def gathered_sum_supports(y: Tensor, inverse: Tensor, weights: Tensor, *added: Tensor) -> str | None:
+    if len(added) > 2:
+        return f"it adds two tensors, not {len(added)}"
+    return refusal(y, *added) or refusal(weights, dtypes=(torch.float32,)) or refusal(inverse, dtypes=(torch.int64,))

@@ -1,0 +1,274 @@
+"""Every Triton kernel against its reference: on a GPU as compiled, elsewhere in Triton's interpreter, which is slow.
+
+Inputs are random, outputs are poisoned where a kernel writes into given memory, sizes are odd, single and ragged.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="kernels need Triton")
+
+from kogia.ops import attention, cache, latent, moe, norm, sample  # noqa: E402
+from kogia.ops.cache import LatentRow, LayerCache  # noqa: E402
+from kogia.ops.segments import segments_of  # noqa: E402
+from kogia.ops.triton import attention as triton_attention  # noqa: E402
+from kogia.ops.triton import latent as triton_latent  # noqa: E402
+from kogia.ops.triton import moe as triton_moe  # noqa: E402
+from kogia.ops.triton import norm as triton_norm  # noqa: E402
+from kogia.ops.triton import prefill as triton_prefill  # noqa: E402
+from kogia.ops.triton import sample as triton_sample  # noqa: E402
+from kogia.ops.triton.common import INTERPRETED  # noqa: E402
+
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+TOLERANCE = 1e-5 if INTERPRETED else 0.01
+
+
+def draw(*shape: int, std: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(hash((shape, seed)) % 2**31)
+    return (torch.randn(shape, generator=generator) * std).to(DEVICE, DTYPE)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    got, want = got.double(), want.double()
+    assert got.shape == want.shape and torch.isfinite(got).all()
+    assert (got - want).norm() <= TOLERANCE * want.norm() + 1e-12
+
+
+def angles(tokens: int, half: int) -> tuple[Tensor, Tensor]:
+    angle = (draw(tokens, half).float() * 3).contiguous()
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (2, 5, 33)])
+def test_norms_of_any_width_equal_the_reference(shape):
+    x, delta, weight = draw(*shape), draw(*shape, seed=1), draw(shape[-1], seed=2)
+    assert triton_norm.add_rms_norm_supports(x, delta, weight, 1e-6) is None
+    close(triton_norm.rms_norm(x, weight, 1e-3), norm.rms_norm.reference(x, weight, 1e-3))
+    total, normed = triton_norm.add_rms_norm(x, delta, weight, 1e-3)
+    assert torch.equal(total, x + delta)
+    close(normed, norm.rms_norm.reference(total, weight, 1e-3))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_queries_and_values_move_through_the_latents_as_in_the_reference(tokens):
+    heads, nope, rope, width, v = 3, 16, 8, 32, 16
+    both = draw(heads, nope + v, width)
+    w_uk, w_uv = both.split([nope, v], 1)
+    wide = draw(tokens, heads * (nope + rope) + 5)  # a view of a wider product, as the joint projection leaves it
+    q = wide[:, : heads * (nope + rope)].unflatten(-1, (heads, -1))
+    cos, sin = angles(tokens, rope // 2)
+    assert triton_latent.absorb_query_supports(q, w_uk, cos, sin) is None
+    close(triton_latent.absorb_query(q, w_uk, cos, sin), latent.absorb_query.reference(q, w_uk, cos, sin))
+    mixed = draw(tokens, heads, width)
+    assert triton_latent.project_values_supports(mixed, w_uv) is None
+    close(triton_latent.project_values(mixed, w_uv), latent.project_values.reference(mixed, w_uv))
+    nope_part, rope_part = q.split([nope, rope], -1)
+    assert triton_latent.join_rope_supports(nope_part, rope_part, cos, sin) is None
+    turned = latent.join_rope.reference(nope_part, rope_part, cos, sin)
+    close(triton_latent.join_rope(nope_part, rope_part, cos, sin), turned)
+    shared = rope_part[:, :1]
+    assert torch.equal(triton_latent.join_rope(nope_part, shared), latent.join_rope.reference(nope_part, shared))
+
+
+def paged(contexts: list[int], queries: int, heads: int, width: int, rope: int, page: int, poison: float = 0.0):
+    """A query per head and token, and a cache of shuffled pages whose unused rows are `poison`."""
+    pages = [-(-n // page) for n in contexts]
+    order = np.random.default_rng(0).permutation(sum(pages) + 1)
+    rows = torch.full(((sum(pages) + 1) * page, width + rope), poison, device=DEVICE, dtype=DTYPE)
+    tables, start = np.full((len(contexts), max(pages)), order[-1]), 0
+    for s, (count, context) in enumerate(zip(pages, contexts, strict=True)):
+        tables[s, :count] = order[start : start + count]
+        slots = (tables[s, :count, None] * page + np.arange(page)).ravel()[:context]
+        rows[torch.from_numpy(slots).to(DEVICE)] = draw(context, width + rope, seed=s)
+        start += count
+    lens = np.array(contexts)
+    at = LayerCache(
+        rows,
+        torch.arange(len(contexts) * queries, device=DEVICE),
+        torch.from_numpy(tables).to(DEVICE),
+        torch.from_numpy(lens).to(DEVICE),
+        lens,
+        page,
+        LatentRow(width, rope),
+    )
+    return draw(len(contexts) * queries, heads, width + rope), at, segments_of([queries] * len(contexts), DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "queries", "heads"),
+    [([1], 1, 4), ([3, 70, 33], 1, 5), ([2, 90], 2, 3), ([4, 9, 41], 4, 16)],
+)
+@pytest.mark.parametrize("page", [4, 16])
+def test_attention_over_pages_equals_the_reference_whatever_lies_in_unused_rows(contexts, queries, heads, page):
+    q, at, segments = paged(contexts, queries, heads, 16, 16, page, poison=float("nan"))
+    want = attention.cached_attention.reference(q.double(), clean(at), segments, scale=0.2)
+    assert triton_attention.cached_attention_supports(q, at, segments, scale=0.2) is None
+    close(triton_attention.cached_attention(q, at, segments, scale=0.2), want)
+    for parts in (1, 2, 5):
+        part, lse = triton_attention.attention_parts(q, at, segments, 0.2, parts)
+        out = torch.full_like(q[..., :16], float("nan"))
+        triton_attention.merge_parts(part, lse, out)
+        close(out, want)
+
+
+def clean(at: LayerCache) -> LayerCache:
+    """In double precision and without poison: the reference multiplies what it masks by zero."""
+    return LayerCache(
+        at.rows.double().nan_to_num(), at.slots, at.block_tables, at.context_lens, at.contexts, at.block_size, at.row
+    )
+
+
+def test_attention_says_what_it_cannot_take():
+    q, at, segments = paged([8, 9], 1, 2, 16, 16, 4)
+    assert "power" in str(triton_attention.cached_attention_supports(q, odd(at, 24), segments, scale=1.0))
+    assert "4" in str(triton_attention.cached_attention_supports(q, at, segments_of([1, 9], DEVICE), scale=1.0))
+    assert "strides" in str(triton_attention.cached_attention_supports(q.transpose(0, 1), at, segments, scale=1.0))
+    if not INTERPRETED:
+        assert "float32" in str(triton_attention.cached_attention_supports(q.float(), at, segments, scale=1.0))
+
+
+def odd(at: LayerCache, width: int) -> LayerCache:
+    row = LatentRow(width, 16)
+    return LayerCache(at.rows, at.slots, at.block_tables, at.context_lens, at.contexts, at.block_size, row)
+
+
+def test_rows_are_written_normed_and_rotated_to_their_slots_alone():
+    _, at, _ = paged([8, 9], 1, 2, 16, 8, 4)
+    kv, weight = draw(2, 24, seed=3), draw(16, seed=4)
+    cos, sin = angles(2, 4)
+    object.__setattr__(at, "slots", torch.tensor([5, 2], device=DEVICE))
+    before = at.rows.clone()
+    cache.write_latent.reference(kv, at, weight, cos, sin, eps=1e-6)
+    want = at.rows.clone()
+    at.rows.copy_(before)
+    assert triton_latent.write_latent_supports(kv, at, weight, cos, sin, eps=1e-6) is None
+    triton_latent.write_latent(kv, at, weight, cos, sin, eps=1e-6)
+    close(at.rows[[5, 2]], want[[5, 2]])
+    others = [i for i in range(len(want)) if i not in (5, 2)]
+    assert torch.equal(at.rows[others], before[others])
+
+
+@pytest.mark.parametrize(("width", "v", "kv_heads"), [(16, 16, 2), (48, 32, 1)])
+def test_prefill_with_and_without_a_context_equals_the_reference(width, v, kv_heads):
+    lengths, contexts = [5, 1, 40], [0, 7, 30]
+    keys = [n + c for n, c in zip(lengths, contexts, strict=True)]
+    q, k, values = draw(46, 4, width), draw(83, kv_heads, width, seed=1), draw(83, kv_heads, v, seed=2)
+    segments, key_segments = segments_of(lengths, DEVICE), segments_of(keys, DEVICE)
+    wide = q.double(), k.double(), values.double()
+    want = attention.varlen_attention.reference(*wide, segments, scale=0.3, keys=key_segments)
+    assert triton_prefill.varlen_attention_supports(q, k, values, segments, scale=0.3, keys=key_segments) is None
+    options: Any = {"scale": 0.3, "config": (32, 16, 4, 2) if INTERPRETED else (128, 64, 8, 3)}
+    close(triton_prefill.varlen_attention(q, k, values, segments, keys=key_segments, **options), want)
+    own = k[: segments.num_tokens], values[: segments.num_tokens]
+    wide = q.double(), own[0].double(), own[1].double()
+    want = attention.varlen_attention.reference(*wide, segments, scale=0.3)
+    close(triton_prefill.varlen_attention(q, *own, segments, **options), want)
+
+
+ROUTERS = [
+    ("sigmoid", True, 8, 3, 1, 1),
+    ("softmax", False, 6, 2, 1, 1),
+    ("sigmoid", True, 16, 4, 4, 2),
+    ("softmax", False, 12, 3, 4, 2),
+    ("sigmoid", True, 4, 2, 4, 2),
+]
+
+
+@pytest.mark.parametrize(("score", "biased", "experts", "topk", "groups", "kept"), ROUTERS)
+@pytest.mark.parametrize("tokens", [1, 18])
+@pytest.mark.parametrize("single", [True, False])
+def test_routing_equals_the_reference(score, biased, experts, topk, groups, kept, tokens, single, monkeypatch):
+    monkeypatch.setattr(triton_moe, "_SINGLE", 2**30 if single else 0)
+    x, weight = draw(tokens, 40), draw(experts, 40, seed=1)
+    bias = (draw(experts, seed=2).float() * 0.3).contiguous() if biased else None
+    options: Any = {
+        "score": score,
+        "topk": topk,
+        "num_groups": groups,
+        "topk_groups": kept,
+        "normalize": True,
+        "scale": 2.5,
+    }
+    assert triton_moe.route_supports(x, weight, bias, **options) is None
+    got, want = triton_moe.route(x, weight, bias, **options), moe.route.reference(x, weight, bias, **options)
+    assert torch.equal(got.expert_ids.sort().values, want.expert_ids.sort().values)
+    close(dense_weights(got, experts), dense_weights(want, experts))
+    close(got.scores, want.scores)
+    assert not triton_moe.counters(x.device, 1).any(), "a counter was left standing"
+
+
+def dense_weights(routed: moe.Routed, experts: int) -> Tensor:
+    grid = routed.weights.new_zeros(len(routed.weights), experts)
+    return grid.scatter(1, routed.expert_ids, routed.weights)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("num_shared", [0, 2])
+def test_mixed_experts_equal_the_reference_with_nobody_shared_and_residual(tokens, num_shared):
+    experts, topk, dim, width = 5, 2, 48, 24
+    x, residual = draw(tokens, dim), draw(tokens, dim, seed=1)
+    ids = torch.rand(tokens, experts - 1).topk(topk).indices.to(DEVICE)  # the last expert has no token
+    ids[tokens // 2, 1] = -1
+    weights = torch.rand(tokens, topk).to(DEVICE)
+    gate_up, down = draw(experts, 2, width, dim, std=0.3), draw(experts, dim, width, std=0.3)
+    shared = None
+    if num_shared:
+        wide = num_shared * width
+        shared = (draw(wide, dim, std=0.3), draw(wide, dim, std=0.3, seed=1), draw(dim, wide, std=0.3))
+    for add in (None, residual):
+        assert triton_moe.mix_experts_supports(x, ids, weights, gate_up, down, shared=shared, residual=add) is None
+        got = triton_moe.mix_experts(x, ids, weights, gate_up, down, shared=shared, residual=add)
+        doubles = [t.double() for t in (gate_up, down)]
+        more: Any = None if shared is None else tuple(t.double() for t in shared)
+        want = moe.mix_experts.reference(
+            x.double(), ids, weights.double(), *doubles, shared=more, residual=None if add is None else add.double()
+        )
+        close(got, want)
+
+
+def test_every_token_may_choose_the_same_expert():
+    x, weights = draw(70, 32), torch.rand(70, 1).to(DEVICE)
+    gate_up, down = draw(4, 2, 16, 32, std=0.3), draw(4, 32, 16, std=0.3)
+    ids = torch.full((70, 1), 2, device=DEVICE)
+    want = moe.mix_experts.reference(x.double(), ids, weights.double(), gate_up.double(), down.double())
+    close(triton_moe.mix_experts(x, ids, weights, gate_up, down), want)
+
+
+def test_products_for_many_tokens_are_activated_and_gathered_as_in_the_reference():
+    halves, y = draw(7, 2 * 20).chunk(2, -1), draw(14, 33)
+    close(triton_moe.silu_mul(*halves), moe.silu_mul.reference(*halves))
+    inverse, weights = torch.randperm(14).to(DEVICE), torch.rand(7, 2).to(DEVICE)
+    added = draw(7, 33, seed=1), draw(7, 33, seed=2)
+    for count in (0, 1, 2):
+        arguments = y, inverse, weights, *added[:count]
+        assert triton_moe.gathered_sum_supports(*arguments) is None
+        close(triton_moe.gathered_sum(*arguments), moe.gathered_sum.reference(*arguments))
+
+
+@pytest.mark.parametrize("vocab", [5, 130, 9000])
+def test_samples_equal_the_references(vocab):
+    logits = draw(6, vocab, std=2)
+    temperature = torch.tensor([0.0, 1.0, 0.7, 2.0, 1.0, 1.0], device=DEVICE)
+    uniforms = torch.tensor([0.5, 0.0, 0.3, 0.999999, 1 - 2**-53, 0.6], dtype=torch.float64, device=DEVICE)
+    assert triton_sample.sample_supports(logits, temperature, uniforms) is None
+    for u in (None, uniforms):
+        tokens, logprobs = triton_sample.sample(logits, temperature, u)
+        want_tokens, want_logprobs = sample.sample.reference(logits, temperature, u)
+        assert torch.equal(tokens, want_tokens)
+        torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_of_equal_logits_the_lowest_id_is_greedy_and_nan_is_seen():
+    logits = torch.zeros(2, 9, device=DEVICE, dtype=DTYPE)
+    logits[1, 4] = float("nan")
+    tokens, logprobs = triton_sample.sample(logits, torch.zeros(2, device=DEVICE), None)
+    assert tokens[0] == 0 and 0 <= int(tokens[1]) < 9
+    assert not torch.isfinite(logprobs[1])
