@@ -142,7 +142,7 @@ def rows(notes: Notes, seed: int) -> list[dict[str, Any]]:
     slowest = max((result["slowest"], unit) for unit, result in notes.done.items() if "slowest" in result)
     return [
         row("faults-kills", sum(by_scenario.values()), "kills", seed=seed, by_scenario=by_scenario, signals=signals),
-        row("faults-kills-lost", lost, "trials", limit=0),
+        row("faults-kills-lost", lost, "trials", limit=0, trials=sum("how" in each for each in notes.done.values())),
         row("faults-inputs", sum(total.values()), "inputs", seed=seed, by_target=by_target),
         row("faults-tracebacks", total["traceback"], "inputs", limit=0),
         row("faults-hangs", total["hang"], "inputs", limit=0, limit_seconds=limits, slowest_seconds=slowest[0]),

@@ -12,7 +12,7 @@ from faults.inputs import TARGETS, outcome
 from kogia.config import resolve
 
 INPUTS = Path(__file__).parent / "inputs.py"
-COUNT = 1200
+COUNT = 800
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
@@ -29,7 +29,7 @@ def test_whatever_is_read_is_read_or_refused_in_words_and_in_time():
     faults = {name: counts for name, counts in results.items() if counts.keys() & {"traceback", "hang"}}
     assert faults == {}, done.stderr
     for name, counts in results.items():
-        assert counts.get("read", 0) + counts.get("refused", 0) >= COUNT * TARGETS[name].share // 1200, name
+        assert counts.get("read", 0) + counts.get("refused", 0) >= COUNT * TARGETS[name].share // 1300, name
     assert sum(counts.get("refused", 0) for counts in results.values()) > COUNT / 4
 
 
