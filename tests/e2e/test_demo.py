@@ -156,15 +156,30 @@ def test_a_dry_run_lists_the_stages_and_writes_nothing(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_demo_whose_model_solves_nothing_says_so(finished, recipes, tmp_path):
+def test_a_demo_whose_model_solves_nothing_says_so_and_goes_on_to_its_report(finished, recipes, tmp_path):
     shutil.copytree(finished[0] / "demo", tmp_path / "demo")
-    shutil.rmtree(tmp_path / "demo" / "curated")
     stages = json.loads((tmp_path / "demo" / "stages.json").read_text())
-    stages["curated"]["done"] = False
+    for name in ("curated", "rejection_sft", "student"):
+        shutil.rmtree(tmp_path / "demo" / name)
+    for name in ("curated", "rejection_sft", "rejection_sft_eval", "drafting", "student", "student_eval", "report"):
+        stages[name]["done"] = False
     (tmp_path / "demo" / "stages.json").write_text(json.dumps(stages))
     curate = (recipes / "curate.toml").read_text().replace("correct_only = false", "min_reward = 1.0")
     shutil.copytree(recipes, tmp_path / "strict")
     (tmp_path / "strict" / "curate.toml").write_text(curate)
-    message = fails(tmp_path, *words(tmp_path / "strict"))
-    assert "rejection sampling kept nothing" in message
-    assert "scale = 0.01 trains too little" in message
+    _, err = kogia_here(tmp_path, *words(tmp_path / "strict"))
+    said = "rejection sampling kept nothing"
+    assert said in " ".join(err.split())
+    assert (tmp_path / "demo" / "curated" / "data.jsonl").read_text() == ""
+    for name in ("rejection_sft", "student"):  # what they were trained on stands in their settings
+        assert "cold_start_traces" in (tmp_path / "demo" / name / "run.toml").read_text()
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == list(STAGES)
+    assert said in summary["notes"][0]
+    assert said in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_demo_that_kept_samples_says_nothing_of_the_kind(finished):
+    demo = finished[0] / "demo"
+    assert json.loads((demo / "summary.json").read_text())["notes"] == []
+    assert "kept nothing" not in (demo / "report.html").read_text(encoding="utf-8")
