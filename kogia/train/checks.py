@@ -53,7 +53,8 @@ def plan_run(config: SupervisedConfig) -> Plan:
         _check_data(config)
     kind = rate_kind(config)
     settled = settle_rate(config.optim, kind, model)
-    return Plan(replace(config, optim=settled), model, start, rate_line(config.optim, settled, kind, model))
+    data = replace(config.data, max_seqlen=min(config.data.longest, model.max_position))
+    return Plan(replace(config, data=data, optim=settled), model, start, rate_line(config.optim, settled, kind, model))
 
 
 def rate_kind(config: SupervisedConfig) -> Rate:
@@ -86,7 +87,7 @@ def _architecture(config: SupervisedConfig, start: Stored | None, *, is_resumed:
 
 
 def check_sizes(config: SupervisedConfig, model: ModelConfig) -> None:
-    if config.data.max_seqlen > model.max_position:
+    if config.data.max_seqlen is not None and config.data.max_seqlen > model.max_position:
         raise ValueError(
             f"data.max_seqlen = {config.data.max_seqlen}: above model.max_position = {model.max_position}; "
             "lower it or raise max_position"

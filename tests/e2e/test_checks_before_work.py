@@ -132,6 +132,13 @@ def test_what_can_be_done_passes_its_dry_run_and_writes_nothing(folder, words):
     assert listing(folder) == before
 
 
+@pytest.mark.parametrize(("flags", "longest"), [((), 192), (("--data.batch-tokens", "100"), 100)])
+def test_a_length_that_is_not_given_is_one_that_model_and_batch_hold(folder, flags, longest):
+    words = ("sft", "--out", "new", "--epochs", "1", "--init", "base", "--data", "rows.jsonl", "--dry-run")
+    plan, _ = kogia_here(folder, *words, *flags)
+    assert f"max_seqlen = {longest}\n" in plan
+
+
 def test_an_evaluation_resumed_under_other_settings_fails_before_the_model_is_loaded(folder):
     (folder / "begun").mkdir()
     (folder / "begun" / "countdown.partial.jsonl").write_text("{}\n")
