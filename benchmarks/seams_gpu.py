@@ -164,7 +164,7 @@ def training_step() -> Any:
     from kogia.train.optim import build_optimizer
     from kogia.train.step import TrainState, train_step
 
-    model, optim = tiny_model("cuda", torch.bfloat16), OptimConfig(warmup_steps=0)
+    model, optim = tiny_model("cuda", torch.bfloat16), OptimConfig(lr=1e-3, warmup_steps=0)
     tokens = pack([list(range(2, 40)), [5, 6, 7], list(range(9, 55))])
     mask = tokens.positions > 0
     batches = [Batch(tokens, mask, int(mask.sum())).to("cuda") for _ in range(2)]

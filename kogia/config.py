@@ -65,6 +65,20 @@ def check_finite(value: Any, where: str = "") -> None:
         check_finite(inner, f"{where}{name}" if where else name.removeprefix("."))
 
 
+def check_least(config: Any, bound: float, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is below `bound`; None, which stands for a default, is not."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{name} = {value}: must be at least {bound}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that not all of Python, NumPy and PyTorch take."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: must lie in 0..{2**32 - 1}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`: plain TOML values, every field written except a `None` that is the default."""
     return _write_table(config, None, "")

@@ -85,6 +85,16 @@ def is_replaceable(path: Path) -> bool:
     return _descriptor(path) is None and (path.is_file() or not path.exists())
 
 
+def check_directory(path: str | Path) -> None:
+    """Raise ValueError unless `path` is a directory that may be written to, or one could be made there."""
+    path = Path(path)
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ValueError(f"{path}: {there} is a file, where a directory is needed; name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: {there} may not be written to; name another place, or change its permissions")
+
+
 def put_in_place(draft: Path, path: Path) -> None:
     """Let a finished file take the place of `path`."""
     sync(draft)

@@ -34,11 +34,12 @@ def test_the_files_that_share_an_environment_name_each_package_once():
 
 def test_every_range_of_the_project_holds_its_pin():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
     lock, build = pins(ROOT / "requirements/lock.txt"), pins(ROOT / "requirements/build.txt")
     everything = lock | pins(ROOT / "requirements/dev.txt")
     ranges = [
         *((line, lock) for line in project["project"]["dependencies"]),
-        *((line, everything) for line in project["project"]["optional-dependencies"]["dev"]),
+        *((line, everything) for extra in ("dev", "parquet") for line in extras[extra]),
         *((line, build) for line in project["build-system"]["requires"]),
     ]
     for line, pinned in ranges:

@@ -4,7 +4,9 @@ Tensors go piece by piece between the files and the memory where they stay, so n
 pieces on the side. What they are called is in layout.py, the files in directory.py and tensorfile.py.
 """
 
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +46,49 @@ from kogia.checkpoint.tensorfile import (
     write,
 )
 from kogia.files import replacing_directory, write_json
+from kogia.model.config import ModelConfig
 from kogia.model.hf_export import config_to_hf
 from kogia.model.transformer import Transformer, materialize
 from kogia.ops.packed import FORMATS, Packed
 from kogia.text.tokenizer import Tokenizer
 
-__all__ = ["load_config", "load_model", "resolve_model_dir", "save_model", "write_model_files"]
+__all__ = ["Stored", "load_config", "load_model", "read_stored", "resolve_model_dir", "save_model", "write_model_files"]
 
 SHARD_BYTES = 5 * 2**30
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A model directory as its config.json and the headers of its files tell; no weight is read."""
+
+    directory: Path
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `load_model` takes by itself."""
+        return stored_dtype(self.tensors)
+
+
+def read_stored(path: str | Path, *, keep_fp8: bool = False, weights: bool = True) -> Stored:
+    """What is known of a model before it is loaded. Raises ValueError as `load_model` does, but for the weights.
+
+    Without `weights` nothing of that size is fetched: of a model of the Hugging Face Hub no header is read.
+    """
+    directory = resolve_model_dir(path, weights=weights)
+    config = load_config(directory)
+    if not weights and not os.path.lexists(path):
+        return Stored(directory, config, {})
+    tensors = stored_tensors(directory, config)
+    check_quantization(read_config(directory), directory)
+    if keep_fp8 and all(tensor.dtype != FP8 for tensor in tensors.values()):
+        raise ValueError(f"{directory}: holds no FP8 weights to keep; `kogia convert SRC DST --dtype fp8` makes them")
+    return Stored(directory, config_as_stored(config, tensors, directory), tensors)
+
+
 def load_model(
-    path: str | Path,
+    path: str | Path | Stored,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -69,17 +102,11 @@ def load_model(
     Raises ValueError naming the file for a damaged one, and listing all tensors that do not fit `config.json` at once.
     Weights that are not finite are warned of.
     """
-    directory = resolve_model_dir(path)
-    config = load_config(directory)
-    stored = stored_tensors(directory, config)
-    check_quantization(read_config(directory), directory)
-    if keep_fp8 and all(tensor.dtype != FP8 for tensor in stored.values()):
-        raise ValueError(f"{directory}: holds no FP8 weights to keep; `kogia convert SRC DST --dtype fp8` makes them")
-    config = config_as_stored(config, stored, directory)
-    model = model_for(config, stored, dtype=dtype or stored_dtype(stored), keep_packed=keep_fp8)
-    check_agreement(model, stored, directory)
+    stored = path if isinstance(path, Stored) else read_stored(path, keep_fp8=keep_fp8)
+    model = model_for(stored.config, stored.tensors, dtype=dtype or stored.dtype, keep_packed=keep_fp8)
+    check_agreement(model, stored.tensors, stored.directory)
     materialize(model, device)
-    warn_of_nonfinite(in_parallel(_fill, _pieces(model, stored)), directory)
+    warn_of_nonfinite(in_parallel(_fill, _pieces(model, stored.tensors)), stored.directory)
     return model.eval()
 
 

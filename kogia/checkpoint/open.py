@@ -7,7 +7,8 @@ import torch
 
 from kogia.checkpoint.config import dtype_name
 from kogia.checkpoint.directory import load_config, resolve_model_dir
-from kogia.checkpoint.hf import load_model
+from kogia.checkpoint.hf import Stored, load_model, read_stored
+from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer
 from kogia.text.chat import check_thinking
 from kogia.text.tokenizer import Tokenizer
@@ -20,6 +21,30 @@ class Opened(NamedTuple):
     """The model directory itself: of a run directory, its newest checkpoint."""
 
 
+class Found(NamedTuple):
+    """A model that can be opened, before its weights are read."""
+
+    stored: Stored
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+    """That its weights will have, but for those that stay FP8."""
+    keep_fp8: bool
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.stored.config
+
+    @property
+    def directory(self) -> Path:
+        return self.stored.directory
+
+    def open(self) -> Opened:
+        """Read the weights. Raises ValueError as `open_model` does."""
+        model = load_model(self.stored, device=self.device, dtype=self.dtype, keep_fp8=self.keep_fp8)
+        return Opened(model, self.tokenizer, self.directory)
+
+
 def open_model(path: str | Path, *, device: torch.device | str = "auto", dtype: torch.dtype | str = "auto") -> Opened:
     """The model of a model or run directory, and its tokenizer.
 
@@ -27,16 +52,35 @@ def open_model(path: str | Path, *, device: torch.device | str = "auto", dtype: 
     FP8 weights of an FP8 checkpoint, which halves their memory, and has the rest as "auto". Raises ValueError for what
     is not there, and for a tokenizer with more tokens than the model knows.
     """
+    return find_model(path, device=device, dtype=dtype).open()
+
+
+def find_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
+    weights: bool = True,
+) -> Found:
+    """All of `open_model` but the weights, and all of its errors but what only they tell.
+
+    Without `weights` it is for looking at, as in a dry run: those of the Hugging Face Hub are not fetched.
+    """
     place, keep_fp8 = pick_device(device), dtype_name(dtype) == "fp8"
-    chosen = pick_dtype(dtype, place)
-    directory = resolve_model_dir(path)
-    tokenizer, known = Tokenizer.load(directory), load_config(directory).vocab_size
-    if tokenizer.vocab_size > known:
+    directory = resolve_model_dir(path, weights=weights)
+    tokenizer = Tokenizer.load(directory)
+    check_vocabulary(tokenizer, load_config(directory), directory)
+    stored = read_stored(path, keep_fp8=keep_fp8, weights=weights)
+    return Found(stored, tokenizer, place, pick_dtype(dtype, place) or stored.dtype, keep_fp8)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, directory: Path) -> None:
+    """Raise ValueError for a tokenizer, from `directory`, with more tokens than the model knows."""
+    if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"{directory}: tokenizer.json has {tokenizer.vocab_size} tokens, the model only {known}; they do not "
-            "belong together"
+            f"{directory}: tokenizer.json has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}; they "
+            "do not belong together"
         )
-    return Opened(load_model(directory, device=place, dtype=chosen, keep_fp8=keep_fp8), tokenizer, directory)
 
 
 def check_thinking_switch(path: str | Path, thinking: bool | None) -> None:

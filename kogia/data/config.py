@@ -53,8 +53,9 @@ class DataConfig:
     """Files (or generators) to train on in the place of `sources`, where their specs are all there is to say."""
     batch_tokens: int = 16384
     """Most tokens in one micro-batch; whole documents are packed up to it."""
-    max_seqlen: int = 1024
-    """A longer plain document is cut into pieces of this length; a longer chat example is left out and counted."""
+    max_seqlen: int | None = None
+    """A longer plain document is cut into pieces of this length; a longer chat example is left out and counted. None
+    takes 1024, but no more than a batch and the model's context hold."""
     val_share: float = 0.0
     """Share of documents held out for the validation loss, chosen by a hash of the document (of a chat's prompt)."""
     cache_dir: str | None = None
@@ -66,13 +67,18 @@ class DataConfig:
             object.__setattr__(self, "files", ())
         if not 0.0 <= self.val_share < 1.0:
             raise ValueError(f"data.val_share = {self.val_share}: must lie in [0, 1)")
-        if self.max_seqlen < 2:
-            raise ValueError(f"data.max_seqlen = {self.max_seqlen}: must be at least 2, one token to predict from")
-        if self.batch_tokens < self.max_seqlen:
+        if self.longest < 2:
+            raise ValueError(f"data.max_seqlen = {self.longest}: must be at least 2, one token to predict from")
+        if self.batch_tokens < self.longest:
             raise ValueError(
                 f"data.batch_tokens = {self.batch_tokens}: must hold one sequence of data.max_seqlen = "
-                f"{self.max_seqlen}; raise batch_tokens or lower max_seqlen"
+                f"{self.longest}; raise batch_tokens or lower max_seqlen"
             )
+
+    @property
+    def longest(self) -> int:
+        """`max_seqlen`, or what stands for None as long as there is no model."""
+        return min(1024, self.batch_tokens) if self.max_seqlen is None else self.max_seqlen
 
 
 def file_kind(spec: str) -> str:

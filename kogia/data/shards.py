@@ -134,7 +134,7 @@ def shard_fingerprint(data: DataConfig, tokenizer: Tokenizer) -> str:
     settings = {
         "format": FORMAT,
         "sources": sources,
-        "max_seqlen": data.max_seqlen,
+        "max_seqlen": data.longest,
         "val_share": data.val_share,
         "ends": [tokenizer.bos, tokenizer.adds_bos, *tokenizer.eos_ids],
         "template": tokenizer.template_source,
@@ -244,7 +244,7 @@ def _write_directory(data: DataConfig, tokenizer: Tokenizer, directory: Path, fi
             for source in data.sources:
                 for document, examples in tokenise(read_source(source), tokenizer):
                     writer = val if is_held_out(document, data.val_share) else train
-                    writer.add(document, examples, data.max_seqlen)
+                    writer.add(document, examples, data.longest)
                 for writer in (train, val):
                     writer.source_ends.append(writer.sequences)
             _check_not_empty(data, train, val)
@@ -263,7 +263,7 @@ def _check_not_empty(data: DataConfig, train: _SplitWriter, val: _SplitWriter) -
     if train.sequences == 0:
         raise ValueError(
             f"data: no training sequence ({train.documents} documents read, {train.too_long} chat examples above "
-            f"data.max_seqlen = {data.max_seqlen}); raise max_seqlen or lower val_share = {data.val_share}"
+            f"data.max_seqlen = {data.longest}); raise max_seqlen or lower val_share = {data.val_share}"
         )
 
 

@@ -32,6 +32,11 @@ def read_source(source: SourceConfig) -> Iterator[Document]:
         yield document if source.replies == "all" else replace(document, learned=())
 
 
+def has_document(source: SourceConfig) -> bool:
+    """Whether there is anything in it. Raises ValueError as reading its first row does."""
+    return next(read_source(source), None) is not None
+
+
 def read_rows(source: SourceConfig) -> Iterator[Row]:
     """The rows of a file of a kind that `file_kind` knows, before anything is made of them."""
     path = Path(source.spec).expanduser()

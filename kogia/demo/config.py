@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kogia.config import check_finite
+from kogia.config import check_finite, check_least, check_seed
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "demo"
 STAGES = ("base", "cold_start", "grpo", "rejection_sft", "student")
@@ -21,7 +21,8 @@ class DemoConfig:
     recipes: str | None = None
     """Directory with the stages' recipes; None takes the ones shipped with kogia."""
     scale: float = 1.0
-    """Multiplies the length of every stage; 0.05 is a dry run of the machinery, not a demonstration."""
+    """Multiplies the length of every stage. 0.05 is a dry run of the machinery, not a demonstration: where rejection
+    sampling keeps nothing, the stages after it train on the cold start's traces, and the report says so."""
     num_questions: int = 300
     """Held-out problems per measurement."""
     num_samples: int = 8
@@ -41,6 +42,5 @@ class DemoConfig:
         check_finite(self)
         if self.scale <= 0:
             raise ValueError(f"scale = {self.scale}: must be above 0")
-        for name in ("num_questions", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        check_least(self, 1, "num_questions", "num_samples", "threads")
+        check_seed(self.seed)

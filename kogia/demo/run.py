@@ -12,38 +12,47 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from kogia import log
-from kogia.config import from_dict, parse_toml
+from kogia.demo.checks import check_demo
 from kogia.demo.config import RECIPES, STAGES, DemoConfig
+from kogia.demo.recipes import (
+    DRAFTING_STAGE,
+    curate_recipe,
+    drafting_config,
+    eval_config,
+    has_kept_nothing,
+    recipe,
+    rl_recipe,
+    supervised_recipe,
+)
 from kogia.eval.config import EvalConfig
 from kogia.eval.partial import find_partial
 from kogia.eval.run import evaluate_tasks, file_name, output_directory
-from kogia.files import empty_directory, is_draft, write_json
+from kogia.files import check_directory, empty_directory, is_draft, write_json
 from kogia.report.build import main as run_report
 from kogia.report.config import ReportConfig
-from kogia.rl.config import CurateConfig, RLConfig
+from kogia.rl.config import RLConfig
 from kogia.rl.curate import run_curation
 from kogia.rl.grpo import run_stage as run_rl
-from kogia.train.config import SupervisedConfig
 from kogia.train.lock import sole_writer
 from kogia.train.supervised import run_stage as run_supervised
 
-T = TypeVar("T")
 STAGES_FILE = "stages.json"
-DRAFTING_STAGE = "rejection_sft"
-"""The stage whose recipe trains the multi-token-prediction module."""
-RUNS_PREFIX = "runs/demo"
-"""What the recipes call the demonstration's directory; replaced by `out`."""
+STAND_IN = (
+    "rejection sampling kept nothing: the model solved none of its problems. The stages after it were trained on the "
+    "cold start's traces instead, so they show that everything runs, and nothing about the recipe"
+)
+"""What log, summary and page say of such a demonstration."""
 
 
 def main(config: DemoConfig) -> None:
     """Run all stages that are not done yet, then write summary.json and report.html."""
     stages: list[tuple[str, str, Callable[[], None]]] = [
-        ("base", "pretraining a base model on arithmetic", lambda: supervised(config, "pretrain")),
+        ("base", "pretraining a base model on arithmetic", lambda: supervised(config, "base")),
         (
             "cold_start",
             "cold start: the form of reasoning, from noisy traces",
@@ -54,13 +63,15 @@ def main(config: DemoConfig) -> None:
         ("rejection_sft", "fine-tuning on the kept samples", lambda: supervised(config, "rejection_sft")),
         ("student", "distilling into a dense student", lambda: supervised(config, "student")),
     ]
+    stored = stored_state(config)
+    check_demo(config, {name for name, entry in stored.items() if isinstance(entry, dict) and entry.get("done")})
     if config.dry_run:
         for name, what, _ in stages:
             print(f"{name:14} {what}")
         print(f"recipes in {config.recipes or RECIPES}")
         return
     with open_directory(config) as out:
-        done = Stages(out, config)
+        done = Stages(out, stored_state(config))
         for number, (name, what, action) in enumerate(stages, start=1):
             log.info(f"[{number}/{len(stages)}] {what}")
             done.run(name, action)
@@ -68,24 +79,38 @@ def main(config: DemoConfig) -> None:
                 done.run(f"{name}_eval", lambda name=name: measure(config, name))
                 log.info(f"      {_score_line(out, name)}")
             if name == DRAFTING_STAGE:
-                done.run("drafting", lambda: measure_drafting(config))
+                done.run("drafting", lambda: evaluate(drafting_config(config)))
         done.run("report", lambda: summarise_and_report(config, done))
     _farewell(config, done)
+
+
+def stored_state(config: DemoConfig) -> dict[str, Any]:
+    """What stages.json in OUT says, or the beginning of one. Raises ValueError if OUT holds anything else or may not be
+    written, or a demonstration with other settings and `overwrite` is not set."""
+    out, file = Path(config.out), Path(config.out) / STAGES_FILE
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out = {config.out!r}: is a file; name a directory")
+    check_directory(out)
+    begun = not out.is_dir() or file.exists()
+    if not begun and any(not is_draft(path, STAGES_FILE) for path in out.iterdir()):  # a killed start leaves a draft
+        raise ValueError(f"out = {config.out!r}: holds other files and no {STAGES_FILE}; name a new directory")
+    settings = {"seed": config.seed, "scale": config.scale}
+    stored = _read_state(file) if file.exists() and not config.overwrite else {}
+    if stored.setdefault("settings", settings) != settings:
+        raise ValueError(
+            f"{out} holds a demonstration with {stored['settings']}, not {settings}: add --overwrite to delete it, or "
+            "name another --out"
+        )
+    return stored
 
 
 @contextmanager
 def open_directory(config: DemoConfig) -> Iterator[Path]:
     """OUT, made if it is not there and emptied with `overwrite`, kept for this demonstration while the block lasts.
 
-    Raises ValueError if it holds anything else, or another demonstration is at work there.
+    Raises ValueError if another one is at work there.
     """
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out = {config.out!r}: is a file; name a directory")
-    # a start that was killed leaves at most a draft
-    begun = not out.exists() or (out / STAGES_FILE).exists()
-    if not begun and any(not is_draft(path, STAGES_FILE) for path in out.iterdir()):
-        raise ValueError(f"out = {config.out!r}: holds other files and no {STAGES_FILE}; name a new directory")
     out.mkdir(parents=True, exist_ok=True)
     with sole_writer(out):
         if config.overwrite:
@@ -96,15 +121,9 @@ def open_directory(config: DemoConfig) -> Iterator[Path]:
 class Stages:
     """What is done, and how long it took, kept in OUT/stages.json."""
 
-    def __init__(self, out: Path, config: DemoConfig) -> None:
+    def __init__(self, out: Path, state: dict[str, Any]) -> None:
         self.file = out / STAGES_FILE
-        self.state: dict[str, Any] = _read_state(self.file) if self.file.exists() else {}
-        settings = {"seed": config.seed, "scale": config.scale}
-        if self.state.setdefault("settings", settings) != settings:
-            raise ValueError(
-                f"{out} holds a demonstration with {self.state['settings']}, not {settings}: add --overwrite to delete "
-                "it, or name another --out"
-            )
+        self.state = state
         write_json(self.file, self.state)
 
     def run(self, name: str, action: Callable[[], None]) -> None:
@@ -147,48 +166,20 @@ def _is_sound(name: str, entry: Any) -> bool:
     return False
 
 
-def recipe(config: DemoConfig, name: str, cls: type[T]) -> T:
-    """A stage's configuration: its recipe, under this demonstration's directory, seed, scale and threads."""
-    file = Path(config.recipes or RECIPES) / f"{name}.toml"
-    try:
-        data = parse_toml(file.read_text(encoding="utf-8").replace(RUNS_PREFIX, config.out))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    data |= {"seed": data.get("seed", 0) + config.seed, "device": config.device, "quiet": config.quiet}
-    for key in ("steps", "num_problems"):
-        if key in data:
-            data[key] = max(2, round(data[key] * config.scale))
-    for source in data.get("data", {}).get("sources", []):
-        source["seed"] = source.get("seed", 0) + config.seed
-        if "num" in source:
-            source["num"] = max(500, round(source["num"] * min(1.0, config.scale)))
-    if config.threads is not None:
-        data["threads"] = config.threads
-    return from_dict(cls, data, where=file.name)
-
-
-def supervised(config: DemoConfig, name: str) -> None:
-    stage = recipe(config, name, SupervisedConfig)
-    run_supervised(replace(stage, resume=Path(stage.out).exists()))
+def supervised(config: DemoConfig, stage: str) -> None:
+    found = supervised_recipe(config, stage)
+    run_supervised(replace(found, resume=Path(found.out).exists()))
 
 
 def reinforce(config: DemoConfig) -> None:
-    rl = recipe(config, "grpo", RLConfig)
-    # a scaled-down cold start has nothing for the signal check to find
-    check = rl.signal_check and config.scale >= 0.5
-    run_rl(replace(rl, resume=Path(rl.out).exists(), signal_check=check))
+    found = rl_recipe(config)
+    run_rl(replace(found, resume=Path(found.out).exists()))
 
 
 def curate(config: DemoConfig) -> None:
-    curated = recipe(config, "curate", CurateConfig)
-    Path(curated.out).parent.mkdir(parents=True, exist_ok=True)
-    run_curation(curated)
-    if not Path(curated.out).read_text(encoding="utf-8").strip():
-        raise ValueError(
-            f"rejection sampling kept nothing: after GRPO the model solves none of {curated.num_problems} problems, "
-            f"and the next stages have no data. scale = {config.scale} trains too little; start again with a larger "
-            "--scale"
-        )
+    run_curation(curate_recipe(config))
+    if has_kept_nothing(config):
+        log.warn(f"{STAND_IN}. scale = {config.scale:g} may train too little")
 
 
 def measure(config: DemoConfig, name: str) -> None:
@@ -196,39 +187,10 @@ def measure(config: DemoConfig, name: str) -> None:
     evaluate(eval_config(config, Path(config.out) / name))
 
 
-def measure_drafting(config: DemoConfig) -> None:
-    """How many drafts of the multi-token-prediction module the model accepts; files go to evals/drafting.*."""
-    held_out = eval_config(config, Path(config.out) / DRAFTING_STAGE)
-    drafting = replace(held_out.engine, num_draft_tokens=1)
-    num_questions = min(100, config.num_questions)
-    evaluate(replace(held_out, num_questions=num_questions, num_samples=0, name="drafting", engine=drafting))
-
-
 def evaluate(config: EvalConfig) -> None:
     """The evaluation, or the rest of it where the demonstration was interrupted in the middle of one."""
     left = find_partial(output_directory(config), file_name(config, config.tasks[0]))
     evaluate_tasks(replace(config, resume=left is not None))
-
-
-def eval_config(config: DemoConfig, run: Path) -> EvalConfig:
-    """pass@1 at temperature 1, pass@8, maj@8 and greedy, under the task and limits that GRPO trained with."""
-    rl = recipe(config, "grpo", RLConfig)
-    return EvalConfig(
-        str(run),
-        tasks=rl.tasks,
-        task_options=rl.task_options,
-        num_questions=config.num_questions,
-        num_samples=config.num_samples,
-        max_tokens=rl.max_tokens,
-        greedy=True,
-        seed=config.seed,
-        name="heldout",
-        out=str(run / "evals"),
-        engine=rl.engine,
-        device=config.device,
-        threads=config.threads,
-        quiet=config.quiet,
-    )
 
 
 def peak_memory_bytes() -> int:
@@ -258,6 +220,7 @@ def summarise_and_report(config: DemoConfig, done: Stages) -> None:
         "peak_memory_bytes": done.state.get("peak_memory_bytes", peak_memory_bytes()),
         "seed": config.seed,
         "threads": torch.get_num_threads(),
+        "notes": [STAND_IN] if has_kept_nothing(config) else [],
         "stages": stages,
     }
     write_json(out / "summary.json", summary)
@@ -287,6 +250,6 @@ def _farewell(config: DemoConfig, done: Stages) -> None:
     print(f"\nDone in {done.seconds / 60:.1f} minutes. The report is {out / 'report.html'}. Next:\n")
     print(f"  kogia chat {out / 'rejection_sft'} --single            # type: numbers 4 6 15 target 17")
     print(f"  kogia eval {out / 'grpo'} --tasks countdown {_task_flags(config)}    # measure it again, your way")
-    print(
-        f"  kogia rl --init {out / 'cold_start'} --out runs/mine --tasks my_tasks:MyTask    # reinforce your own task"
-    )
+    rl = f"kogia rl --init {out / 'cold_start'} --out runs/mine --tasks countdown {_task_flags(config)}"
+    print(f"  {rl}    # reinforce it yourself")
+    print("\nA task of your own, from nothing: docs/your-task.md.")

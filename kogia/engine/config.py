@@ -160,6 +160,8 @@ class EngineConfig:
                 f"engine.rank_by_context = {[list(pair) for pair in table]}: must start at 0 tokens, with rising "
                 "tokens and falling ranks, as [[0, 512], [32768, 256]]"
             )
+        if table and ranks[-1] < 1:
+            raise ValueError(f"engine.rank_by_context = {[list(pair) for pair in table]}: each rank must be at least 1")
         if self.prune is not None and (self.prefix_cache or self.num_draft_tokens):
             raise ValueError(
                 f"engine.prune with prefix_cache = {self.prefix_cache} and num_draft_tokens = {self.num_draft_tokens}: "

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from kogia import log
 from kogia.engine.config import EngineConfig
 from kogia.engine.graphs import why_not
+from kogia.engine.limits import block_bytes, cache_layout, check_budget, check_engine
 from kogia.engine.loop import OnProgress, Stream, StreamLoop
 from kogia.engine.memory import cache_budget
 from kogia.engine.output import TextStream
@@ -31,10 +32,9 @@ from kogia.engine.runner import Flight, Runner
 from kogia.engine.scheduler import Outcome, Scheduler
 from kogia.engine.step import StepPlan
 from kogia.engine.views import CacheView, WholeCache
-from kogia.model.cache import PagedCache, build_cache, cache_row
+from kogia.model.cache import PagedCache, build_cache
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer
-from kogia.ops.cache import KVRow, LatentRow
 from kogia.text.chat import Prompt
 from kogia.text.tokenizer import Tokenizer
 
@@ -82,10 +82,7 @@ class Engine:
         self.weights_version = 0
         self.num_draft_tokens = config.num_draft_tokens
         """Drafts per step from now on; may be set to 0 between steps, but not back."""
-        if config.num_draft_tokens and not model.config.num_mtp_layers:
-            raise ValueError(
-                f"engine.num_draft_tokens = {config.num_draft_tokens}: the model has no MTP module to draft with; set 0"
-            )
+        check_engine(model.config, config, model.dtype)
         self.overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
         cache = _build_cache(model, config)
         self.pruner = None if config.prune is None else Pruner(config.prune, cache, config.max_sequences)
@@ -326,33 +323,18 @@ class Engine:
 
 
 def _build_cache(model: Transformer, config: EngineConfig) -> PagedCache:
-    # rows of the MTP layer are only kept for drafting
-    cached = model.config if config.num_draft_tokens else replace(model.config, num_mtp_layers=0)
-    rank = config.rank_by_context[0][1] if config.rank_by_context else None
-    row = cache_row(cached, fp8=config.cache_dtype == "fp8", rank=rank)
-    num_blocks = config.num_blocks or _affordable_blocks(cached, config, model.dtype, model.device, row)
+    cached, row = cache_layout(model.config, config)
+    num_blocks = config.num_blocks or _affordable_blocks(model.config, config, model.dtype, model.device)
     return build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device, row=row)
 
 
-def _affordable_blocks(
-    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device, row: LatentRow | KVRow
-) -> int:
+def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Blocks within `cache_memory_bytes`, but no more than all sequences at full context could use."""
-    row_bytes = row.width if isinstance(row, LatentRow) and row.fp8 else row.width * dtype.itemsize
-    longest = model.max_position
-    if config.prune is not None:
-        row_bytes += 4  # its attention mass
-        longest = min(longest, config.prune.most_rows)
-    block_bytes = model.num_cache_layers * row_bytes * config.block_size
-    given = config.cache_memory_bytes
+    given, block = config.cache_memory_bytes, block_bytes(model, config, dtype)
     budget = cache_budget(device) if given is None else given
-    if budget < block_bytes:
-        name = "the free memory" if given is None else "engine.cache_memory_bytes"
-        raise ValueError(
-            f"{name} = {budget}: one block of {config.block_size} tokens takes {block_bytes} bytes; give more"
-        )
-    most = config.max_sequences * -(-longest // config.block_size)
-    return min(budget // block_bytes, most)
+    check_budget(budget, "the free memory" if given is None else "engine.cache_memory_bytes", block, config)
+    longest = model.max_position if config.prune is None else min(model.max_position, config.prune.most_rows)
+    return min(budget // block, config.max_sequences * -(-longest // config.block_size))
 
 
 def _copy_weights(model: Transformer, source: Mapping[str, Tensor]) -> None:

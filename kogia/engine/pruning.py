@@ -45,11 +45,7 @@ class Pruner:
     """
 
     def __init__(self, config: PruneConfig, cache: PagedCache, max_sequences: int) -> None:
-        if not isinstance(cache.row, LatentRow):
-            raise ValueError(
-                "engine.prune: attention mass is counted on latent rows, but this model has key and value heads; "
-                "leave it out"
-            )
+        assert isinstance(cache.row, LatentRow), "check_engine has seen to it"
         self.config, self.cache = config, cache
         num_layers, num_slots = cache.rows.shape[:2]
         self.budgets = np.linspace(config.first_budget, config.last_budget, num_layers).round().astype(np.int64)

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype
-from kogia.config import check_finite
+from kogia.config import check_finite, check_least
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
+from kogia.tasks.pool import MAX_TIMEOUT
 
 LongPrompts = Literal["refuse", "skip"]
 TaskOptions = dict[str, dict[str, str | int | float | bool]]
@@ -23,6 +24,14 @@ def check_tasks(tasks: Sequence[str], task_options: Mapping[str, Any]) -> None:
     for spec in task_options:
         if spec not in tasks:
             raise ValueError(f"task_options.{spec}: no such task in tasks = {list(tasks)}; write its spec exactly so")
+
+
+def check_verification(workers: int, timeout: float) -> None:
+    """Raise ValueError for workers or a wall clock that no `VerifyPool` takes."""
+    if workers < 1:
+        raise ValueError(f"verify_workers = {workers}: must be at least 1")
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(f"verify_timeout = {timeout}: must be above 0 seconds and at most {MAX_TIMEOUT:g}")
 
 
 @dataclass(frozen=True)
@@ -85,9 +94,8 @@ class EvalConfig(FilteredSamplingConfig):
         check_finite(self)
         super().__post_init__()
         check_tasks(self.tasks, self.task_options)
-        for name in ("num_questions", "batch_questions", "verify_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        check_least(self, 1, "num_questions", "batch_questions", "threads")
+        check_verification(self.verify_workers, self.verify_timeout)
         if self.num_samples < 1 and not (self.num_samples == 0 and self.greedy):
             raise ValueError(f"num_samples = {self.num_samples}: must be at least 1, or 0 together with greedy")
         if any(not 1 <= k <= self.num_samples for k in self.k):
@@ -95,8 +103,6 @@ class EvalConfig(FilteredSamplingConfig):
                 f"k = {list(self.k)}: each must lie in 1..num_samples = {self.num_samples}; raise num_samples, or ask "
                 "for a smaller k"
             )
-        if self.verify_timeout <= 0:
-            raise ValueError(f"verify_timeout = {self.verify_timeout}: must be above 0 seconds")
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
                 f"temperature = {self.temperature} would draw {self.num_samples} equal samples; "

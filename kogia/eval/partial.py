@@ -82,12 +82,18 @@ class SampleFiles:
                 file.write(kept)
             file.truncate()
 
-    def _kept(self) -> Rows:
+    def check(self) -> None:
+        """Raise ValueError where an interrupted evaluation left samples that were made under other settings."""
+        if not self._partial.exists() or not self._partial.stat().st_size:
+            return
         for name, was, now in self._differing():
             raise ValueError(
                 f"resume: {self._partial} was begun with {name} = {was!r}, and now it is {now!r}; go on with the same "
                 "settings, or remove that file to begin anew"
             )
+
+    def _kept(self) -> Rows:
+        self.check()
         rows = _whole_rows(self._partial)
         counts = Counter((row["problem_id"], row["sample"] == GREEDY) for row in rows)
         sizes = {False: self.settings["num_samples"], True: 1}

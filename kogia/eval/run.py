@@ -1,30 +1,31 @@
 """`kogia eval PATH`: sample, verify, score; and `evaluate`, the same in the process of a training run or the demo."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from kogia import log
-from kogia.checkpoint.hf import load_config
-from kogia.checkpoint.open import check_thinking_switch, open_model
+from kogia.checkpoint.open import Found, check_thinking_switch, find_model
 from kogia.engine.config import FilteredSamplingConfig
 from kogia.engine.engine import Engine
+from kogia.engine.limits import Longest, check_engine, longest_sequence
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.eval.config import EvalConfig
 from kogia.eval.earlier import Earlier, prompt_text
 from kogia.eval.intervals import Estimate
 from kogia.eval.partial import SampleFiles, find_partial
-from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems, fitting_problems
+from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems, fitting_problems, load_tasks
 from kogia.eval.summary import GREEDY, compare, summarise
 from kogia.eval.table import print_results
+from kogia.files import check_directory
 from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.tasks.pool import VerifyPool
-from kogia.tasks.task import Problem, Task, load_task
+from kogia.tasks.task import Problem, Task
 from kogia.terminal import SamplingProgress
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.lock import sole_writer
@@ -43,12 +44,39 @@ class EvalResult:
         return None if values is None else Estimate(*values)
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """An evaluation that can begin; mappings are by the task's spec."""
+
+    found: Found
+    tasks: Mapping[str, Task]
+    problems: Mapping[str, Sequence[Problem]]
+    earlier: Mapping[str, Earlier | None]
+
+
+def plan_evaluation(config: EvalConfig) -> Plan:
+    """Raises ValueError for whatever of the settings would end the evaluation later; loads and writes nothing."""
+    out = output_directory(config)
+    check_directory(out)
+    _check_partials(config, out)
+    tasks = load_tasks(config.tasks, config.task_options)
+    earlier = {spec: _earlier(config, spec, task) for spec, task in tasks.items()}
+    check_thinking_switch(config.path, config.thinking)
+    found = find_model(config.path, device=config.device, dtype=config.dtype, weights=not config.dry_run)
+    check_engine(found.config, config.engine, found.dtype)
+    for spec, task in tasks.items() if config.resume else ():
+        SampleFiles(out, file_name(config, spec), _settings(config, str(found.directory), task)).check()
+    longest = longest_sequence(found.config, config.engine, found.dtype)
+    problems = {spec: _problems(task, found.tokenizer, longest, config) for spec, task in tasks.items()}
+    return Plan(found, tasks, problems, earlier)
+
+
 def main(config: EvalConfig) -> None:
     """Evaluate a model on every task of the configuration, write the files and say what came out."""
-    check_thinking_switch(config.path, config.thinking)
+    plan = plan_evaluation(config)
     if config.dry_run:
-        return print_plan(config)
-    scores = [_headline(summary) for summary in evaluate_tasks(config)]
+        return print_plan(config, plan)
+    scores = [_headline(summary) for summary in evaluate_planned(config, plan)]
     out = output_directory(config)
     words = ("report", out.parent) if out.name == "evals" else ("eval", "OTHER", "--compare", out)
     log.conclude(", ".join(scores), out, "kogia", *words)
@@ -56,15 +84,15 @@ def main(config: EvalConfig) -> None:
 
 def evaluate_tasks(config: EvalConfig) -> list[dict[str, Any]]:
     """Evaluate a model on every task of the configuration, write the files and print the table; the summaries."""
-    out = output_directory(config)
-    _check_partials(config, out)
-    tasks = {spec: load_task(spec, config.task_options.get(spec, {})) for spec in config.tasks}
-    earlier = {spec: _earlier(config, spec, task) for spec, task in tasks.items()}
-    model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
-    problems = {spec: _problems(task, tokenizer, model.config.max_position, config) for spec, task in tasks.items()}
-    engine = Engine(model, tokenizer, config.engine)
+    return evaluate_planned(config, plan_evaluation(config))
+
+
+def evaluate_planned(config: EvalConfig, plan: Plan) -> list[dict[str, Any]]:
+    """The same after the checks."""
+    model, tokenizer, directory = plan.found.open()
+    engine, out = Engine(model, tokenizer, config.engine), output_directory(config)
     summaries = []
-    for spec, task in tasks.items():
+    for spec, task in plan.tasks.items():
         options = config.task_options.get(spec, {})
         pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
         name = file_name(config, spec)
@@ -79,8 +107,8 @@ def evaluate_tasks(config: EvalConfig) -> list[dict[str, Any]]:
                 name=name,
                 checkpoint=str(directory),
                 out=out,
-                problems=problems[spec],
-                earlier=earlier[spec],
+                problems=plan.problems[spec],
+                earlier=plan.earlier[spec],
                 on_progress=progress.update,
             )
         summaries.append(result.summary)
@@ -111,7 +139,8 @@ def evaluate(
     """
     start, name = time.monotonic(), name or task.name
     if problems is None:
-        problems = _problems(task, tokenizer, engine.model.config.max_position, config)
+        longest = longest_sequence(engine.model.config, engine.config, engine.model.dtype)
+        problems = _problems(task, tokenizer, longest, config)
     files = None if out is None else SampleFiles(out, name, _settings(config, checkpoint, task))
     with nullcontext() if files is None else files.hold():
         about = {"name": name, "task": task.name, "checkpoint": checkpoint, "num_questions": len(problems)}
@@ -175,9 +204,9 @@ def file_name(config: EvalConfig, spec: str) -> str:
     return config.name if len(config.tasks) == 1 else f"{config.name}-{task}"
 
 
-def print_plan(config: EvalConfig) -> None:
+def print_plan(config: EvalConfig, plan: Plan) -> None:
     """The resolved configuration, size of the model and number of samples, on stdout."""
-    model, per_question = load_config(config.path), config.num_samples + (1 if config.greedy else 0)
+    model, per_question = plan.found.config, config.num_samples + (1 if config.greedy else 0)
     samples = config.num_questions * per_question * len(config.tasks)
     memory = sampling_memory(model, config.engine.cache_memory_bytes)
     print_dry_run(config, model, [memory, ("samples", f"at most {samples:,} of at most {config.max_tokens} tokens")])
@@ -262,9 +291,9 @@ def _settings(config: EvalConfig, checkpoint: str, task: Task) -> dict[str, Any]
     return {"checkpoint": checkpoint, "task": task.name, **own, **_sampling(config)}
 
 
-def _problems(task: Task, tokenizer: Tokenizer, limit: int, config: EvalConfig) -> list[Problem]:
+def _problems(task: Task, tokenizer: Tokenizer, longest: Longest, config: EvalConfig) -> list[Problem]:
     problems = choose_problems(task, config.split, config.num_questions, config.question_seed)
-    return fitting_problems(problems, tokenizer, limit, config.long_prompts, config.thinking)
+    return fitting_problems(problems, tokenizer, longest, config.long_prompts, config.thinking)
 
 
 def _check_partials(config: EvalConfig, out: Path) -> None:

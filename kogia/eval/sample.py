@@ -2,15 +2,16 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kogia import log
+from kogia.engine.limits import Longest
 from kogia.engine.request import Completion, SamplingParams, report_errors
 from kogia.eval.config import LongPrompts
 from kogia.tasks.pool import VerifyPool, require_scores
-from kogia.tasks.task import Problem, Response, Task, Verdict
+from kogia.tasks.task import Problem, Response, Task, Verdict, load_task
 from kogia.text.chat import Prompt, render_prompt
 from kogia.text.tokenizer import Tokenizer
 
@@ -83,32 +84,42 @@ def choose_problems(task: Task, split: str, num: int, seed: int) -> list[Problem
     return chosen
 
 
+def load_tasks(specs: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Task]:
+    """Spec -> task. Raises ValueError as `load_task`, and where two have one name, by which their results are kept."""
+    tasks = {spec: load_task(spec, options.get(spec)) for spec in specs}
+    for name, count in Counter(task.name for task in tasks.values()).items():
+        if count > 1:
+            raise ValueError(f"tasks = {list(specs)}: {count} have the name {name!r}; run them one by one")
+    return tasks
+
+
 def fitting_problems(
     problems: Sequence[Problem],
     tokenizer: Tokenizer,
-    limit: int,
+    longest: Longest,
     long_prompts: LongPrompts,
     thinking: bool | None = None,
 ) -> list[Problem]:
-    """The problems whose prompts, rendered with `thinking`, leave room for an answer in a context of `limit`
-    tokens.
+    """The problems whose prompts, rendered with `thinking`, leave room for an answer in the longest sequence there may
+    be.
 
     With "refuse" a longer one is a ValueError with its id, with "skip" a warning with their number, and an error only
     where none is left.
     """
+    limit = longest.tokens
     lengths = [len(render_prompt(problem.messages, tokenizer, thinking).token_ids) for problem in problems]
     too_long = [(problem, length) for problem, length in zip(problems, lengths, strict=True) if length >= limit]
     if not too_long:
         return list(problems)
     (problem, length), num = too_long[0], len(too_long)
-    words = f"problem {problem.id!r}: a prompt of {length} tokens, but the model's context is {limit} and the "
+    words = f"problem {problem.id!r}: a prompt of {length} tokens, but {longest.bound} is {limit} and the "
     words += (
         f"completion needs room; it is {'the only' if num == 1 else 'the first'} of {num} in {len(problems)} problems"
     )
     if long_prompts == "refuse":
         raise ValueError(f"{words}; shorten them, or leave them out with long_prompts = 'skip'")
     if num == len(problems):
-        raise ValueError(f"{words}; none is left: take a model with a longer context")
+        raise ValueError(f"{words}; none is left: {longest.remedy}")
     log.warn(f"{words}; left out")
     return [problem for problem, length in zip(problems, lengths, strict=True) if length < limit]
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from kogia.checkpoint.open import open_model
+from kogia.checkpoint.open import find_model
 from kogia.config import from_dict
 from kogia.data.rows import conversation
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
+from kogia.engine.limits import check_engine
 from kogia.engine.request import Completion, SamplingParams, TokenEvent
 from kogia.engine.threads import generation_threads
 from kogia.model.costs import num_params
@@ -44,10 +45,12 @@ class LLM:
         `num_draft_tokens` None drafts one token per step where the model has an MTP module. `engine_options` are fields
         of `EngineConfig`.
         """
-        self.model, self.tokenizer, _ = open_model(path, device=device, dtype=dtype)
+        found = find_model(path, device=device, dtype=dtype)
         if num_draft_tokens is None:
-            num_draft_tokens = min(1, self.model.config.num_mtp_layers)
+            num_draft_tokens = min(1, found.config.num_mtp_layers)
         config = from_dict(EngineConfig, {**engine_options, "num_draft_tokens": num_draft_tokens}, "engine")
+        check_engine(found.config, config, found.dtype)
+        self.model, self.tokenizer, _ = found.open()
         self.engine = Engine(self.model, self.tokenizer, config)
 
     def generate(

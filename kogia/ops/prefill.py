@@ -34,7 +34,8 @@ class Prefill:
 
 
 def prefill_of(cache: LayerCache, segments: Segments) -> Prefill | None:
-    """The part of a step that expands: a tail of sequences with more than a few tokens each. None without one.
+    """The part of a step that expands: the sequences from the first one on that runs more than a few tokens. What stands
+    behind it with fewer is expanded too, unless its contexts are the greater part: then none is.
 
     It is the same for all layers, and made once for them.
     """
@@ -48,7 +49,8 @@ def prefill_of(cache: LayerCache, segments: Segments) -> Prefill | None:
 def _prefill(cache: LayerCache, segments: Segments) -> Prefill | None:
     long = segments.lengths > FEW
     first = int(long.argmax()) if long.any() else len(long)
-    if first == len(long) or not long[first:].all():
+    contexts = cache.contexts[first:]
+    if contexts[~long[first:]].sum() >= contexts[long[first:]].sum():
         return None
     tail, num_rows = segments, int(segments.lengths[:first].sum())
     if first:

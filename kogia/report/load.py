@@ -108,6 +108,8 @@ def load_run(directory: Path) -> Run:
     folders += sorted((d for d in directory.iterdir() if d.is_dir() and _is_run(d)), key=_stage_key)
     stages = [_load_stage(d, notes) for d in folders]
     stages = _fill_from_summary(stages, summary)
+    said = summary.get("notes")
+    notes += map(str, said) if isinstance(said, list) else []
     if not stages:
         raise ValueError(
             f"{directory}: neither it nor a folder in it holds run.toml, {METRICS_FILE} or evals/; "

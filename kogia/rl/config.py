@@ -6,10 +6,11 @@ from typing import Literal
 from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype
-from kogia.config import check_finite
+from kogia.config import check_finite, check_least, check_seed
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig, SamplingConfig
-from kogia.eval.config import LongPrompts, TaskOptions, check_tasks
+from kogia.eval.config import LongPrompts, TaskOptions, check_tasks, check_verification
 from kogia.sinks import SinkName
+from kogia.tasks.format import check_script
 from kogia.train.config import OptimConfig
 
 
@@ -81,7 +82,7 @@ class RLConfig(SamplingConfig):
     drop_zero_variance: bool = True
     """Leave groups with one reward out of the batch and of the denominator; they are counted either way."""
     loss: PolicyLossConfig = PolicyLossConfig()
-    optim: OptimConfig = OptimConfig(lr=1e-5, schedule="constant", warmup_steps=10, weight_decay=0.0)
+    optim: OptimConfig = OptimConfig(schedule="constant", warmup_steps=10, weight_decay=0.0)
     updates_per_rollout: int = 1
     """Mini-batches of prompts that one rollout is split into, one optimiser step each."""
     micro_batch_tokens: int = 16384
@@ -145,11 +146,15 @@ class RLConfig(SamplingConfig):
         check_finite(self)
         super().__post_init__()
         check_tasks(self.tasks, self.task_options)
-        _at_least(self, 1, "steps", "prompts_per_step", "updates_per_rollout", "keep_checkpoints")
-        _at_least(self, 1, "verify_workers", "signal_prompts", "eval_samples", "micro_batch_tokens")
-        _at_least(self, 0, "save_every", "eval_every", "eval_questions", "reference_every", "overlong_penalty")
-        _at_least(self, 0, "mtp_weight", "balance_weight", "indexer_weight", "bias_update_speed")
-        _at_least(self, 2, "group_size", "signal_samples")
+        check_verification(self.verify_workers, self.verify_timeout)
+        check_seed(self.seed)
+        check_least(self, 1, "steps", "prompts_per_step", "updates_per_rollout", "keep_checkpoints", "threads")
+        check_least(self, 1, "signal_prompts", "eval_samples", "micro_batch_tokens")
+        check_least(self, 0, "save_every", "eval_every", "eval_questions", "reference_every", "overlong_penalty")
+        check_least(self, 0, "mtp_weight", "balance_weight", "indexer_weight", "bias_update_speed")
+        check_least(self, 2, "group_size", "signal_samples")
+        if self.logprob_tolerance <= 0:
+            raise ValueError(f"logprob_tolerance = {self.logprob_tolerance}: must be above 0; float32 reaches 1e-4")
         if self.temperature == 0:
             raise ValueError(
                 f"temperature = {self.temperature}: a rollout must sample; use a value above 0, 1 is usual"
@@ -235,8 +240,8 @@ class CurateConfig(FilteredSamplingConfig):
         check_finite(self)
         super().__post_init__()
         check_tasks(self.tasks, self.task_options)
-        _at_least(self, 1, "num_problems", "num_samples", "keep_per_problem", "batch_problems")
-        _at_least(self, 1, "verify_workers")
+        check_verification(self.verify_workers, self.verify_timeout)
+        check_least(self, 1, "num_problems", "num_samples", "keep_per_problem", "batch_problems", "threads")
         if not self.out.endswith(".jsonl"):
             raise ValueError(f"out = {self.out!r}: must be a file that ends in .jsonl")
         if self.temperature == 0 and self.num_samples > 1:
@@ -249,9 +254,15 @@ class CurateConfig(FilteredSamplingConfig):
             raise ValueError(
                 f"max_completion_tokens = {longest}: below min_completion_tokens = {self.min_completion_tokens}"
             )
-
-
-def _at_least(config: RLConfig | CurateConfig, bound: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < bound:
-            raise ValueError(f"{name} = {getattr(config, name)}: must be at least {bound}")
+        if self.min_completion_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_completion_tokens = {self.min_completion_tokens}: above max_tokens = {self.max_tokens}, so no "
+                "sample would be kept"
+            )
+        if self.max_solve_rate == 0 and self.correct_only:
+            raise ValueError(
+                f"max_solve_rate = {self.max_solve_rate} drops every problem that has a correct sample, and "
+                "correct_only every other: nothing would be kept"
+            )
+        if self.min_language_share:
+            check_script(self.script)

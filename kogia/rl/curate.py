@@ -21,24 +21,34 @@ from pathlib import Path
 from typing import Any
 
 from kogia import log
-from kogia.checkpoint.hf import load_config
-from kogia.checkpoint.open import check_thinking_switch, open_model
+from kogia.checkpoint.open import Found, check_thinking_switch, find_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.engine import Engine
+from kogia.engine.limits import Longest, check_engine, longest_sequence
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
-from kogia.eval.sample import Answered, Progress, Sample, answer_problems, choose_problems, fitting_problems
-from kogia.files import is_replaceable, json_line, write_json, write_text
+from kogia.eval.sample import (
+    Answered,
+    Progress,
+    Sample,
+    answer_problems,
+    choose_problems,
+    fitting_problems,
+    load_tasks,
+)
+from kogia.files import check_directory, check_target, is_replaceable, json_line, write_json, write_text
 from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.rl.config import CurateConfig
 from kogia.tasks.format import language_consistency
 from kogia.tasks.pool import VerifyPool
-from kogia.tasks.task import Problem, load_task
+from kogia.tasks.task import Problem, Task, load_task
 from kogia.terminal import SamplingProgress
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.lock import sole_writer
 
+Lines = list[tuple[bytes, dict[str, Any] | None]]
+"""Of a file of JSON lines: each line, and what it holds; None where that is not whole."""
 HARMLESS = ("out", "batch_problems", "engine", "verify_workers", "device", "threads", "overwrite", "dry_run", "quiet")
 """Settings that may change between an interrupted curation and its continuation."""
 GROWING = ("num_problems", "num_samples", "keep_per_problem")
@@ -49,10 +59,10 @@ FIRST_LINE = b'{"settings": {'
 
 def main(config: CurateConfig) -> None:
     """Curate with the model at `config.path` and say what came out. Raises as `run_curation`."""
-    check_thinking_switch(config.path, config.thinking)
+    found = check(config)
     if config.dry_run:
-        return print_plan(config)
-    summary = run_curation(config)
+        return print_plan(config, found)
+    summary = curate_found(config, found)
     if summary["kept"]:
         words = ("--init", config.path, "--data", config.out, "--out", "runs/sft", "--epochs", "1")
         log.conclude(f"{summary['kept']} samples kept", config.out, "kogia", "sft", *words)
@@ -60,9 +70,28 @@ def main(config: CurateConfig) -> None:
 
 def run_curation(config: CurateConfig) -> dict[str, Any]:
     """Curate with the model at `config.path`; the summary. Raises ValueError if OUT holds another curation."""
+    return curate_found(config, check(config))
+
+
+def curate_found(config: CurateConfig, found: Found) -> dict[str, Any]:
+    """The same after the checks."""
     with closing(Record(config)) as record:
-        model, tokenizer, directory = open_model(config.path, device=config.device, dtype=config.dtype)
+        model, tokenizer, directory = found.open()
         return _curate(Engine(model, tokenizer, config.engine), tokenizer, config, record, str(directory))
+
+
+def check(config: CurateConfig) -> Found:
+    """The model to sample. Raises ValueError for whatever of the settings would end the curation later; nothing is
+    loaded or written."""
+    check_record(config)
+    tasks = load_tasks(config.tasks, config.task_options)
+    check_thinking_switch(config.path, config.thinking)
+    found = find_model(config.path, device=config.device, dtype=config.dtype, weights=not config.dry_run)
+    check_engine(found.config, config.engine, found.dtype)
+    longest = longest_sequence(found.config, config.engine, found.dtype)
+    for task in tasks.values():
+        _problems(task, found.tokenizer, longest, config)
+    return found
 
 
 def curate(engine: Engine, tokenizer: Tokenizer, config: CurateConfig, *, checkpoint: str = "") -> dict[str, Any]:
@@ -75,13 +104,11 @@ def _curate(
     engine: Engine, tokenizer: Tokenizer, config: CurateConfig, record: "Record", checkpoint: str
 ) -> dict[str, Any]:
     start = time.monotonic()
+    longest = longest_sequence(engine.model.config, engine.config, engine.model.dtype)
     for spec in config.tasks:
         options = config.task_options.get(spec, {})
         task = load_task(spec, options)
-        chosen = choose_problems(task, config.split, config.num_problems, config.seed)
-        problems = fitting_problems(
-            chosen, tokenizer, engine.model.config.max_position, config.long_prompts, config.thinking
-        )
+        problems = _problems(task, tokenizer, longest, config)
         waiting = [problem for problem in problems if record.tally(task.name, problem).lacks(config)]
         if len(waiting) < len(problems):
             log.info(f"{task.name}: {len(problems) - len(waiting)} of {len(problems)} problems are already done")
@@ -100,6 +127,11 @@ def _curate(
     write_json(record.summary_path, summary)
     _report(summary, record)
     return summary
+
+
+def _problems(task: Task, tokenizer: Tokenizer, longest: Longest, config: CurateConfig) -> list[Problem]:
+    chosen = choose_problems(task, config.split, config.num_problems, config.seed)
+    return fitting_problems(chosen, tokenizer, longest, config.long_prompts, config.thinking)
 
 
 def _answer(
@@ -215,25 +247,22 @@ class Record:
     """
 
     def __init__(self, config: CurateConfig) -> None:
+        check_record(config)
         self.path = Path(config.out)
-        self.progress_path = self.path.with_suffix(".progress.jsonl")
+        self.progress_path = _progress_path(self.path)
         self.summary_path = self.path.with_suffix(".summary.json")
         self.settings = _decisive(config)
         self.finished: list[dict[str, Any]] = []
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._rows: list[dict[str, Any]] = []
         self._lines: list[dict[str, Any]] = []
-        if not is_replaceable(self.path):
-            raise ValueError(f"out = {str(self.path)!r}: is no file, and curate reads again what it wrote; name a file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and not (config.overwrite or self.progress_path.exists()):
-            raise self._foreign()
         self.progress_path.touch()
         with ExitStack() as stack:
             stack.enter_context(sole_writer(self.progress_path))
             if config.overwrite:
                 self._delete()
-            self._open()
+            self._open(config)
             self._lock = stack.pop_all()
         self.path.touch()
         self._opened = {path: path.stat() for path in (self.path, self.progress_path)}
@@ -326,68 +355,104 @@ class Record:
         for path in (self.path, self.summary_path):
             path.resolve().unlink(missing_ok=True)  # a link stays one
 
-    def _open(self) -> None:
-        """Take up what the progress file says, or begin it: it is new, or a kill tore its first line."""
-        content = self.progress_path.read_bytes()
-        if b"\n" in content or not FIRST_LINE.startswith(content[: len(FIRST_LINE)]):
-            return self._take_up()
-        if self.path.exists():
-            raise self._foreign()
+    def _open(self, config: CurateConfig) -> None:
+        """Take up what the progress file says, or begin it."""
+        if found := _progress(config):
+            return self._take_up(found)
         os.truncate(self.progress_path, 0)
         _append(self.progress_path, [{"settings": self.settings}])
 
-    def _take_up(self) -> None:
-        """Read what is finished; drop half-written lines and samples of unfinished problems from the files."""
-        found = log.json_lines(self.progress_path)
-        whole = list(itertools.takewhile(lambda entry: _is_progress(entry[1]), found))
-        lines = [row for _, row in whole if row is not None]
-        if not lines or "settings" not in lines[0]:
-            raise ValueError(f"{self.progress_path}: is no record of a curation; add --overwrite to start over")
-        before = [line["settings"] for line in lines if "settings" in line][-1]
-        self._check_settings(before)
+    def _take_up(self, found: Lines) -> None:
+        """Take what is finished; drop half-written lines and samples of unfinished problems from the files."""
+        whole = _whole(found)
+        lines = [row for _, row in whole]
         self._count([line for line in lines if "settings" not in line])
         if len(whole) < len(found):
             log.warn(f"{self.progress_path}: torn or damaged lines dropped: {len(found) - len(whole)}")
         self._keep_counted_samples()
         _shorten(self.progress_path, [line for line, _ in whole])
-        if before != self.settings:
+        if _last_settings(lines) != self.settings:
             _append(self.progress_path, [{"settings": self.settings}])
-
-    def _check_settings(self, stored: dict[str, Any]) -> None:
-        before = _decisive(from_dict(CurateConfig, stored, "settings"))  # what was no setting yet had its default
-        now, tasks = dict(self.settings), before["tasks"]
-        now["task_options"] = {spec: options for spec, options in now["task_options"].items() if spec in tasks}
-        keys = (before.keys() | now.keys()) - {*GROWING, "tasks"}
-        changed = sorted(key for key in keys if before.get(key) != now.get(key))
-        if changed:
-            raise ValueError(
-                f"out = {str(self.path)!r}: holds a curation with another {', '.join(changed)}; "
-                "name another file, or add --overwrite to delete it"
-            )
-        for key in ("tasks", *GROWING):
-            shrank = set(tasks) - set(now[key]) if key == "tasks" else now[key] < before[key]
-            if shrank:
-                raise ValueError(
-                    f"out = {str(self.path)!r}: holds a curation with {key} = {before[key]!r}, and now it is "
-                    f"{now[key]!r}; it may grow but not shrink: name another file, or add --overwrite to delete it"
-                )
 
     def _keep_counted_samples(self) -> None:
         """Drop samples from the file of which no line of progress knows: a kill came between the two."""
         kept = []
         for _, row in log.json_lines(self.path):
             if row is not None and not _is_sample(row):
-                raise self._foreign()
+                raise _foreign(self.path)
             tally = None if row is None else self._tallies.get((row["task"], row["problem_id"]))
             if row is not None and tally is not None and int(row["id"].rpartition("#")[2]) < tally.samples:
                 tally.texts.add(_fingerprint(row["completion"]))
                 kept.append(row)
         write_text(self.path, _json_lines(kept))
 
-    def _foreign(self) -> ValueError:
-        return ValueError(
-            f"out = {str(self.path)!r}: exists and was not written by curate; name another file, or add --overwrite"
+
+def check_record(config: CurateConfig) -> None:
+    """Raise ValueError where `out` cannot be written, or is not a curation that `config` goes on with. Nothing is
+    written."""
+    path = Path(config.out)
+    if not is_replaceable(path):
+        raise ValueError(f"out = {config.out!r}: is no file, and curate reads again what it wrote; name a file")
+    check_target(path)
+    check_directory(path.parent)
+    if not config.overwrite:
+        _progress(config)
+
+
+def _progress(config: CurateConfig) -> Lines:
+    """The lines of the progress file; none where a curation is to begin, also after a kill that tore the first."""
+    path, file = Path(config.out), _progress_path(Path(config.out))
+    content = file.read_bytes() if file.exists() else b""
+    if b"\n" not in content and FIRST_LINE.startswith(content[: len(FIRST_LINE)]):
+        if path.exists():
+            raise _foreign(path)
+        return []
+    found = log.json_lines(file)
+    lines = [row for _, row in _whole(found)]
+    if not lines or "settings" not in lines[0]:
+        raise ValueError(f"{file}: is no record of a curation; add --overwrite to start over")
+    _check_settings(config, _last_settings(lines))
+    return found
+
+
+def _foreign(path: Path) -> ValueError:
+    return ValueError(
+        f"out = {str(path)!r}: exists and was not written by curate; name another file, or add --overwrite"
+    )
+
+
+def _progress_path(path: Path) -> Path:
+    return path.with_suffix(".progress.jsonl")
+
+
+def _whole(found: Lines) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines before the first that is damaged."""
+    whole = itertools.takewhile(lambda entry: _is_progress(entry[1]), found)
+    return [(line, row) for line, row in whole if row is not None]
+
+
+def _last_settings(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return [line["settings"] for line in lines if "settings" in line][-1]
+
+
+def _check_settings(config: CurateConfig, stored: dict[str, Any]) -> None:
+    before = _decisive(from_dict(CurateConfig, stored, "settings"))  # what was no setting yet had its default
+    now, tasks = _decisive(config), before["tasks"]
+    now["task_options"] = {spec: options for spec, options in now["task_options"].items() if spec in tasks}
+    keys = (before.keys() | now.keys()) - {*GROWING, "tasks"}
+    changed = sorted(key for key in keys if before.get(key) != now.get(key))
+    if changed:
+        raise ValueError(
+            f"out = {config.out!r}: holds a curation with another {', '.join(changed)}; "
+            "name another file, or add --overwrite to delete it"
         )
+    for key in ("tasks", *GROWING):
+        shrank = set(tasks) - set(now[key]) if key == "tasks" else now[key] < before[key]
+        if shrank:
+            raise ValueError(
+                f"out = {config.out!r}: holds a curation with {key} = {before[key]!r}, and now it is "
+                f"{now[key]!r}; it may grow but not shrink: name another file, or add --overwrite to delete it"
+            )
 
 
 def _is_progress(line: dict[str, Any] | None) -> bool:
@@ -449,8 +514,8 @@ def _report(summary: dict[str, Any], record: Record) -> None:
         log.warn("nothing was kept: the model solves none of these problems, or the filters are too strict")
 
 
-def print_plan(config: CurateConfig) -> None:
+def print_plan(config: CurateConfig, found: Found) -> None:
     """The resolved configuration, size of the model and number of samples, on stdout."""
-    model, samples = load_config(config.path), config.num_problems * config.num_samples * len(config.tasks)
+    model, samples = found.config, config.num_problems * config.num_samples * len(config.tasks)
     memory = sampling_memory(model, config.engine.cache_memory_bytes)
     print_dry_run(config, model, [memory, ("samples", f"at most {samples:,} of at most {config.max_tokens} tokens")])

@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from kogia import log
-from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
-from kogia.checkpoint.open import check_thinking_switch, open_model
+from kogia.checkpoint.hf import load_model
+from kogia.checkpoint.open import Found, check_thinking_switch, find_model
 from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint, seed_random
 from kogia.config import to_dict
 from kogia.engine.engine import Engine
+from kogia.engine.limits import Longest, check_engine, longest_sequence
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import evaluate
-from kogia.eval.sample import choose_problems, fitting_problems
+from kogia.eval.sample import choose_problems, fitting_problems, load_tasks
 from kogia.model.costs import num_params
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
-from kogia.plan.dry_run import cache_memory, print_dry_run, training_memory
+from kogia.plan.dry_run import Line, cache_memory, print_dry_run, training_memory
 from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
 from kogia.rl.config import RLConfig
 from kogia.rl.loss import PolicyBatch, aggregation_weights, policy_loss
@@ -41,12 +42,13 @@ from kogia.rl.rollout_log import rollout_metrics, write_samples
 from kogia.rl.signal import measure_signal
 from kogia.sinks import check_sinks, open_sinks
 from kogia.tasks.pool import VerifyPool
-from kogia.tasks.task import Problem, Task, load_task
+from kogia.tasks.task import Problem, Task
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
+from kogia.train.rates import REINFORCING, rate_line, settle_rate
+from kogia.train.run_dir import RECIPE, check_run_dir, hold_run_dir, open_run_dir, was_measured
 from kogia.train.step import Loss, TrainState, train_step
 
 SAMPLES_FILE = "samples.jsonl"
@@ -68,20 +70,38 @@ class Run:
     """Rollouts done; `state.step` counts optimiser steps."""
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run that can begin."""
+
+    config: RLConfig
+    """With a learning rate."""
+    found: Found
+    """The model that it begins with."""
+    tasks: list[tuple[str, Task, list[Problem]]]
+    """(spec, task, problems to train on)."""
+    rate: Line
+
+
 def main(config: RLConfig) -> None:
     """Run the stage to its end and say what came out. Raises as `run_stage`."""
-    check_sinks(config.sinks)
-    check_thinking_switch(config.init, config.thinking)
+    plan = plan_run(config)
     if config.dry_run:
-        return print_plan(config)
-    run = run_stage(config)
+        return print_plan(plan)
+    run = run_planned(plan)
     log.conclude(log.last_figures(run.out), run.out, "kogia", "report", run.out)
 
 
 def run_stage(config: RLConfig) -> Run:
     """Run the stage to its end. Raises KeyboardInterrupt, with everything saved, after SIGINT or SIGTERM."""
+    return run_planned(plan_run(config))
+
+
+def run_planned(plan: Plan) -> Run:
+    """The same after the checks."""
     with ExitStack() as stack:
-        run = build_run(config, stack)
+        run = build_planned(plan, stack)
+        config = plan.config
         if run.rollouts >= config.steps and not owes_evaluation(run):
             log.info(f"{run.out} is complete: {run.rollouts} of {config.steps} steps are done")
             return run
@@ -91,26 +111,45 @@ def run_stage(config: RLConfig) -> Run:
         return run
 
 
+def plan_run(config: RLConfig) -> Plan:
+    """Raises ValueError for whatever of the settings would end the run later; loads and writes nothing."""
+    check_sinks(config.sinks)
+    checkpoint = check_run_dir(config)
+    tasks = load_tasks(config.tasks, config.task_options)
+    source = checkpoint or config.init
+    check_thinking_switch(config.init, config.thinking)
+    found = find_model(source, device=config.device, dtype="float32", weights=not config.dry_run)
+    check_engine(found.config, config.engine, found.dtype)
+    longest = longest_sequence(found.config, config.engine, found.dtype)
+    chosen = [(spec, task, _training_problems(task, found.tokenizer, longest, config)) for spec, task in tasks.items()]
+    optim = settle_rate(config.optim, REINFORCING, found.config)
+    rate = rate_line(config.optim, optim, REINFORCING, found.config)
+    return Plan(replace(config, optim=optim), found, chosen, rate)
+
+
 def build_run(config: RLConfig, stack: ExitStack) -> Run:
-    """Everything in order: directory, tasks, model, engine on the same weights, optimiser, resume."""
+    """Everything in order: checks, tasks, directory, model, engine on the same weights, optimiser, resume."""
+    return build_planned(plan_run(config), stack)
+
+
+def build_planned(plan: Plan, stack: ExitStack) -> Run:
+    """The rest of it after the checks."""
+    config = plan.config
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     seed_random(config.seed)
-    tasks = [(spec, load_task(spec, config.task_options.get(spec))) for spec in config.tasks]
-    init = resolve_model_dir(config.init)
     out = Path(config.out)
     stack.enter_context(hold_run_dir(config))
     checkpoint = open_run_dir(config)
-    source = checkpoint or init
-    model, tokenizer, _ = open_model(source, device=config.device, dtype="float32")
+    model, tokenizer, _ = plan.found.open()
+    log.info(f"learning rate: {plan.rate[1]}")
     sources = []
-    for spec, task in tasks:
-        problems = _training_problems(task, tokenizer, model.config.max_position, config)
+    for spec, task, problems in plan.tasks:
         pool = VerifyPool(
             spec, config.task_options.get(spec), workers=config.verify_workers, timeout=config.verify_timeout
         )
         sources.append(ProblemSource(task, problems, stack.enter_context(pool)))
-    reference = load_model(init, device=model.device, dtype=torch.float32) if config.loss.kl_coef else None
+    reference = load_model(config.init, device=model.device, dtype=torch.float32) if config.loss.kl_coef else None
     state = TrainState(
         model,
         build_optimizer(model, config.optim),
@@ -126,12 +165,15 @@ def build_run(config: RLConfig, stack: ExitStack) -> Run:
     return run
 
 
-def _training_problems(task: Task, tokenizer: Tokenizer, limit: int, config: RLConfig) -> list[Problem]:
+def _training_problems(task: Task, tokenizer: Tokenizer, longest: Longest, config: RLConfig) -> list[Problem]:
     """The problems to train on; those to measure on are checked with them, or they would end the run when it is due."""
     if config.eval_questions:
         held_out = choose_problems(task, "test", config.eval_questions, EvalConfig.question_seed)
-        fitting_problems(held_out, tokenizer, limit, config.long_prompts, config.thinking)
-    return fitting_problems(task.problems("train"), tokenizer, limit, config.long_prompts, config.thinking)
+        fitting_problems(held_out, tokenizer, longest, config.long_prompts, config.thinking)
+    problems = task.problems("train")
+    if len(problems) == 0:
+        raise ValueError(f"task {task.name!r} has no problem in its 'train' split: there is nothing to train on")
+    return fitting_problems(problems, tokenizer, longest, config.long_prompts, config.thinking)
 
 
 def train(run: Run) -> None:
@@ -350,10 +392,11 @@ def restore(run: Run, checkpoint: Path) -> None:
     log.info(f"resuming {checkpoint} at step {run.rollouts} of {run.config.steps}")
 
 
-def print_plan(config: RLConfig) -> None:
+def print_plan(plan: Plan) -> None:
     """The resolved configuration, parameter count and memory estimate on stdout; writes and trains nothing."""
-    model, samples = load_config(config.init), config.prompts_per_step * config.group_size
+    config, model = plan.config, plan.found.config
+    samples = config.prompts_per_step * config.group_size
     memory = training_memory(model, config.micro_batch_tokens)
     cache = cache_memory(config.engine.cache_memory_bytes)
     rollout = f"{samples:,} samples a step, up to {samples * config.max_tokens:,} tokens"
-    print_dry_run(config, model, [memory, ("cache", cache), ("rollout", rollout)])
+    print_dry_run(config, model, [memory, ("cache", cache), ("rollout", rollout), plan.rate])

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +41,15 @@ def language_consistency(text: str, script: str = "LATIN") -> float:
         matching += words if all(found == script for found in spaced) else 0
         matching += scripts.count(script) if script in _UNSPACED else 0
     return matching / total if total else 1.0
+
+
+def check_script(script: str) -> None:
+    """Raise ValueError unless some letter is of that script."""
+    letters = (char for char in map(chr, range(sys.maxunicode + 1)) if _WORD.match(char))
+    if all(_script(char) != script for char in letters):
+        raise ValueError(
+            f"script = {script!r}: the Unicode name of no letter begins so; write LATIN, CJK, CYRILLIC, ARABIC, ..."
+        )
 
 
 def answer_text(answer: str) -> str:

@@ -244,11 +244,7 @@ def sound(text: str, name: str = "the text") -> str:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains on `texts`; gives fewer than `vocab_size` tokens when the texts run out of repeated pairs to merge."""
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size={vocab_size}: must hold {len(SPECIAL_TOKENS)} special tokens and 256 bytes; "
-            f"give at least {MIN_VOCAB_SIZE}"
-        )
+    check_vocab_size(vocab_size)
     backend = Backend(models.BPE())
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGITS, _CJK, _WORDS)]
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -262,6 +258,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, _default_config())
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ValueError for fewer tokens than `train_bpe` must give."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size={vocab_size}: must hold {len(SPECIAL_TOKENS)} special tokens and 256 bytes; "
+            f"give at least {MIN_VOCAB_SIZE}"
+        )
 
 
 def _read_backend(path: Path) -> Backend:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kogia.config import Presets, check_finite
+from kogia.config import Presets, check_finite, check_least, check_seed
 from kogia.data.config import DataConfig
 from kogia.model.config import IndexerConfig, ModelConfig
 from kogia.model.presets import preset
@@ -14,8 +14,8 @@ from kogia.sinks import SinkName
 class OptimConfig:
     """AdamW and its learning-rate schedule (DeepSeek-V3 section 4.2). Shared by every stage, GRPO included."""
 
-    lr: float = 1e-3
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate; None takes one for the size of the model and the kind of training (kogia.train.rates)."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -23,7 +23,8 @@ class OptimConfig:
     clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "step"] = "cosine"
-    warmup_steps: int = 20
+    warmup_steps: int | None = None
+    """Steps from 0 to the peak rate; None takes 20, but no more than a tenth of the steps."""
     min_lr_ratio: float = 0.1
     """Final over peak rate of linear, cosine and wsd."""
     decay_share: float = 0.2
@@ -34,11 +35,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_finite(self, "optim")
         for name in ("lr", "eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"optim.{name} = {getattr(self, name)}: must be above 0")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"optim.{name} = {value}: must be above 0")
         for name in ("weight_decay", "clip", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} = {getattr(self, name)}: must not be negative")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"optim.{name} = {value}: must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas = {self.betas}: each must lie in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -47,6 +50,16 @@ class OptimConfig:
             raise ValueError(f"optim.decay_share = {self.decay_share}: must lie in (0, 1]")
         if list(self.step_at) != sorted(self.step_at) or not all(0 < at < 1 for at in self.step_at):
             raise ValueError(f"optim.step_at = {self.step_at}: shares in (0, 1), rising")
+
+    @property
+    def peak(self) -> float:
+        """`lr`, once it is settled (kogia.train.rates)."""
+        assert self.lr is not None, "optim.lr is not settled: kogia.train.rates.settle_rate"
+        return self.lr
+
+    def warmup(self, num_steps: int) -> int:
+        """Steps of warm-up in a run of `num_steps`."""
+        return min(20, num_steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)
@@ -120,9 +133,9 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        for name in ("micro_batches", "keep_checkpoints", "eval_tokens", "tokenizer_documents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        check_least(self, 1, "micro_batches", "keep_checkpoints", "eval_tokens", "tokenizer_documents", "threads")
+        check_least(self, 1, "nested_rank_min", "index_topk", "steps")
+        check_seed(self.seed)
         for name in (
             "save_every",
             "eval_every",
@@ -134,12 +147,8 @@ class SupervisedConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
-        for name in ("nested_rank_min", "index_topk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}: must be at least 1")
-        if (self.steps is not None and self.steps < 1) or (self.epochs is not None and self.epochs <= 0):
-            raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: must be above 0")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"epochs = {self.epochs}: must be above 0")
 
     def check_complete(self) -> None:
         """Raise ValueError if a choice that has no default is missing or given twice."""

@@ -16,13 +16,18 @@ from kogia.model.transformer import Transformer, build_model
 from kogia.train.config import SupervisedConfig
 
 
-def prepare_indexer(model: Transformer, config: SupervisedConfig) -> None:
-    """Set how many tokens the indexers select, and freeze everything else where only they train."""
-    indexers = model.indexers()
-    if not indexers and (config.index_topk is not None or config.train_only == "indexer"):
+def check_indexer(model: ModelConfig, config: SupervisedConfig) -> None:
+    """Raise ValueError for settings of an indexer where the model has none."""
+    has_one = isinstance(model.attention, MLAConfig) and model.attention.indexer is not None
+    if not has_one and (config.index_topk is not None or config.train_only == "indexer"):
         raise ValueError(
             "index_topk and train_only = 'indexer' need a model with a lightning indexer; add_indexer gives it one"
         )
+
+
+def prepare_indexer(model: Transformer, config: SupervisedConfig) -> None:
+    """Set how many tokens the indexers select, and freeze everything else where only they train."""
+    indexers = model.indexers()
     for indexer in indexers:
         indexer.topk = config.index_topk or indexer.topk
     if config.train_only == "indexer":

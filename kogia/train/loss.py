@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kogia.data.loader import Batch
-from kogia.model.config import MLAConfig
+from kogia.model.config import MLAConfig, ModelConfig
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.routing import Routing
@@ -82,13 +82,18 @@ def mtp_losses(
 def nested_ranks(model: Transformer, tokens: PackedTokens, smallest: int) -> Int[Tensor, " seqs"]:
     """Nested dropout (Rippel et al. 2014) over the latent: full rank for half of the sequences, for the others a rank
     drawn evenly from `smallest` up, so that every prefix is trained and the early numbers carry most."""
-    attention = model.config.attention
+    full, num_seqs = latent_rank(model.config, smallest), tokens.segments.num_seqs
+    drawn = torch.randint(smallest, full + 1, (num_seqs,))
+    return torch.where(torch.rand(num_seqs) < 0.5, full, drawn).to(tokens.token_ids.device)
+
+
+def latent_rank(model: ModelConfig, smallest: int) -> int:
+    """The full rank of the latent. Raises ValueError where `nested_rank_min` = `smallest` is beyond it."""
+    attention = model.attention
     if not isinstance(attention, MLAConfig) or smallest > attention.kv_lora_rank:
         what = f"kv_lora_rank = {attention.kv_lora_rank}" if isinstance(attention, MLAConfig) else "no latent attention"
         raise ValueError(f"nested_rank_min = {smallest}: the model has {what}")
-    full, num_seqs = attention.kv_lora_rank, tokens.segments.num_seqs
-    drawn = torch.randint(smallest, full + 1, (num_seqs,))
-    return torch.where(torch.rand(num_seqs) < 0.5, full, drawn).to(tokens.token_ids.device)
+    return attention.kv_lora_rank
 
 
 def shifted_ids(tokens: PackedTokens, by: int) -> Int[Tensor, " tokens"]:

@@ -9,7 +9,7 @@ from typing import Any
 from kogia import log
 from kogia.checkpoint.resume import latest_checkpoint, prune
 from kogia.config import load_toml, parse_toml, save_toml, to_dict
-from kogia.files import empty_directory, is_draft
+from kogia.files import check_directory, empty_directory, is_draft
 from kogia.train.lock import sole_writer
 
 RECIPE = "run.toml"
@@ -28,34 +28,58 @@ def hold_run_dir(config: Any) -> Iterator[None]:
         yield
 
 
+def check_run_dir(config: Any) -> Path | None:
+    """The checkpoint that a run of `config` would go on from, if any; nothing is written.
+
+    `config` is a stage's configuration with `out`, `init`, `resume` and `overwrite`. Raises ValueError, with the fix,
+    when another run is at work there, or the directory holds something else, or a run and neither resume nor overwrite
+    is set, or the model to begin with and overwrite is set. A run that never finished a step has nothing to lose and is
+    started over.
+    """
+    out = Path(config.out)
+    if out.is_dir():
+        with sole_writer(out):
+            pass
+    return _checkpoint(config)
+
+
 def open_run_dir(config: Any) -> Path | None:
     """Make `config.out` ready and write its run.toml; returns the checkpoint to resume from, if any.
 
-    `config` is a stage's configuration with `out`, `resume` and `overwrite`. Raises ValueError, with the fix, when the
-    directory holds something else, or a run and neither resume nor overwrite is set. A run that never finished a step
-    has nothing to lose and is started over.
+    Raises ValueError as `check_run_dir` does, but for another run, which `hold_run_dir` keeps out.
     """
     out = Path(config.out)
     recipe = out / RECIPE
+    checkpoint = _checkpoint(config)
+    if recipe.exists() and config.resume:
+        _warn_of_changes(recipe, config)
+        prune(out, config.keep_checkpoints)  # a kill may have come while the last save did
+    elif recipe.exists():
+        empty_directory(out, last=RECIPE)
+    if config.resume and checkpoint is None:
+        log.info(f"{out} has no checkpoint to resume from: starting at the first step")
+    save_toml(replace(config, resume=False, overwrite=False), recipe)
+    return checkpoint
+
+
+def _checkpoint(config: Any) -> Path | None:
+    """The checkpoint to resume from, if any, where `out` may be used so."""
+    out = Path(config.out)
     _check_place(out, config)
     checkpoint = latest_checkpoint(out)
-    started = checkpoint is not None or bool(log.read_metrics(out))
-    if recipe.exists() and (config.overwrite or not (started or config.resume)):
-        empty_directory(out, last=RECIPE)
-        checkpoint = None
-    elif recipe.exists() and not config.resume:
+    if config.resume:
+        return checkpoint
+    if config.overwrite and config.init and Path(config.init).resolve().is_relative_to(out.resolve()):
+        raise ValueError(
+            f"overwrite: would delete init = {config.init!r}, which lies in out = {config.out!r}; name another --out"
+        )
+    if (out / RECIPE).exists() and not config.overwrite and (checkpoint is not None or log.read_metrics(out)):
         found = f"a run up to {checkpoint.name}" if checkpoint else "a run without checkpoint"
         raise ValueError(
             f"out = {config.out!r}: already holds {found}; add --resume to continue it, --overwrite to delete it, or "
             "name another --out"
         )
-    elif recipe.exists():
-        _warn_of_changes(recipe, config)
-        prune(out, config.keep_checkpoints)  # a kill may have come while the last save did
-    if config.resume and checkpoint is None:
-        log.info(f"{out} has no checkpoint to resume from: starting at the first step")
-    save_toml(replace(config, resume=False, overwrite=False), recipe)
-    return checkpoint
+    return None
 
 
 def was_measured(out: Path, step: int, prefix: str) -> bool:
@@ -74,9 +98,10 @@ def _check_place(out: Path, config: Any) -> None:
             raise ValueError(
                 f"out = {config.out!r}: there is no run to resume; correct --out, or leave --resume out to start one"
             )
-        return
+        return check_directory(out)
     if not out.is_dir():
         raise ValueError(f"out = {config.out!r}: is a file; name a directory")
+    check_directory(out)
     # a start that was killed leaves at most a draft
     if not (out / RECIPE).exists() and any(not is_draft(path, RECIPE) for path in out.iterdir()):
         raise ValueError(f"out = {config.out!r}: holds other files and no {RECIPE}; name a new directory")

@@ -19,10 +19,11 @@ STEP_FACTOR = 0.316  # two of them are one decade
 
 def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     """The rate of update `step` (0-based) out of `num_steps`."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    done = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
-    return optim.lr * decay(optim, min(done, 1.0))
+    warmup = optim.warmup(num_steps)
+    if step < warmup:
+        return optim.peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, num_steps - warmup)
+    return optim.peak * decay(optim, min(done, 1.0))
 
 
 def decay(optim: OptimConfig, done: float) -> float:

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from kogia import log
-from kogia.checkpoint.directory import resolve_tokenizer_dir
-from kogia.checkpoint.hf import load_config, load_model, resolve_model_dir
+from kogia.checkpoint.hf import load_model
 from kogia.checkpoint.open import pick_device
 from kogia.checkpoint.resume import (
     ResumeState,
@@ -30,14 +29,14 @@ from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
 from kogia.files import replacing_directory
-from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer, build_model
 from kogia.plan.dry_run import print_dry_run, training_memory
-from kogia.sinks import check_sinks, open_sinks
+from kogia.sinks import open_sinks
 from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe
+from kogia.train.checks import TRAINED, Plan, plan_run, tokenizer_directory
 from kogia.train.config import SupervisedConfig
-from kogia.train.indexer import indexed_config, prepare_indexer, with_indexer
+from kogia.train.indexer import prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -59,20 +58,23 @@ class Run:
 
 def main(config: SupervisedConfig) -> None:
     """Run the stage to its end and say what came out. Raises as `run_stage`."""
-    config.check_complete()
-    check_sinks(config.sinks)
+    plan = plan_run(config)
     if config.dry_run:
-        return print_plan(config)
-    run = run_stage(config)
+        return print_plan(plan)
+    run = run_planned(plan)
     words = ("chat", run.out) if config.init else ("generate", run.out, "--raw", "--prompt", "The")
     log.conclude(log.last_figures(run.out), run.out, "kogia", *words)
 
 
 def run_stage(config: SupervisedConfig) -> Run:
     """Run the stage to its end. Raises KeyboardInterrupt, with everything saved, after SIGINT or SIGTERM."""
-    config.check_complete()
-    with hold_run_dir(config):
-        run = build_run(config)
+    return run_planned(plan_run(config))
+
+
+def run_planned(plan: Plan) -> Run:
+    """The same after the checks."""
+    with hold_run_dir(plan.config):
+        run = build_planned(plan)
         if run.state.step < run.state.num_steps or owes_validation(run):
             train(run)
         else:
@@ -81,7 +83,13 @@ def run_stage(config: SupervisedConfig) -> Run:
 
 
 def build_run(config: SupervisedConfig) -> Run:
-    """Everything in order: directory, tokenizer, tokens, model, optimiser, loader, resume."""
+    """Everything in order: checks, directory, tokenizer, tokens, model, optimiser, loader, resume."""
+    return build_planned(plan_run(config))
+
+
+def build_planned(plan: Plan) -> Run:
+    """The rest of it after the checks."""
+    config = plan.config
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     seed_random(config.seed)
@@ -89,7 +97,7 @@ def build_run(config: SupervisedConfig) -> Run:
     checkpoint = open_run_dir(config)
     tokenizer = build_tokenizer(config, checkpoint)
     shards = build_shards(config.data, tokenizer, out / "data")
-    model = _build_model(config, tokenizer, checkpoint, device)
+    model = _build_model(plan, tokenizer, checkpoint, device)
     prepare_indexer(model, config)
     optimizer = build_optimizer(model, config.optim)
     weights = tuple(source.weight for source in config.data.sources)
@@ -99,7 +107,7 @@ def build_run(config: SupervisedConfig) -> Run:
     )
     state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint)
     run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]))
-    _describe_data(shards, loader, num_steps)
+    _describe(plan, shards, loader, num_steps)
     if checkpoint is not None:
         restore(run, checkpoint)
     return run
@@ -184,63 +192,36 @@ def build_tokenizer(config: SupervisedConfig, checkpoint: Path | None = None) ->
 
     A trained one is kept in RUN/tokenizer, so that a run killed before its first checkpoint finds it again.
     """
-    trained = Path(config.out) / "tokenizer"
-    if checkpoint is not None:
-        return Tokenizer.load(checkpoint)
-    init = resolve_model_dir(config.init) if config.init else None  # also where its tokenizer is not needed
-    if config.tokenizer:
-        return Tokenizer.load(resolve_tokenizer_dir(config.tokenizer))
-    if init is not None:
-        return Tokenizer.load(init)
-    assert config.model is not None
-    if not trained.exists():
-        tokenizer = train_bpe(_tokenizer_texts(config), config.model.vocab_size)
-        with replacing_directory(trained) as draft:
-            tokenizer.save(draft)
-        log.info(f"trained a tokenizer of {tokenizer.vocab_size} tokens")
+    if directory := tokenizer_directory(config, checkpoint):
+        return Tokenizer.load(directory)
+    assert config.model is not None, "check_complete has seen to it"
+    tokenizer, trained = train_bpe(_tokenizer_texts(config), config.model.vocab_size), Path(config.out) / TRAINED
+    with replacing_directory(trained) as draft:
+        tokenizer.save(draft)
+    log.info(f"trained a tokenizer of {tokenizer.vocab_size} tokens")
     return Tokenizer.load(trained)
 
 
-def print_plan(config: SupervisedConfig) -> None:
+def print_plan(plan: Plan) -> None:
     """The resolved configuration, parameter counts and memory estimate on stdout; writes and trains nothing."""
-    model, per_step = _model_config(config), config.data.batch_tokens * config.micro_batches
+    config, per_step = plan.config, plan.config.data.batch_tokens * plan.config.micro_batches
     length = f"{config.epochs} epochs"
     if config.steps:
         length = f"{config.steps:,} steps = {config.steps * per_step:,} tokens"
-    memory = training_memory(model, config.data.batch_tokens)
-    print_dry_run(config, model, [memory, ("length", f"{length}, up to {per_step:,} tokens per step")])
+    memory = training_memory(plan.model, config.data.batch_tokens)
+    steps = ("length", f"{length}, up to {per_step:,} tokens per step")
+    print_dry_run(config, plan.model, [memory, steps, plan.rate])
 
 
-def _model_config(config: SupervisedConfig) -> ModelConfig:
-    if config.model is not None:
-        return config.model
-    assert config.init is not None
-    model = load_config(config.init)
-    return model if config.add_indexer is None else indexed_config(model, config.add_indexer)
-
-
-def _build_model(
-    config: SupervisedConfig, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device
-) -> Transformer:
-    source = checkpoint or config.init
-    model_config = load_config(source) if source else _model_config(config)
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size = {model_config.vocab_size}: raise "
-            "vocab_size, or use the tokenizer the model was trained with"
-        )
-    if config.data.max_seqlen > model_config.max_position:
-        raise ValueError(
-            f"data.max_seqlen = {config.data.max_seqlen}: above model.max_position = {model_config.max_position}; "
-            "lower it or raise max_position"
-        )
-    if source:
-        model = load_model(source, device=device, dtype=torch.float32)
+def _build_model(plan: Plan, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device) -> Transformer:
+    config = plan.config
+    if plan.start is not None:
+        model = load_model(plan.start, device=device, dtype=torch.float32)
         if config.add_indexer is not None and checkpoint is None:
             model = with_indexer(model, config.add_indexer, config.seed)
         return model
     bos_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as Qwen's files do without one
-    model_config = replace(model_config, bos_id=bos_id, eos_id=tokenizer.eos_id)
+    model_config = replace(plan.model, bos_id=bos_id, eos_id=tokenizer.eos_id)
     return build_model(model_config, device=device, seed=config.seed)
 
 
@@ -253,7 +234,8 @@ def _validation(config: SupervisedConfig, shard: Shard) -> list[Batch]:
     return [batch for batch in batches if batch.num_loss_tokens]
 
 
-def _describe_data(shards: dict[str, Shard], loader: Loader, num_steps: int) -> None:
+def _describe(plan: Plan, shards: dict[str, Shard], loader: Loader, num_steps: int) -> None:
+    log.info(f"learning rate: {plan.rate[1]}")
     counts = shards["train"].counts
     held_out = shards["val"].counts
     log.info(

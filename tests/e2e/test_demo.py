@@ -14,7 +14,7 @@ import pytest
 from e2e.kogia_cli import fails, kogia_here, start
 
 from kogia.demo.config import RECIPES, STAGES, DemoConfig
-from kogia.demo.run import Stages, open_directory, recipe
+from kogia.demo.run import Stages, open_directory, recipe, stored_state
 from kogia.log import read_metrics
 from kogia.rl.config import CurateConfig, RLConfig
 from kogia.train.config import SupervisedConfig
@@ -124,7 +124,7 @@ def test_a_start_or_an_overwriting_that_was_killed_stands_in_nobodys_way(finishe
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / ".stages.json.0123456789abcdef.tmp").write_text("{")
     with contextlib.chdir(tmp_path), open_directory(DemoConfig(out="demo")) as out:
-        Stages(out, DemoConfig(out="demo"))
+        Stages(out, stored_state(DemoConfig(out="demo")))
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["stages.json"]
     shutil.copytree(finished[0] / "demo", tmp_path / "old")
     rmtree, removed = shutil.rmtree, []
@@ -193,15 +193,30 @@ def test_a_dry_run_lists_the_stages_and_writes_nothing(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_demo_whose_model_solves_nothing_says_so(finished, recipes, tmp_path):
+def test_a_demo_whose_model_solves_nothing_says_so_and_goes_on_to_its_report(finished, recipes, tmp_path):
     shutil.copytree(finished[0] / "demo", tmp_path / "demo")
-    shutil.rmtree(tmp_path / "demo" / "curated")
     stages = json.loads((tmp_path / "demo" / "stages.json").read_text())
-    stages["curated"]["done"] = False
+    for name in ("curated", "rejection_sft", "student"):
+        shutil.rmtree(tmp_path / "demo" / name)
+    for name in ("curated", "rejection_sft", "rejection_sft_eval", "drafting", "student", "student_eval", "report"):
+        stages[name]["done"] = False
     (tmp_path / "demo" / "stages.json").write_text(json.dumps(stages))
     curate = (recipes / "curate.toml").read_text().replace("correct_only = false", "min_reward = 1.0")
     shutil.copytree(recipes, tmp_path / "strict")
     (tmp_path / "strict" / "curate.toml").write_text(curate)
-    message = fails(tmp_path, *words(tmp_path / "strict"))
-    assert "rejection sampling kept nothing" in message
-    assert "scale = 0.01 trains too little" in message
+    _, err = kogia_here(tmp_path, *words(tmp_path / "strict"))
+    said = "rejection sampling kept nothing"
+    assert said in " ".join(err.split())
+    assert (tmp_path / "demo" / "curated" / "data.jsonl").read_text() == ""
+    for name in ("rejection_sft", "student"):  # what they were trained on stands in their settings
+        assert "cold_start_traces" in (tmp_path / "demo" / name / "run.toml").read_text()
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == list(STAGES)
+    assert said in summary["notes"][0]
+    assert said in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_demo_that_kept_samples_says_nothing_of_the_kind(finished):
+    demo = finished[0] / "demo"
+    assert json.loads((demo / "summary.json").read_text())["notes"] == []
+    assert "kept nothing" not in (demo / "report.html").read_text(encoding="utf-8")

@@ -9,7 +9,9 @@ import torch
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.engine.views import WholeCache
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
+from kogia.model.mla import MLA
 from kogia.model.packed import pack
 from kogia.model.transformer import Transformer, build_model
 from kogia.ops.dispatch import use_backend
@@ -30,7 +32,7 @@ def equal_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention, "num_parts", lambda *_: 3)
 
 
-def tiny(device: str = "cuda", seed: int = 1) -> Transformer:
+def tiny(device: str = "cuda", seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Transformer:
     mla = MLAConfig(
         num_heads=4, q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
     )
@@ -44,7 +46,7 @@ def tiny(device: str = "cuda", seed: int = 1) -> Transformer:
         init_std=0.2,
         moe=MoEConfig(num_experts=8, num_shared_experts=1, topk=2, expert_dim=32),
     )
-    model = build_model(config, device=device, dtype=torch.bfloat16, seed=seed)
+    model = build_model(config, device=device, dtype=dtype, seed=seed)
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     return model
@@ -63,6 +65,25 @@ def test_graphs_asked_for_where_there_can_be_none_are_refused():
     with pytest.raises(ValueError, match=r"engine.graphs = true: graphs are a GPU's"):
         engine_of(tiny("cpu"), graphs=True)
     assert engine_of(tiny("cpu")).runner.graphs is None
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_batch_tokens": 7}, {"max_batch_tokens": 23}, {"prefix_cache": True}, {"cache_dtype": "fp8"}]
+)
+def test_prompts_expanded_from_the_cache_give_the_tokens_of_absorbed_ones(options, monkeypatch):
+    model = tiny("cpu", dtype=torch.float32)
+    want = outputs(engine_of(model, **options), GREEDY)
+    engine = engine_of(model, **options)
+    view, expanded = engine.runner.view, []
+    assert isinstance(view, WholeCache) and not view.cache.expands
+    view.cache = replace(view.cache, expands=True)
+    prefilled = MLA._prefilled
+    monkeypatch.setattr(MLA, "_prefilled", lambda self, q, *rest: expanded.append(len(q)) or prefilled(self, q, *rest))
+    found = outputs(engine, GREEDY)
+    assert [ids for ids, _ in found] == [ids for ids, _ in want]
+    for (_, got), (_, expected) in zip(found, want, strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-3, atol=1e-3)
+    assert expanded and max(expanded) > 4
 
 
 @gpu

@@ -907,9 +907,9 @@ def _logs(folder: Path, settings: dict[str, Any]) -> None:
 
 def _stages(folder: Path, settings: dict[str, Any]) -> None:
     from kogia.demo.config import DemoConfig
-    from kogia.demo.run import Stages
+    from kogia.demo.run import Stages, stored_state
 
-    stages = Stages(folder, DemoConfig())
+    stages = Stages(folder, stored_state(DemoConfig(out=str(folder))))
     stages.run("base", lambda: None)
     _ = stages.seconds
 

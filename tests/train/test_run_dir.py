@@ -15,7 +15,7 @@ DAMAGED = [b"", b"\0\0\0\0", b"out = ", b"\xff\xfe", b"\n \n", b"x = " + b"[" * 
 
 @pytest.fixture
 def config(tmp_path) -> SupervisedConfig:
-    return SupervisedConfig(str(tmp_path / "run"), init="model", steps=3)
+    return SupervisedConfig(str(tmp_path / "run"), init="model", optim=OptimConfig(lr=1e-3), steps=3)
 
 
 def checkpoint(config: SupervisedConfig, step: int) -> Path:

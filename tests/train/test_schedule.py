@@ -37,3 +37,11 @@ def test_wrong_optimiser_settings_are_errors_that_name_value_and_rule():
     ):
         with pytest.raises(ValueError, match=words):
             OptimConfig(**fields)
+
+
+def test_without_a_number_the_warm_up_is_a_tenth_of_a_short_run_and_20_steps_of_a_longer_one():
+    optim = OptimConfig(lr=1.0, schedule="constant")
+    assert [optim.warmup(num) for num in (1, 9, 10, 60, 200, 100_000)] == [0, 0, 1, 6, 20, 20]
+    assert learning_rate(optim, 0, 6) == 1.0  # six steps of fine-tuning are not spent on warming up
+    assert [learning_rate(optim, step, 60) for step in (0, 5, 6)] == pytest.approx([1 / 6, 1.0, 1.0])
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=20), 0, 6) == 0.05

@@ -1,0 +1,90 @@
+"""Write the tables of docs/performance.md from the committed results, between its marks.
+
+python benchmarks/performance_doc.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+DOC = ROOT / "docs/performance.md"
+RESULTS = ROOT / "benchmarks/results"
+LIMITS = {
+    "decode-bf16-b1": 866,
+    "decode-bf16-b16": 2750,
+    "decode-bf16-b64": 7900,
+    "decode-bf16-b256": 30000,
+    "prefill-bf16": 161000,
+    "prefill-bf16-8k": 150000,
+}
+"""Tokens/s of one H200 if nothing but its bytes (decode) or its arithmetic (prefill) took time."""
+WORK = {
+    "decode-bf16-b1": "decode, batch 1",
+    "decode-bf16-b16": "decode, batch 16",
+    "decode-bf16-b64": "decode, batch 64",
+    "decode-bf16-b256": "decode, batch 256",
+    "prefill-bf16": "prefill, 16 and 64 x 512",
+    "prefill-bf16-8k": "prefill, 1 x 8,192",
+}
+
+
+def main() -> None:
+    DOC.write_text(written(DOC.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def written(text: str) -> str:
+    """`text` with each table as the results have it now."""
+    tables = {"h200": engine_table("engine_gpu"), "h100": engine_table("engine_gpu_h100"), "kernels": kernel_table()}
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
+        head, rest = text.split(begin)
+        text = head + "\n".join([begin, *table, end]) + rest.split(end)[1]
+    return text
+
+
+def results(name: str) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]}
+
+
+def engine_table(name: str) -> list[str]:
+    rows = results(name)
+    is_h200 = any("peer" in row and row["peer"] for row in rows.values())
+    lines = _head(
+        "work", "tokens/s (spread)", *(["vLLM 0.24", "ratio", "bar", "share of the limit"] if is_h200 else [])
+    )
+    copy = f"{rows['copy-tbps']['value']:.2f} TB/s"
+    lines.append(_line("copy, read and written", copy, *([""] * 4 if is_h200 else [])))
+    for id, work in WORK.items():
+        row = rows[id]
+        cells = [work, f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"]
+        if is_h200:
+            ratio = rows[f"{id}-vs-vllm"]
+            cells += [f"{row['peer']:,.0f}", f"{ratio['value']:.2f}", f"{ratio['limit']:.2f}"]
+            cells.append(f"{row['value'] / LIMITS[id]:.0%}")
+        lines.append(_line(*cells))
+    return lines
+
+
+def kernel_table() -> list[str]:
+    lines = _head("kernel", "case", "us", "TB/s", "TFLOP/s", "error")
+    for id, row in results("kernels_gpu").items():
+        if id.startswith(("attention", "experts", "prefill")) and row["value"]:
+            name, _, case = id.partition("-")
+            rates = [f"{row[k]:.2f}" if k in row else "" for k in ("tbps", "tflops")]
+            lines.append(
+                _line(name, case, f"{row['value']:.1f}", *rates, f"{row['error']:.4f}" if "error" in row else "")
+            )
+    return lines
+
+
+def _head(*cells: str) -> list[str]:
+    return [_line(*cells), "|" + "---|" * len(cells)]
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+from performance_doc import DOC, results, written
+
+
+def test_the_tables_of_the_performance_page_are_the_committed_results():
+    text = DOC.read_text(encoding="utf-8")
+    assert text == written(text), "run python benchmarks/performance_doc.py"
+
+
+def test_every_ratio_to_the_peer_that_misses_its_bar_is_named_on_the_page():
+    missed = [
+        id for id, row in results("engine_gpu").items() if id.endswith("-vs-vllm") and row["value"] < row["limit"]
+    ]
+    text = DOC.read_text(encoding="utf-8")
+    assert [id for id in missed if id.removesuffix("-vs-vllm") not in text] == []
