@@ -38,6 +38,14 @@ COMMANDS = {
     "chat": Command(
         "kogia.inference.config:ChatConfig", "kogia.inference.chat:main", "Talk to a model in the terminal"
     ),
+    "bench": Command(
+        "kogia.inference.config:BenchConfig", "kogia.inference.bench:main", "How fast a model decodes and reads here"
+    ),
+    "doctor": Command(
+        "kogia.inference.config:DoctorConfig",
+        "kogia.inference.doctor:main",
+        "What this machine has, and which kernels it takes",
+    ),
     "inspect": Command(
         "kogia.checkpoint.config:InspectConfig",
         "kogia.checkpoint.inspect:main",

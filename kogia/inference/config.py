@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, replace
+from math import inf
 from typing import Any
 
 from tyro.conf import Positional
@@ -116,3 +117,57 @@ class ChatConfig:
         """Fields of `EngineConfig`. `num_draft_tokens` may be None: one where the model can draft."""
         drafts = (self.engine.num_draft_tokens or None) if self.draft_tokens is None else self.draft_tokens
         return {**asdict(replace(self.engine, num_draft_tokens=drafts or 0)), "num_draft_tokens": drafts}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure how fast a model decodes and reads prompts here, and what requests wait for under a load."""
+
+    model: Positional[str]
+    """Model directory, run directory or a model of the Hugging Face Hub; with --random-weights a preset, too."""
+    _: KW_ONLY
+    random_weights: bool = False
+    """Draw the weights instead of loading them: speed does not depend on what they are."""
+    batches: tuple[int, ...] = (1, 8)
+    """Sequences that decode at once, one measurement each."""
+    prompt_tokens: int = 128
+    max_tokens: int = 64
+    """Tokens decoded behind each prompt."""
+    rounds: int = 3
+    """Measurements of each kind; the median counts, with the least and the largest beside it."""
+    rate: float = 0.0
+    """Requests per second, at random times, of a load that mixes prompts and decoding; 0 measures none."""
+    requests: int = 32
+    """Requests of that load."""
+    seed: int = 0
+    """Of the prompts, the arrivals and drawn weights."""
+    device: str = "auto"
+    dtype: LoadDtype = "auto"
+    """auto is the checkpoint's, float32 on a CPU; drawn weights are bfloat16 on a GPU."""
+    out: str | None = None
+    """JSON file for the figures."""
+    engine: EngineConfig = EngineConfig(prefix_cache=False)
+
+    def __post_init__(self) -> None:
+        least = {"prompt_tokens": 1, "max_tokens": 2, "rounds": 1, "requests": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {bound}")
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError(f"batches = {list(self.batches)}: name sizes of at least 1, as 1 8 64")
+        if max(self.batches) > self.engine.max_sequences:
+            raise ValueError(
+                f"batches = {list(self.batches)}: engine.max_sequences = {self.engine.max_sequences} run at once; "
+                "raise it or leave larger batches out"
+            )
+        if not 0 <= self.rate < inf:
+            raise ValueError(f"rate = {self.rate}: requests per second, 0 for no such load")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What this machine has, how fast its memory and its products are, and which implementation each op takes."""
+
+    device: str = "auto"
+    json: bool = False
+    """Print JSON."""

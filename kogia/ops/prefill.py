@@ -34,8 +34,8 @@ class Prefill:
 
 
 def prefill_of(cache: LayerCache, segments: Segments) -> Prefill | None:
-    """The part of a step that expands: the sequences from the first one on that runs more than a few tokens. What stands
-    behind it with fewer is expanded too, unless its contexts are the greater part: then none is.
+    """The part of a step that expands: the sequences from the first one on that runs more than a few tokens. What
+    stands behind it with fewer is expanded too, unless its contexts are the greater part: then none is.
 
     It is the same for all layers, and made once for them.
     """

@@ -1,0 +1,226 @@
+"""`kogia bench MODEL`: decoding, reading prompts, and a load of arriving requests, on the engine itself.
+
+Decoding is timed as the difference between completions of `max_tokens` and of one token, so that reading the prompts
+counts in neither; greedy and without a tokenizer, so that no sequence ends early.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kogia import log
+from kogia.checkpoint.directory import load_config, resolve_model_dir
+from kogia.checkpoint.open import open_model, pick_device, pick_dtype
+from kogia.engine.engine import Engine
+from kogia.engine.request import SamplingParams
+from kogia.engine.threads import generation_threads
+from kogia.files import check_target, write_json
+from kogia.inference.config import BenchConfig
+from kogia.inference.machine import copy_rate, describe
+from kogia.model.config import ModelConfig
+from kogia.model.costs import num_params
+from kogia.model.presets import PRESETS, preset
+from kogia.model.transformer import Transformer, build_model
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second over the rounds."""
+
+    name: str
+    values: tuple[float, ...]
+    gigabytes: float | None = None
+    """What a step reads of the memory at least, in 10^9 bytes: weights and cache."""
+    step_seconds: float | None = None
+
+    @property
+    def middle(self) -> float:
+        return median(self.values)
+
+    def share(self, copy_bytes: float) -> float | None:
+        """Of the time of a step, what its bytes alone take at the device's copy rate."""
+        if self.gigabytes is None or self.step_seconds is None:
+            return None
+        return self.gigabytes * 1e9 / copy_bytes / self.step_seconds
+
+    def to_json(self, copy_bytes: float) -> dict[str, Any]:
+        least, most = min(self.values), max(self.values)
+        found = {"name": self.name, "tokens_per_second": self.middle, "low": least, "high": most}
+        return found | {"gigabytes_per_step": self.gigabytes, "share_of_copy_rate": self.share(copy_bytes)}
+
+
+def main(config: BenchConfig) -> None:
+    """Raises ValueError for a model that is not there or a context that is too short."""
+    if config.out is not None:
+        check_target(config.out)
+    model = open_for_bench(config)
+    room = model.config.max_position - config.prompt_tokens
+    if room < config.max_tokens:
+        raise ValueError(
+            f"prompt_tokens = {config.prompt_tokens} and max_tokens = {config.max_tokens}: the model's context is "
+            f"{model.config.max_position}; lower them"
+        )
+    with generation_threads(None, num_params(model.config)):
+        copy_bytes = copy_rate(model.device)
+        started = time.perf_counter()
+        engine = Engine(model, None, config.engine)
+        engine.warm_up(lambda done, of: log.info(f"recorded graph {done} of {of}") if done == of else None)
+        log.info(f"the engine was ready after {time.perf_counter() - started:.1f} s")
+        speeds = [speed for batch in config.batches for speed in batch_speeds(engine, config, batch)]
+        load = under_load(engine, config) if config.rate else None
+    figures = {
+        "model": config.model,
+        "random_weights": config.random_weights,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "machine": describe(model.device),
+        "copy_gb_per_second": copy_bytes / 1e9,
+        "speeds": [speed.to_json(copy_bytes) for speed in speeds],
+        "load": load,
+    }
+    print_figures(figures)
+    if config.out is not None:
+        write_json(config.out, figures)
+
+
+def open_for_bench(config: BenchConfig) -> Transformer:
+    device = pick_device(config.device)
+    if not config.random_weights:
+        if config.model.lower() in PRESETS:
+            raise ValueError(f"{config.model!r} is a preset, which has no weights: add --random-weights")
+        return open_model(config.model, device=device, dtype=config.dtype).model
+    named = _config_of(config.model)
+    if config.dtype == "fp8":
+        raise ValueError("dtype = 'fp8': drawn weights are not quantised; choose bfloat16 or float32")
+    chosen = pick_dtype(config.dtype, device) or torch.bfloat16
+    return build_model(named, device=device, dtype=chosen, seed=config.seed)
+
+
+def _config_of(name: str) -> ModelConfig:
+    if name.lower() in PRESETS:
+        return preset(name)
+    return load_config(resolve_model_dir(name, weights=False))
+
+
+def batch_speeds(engine: Engine, config: BenchConfig, batch: int) -> list[Speed]:
+    """Decoding and prefill of `batch` sequences at once."""
+    generator = np.random.default_rng(config.seed)
+    vocab = engine.model.config.vocab_size
+
+    def timed(num_tokens: int) -> float:
+        prompts = generator.integers(0, vocab, (batch, config.prompt_tokens)).tolist()
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        started = time.perf_counter()
+        engine.generate(prompts, params)
+        return time.perf_counter() - started
+
+    timed(2)
+    ones, rates, steps = [], [], []
+    for _ in range(config.rounds):
+        one, whole = timed(1), timed(config.max_tokens)
+        ones.append(batch * config.prompt_tokens / one)
+        steps.append(max(whole - one, 1e-9) / (config.max_tokens - 1))
+        rates.append(batch / steps[-1])
+    context = config.prompt_tokens + config.max_tokens / 2
+    gigabytes = step_bytes(engine, batch, context) / 1e9
+    decode = Speed(f"decode, batch {batch}", tuple(rates), gigabytes, median(steps))
+    return [decode, Speed(f"prefill, {batch} x {config.prompt_tokens}", tuple(ones))]
+
+
+def step_bytes(engine: Engine, batch: int, context: float) -> float:
+    """What a decode step reads at least: every weight once, of routed experts those that a batch is expected to choose
+    when routing is spread, and the cache."""
+    model, moe = engine.model, engine.model.config.moe
+    total = 0.0
+    for name, weight in model.named_parameters():
+        size = weight.numel() * weight.element_size()
+        if "embed_tokens" in name and not model.config.tie_embeddings:
+            size = batch * weight.shape[1] * weight.element_size()
+        elif moe is not None and ".experts." in name:
+            size *= 1 - (1 - moe.topk / moe.num_experts) ** batch
+        if not _is_mtp(model, name):
+            total += size
+    rows = engine.runner.cache.rows
+    return total + batch * context * rows.shape[0] * rows.shape[2] * rows.element_size()
+
+
+def _is_mtp(model: Transformer, name: str) -> bool:
+    return any(
+        name.startswith(f"model.layers.{model.config.num_layers + k}.") for k in range(model.config.num_mtp_layers)
+    )
+
+
+def under_load(engine: Engine, config: BenchConfig) -> dict[str, Any]:
+    """Requests that arrive at random times: time to the first token, between tokens, and tokens per second."""
+    generator = np.random.default_rng(config.seed + 1)
+    arrivals = np.cumsum(generator.exponential(1 / config.rate, config.requests)).tolist()
+    vocab = engine.model.config.vocab_size
+    prompts = generator.integers(0, vocab, (config.requests, config.prompt_tokens)).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, ignore_eos=True)
+    arrived: dict[int, float] = {}
+    seen: dict[int, float] = {}
+    first, between, num_tokens = [], [], 0
+    clock = _clock()
+    while arrivals or engine.num_unfinished:
+        while arrivals and arrivals[0] <= clock():
+            arrived[engine.add(prompts.pop(), params, stream=True)[0]] = arrivals.pop(0)
+        if not engine.num_unfinished:
+            time.sleep(max(0.0, arrivals[0] - clock()))
+            continue
+        events, now = engine.step(), clock()
+        for event in events:
+            if not event.token_ids:
+                continue
+            if event.request_id in seen:
+                between.append(now - seen[event.request_id])
+            else:
+                first.append(now - arrived[event.request_id])
+            seen[event.request_id] = now
+            num_tokens += len(event.token_ids)
+    return {
+        "rate": config.rate,
+        "requests": config.requests,
+        "tokens_per_second": num_tokens / clock(),
+        "first_token_seconds": _percentiles(first),
+        "between_tokens_seconds": _percentiles(between),
+    }
+
+
+def _clock() -> Callable[[], float]:
+    started = time.perf_counter()
+    return lambda: time.perf_counter() - started
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    return {f"p{p}": float(np.percentile(seconds, p)) for p in PERCENTILES}
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    drawn = ", random weights" if figures["random_weights"] else ""
+    table = Table(title=f"{figures['model']} in {figures['dtype']}{drawn}")
+    table.add_column("work")
+    for name in ("tokens/s", "spread", "GB/step", "of copy rate"):
+        table.add_column(name, justify="right")
+    for speed in figures["speeds"]:
+        size, share = speed["gigabytes_per_step"], speed["share_of_copy_rate"]
+        spread = f"{speed['low']:,.0f} to {speed['high']:,.0f}"
+        cells = ["" if size is None else f"{size:.3g}", "" if share is None else f"{share:.0%}"]
+        table.add_row(speed["name"], f"{speed['tokens_per_second']:,.0f}", spread, *cells)
+    console = Console()
+    console.print(table)
+    print(
+        f"{figures['machine']['device']}: memory is copied at {figures['copy_gb_per_second']:,.1f} GB/s (read + write)"
+    )
+    if (load := figures["load"]) is not None:
+        print(f"{load['requests']} requests at {load['rate']:g} per second: {load['tokens_per_second']:,.0f} tokens/s")
+        for name, key in (("first token", "first_token_seconds"), ("between tokens", "between_tokens_seconds")):
+            times = ", ".join(f"{p} {1000 * value:,.1f} ms" for p, value in load[key].items())
+            print(f"  {name}: {times}")
