@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -263,8 +262,8 @@ def test_a_tokenizer_that_is_a_link_out_of_the_directory_is_not_copied(tmp_path,
 @pytest.mark.parametrize("words", [("--shard-gib", "-1"), ("--dtype", "int4"), ("--dtyp", "fp8")])
 def test_flags_that_make_no_sense_are_refused(tmp_path, words):
     source = save_model(tiny(), tmp_path / "source")
-    with pytest.raises(SystemExit) if words[0] != "--shard-gib" else nullcontext():
-        assert kogia(source, tmp_path / "target", *words) == 2
+    with pytest.raises(SystemExit, match="2"):
+        kogia(source, tmp_path / "target", *words)
     assert os.listdir(tmp_path) == ["source"]
 
 
