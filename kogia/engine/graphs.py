@@ -18,13 +18,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.model.cache import PagedCache
+from kogia.model.moe import Experts, MoE
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
 from kogia.ops.attention import cached_attention
 from kogia.ops.cache import LatentRow
+from kogia.ops.dispatch import Op
+from kogia.ops.moe import mix_experts
 from kogia.ops.segments import Segments
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448)
+SIZES = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    320,
+    384,
+    448,
+    512,
+)
 CONTEXTS = (2048, 16384, 131072)
 """Longest contexts of the classes: each has its own width of block tables and its own split of the attention."""
 
@@ -43,13 +75,18 @@ class DecodeGraphs:
     """Records and replays steps in which every sequence runs one token and samples the next."""
 
     def __init__(self, model: Transformer, cache: PagedCache, newest: Tensor, most: int, longest: int) -> None:
-        """Of up to `most` sequences with contexts of up to `longest` tokens; `newest` is the runner's."""
+        """Of up to `most` sequences, 512 at most, with contexts of up to `longest` tokens; `newest` is the runner's."""
         self.model, self.cache, self.newest = model, cache, newest
-        self.sizes = [size for size in SIZES if size < most] + [most]
+        self.sizes = sorted({size for size in SIZES if size < most} | {min(most, SIZES[-1])})
         self.contexts = [length for length in CONTEXTS if length < longest] + [longest]
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._pool: Any = None
         """Memory that all graphs share: one runs at a time."""
+
+    @property
+    def most(self) -> int:
+        """Sequences of the largest recorded step; the experts' kernel takes no more tokens."""
+        return self.sizes[-1]
 
     def record_all(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Record every kind of step, the largest first, whose memory the smaller ones share."""
@@ -122,9 +159,15 @@ class DecodeGraphs:
 
 
 def why_not(model: Transformer, cache: PagedCache) -> str | None:
-    """Why steps of this model cannot be recorded, or None."""
+    """Why steps of this model cannot be recorded, or None: what has no kernel waits for the device, or reads as much of
+    the cache as there could be."""
     if model.device.type != "cuda":
         return "graphs are a GPU's"
+    return attention_refusal(model, cache) or experts_refusal(model)
+
+
+def attention_refusal(model: Transformer, cache: PagedCache) -> str | None:
+    """Why a GPU has no kernel for this model's attention, or None."""
     row = cache.row
     if not isinstance(row, LatentRow):
         return "attention over keys and values of several heads has no kernel of its own yet"
@@ -133,6 +176,26 @@ def why_not(model: Transformer, cache: PagedCache) -> str | None:
     one = torch.ones(1, dtype=torch.int64, device=model.device)
     view = cache.step(one, one[:, None], one, np.ones(1, dtype=np.int64)).layers[0]
     segments = Segments(torch.arange(2, device=model.device), np.ones(1, dtype=np.int64))
-    refusals = cached_attention.refusals((q, view, segments), {"scale": 1.0})
-    reasons = [reason for reason in refusals.values() if reason is not None]
-    return reasons[0] if len(reasons) == len(refusals) else None
+    return _refusal(cached_attention, (q, view, segments), {"scale": 1.0})
+
+
+@torch.no_grad()
+def experts_refusal(model: Transformer) -> str | None:
+    """Why a GPU has no kernel for this model's experts, or None: their reference asks the host how many each has."""
+    mixture = next((module for module in model.modules() if isinstance(module, MoE)), None)
+    if mixture is None:
+        return None
+    experts, topk = mixture.experts, mixture.gate.config.topk
+    if not isinstance(experts, Experts):
+        return "experts that are not all on this device have no graph yet"
+    x = torch.empty(1, model.config.dim, dtype=model.dtype, device=model.device)
+    ids = torch.zeros(1, topk, dtype=torch.int64, device=model.device)
+    operands = experts.gate_up_proj.operand(), experts.down_proj.operand()
+    shared = None if mixture.shared_experts is None else mixture.shared_experts.operands()
+    return _refusal(mix_experts, (x, ids, ids.float(), *operands), {"shared": shared, "residual": x})
+
+
+def _refusal(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why no GPU backend of an op takes a call, or None where one does."""
+    reasons = [backend.refusal(args, kwargs) for backend in op.backends("cuda")]
+    return None if None in reasons else "; ".join(reason for reason in reasons if reason is not None)

@@ -72,7 +72,7 @@ class Runner:
         Logits exist for sampled rows only.
         """
         runs = token_runs(plan)
-        if self.graphs is not None and not num_drafts and plan.only_decodes:
+        if self.graphs is not None and not num_drafts and plan.only_decodes and plan.num_tokens <= self.graphs.most:
             return self._replay(plan, runs, self.graphs)
         upload = self._upload(plan, runs, num_drafts)
         batch = self._batch(plan, upload)

@@ -40,7 +40,7 @@ def copy_rate(device: torch.device, repeats: int = 7) -> float:
 
 def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """Operations per second of a square matrix product, additions counted: the limit of what is bound by arithmetic."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _seconds(lambda: a @ b, device, repeats)
 

@@ -8,10 +8,12 @@ import torch
 
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
+from kogia.engine.graphs import SIZES, DecodeGraphs, experts_refusal
 from kogia.engine.request import SamplingParams
 from kogia.engine.views import WholeCache
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.mla import MLA
+from kogia.model.moe import MoE
 from kogia.model.packed import pack
 from kogia.model.transformer import Transformer, build_model
 from kogia.ops.dispatch import use_backend
@@ -65,6 +67,25 @@ def test_graphs_asked_for_where_there_can_be_none_are_refused():
     with pytest.raises(ValueError, match=r"engine.graphs = true: graphs are a GPU's"):
         engine_of(tiny("cpu"), graphs=True)
     assert engine_of(tiny("cpu")).runner.graphs is None
+
+
+def test_experts_without_a_kernel_are_no_reason_to_fail_but_for_steps_that_are_not_recorded():
+    pytest.importorskip("triton", reason="the kernels say what they take")
+    model = tiny("cpu", dtype=torch.float32)
+    if not torch.cuda.is_available():  # in the interpreter kernels take float32
+        assert experts_refusal(model) is None
+    for mixture in (module for module in model.modules() if isinstance(module, MoE)):
+        mixture.experts.gate_up_proj.pack("fp8")
+        mixture.experts.down_proj.pack("fp8")
+    assert "dense" in str(experts_refusal(model))
+
+
+def test_no_step_of_more_sequences_than_the_kernels_take_is_recorded():
+    model = tiny("cpu", dtype=torch.float32)
+    engine = engine_of(model, max_sequences=600)
+    for most, sizes in ((1, [1]), (5, [1, 2, 3, 4, 5]), (600, [*SIZES])):
+        graphs = DecodeGraphs(model, engine.runner.cache, torch.zeros(1), most, 256)
+        assert graphs.sizes == sizes and graphs.most == min(most, 512)
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,21 @@ def test_routing_equals_the_reference(score, biased, experts, topk, groups, kept
     assert not triton_moe.counters(x.device, 1).any(), "a counter was left standing"
 
 
+@pytest.mark.parametrize("single", [True, False])
+def test_a_token_that_is_not_a_number_chooses_experts_that_exist_and_leaves_others_alone(single, monkeypatch):
+    monkeypatch.setattr(triton_moe, "_SINGLE", 2**30 if single else 0)
+    x, weight = draw(5, 40), draw(12, 40, seed=1)  # padded to 16 experts
+    options: Any = {"score": "softmax", "topk": 3, "num_groups": 1, "topk_groups": 1, "normalize": True, "scale": 1.0}
+    good = triton_moe.route(x, weight, None, **options)
+    x[2] = float("nan")
+    found = triton_moe.route(x, weight, None, **options)
+    assert int(found.expert_ids.min()) >= 0 and int(found.expert_ids.max()) < 12
+    rest = [0, 1, 3, 4]
+    assert torch.equal(found.expert_ids[rest], good.expert_ids[rest])
+    assert torch.equal(found.weights[rest], good.weights[rest])
+    assert found.weights[2].isnan().all()
+
+
 def dense_weights(routed: moe.Routed, experts: int) -> Tensor:
     grid = routed.weights.new_zeros(len(routed.weights), experts)
     return grid.scatter(1, routed.expert_ids, routed.weights)

@@ -38,7 +38,8 @@ def let_next_start(PDL: tl.constexpr):
 
 @kernel
 def wait_for_inputs(PDL: tl.constexpr):
-    """Until the kernel before this one is done. Before it only weights may be read, and nothing written."""
+    """Until the kernel before this one is done. Before it nothing may be read or written: even a weight may just have
+    been computed, as the dense form of a packed one is."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 

@@ -90,13 +90,13 @@ def _absorb(
 ):  # fmt: skip
     """out[t, h] = [W_UK_h^T q_nope ; RoPE(q_rope)]; the last column of programs rotates."""
     let_next_start(PDL)
+    wait_for_inputs(PDL)
     head, block = tl.program_id(0), tl.program_id(1)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     there = t < tokens
     at = q + t.to(tl.int64) * q_stride + head * (NOPE + ROPE)
     to = out + (t.to(tl.int64) * HEADS + head) * (LATENT + ROPE)
     if block == LATENT // BLOCK_N:
-        wait_for_inputs(PDL)
         half = tl.arange(0, ROPE // 2)
         angle = t[:, None] * (ROPE // 2) + half[None, :]
         c = tl.load(cos + angle, there[:, None], 0.0)
@@ -110,7 +110,6 @@ def _absorb(
     else:
         k, n = tl.arange(0, NOPE), block * BLOCK_N + tl.arange(0, BLOCK_N)
         w = tl.load(up + head * up_head + k[:, None] * up_row + n[None, :])
-        wait_for_inputs(PDL)
         x = tl.load(at[:, None] + k[None, :], there[:, None], 0.0)
         tl.store(to[:, None] + n[None, :], tl.dot(x, w).to(out.dtype.element_ty), there[:, None])
 

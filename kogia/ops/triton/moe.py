@@ -7,7 +7,8 @@
     sum        the weighted sum over a token's copies, on top of the residual stream
 
 Shared experts ride along as further experts that every token has chosen with weight 1. For many tokens the products
-are bound by arithmetic, and PyTorch's grouped_mm (kogia.ops.aten) is as fast: this backend leaves them to it.
+are bound by arithmetic, and `order`, which has all copies in one tile, would not fit: this backend leaves them to
+PyTorch's grouped_mm (kogia.ops.aten). Where the two are equally fast has not been measured.
 """
 
 # Inside kernels, types are Triton's:
@@ -33,7 +34,7 @@ from kogia.ops.triton.common import (
 )
 
 MOST_TOKENS = 512
-"""From here on the sorted products of kogia.ops.aten are faster."""
+"""More are left to the sorted products of kogia.ops.aten."""
 _SINGLE = 1 << 24
 """Up to so many numbers of router weights are read again for each token."""
 PAIRWISE = 2
@@ -85,7 +86,8 @@ def _route(
     choice = s
     if BIASED:
         choice = choice + tl.load(bias + a, real, 0.0)[None, :]
-    choice = tl.where(real[None, :], choice, float("-inf"))
+    # NaN compares with nothing: left in, the largest could be a place beyond the last expert
+    choice = tl.where(real[None, :] & (choice == choice), choice, float("-inf"))
     if GROUPS > 1:
         group = a // (E // GROUPS)
         g = tl.arange(0, GROUPS)
@@ -386,7 +388,7 @@ def mix_experts_supports(
     if isinstance(gate_up, Packed) or isinstance(down, Packed):
         return "it takes dense weights"
     if x.shape[0] > MOST_TOKENS:
-        return f"it is made for at most {MOST_TOKENS} tokens; grouped_mm is as fast with more"
+        return f"it is made for at most {MOST_TOKENS} tokens; grouped_mm takes more"
     rest = () if shared is None else shared
     if any(isinstance(each, Packed) for each in rest):
         return "it takes dense weights"

@@ -14,8 +14,8 @@ def _norm(x, delta, weight, total, out, eps, dim, ADD: tl.constexpr, BLOCK: tl.c
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < dim
-    factor = tl.load(weight + cols, inside, 0.0)
     wait_for_inputs(PDL)
+    factor = tl.load(weight + cols, inside, 0.0)
     value = tl.load(x + row * dim + cols, inside, 0.0)
     if ADD:
         value = value + tl.load(delta + row * dim + cols, inside, 0.0)  # rounded to the dtype, as the reference is
