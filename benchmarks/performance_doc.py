@@ -44,7 +44,17 @@ def written(text: str) -> str:
 
 
 def results(name: str) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]}
+    return {row["id"]: row for row in _file(name)["rows"]}
+
+
+def _measured(name: str) -> list[str]:
+    """Of what, and when."""
+    commit, _, changes = _file(name)["commit"].partition("+")
+    return [f"Commit {commit[:7]}{' with changes' if changes else ''}, {_file(name)['date']}.", ""]
+
+
+def _file(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def engine_table(name: str) -> list[str]:
@@ -53,6 +63,7 @@ def engine_table(name: str) -> list[str]:
     lines = _head(
         "work", "tokens/s (spread)", *(["vLLM 0.24", "ratio", "bar", "share of the limit"] if is_h200 else [])
     )
+    lines = _measured(name) + lines
     copy = f"{rows['copy-tbps']['value']:.2f} TB/s"
     lines.append(_line("copy, read and written", copy, *([""] * 4 if is_h200 else [])))
     for id, work in WORK.items():
@@ -67,7 +78,7 @@ def engine_table(name: str) -> list[str]:
 
 
 def kernel_table() -> list[str]:
-    lines = _head("kernel", "case", "us", "TB/s", "TFLOP/s", "error")
+    lines = _measured("kernels_gpu") + _head("kernel", "case", "us", "TB/s", "TFLOP/s", "error")
     for id, row in results("kernels_gpu").items():
         if id.startswith(("attention", "experts", "prefill")) and row["value"]:
             name, _, case = id.partition("-")

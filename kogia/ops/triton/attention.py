@@ -15,12 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kogia.ops.cache import LatentRow, LayerCache
+from kogia.ops.prefill import FEW
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
 from kogia.ops.triton.common import LAUNCH, PDL, kernel, let_next_start, odd_width, refusal, wait_for_inputs
-
-MOST_QUERIES = 4
-"""Query tokens of one sequence: what a step with drafts verifies. More are a prefill."""
 
 
 @kernel
@@ -164,8 +162,8 @@ def cached_attention_supports(
     row = cache.row
     if not isinstance(row, LatentRow) or row.fp8 or index is not None or row.index:
         return "it attends to dense latent rows, without an indexer"
-    if segments.longest > MOST_QUERIES or segments.num_tokens != segments.num_seqs * segments.longest:
-        return f"it takes the same number of queries of every sequence, at most {MOST_QUERIES}"
+    if segments.longest > FEW or segments.num_tokens != segments.num_seqs * segments.longest:
+        return f"it takes the same number of queries of every sequence, at most {FEW}"
     if row.latent > 512:
         return f"latents of {row.latent} numbers do not fit into a multiprocessor; it takes 512 at most"
     return odd_width(16, latent=row.latent, rope=row.rope) or refusal(q, cache.rows)
