@@ -162,7 +162,7 @@ def test_a_preset_takes_no_torch_and_little_time():
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         best = min(best, time.perf_counter() - start)
-    assert best < 1.5  # about 0.25 s; the margin is for a busy machine
+    assert best < 4  # about 0.25 s; the margin is for a slow and busy machine
 
 
 def test_a_lone_config_is_read_without_torch(tmp_path: Path):
