@@ -44,7 +44,7 @@ WORK = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="711fa00", help="the commit to compare with")
+    parser.add_argument("--base", default="711fa00", help="the commit to compare with, or its checkout")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="default: seams.json or seams_demo.json")
     parser.add_argument("--demo", type=int, nargs="+", metavar="SEED", help="measure whole demonstrations instead")
@@ -80,7 +80,10 @@ def main() -> None:
 
 @contextmanager
 def worktree(commit: str) -> Iterator[Path]:
-    """A checkout of `commit` beside this one, for as long as the block runs."""
+    """A checkout of `commit` beside this one, for as long as the block runs; a directory is one already."""
+    if Path(commit).is_dir():
+        yield Path(commit).resolve()
+        return
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "base"
         subprocess.run(["git", "worktree", "add", "--detach", "-q", str(place), commit], cwd=ROOT, check=True)
