@@ -108,10 +108,10 @@ def demo_row(base: Path, seed: int) -> dict[str, Any]:
     """Both demonstrations side by side."""
     from result import row
 
+    cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
-        started = [
-            start_demo(checkout, Path(scratch) / str(core), seed, core) for core, checkout in enumerate((base, ROOT))
-        ]
+        places = ((base, cores[0], "base"), (ROOT, cores[-1], "ours"))
+        started = [start_demo(checkout, Path(scratch) / name, seed, core) for checkout, core, name in places]
         (theirs, base_stages, base_score), (ours, stages, score) = (finish_demo(*each) for each in started)
     seconds = {"cpu_seconds": round(ours, 1), "base_cpu_seconds": round(theirs, 1)}
     found = {"stages": stages, "base_stages": base_stages, "greedy": score, "base_greedy": base_score}
