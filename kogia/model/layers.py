@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -75,14 +74,10 @@ class FeedForward(nn.Module):
         return self.gate_proj.operand(), self.up_proj.operand(), self.down_proj.operand()
 
 
-class Head(nn.Module):
+class Head(Linear):
     """The output head, applied to normed hidden states."""
 
-    def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__()
-        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
-
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Float[Tensor, "rows dim"],
         targets: Int[Tensor, " rows"] | None = None,
@@ -90,5 +85,5 @@ class Head(nn.Module):
     ) -> Float[Tensor, "rows vocab"] | tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
         """Logits; or, given `targets`, their log-probabilities and the entropies, without ever holding the logits."""
         if targets is None:
-            return F.linear(x, self.weight)
-        return linear_logprob(x, self.weight, targets, temperature)
+            return super().forward(x)
+        return linear_logprob(x, self.operand(), targets, temperature)

@@ -8,17 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kogia.ops.linear import linear
-from kogia.ops.packed import FORMATS, Packed
+from kogia.ops.packed import FORMATS, ZERO_NAME, Packed
 
 
 class Linear(nn.Module):
     """x W^T + b, with one [out, in] weight or a stack of them.
 
-    A packed weight is made dense in the dtype of the input where it is used, and takes no gradient; its scales are a
-    buffer beside it, under the name that they have in files.
+    A packed weight is made dense in the dtype of the input where it is used, and takes no gradient; its scales and
+    zeros are buffers beside it, under the names that they have in files.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, stack: tuple[int, ...] = ()) -> None:
         """The weight is uninitialised. A stack has its axes in front: [*stack, out, in]."""
@@ -32,6 +32,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         for each in FORMATS.values():
             self.register_buffer(each.scale_name, None)
+        self.register_buffer(ZERO_NAME, None)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         return linear(x, self.operand(), self.bias)
@@ -40,35 +41,38 @@ class Linear(nn.Module):
         """The weight as ops take it."""
         if self.format is None:
             return self.weight
-        return Packed(self.weight, getattr(self, FORMATS[self.format].scale_name), None, self.format)
+        scale, zero = getattr(self, FORMATS[self.format].scale_name), getattr(self, ZERO_NAME)
+        return Packed(self.weight, scale, zero, self.format)
 
     def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "*stack out in"]:
         """The weight itself, or a dense copy in `dtype` of a packed one."""
         operand = self.operand()
         return operand.dense(dtype) if isinstance(operand, Packed) else operand
 
-    def make_packed(self, format: str) -> None:
+    def make_packed(self, format: str, *, zeros: bool = False) -> None:
         """Turn the weight into uninitialised storage of a format, on its device (meta included)."""
-        self._hold(FORMATS[format].empty(self.shape, self.weight.device))
+        self._hold(FORMATS[format].empty(self.shape, self.weight.device, zeros=zeros))
 
     @torch.no_grad()
     def pack(self, format: str, **options: Any) -> None:
-        """Round a dense weight to a format; FP8 takes `power_of_two`, for scales that are."""
+        """Round a dense weight to a format; FP8 takes `power_of_two`, for scales that are, and int4 `asymmetric`."""
         self._hold(FORMATS[format].pack(self.weight, **options))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
         """What `Module.to` and its like go through. A packed weight moves but is never cast: its numbers are codes."""
-        if self.format is not None:
-            stored = FORMATS[self.format].data_dtype
-            cast = fn(torch.empty(0, dtype=stored, device=self.weight.device)).dtype
-            if cast != stored:
-                raise TypeError(
-                    f"a weight stored as {self.format} cannot be cast to {cast}: its scales would no longer fit; load "
-                    "the model in that dtype (`load_model(path, dtype=...)`, or `kogia convert`)"
-                )
+        operand = self.operand()
+        if isinstance(operand, Packed):
+            for stored in (operand.data, operand.scale):
+                cast = fn(stored.new_empty(0)).dtype
+                if cast != stored.dtype:
+                    raise TypeError(
+                        f"a weight stored as {operand.format} cannot be cast to {cast}: its scales would no longer "
+                        "fit; load the model in that dtype (`load_model(path, dtype=...)`, or `kogia convert`)"
+                    )
         return super()._apply(fn, recurse)
 
     def _hold(self, packed: Packed) -> None:
         self.format = packed.format
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         setattr(self, FORMATS[packed.format].scale_name, packed.scale)
+        setattr(self, ZERO_NAME, packed.zero)

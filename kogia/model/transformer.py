@@ -118,11 +118,12 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        """Of what is computed with; a packed weight is stored in another."""
+        return self.model.embed_tokens.weight.dtype
 
     def tie_head(self) -> None:
         """Let the head be the embedding where the configuration says so; needed again when either was replaced."""

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kogia.ops.dispatch import op
+from kogia.ops.packed import Packed
 
 CHUNK_ELEMENTS = 1 << 20  # logits held at a time: 4 MiB in float32
 
@@ -63,9 +64,13 @@ class _LinearLogprob(torch.autograd.Function):
 @op()
 def linear_logprob(
     hidden: Float[Tensor, "rows dim"],
-    weight: Float[Tensor, "vocab dim"],
+    weight: Float[Tensor, "vocab dim"] | Packed,
     targets: Int[Tensor, " rows"],
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """(log p(target), entropy) per row in nats, at least float32. The entropy is for monitoring, without gradient."""
+    """(log p(target), entropy) per row in nats, at least float32. The entropy is for monitoring, without gradient.
+
+    A packed weight is made dense once, in the dtype of `hidden`.
+    """
+    weight = weight.dense(hidden.dtype) if isinstance(weight, Packed) else weight
     return _LinearLogprob.apply(hidden, weight, targets, temperature)  # pyright: ignore[reportReturnType]

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from kogia.ops import fp8
+from kogia.ops import fp8, integers
 
 Shape = tuple[int, ...]
+ZERO_NAME = "weight_zero_point"
+"""What zeros are called beside `weight`, in modules and in files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,9 +45,14 @@ class Packed:
 class Format:
     """One way to store a weight. Shapes are those of a dense [..., out, in] weight."""
 
+    name: str
     data_dtype: torch.dtype
+    scale_dtype: torch.dtype
+    zero_dtype: torch.dtype | None
+    """None where there are no zeros; a weight of a format that has them may do without."""
     data_shape: Callable[[Shape], Shape]
     scale_shape: Callable[[Shape], Shape]
+    """Of the zeros as well."""
     scale_name: str
     """What the scales are called beside `weight`, in modules and in files."""
     row_block: int
@@ -53,12 +60,15 @@ class Format:
     pack: Callable[..., Packed]
     """Of a dense weight, and keywords of the format's own."""
     unpack: Callable[[Packed, torch.dtype], Tensor]
+    takes: Callable[[Shape], bool] = lambda shape: True
+    """Whether a weight of this shape has the format."""
 
-    def empty(self, shape: Shape, device: torch.device | str) -> Packed:
+    def empty(self, shape: Shape, device: torch.device | str, *, zeros: bool = False) -> Packed:
         """Uninitialised storage for a weight of this shape."""
         data = torch.empty(self.data_shape(shape), dtype=self.data_dtype, device=device)
-        scale = torch.empty(self.scale_shape(shape), dtype=torch.float32, device=device)
-        return Packed(data, scale, None, next(name for name, each in FORMATS.items() if each is self))
+        scale = torch.empty(self.scale_shape(shape), dtype=self.scale_dtype, device=device)
+        zero = torch.empty(scale.shape, dtype=self.zero_dtype, device=device) if zeros else None
+        return Packed(data, scale, zero, self.name)
 
 
 def _pack_fp8(weight: Tensor, *, power_of_two: bool = False) -> Packed:
@@ -70,18 +80,70 @@ def _unpack_fp8(packed: Packed, dtype: torch.dtype) -> Tensor:
     return fp8.dequantize_blocks(packed.data, packed.scale, dtype)
 
 
-FORMATS = {
-    "fp8": Format(
-        data_dtype=torch.float8_e4m3fn,
-        data_shape=lambda shape: shape,
-        scale_shape=fp8.scale_shape,
-        scale_name="weight_scale_inv",
-        row_block=fp8.BLOCK,
-        pack=_pack_fp8,
-        unpack=_unpack_fp8,
-    )
-}
-"""Name -> format. "fp8" is E4M3 in 128 x 128 blocks, as DeepSeek-V3 publishes it."""
+def _pack_int8(weight: Tensor) -> Packed:
+    data, scale = integers.quantize_rows(weight)
+    return Packed(data, scale, None, "int8")
+
+
+def _unpack_int8(packed: Packed, dtype: torch.dtype) -> Tensor:
+    return integers.dequantize_rows(packed.data, packed.scale, dtype)
+
+
+def _pack_int4(weight: Tensor, *, asymmetric: bool = False) -> Packed:
+    data, scale, zero = integers.quantize_nibbles(weight, asymmetric=asymmetric)
+    return Packed(data, scale, zero, "int4")
+
+
+def _unpack_int4(packed: Packed, dtype: torch.dtype) -> Tensor:
+    return integers.dequantize_nibbles(packed.data, packed.scale, packed.zero, dtype)
+
+
+def _group_shape(shape: Shape) -> Shape:
+    group = integers.group_size(shape[-1])
+    assert group is not None, "Format.takes says so"
+    return (*shape[:-1], shape[-1] // group)
+
+
+_FP8 = Format(
+    name="fp8",
+    data_dtype=torch.float8_e4m3fn,
+    scale_dtype=torch.float32,
+    zero_dtype=None,
+    data_shape=lambda shape: shape,
+    scale_shape=fp8.scale_shape,
+    scale_name="weight_scale_inv",
+    row_block=fp8.BLOCK,
+    pack=_pack_fp8,
+    unpack=_unpack_fp8,
+)
+_INT8 = Format(
+    name="int8",
+    data_dtype=torch.int8,
+    scale_dtype=torch.float32,
+    zero_dtype=None,
+    data_shape=lambda shape: shape,
+    scale_shape=lambda shape: (*shape[:-1], 1),
+    scale_name="weight_scale",
+    row_block=1,
+    pack=_pack_int8,
+    unpack=_unpack_int8,
+)
+_INT4 = Format(
+    name="int4",
+    data_dtype=torch.uint8,
+    scale_dtype=torch.bfloat16,
+    zero_dtype=torch.uint8,
+    data_shape=lambda shape: (*shape[:-1], shape[-1] // 2),
+    scale_shape=_group_shape,
+    scale_name="weight_scale",
+    row_block=1,
+    pack=_pack_int4,
+    unpack=_unpack_int4,
+    takes=lambda shape: integers.group_size(shape[-1]) is not None,
+)
+FORMATS = {each.name: each for each in (_FP8, _INT8, _INT4)}
+"""Name -> format. "fp8" is E4M3 in 128 x 128 blocks, as DeepSeek-V3 publishes it; "int8" has a scale per row,
+"int4" one per group of a row, and zeros where it is asymmetric (ops/integers.py)."""
 
 
 def format_of(dtype: torch.dtype) -> str | None:

@@ -128,8 +128,8 @@ def test_fp8_models_of_other_shapes_come_back(config, tmp_path):
     assert_same(load_model(save_model(model, tmp_path / "model"), keep_fp8=True), model)
 
 
-def test_an_fp8_matrix_in_a_layer_that_stays_dense_is_dequantised(one_file):
-    """Some publish the head in FP8 as well: only projections can stay so."""
+def test_a_head_in_fp8_is_kept_or_dequantised(one_file):
+    """Some publish the head in FP8 as well."""
 
     def quantise_head(tensors):
         tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
@@ -138,7 +138,9 @@ def test_an_fp8_matrix_in_a_layer_that_stays_dense_is_dequantised(one_file):
     rewrite(one_file, quantise_head)
     want = load_file(one_file / "model.safetensors")["lm_head.weight"].float() * 0.5
     for keep in (True, False):
-        assert torch.equal(load_model(one_file, keep_fp8=keep).lm_head.weight, want.bfloat16())
+        head = load_model(one_file, keep_fp8=keep).lm_head
+        assert (head.weight.dtype == torch.float8_e4m3fn) == keep
+        assert torch.equal(head.dense_weight(torch.bfloat16), want.bfloat16())
 
 
 def test_fp8_in_some_layers_only_is_kept_there(one_file):

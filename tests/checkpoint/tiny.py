@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from kogia.model.layers import Head
 from kogia.model.linear import Linear
 from kogia.model.transformer import Transformer, build_model
 
@@ -38,7 +39,7 @@ def tiny_fp8(config: ModelConfig = BLOCKS, *, power_of_two: bool = False) -> Tra
     """A random bfloat16 model with every matrix of V3's kind in FP8."""
     model = tiny(config, torch.bfloat16)
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and not isinstance(module, Head):
             module.pack("fp8", power_of_two=power_of_two)
     return model
 
