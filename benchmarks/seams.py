@@ -122,7 +122,7 @@ def start_demo(checkout: Path, out: Path, seed: int, core: int) -> tuple[subproc
     """`kogia demo` from `checkout` on one core."""
     run = "import sys; from kogia.cli import main; sys.exit(main())"
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
-    env |= {"PYTHONPATH": str(checkout)}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), env.get("PYTHONPATH")]))}
     demo = ["demo", "--out", str(out), "--seed", str(seed), "--threads", "1", "--quiet"]
     command = ["taskset", "-c", str(core), sys.executable, "-c", run, *demo]
     return subprocess.Popen(command, env=env, cwd=out.parent, stdout=subprocess.DEVNULL), out

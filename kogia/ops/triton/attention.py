@@ -1,7 +1,8 @@
 """Latent attention over the paged cache (absorbed MLA, DeepSeek-V2 section 2.1.2): one key head for all query heads.
 
 A program reads one part of one sequence's rows for a tile of its queries; a second launch merges the parts by their
-log-sums. Rows are read once: the first `latent` numbers are keys and values at once. (Turning the products round, with
+log-sums. Rows are read once: the first `latent` numbers are keys and values at once. They are taken as two halves with
+a sum of scores each, so that half as many products wait for one another. (Turning the products round, with
 the keys as the M side of the tensor cores, was slower in Triton at every shape that was tried.)
 """
 
@@ -25,7 +26,7 @@ from kogia.ops.triton.common import LAUNCH, PDL, kernel, let_next_start, odd_wid
 def _parts(
     q, rows, tables, context_lens, cu_seqlens, part, part_lse, scale, table_width, PARTS,
     ROW: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, QUERIES: tl.constexpr,
-    TILE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax numerators of one part: part[token, head, p] = sum_j p_j c_j / sum_j p_j, and its log2-sum."""
     let_next_start(PDL)
@@ -45,10 +46,14 @@ def _parts(
         return
     last = length - QUERIES + token  # the position of each query
     q_at = q + ((first + token) * HEADS + head) * (LATENT + ROPE)
-    lat, rot = tl.arange(0, LATENT), tl.arange(0, ROPE)
+    WIDTH: tl.constexpr = LATENT // 2 if HALVES else LATENT
+    lat, rot = tl.arange(0, WIDTH), tl.arange(0, ROPE)
     q_lat = tl.load(q_at[:, None] + lat[None, :], real[:, None], 0.0)
     q_rot = tl.load(q_at[:, None] + LATENT + rot[None, :], real[:, None], 0.0)
-    acc = tl.zeros((TILE, LATENT), tl.float32)
+    acc = tl.zeros((TILE, WIDTH), tl.float32)
+    if HALVES:
+        q_far = tl.load(q_at[:, None] + WIDTH + lat[None, :], real[:, None], 0.0)
+        acc_far = tl.zeros((TILE, WIDTH), tl.float32)
     best = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     for j in range(start, stop, BLOCK):
@@ -58,8 +63,13 @@ def _parts(
         row = rows + (page.to(tl.int64) * PAGE + pos % PAGE) * ROW
         kv = tl.load(row[:, None] + lat[None, :], there[:, None], 0.0)
         kr = tl.load(row[:, None] + LATENT + rot[None, :], there[:, None], 0.0)
-        s = tl.dot(q_lat, tl.trans(kv))
-        s = tl.dot(q_rot, tl.trans(kr), s) * scale
+        s = tl.dot(q_rot, tl.trans(kr))
+        if HALVES:
+            far = tl.load(row[:, None] + WIDTH + lat[None, :], there[:, None], 0.0)
+            s = tl.dot(q_far, tl.trans(far), s)
+            s = (tl.dot(q_lat, tl.trans(kv)) + s) * scale
+        else:
+            s = tl.dot(q_lat, tl.trans(kv), s) * scale
         s = tl.where(there[None, :] & (pos[None, :] <= last[:, None]), s, float("-inf"))
         new = tl.maximum(best, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -67,11 +77,16 @@ def _parts(
         shrink = tl.exp2(best - safe)
         total = total * shrink + tl.sum(w, 1)
         acc = tl.dot(w.to(kv.dtype), kv, acc * shrink[:, None])
+        if HALVES:
+            acc_far = tl.dot(w.to(kv.dtype), far, acc_far * shrink[:, None])
         best = new
     tl.store(lse_at, best + tl.log2(total), real)  # -inf where nothing was visible
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
     at = part + (((first + token) * HEADS + head) * PARTS + p) * LATENT
     tl.store(at[:, None] + lat[None, :], (acc * inverse[:, None]).to(part.dtype.element_ty), real[:, None])
+    if HALVES:
+        to = at + WIDTH
+        tl.store(to[:, None] + lat[None, :], (acc_far * inverse[:, None]).to(part.dtype.element_ty), real[:, None])
 
 
 @kernel
@@ -138,7 +153,7 @@ def attention_parts(
     tokens, heads, _ = q.shape
     queries = segments.longest
     tile = min(64, max(16, triton.next_power_of_2(queries * heads)))
-    block, warps = (32, 4) if tile <= 32 else (64, 8)
+    block, warps, stages = (32, 4, 5) if tile <= 32 else (64, 8, 3)
     tiles = -(-queries * heads // tile)
     parts = parts or num_parts(segments.num_seqs * tiles, int(cache.contexts.max()), block)
     kept = q.dtype if parts == 1 else torch.float32
@@ -148,7 +163,8 @@ def attention_parts(
         q, cache.rows, cache.block_tables, cache.context_lens, segments.cu_seqlens, part, lse,
         scale * _LOG2_E, cache.block_tables.stride(0), parts,
         ROW=cache.rows.stride(0), HEADS=heads, LATENT=row.latent, ROPE=row.rope, QUERIES=queries, TILE=tile,
-        PAGE=cache.block_size, BLOCK=block, PDL=PDL, num_warps=warps, num_stages=3, **LAUNCH,
+        PAGE=cache.block_size, BLOCK=block, HALVES=row.latent >= 32, PDL=PDL, num_warps=warps, num_stages=stages,
+        **LAUNCH,
     )  # fmt: skip
     return part, lse
 
