@@ -12,12 +12,11 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
 from numpy.typing import NDArray
 
 
-def hash_block(parent: bytes, token_ids: NDArray[np.int64]) -> bytes:
-    """Name of a full block: 16 bytes over the parent's name (empty for the first block) and the tokens."""
+def hash_block(parent: bytes, token_ids: NDArray) -> bytes:
+    """Name of a full block: 16 bytes over the parent's name (the first block's is the salt) and the tokens."""
     return hashlib.blake2b(parent + token_ids.tobytes(), digest_size=16).digest()
 
 

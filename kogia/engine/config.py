@@ -6,6 +6,8 @@ from math import inf
 from numbers import Integral, Real
 from typing import Any, Literal
 
+ACTIVE_EXPERTS_RULE = "a whole number from 1 to the routed experts there are; the shared ones are always on"
+EXPERT_THRESHOLD_RULE = "in [0, 1]: a share of the best expert's gate (0 drops none)"
 MOST_COMPLETIONS = 1_000_000
 """Of one prompt."""
 
@@ -40,6 +42,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "ignore_eos": (lambda value: isinstance(value, bool), "true or false"),
     "logprobs": (lambda value: isinstance(value, bool), "true or false"),
+    "active_experts": (lambda value: _is_whole(value) and value >= 1, ACTIVE_EXPERTS_RULE),
+    "expert_threshold": (lambda value: _is_number(value) and 0 <= value <= 1, EXPERT_THRESHOLD_RULE),
 }
 """By field name: whether a value will do, and what it must be."""
 
@@ -142,6 +146,12 @@ class EngineConfig:
     rank_by_context: tuple[tuple[int, int], ...] = ()
     """[[tokens, rank], ...]: from a context of `tokens` on, queries read only the first `rank` numbers of the latents.
     Starts at 0, falls; no more than the first rank is stored. For models trained with `nested_rank_min`."""
+    active_experts: int | None = None
+    """Routed experts that each token uses; None is the number that the model was trained with. Requests may say their
+    own; the shared experts are always on."""
+    expert_threshold: float = 0.0
+    """Drop the chosen experts whose gate is below this share of the best one's; 0 drops none. Requests may say their
+    own."""
     prefix_cache: bool = True
     """Share the blocks of equal prefixes between sequences, and keep them after a sequence ends."""
     prune: PruneConfig | None = None
@@ -153,6 +163,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"engine.{name} = {value}: must be at least {bound}")
+        for name in ("active_experts", "expert_threshold"):
+            value, (holds, rule) = getattr(self, name), _RULES[name]
+            if value is not None and not holds(value):
+                raise ValueError(f"engine.{name} = {value!r}: must be {rule}")
         table = self.rank_by_context
         tokens, ranks = [pair[0] for pair in table], [pair[1] for pair in table]
         if table and (tokens[0] != 0 or tokens != sorted(set(tokens)) or ranks != sorted(ranks, reverse=True)):

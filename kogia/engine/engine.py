@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia import log
+from kogia.engine.activation import ActiveExperts
 from kogia.engine.config import EngineConfig
 from kogia.engine.graphs import why_not
-from kogia.engine.limits import block_bytes, cache_layout, check_budget, check_engine
+from kogia.engine.limits import block_bytes, cache_layout, check_activation, check_budget, check_engine
 from kogia.engine.loop import OnProgress, Stream, StreamLoop
 from kogia.engine.memory import cache_budget
 from kogia.engine.output import TextStream
@@ -92,10 +93,11 @@ class Engine:
             tokenizer.eos_ids if tokenizer else (model.config.eos_id,),
             **({} if self.pruner is None else self.pruner.limits()),
         )
+        self.experts = ActiveExperts(model.config, config)
         view: CacheView = self.pruner or WholeCache(cache, self.scheduler.lookahead)
         if len(config.rank_by_context) > 1:  # one rank for all: the rows are that narrow, nothing is left to choose
             view = RankByContext(view, config.rank_by_context, model.device)
-        self.runner = Runner(model, cache, self.scheduler.table, view, self._graph_length(cache, view))
+        self.runner = Runner(model, cache, self.scheduler.table, view, self.experts, self._graph_length(cache, view))
         self.loop = StreamLoop(self)
         self._flights: deque[Flight] = deque()
         self._news: list[TokenEvent] = []
@@ -147,7 +149,8 @@ class Engine:
         """`params.n` continuations of a prompt, checked and not yet queued.
 
         With `stream`, `step` reports their tokens as they come, else only their ends. Raises ValueError for a prompt
-        that is empty, too long for the model or the cache, or not made of the model's tokens. A completion for which
+        that is empty, too long for the model or the cache, or not made of the model's tokens, and for experts that the
+        model has not. A completion for which
         context or cache have not all the room that `max_tokens` asks for ends earlier, with reason "length".
         """
         limit, vocab = self.model.config.max_position, self.model.config.vocab_size
@@ -164,12 +167,15 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise ValueError(f"SamplingParams.stop = {params.stop}: stop strings need a tokenizer; use stop_token_ids")
+        check_activation(self.model.config, params.active_experts, params.expert_threshold)
         max_length = self._max_length(len(ids), params.max_tokens)
         requests = [
             Request(next(self._ids), ids, params, derive_seed(params.seed, prompt, index), max_length)
             for index in range(params.n)
         ]
         for request in requests:
+            request.active_experts, request.expert_threshold = experts = self.experts.of(params)
+            request.salt = self.experts.salt(*experts)
             request.stream = stream
             if self.tokenizer is not None and (stream or params.stop):
                 request.output = TextStream(self.tokenizer, params.stop)

@@ -3,7 +3,8 @@
 A graph is recorded once for each size of batch and class of context, and reads its step from one buffer of fixed
 layout. Batches between two sizes are filled up with tokens of nobody: they write to the cache's spare block and what
 comes out is not looked at.
-What differs from request to request, the sampling, runs behind the graph. Weights are updated in place, so that a graph
+What differs from request to request, the sampling, runs behind the graph; steps in which a request has a number of
+active experts of its own are not recorded. Weights are updated in place, so that a graph
 outlives them.
 """
 
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kogia.engine.activation import ActiveExperts
 from kogia.model.cache import PagedCache
 from kogia.model.moe import Experts, MoE
 from kogia.model.packed import PackedTokens
@@ -24,7 +26,7 @@ from kogia.model.transformer import Transformer
 from kogia.ops.attention import cached_attention
 from kogia.ops.cache import LatentRow
 from kogia.ops.dispatch import Op
-from kogia.ops.moe import mix_experts
+from kogia.ops.moe import Activation, mix_experts
 from kogia.ops.segments import Segments
 
 SIZES = (
@@ -68,15 +70,19 @@ class _Recorded:
     """What the step reads: token ids, positions, slots and context lengths, [size] each, and block tables."""
     segments: Segments
     """Kept because the graph reads its tensor."""
+    activation: Activation | None
+    """The same."""
     logits: Float[Tensor, "size vocab"]
 
 
 class DecodeGraphs:
     """Records and replays steps in which every sequence runs one token and samples the next."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, newest: Tensor, most: int, longest: int) -> None:
+    def __init__(
+        self, model: Transformer, cache: PagedCache, newest: Tensor, experts: ActiveExperts, most: int, longest: int
+    ) -> None:
         """Of up to `most` sequences, 512 at most, with contexts of up to `longest` tokens; `newest` is the runner's."""
-        self.model, self.cache, self.newest = model, cache, newest
+        self.model, self.cache, self.newest, self.experts = model, cache, newest, experts
         self.sizes = sorted({size for size in SIZES if size < most} | {min(most, SIZES[-1])})
         self.contexts = [length for length in CONTEXTS if length < longest] + [longest]
         self._recorded: dict[tuple[int, int], _Recorded] = {}
@@ -138,13 +144,14 @@ class DecodeGraphs:
         lengths = np.ones(size, dtype=np.int64)
         segments = Segments(torch.arange(size + 1, device=device), lengths)
         contexts = np.full(size, num_blocks * self.cache.block_size)
+        activation = self.experts.own(size, device)
 
         def step() -> Tensor:
             token_ids, positions, slots, lens = numbers[:, :4].T.contiguous().unbind()
             known = torch.where(token_ids < 0, self.newest[(-1 - token_ids).clamp_min(0)], token_ids)
             batch = PackedTokens(known, positions, segments)
             view = self.cache.step(slots, numbers[:, 4:], lens, contexts)
-            return self.model.logits(self.model(batch, view))
+            return self.model.logits(self.model(batch, step=self.model.step(batch, view, activation=activation)))
 
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -155,7 +162,7 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool):
             logits = step()
         self._pool = graph.pool()
-        return _Recorded(graph, numbers, segments, logits)
+        return _Recorded(graph, numbers, segments, activation, logits)
 
 
 def why_not(model: Transformer, cache: PagedCache) -> str | None:

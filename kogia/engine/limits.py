@@ -29,6 +29,7 @@ def check_engine(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -
         raise ValueError(
             f"engine.num_draft_tokens = {config.num_draft_tokens}: the model has no MTP module to draft with; set 0"
         )
+    check_activation(model, config.active_experts, config.expert_threshold, "engine.")
     _, row = cache_layout(model, config)
     if config.prune is not None and not isinstance(row, LatentRow):
         raise ValueError(
@@ -38,6 +39,21 @@ def check_engine(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -
     given = config.cache_memory_bytes
     if given is not None and config.num_blocks is None:
         check_budget(given, "engine.cache_memory_bytes", block_bytes(model, config, dtype), config)
+
+
+def check_activation(model: ModelConfig, active_experts: int | None, threshold: float | None, where: str = "") -> None:
+    """Raise ValueError for a number of routed experts that this model cannot activate, or where it has none."""
+    moe = model.moe
+    asked = {"active_experts": active_experts, "expert_threshold": threshold or None}
+    name = next((name for name, value in asked.items() if value is not None), None)
+    if moe is None and name is not None:
+        raise ValueError(f"{where}{name} = {asked[name]}: this model has no routed experts; leave it out")
+    if moe is not None and active_experts is not None and not 1 <= active_experts <= moe.most_active:
+        groups = "" if moe.num_groups == 1 else f", of which a token may use {moe.most_active}"
+        raise ValueError(
+            f"{where}active_experts = {active_experts}: this model has {moe.num_experts} routed experts{groups}; give "
+            f"1 to {moe.most_active}, or leave it out for the {moe.topk} that it was trained with"
+        )
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> Longest:

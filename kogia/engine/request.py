@@ -36,6 +36,11 @@ class SamplingParams(FilteredSamplingConfig):
     ignore_eos: bool = False
     logprobs: bool = False
     """Return the log-probability of each token under softmax(logits / temperature), no filter applied."""
+    active_experts: int | None = None
+    """Routed experts that each token uses, fewer or more than the model was trained with; None is what the engine
+    says. The shared experts are always on, and drafts follow."""
+    expert_threshold: float | None = None
+    """Drop the chosen experts whose gate is below this share of the best one's; None is what the engine says."""
 
     @classmethod
     def of(cls, settings: SamplingConfig, **changes: Any) -> "SamplingParams":
@@ -118,6 +123,11 @@ class Request:
     """Text as it grows, for requests with stop strings or a listener; None decodes once, at the end."""
     stream: bool = False
     """Whether `Engine.step` reports every token or only the end."""
+    active_experts: int = 0
+    """Routed experts that its tokens use; 0 in a model that has none."""
+    expert_threshold: float = 0.0
+    salt: bytes = b""
+    """What its cache rows depend on beside its tokens: goes before the name of the first block."""
     token_ids: NDArray[np.int64] = field(init=False)
     """Prompt and the tokens sampled before the last preemption."""
     logprobs: NDArray[np.float32] = field(init=False)

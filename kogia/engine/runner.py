@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kogia.engine.activation import ActiveExperts
 from kogia.engine.graphs import DecodeGraphs
 from kogia.engine.inputs import Staging, Upload
 from kogia.engine.sequences import SequenceTable
@@ -22,6 +23,7 @@ from kogia.model.cache import PagedCache, StepCache
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
+from kogia.ops.moe import Activation
 from kogia.ops.sample import counter_uniforms, sample
 from kogia.ops.segments import Segments
 
@@ -50,20 +52,27 @@ class Runner:
     """Runs plans over one model and its paged cache."""
 
     def __init__(
-        self, model: Transformer, cache: PagedCache, table: SequenceTable, view: CacheView, longest: int | None = None
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        table: SequenceTable,
+        view: CacheView,
+        experts: ActiveExperts,
+        longest: int | None = None,
     ) -> None:
         """With `longest`, the most tokens of a sequence, decode steps are recorded as graphs."""
         self.model = model
         self.cache = cache
         self.table = table
         self.view = view
+        self.experts = experts
         self.device = model.device
         self._staging = Staging(self.device)
         self._newest = torch.zeros(len(table.requests), dtype=torch.long, device=self.device)
         """[table rows] what each sequence sampled last: a step that is planned before that is known runs on it."""
         self.graphs = None
         if longest is not None:
-            self.graphs = DecodeGraphs(model, cache, self._newest, len(table.requests), longest)
+            self.graphs = DecodeGraphs(model, cache, self._newest, experts, len(table.requests), longest)
 
     @torch.no_grad()
     def launch(self, plan: StepPlan, num_drafts: int = 0) -> Flight:
@@ -72,11 +81,12 @@ class Runner:
         Logits exist for sampled rows only.
         """
         runs = token_runs(plan)
-        if self.graphs is not None and not num_drafts and plan.only_decodes and plan.num_tokens <= self.graphs.most:
+        if self.graphs is not None and not num_drafts and self._is_recorded(plan, self.graphs):
             return self._replay(plan, runs, self.graphs)
         upload = self._upload(plan, runs, num_drafts)
         batch = self._batch(plan, upload)
-        step = self.model.step(batch, self.view.step_cache(upload, runs))
+        activation = self.experts.of_step(upload, self.table, plan.rows)
+        step = self.model.step(batch, self.view.step_cache(upload, runs), activation=activation)
         hidden = self.model(batch, step=step)
         tokens, logprobs = self._sample(plan, upload, hidden)
         if num_drafts:
@@ -85,6 +95,10 @@ class Runner:
             drafts = tokens[:0]
             self._newest.index_copy_(0, upload["sampled_rows"], tokens)
         return self._take_off(plan, tokens, drafts, logprobs, num_drafts)
+
+    def _is_recorded(self, plan: StepPlan, graphs: DecodeGraphs) -> bool:
+        fits = plan.only_decodes and plan.num_tokens <= graphs.most
+        return fits and self.experts.are_own(self.table, plan.rows)
 
     def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:
         """A step in which every sequence runs one token: its graph, then the sampling."""
@@ -124,6 +138,7 @@ class Runner:
         upload.put("positions", runs.positions)
         upload.put("cu_seqlens", np.concatenate([np.zeros(1, dtype=np.int64), ends]))
         self.view.put(upload, table, runs)
+        self.experts.put(upload, table, runs)
         self._put_sampling(upload, plan, ends)
         if num_drafts:
             self._put_drafting(upload, plan, runs)
@@ -224,15 +239,19 @@ class Runner:
         drafts = [self.model.mtp_logits(0, hidden).argmax(-1)]
         tables = upload["block_tables"][upload["entries"]]
         bounds = self.table.num_known[plan.rows[plan.sampled]] + plan.num_samples[plan.sampled]
+        activation = self.experts.of_step(upload, self.table, plan.rows, rows[:, 0])
         for index in range(num_drafts - 1):
             # one more pass, a position further: the module's own output and draft stand in for the main model's
             positions = upload["num_known"] + accepted + index
             cache = self.view.drafting(tables, positions, upload["num_slots"], bounds + index)
-            hidden = self.model.mtp_hidden(0, hidden, drafts[-1], self._one_each(drafts[-1], positions, cache))
+            step = self._one_each(drafts[-1], positions, cache, activation)
+            hidden = self.model.mtp_hidden(0, hidden, drafts[-1], step)
             drafts.append(self.model.mtp_logits(0, hidden).argmax(-1))
         return torch.stack(drafts, 1)
 
-    def _one_each(self, token_ids: Tensor, positions: Tensor, cache: StepCache) -> StepContext:
+    def _one_each(
+        self, token_ids: Tensor, positions: Tensor, cache: StepCache, activation: Activation | None
+    ) -> StepContext:
         count = len(token_ids)
         segments = Segments(torch.arange(count + 1, device=self.device), np.ones(count, dtype=np.int64))
-        return self.model.step(PackedTokens(token_ids, positions, segments), cache)
+        return self.model.step(PackedTokens(token_ids, positions, segments), cache, activation=activation)

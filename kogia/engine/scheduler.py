@@ -244,7 +244,7 @@ class Scheduler:
         names, size = request.block_hashes, self.config.block_size
         while len(names) <= index:
             start = len(names) * size
-            names.append(hash_block(names[-1] if names else b"", token_ids[start : start + size]))
+            names.append(hash_block(names[-1] if names else request.salt, token_ids[start : start + size]))
         return names[index]
 
     # settling ---------------------------------------------------------------------------------------------------------

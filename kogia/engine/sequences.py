@@ -48,6 +48,8 @@ class SequenceTable:
         self.top_k = np.zeros(max_sequences, dtype=np.int64)
         self.top_p = np.zeros(max_sequences, dtype=np.float32)
         self.min_p = np.zeros(max_sequences, dtype=np.float32)
+        self.active_experts = np.zeros(max_sequences, dtype=np.int64)
+        self.expert_threshold = np.zeros(max_sequences, dtype=np.float32)
         self.seed = np.zeros(max_sequences, dtype=np.int64)
         self.stop_ids = np.full((max_sequences, 1), -1, dtype=np.int64)
         self.watched = np.zeros(max_sequences, dtype=bool)
@@ -79,6 +81,7 @@ class SequenceTable:
         self.max_cache_rows[row] = self.cache_rows_of(request)
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
         self.top_p[row], self.min_p[row] = params.top_p, params.min_p
+        self.active_experts[row], self.expert_threshold[row] = request.active_experts, request.expert_threshold
         self.watched[row] = request.stream or request.output is not None
         self.requests[row] = request
         return self._free.pop()

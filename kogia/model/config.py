@@ -140,6 +140,11 @@ class MoEConfig:
     num_dense_layers: int = 1
     """The first layers use a dense feed-forward (HF `first_k_dense_replace`)."""
 
+    @property
+    def most_active(self) -> int:
+        """Routed experts that one token could use: all of its groups."""
+        return self.num_experts // self.num_groups * self.topk_groups
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -215,7 +220,7 @@ def _check_experts(moe: MoEConfig) -> None:
             f"model.moe: num_experts = {moe.num_experts}, num_groups = {moe.num_groups}, topk_groups = "
             f"{moe.topk_groups}: groups must divide the experts and 1 <= topk_groups <= num_groups"
         )
-    if moe.topk > moe.num_experts // moe.num_groups * moe.topk_groups:
+    if moe.topk > moe.most_active:
         raise ValueError(f"model.moe.topk = {moe.topk}: more than the experts of {moe.topk_groups} groups")
 
 

@@ -10,7 +10,7 @@ from kogia.model.cache import StepCache
 from kogia.model.linear import Linear
 from kogia.model.routing import Routing
 from kogia.ops.logprob import linear_logprob
-from kogia.ops.moe import SharedExperts, silu_mul
+from kogia.ops.moe import Activation, SharedExperts, silu_mul
 from kogia.ops.norm import add_rms_norm, rms_norm
 from kogia.ops.segments import Segments
 
@@ -27,6 +27,8 @@ class StepContext:
     """Choices to replay, and where they are recorded; None records nothing."""
     latent_ranks: Int[Tensor, " tokens"] | None = None
     """How much of each token's latent is left; nested dropout, without a cache only."""
+    activation: Activation | None = None
+    """How many routed experts tokens use; None is the number that the model was trained with."""
 
 
 class RMSNorm(nn.Module):

@@ -44,7 +44,8 @@ class Router(nn.Module):
             normalize=c.normalize_topk,
             scale=c.routed_scale,
             given=None if routing is None else routing.ids(self.mixture),
-            may_be_nobody=routing is not None and self.mixture in routing.given,
+            may_be_nobody=routing is not None and (self.mixture in routing.given or step.activation is not None),
+            activation=step.activation,
         )
         if routing is not None:
             routing.record(self.mixture, routed.expert_ids, c.num_experts)

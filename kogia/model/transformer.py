@@ -26,6 +26,7 @@ from kogia.model.moe import MoE, Router
 from kogia.model.packed import PackedTokens
 from kogia.model.rotary import Rotary
 from kogia.model.routing import Routing
+from kogia.ops.moe import Activation
 
 
 class Layer(nn.Module):
@@ -136,18 +137,20 @@ class Transformer(nn.Module):
         cache: StepCache | None = None,
         routing: Routing | None = None,
         latent_ranks: Int[Tensor, " seqs"] | None = None,
+        activation: Activation | None = None,
     ) -> StepContext:
         """What the layers share in the passes over one batch: those of the main model and of its MTP modules.
 
         `routing` gives the choice of experts or records it. `latent_ranks` cuts the latents of each sequence to a
-        prefix: nested dropout in training, or a model's loss at a smaller rank; without a cache only.
+        prefix: nested dropout in training, or a model's loss at a smaller rank; without a cache only. `activation` is
+        how many routed experts each token uses.
         """
         cos, sin = self.rotary(batch.positions)
         if routing is not None:
             routing.bind(batch.segments)
         if latent_ranks is not None:
             latent_ranks = latent_ranks[batch.segments.owner]
-        return StepContext(batch.segments, cos, sin, cache, routing, latent_ranks)
+        return StepContext(batch.segments, cos, sin, cache, routing, latent_ranks, activation)
 
     def forward(
         self, batch: PackedTokens, cache: StepCache | None = None, step: StepContext | None = None

@@ -4,6 +4,8 @@ s_i = sigmoid(u . e_i)  (DeepSeek-V3 eq 15)   or   softmax_i(u . e_i)  (DeepSeek
 choose topk of s_i + b_i                      (eq 16: the bias only selects)
 g_i = scale * s_i / sum of chosen s           (unbiased affinities weigh)
 
+A token may use fewer or more experts than the model was trained with (`Activation`).
+
 An expert id of -1 is nobody: such a copy of a token is sorted last, not counted, and weighs nothing in the sum.
 """
 
@@ -32,8 +34,10 @@ def select_experts(
     topk: int,
     num_groups: int,
     topk_groups: int,
+    ordered: bool = False,
 ) -> Int[Tensor, "tokens topk"]:
-    """Choose experts by biased score inside the best groups; order within a row carries no meaning.
+    """Choose experts by biased score inside the best groups; order within a row carries no meaning, unless `ordered`
+    puts the best first.
 
     A group's score is the sum of its two best biased scores when a bias is given (DeepSeek-V3), else its best score
     (DeepSeek-V2, device-limited routing). Other groups are masked with -inf: a masked 0 could beat a negative score.
@@ -47,7 +51,7 @@ def select_experts(
         kept = group_scores.topk(topk_groups, dim=-1, sorted=False).indices
         closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
         choice = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
-    return choice.topk(topk, dim=-1, sorted=False).indices
+    return choice.topk(topk, dim=-1, sorted=ordered).indices
 
 
 def gate_weights(
@@ -61,6 +65,18 @@ def _weigh(chosen: Tensor, normalize: bool, scale: float) -> Tensor:
     if normalize:
         chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
     return chosen * scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activation:
+    """How many routed experts tokens use, where it is not the number that the model was trained with."""
+
+    most: int
+    """Choices in a row: the largest number of any token."""
+    limits: Int[Tensor, " tokens"] | None = None
+    """Of each token, at most `most`; None gives all of them that."""
+    thresholds: Float[Tensor, " tokens"] | None = None
+    """An expert whose affinity is below this share of the token's best chosen one is dropped; None drops none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,17 +103,38 @@ def route(
     scale: float,
     given: Int[Tensor, "tokens topk"] | None = None,
     may_be_nobody: bool = False,
+    activation: Activation | None = None,
 ) -> Routed:
     """Score tokens against experts in float32, choose and weigh. With `given` ids nothing is chosen; some of them may
-    be -1 only where `may_be_nobody` says so."""
+    be -1 only where `may_be_nobody` says so. Without, `activation` stands in for `topk`."""
     scores = affinities(x.float() @ weight.float().T, score)
     if given is None:
+        may_be_nobody = activation is not None
+        most = topk if activation is None else activation.most
         with torch.no_grad():
-            given = select_experts(scores, bias, topk=topk, num_groups=num_groups, topk_groups=topk_groups)
+            given = select_experts(
+                scores, bias, topk=most, num_groups=num_groups, topk_groups=topk_groups, ordered=may_be_nobody
+            )
+            if activation is not None:
+                given = _activated(given, scores, activation)
     if not may_be_nobody:
         return Routed(given, gate_weights(scores, given, normalize=normalize, scale=scale), scores)
     chosen = scores.gather(-1, given.clamp_min(0)).masked_fill(given < 0, 0.0)
     return Routed(given, _weigh(chosen, normalize, scale), scores)
+
+
+def _activated(
+    ids: Int[Tensor, "tokens most"], scores: Float[Tensor, "tokens experts"], activation: Activation
+) -> Int[Tensor, "tokens most"]:
+    """Of experts, the best first, those that each token uses; nobody beyond its limit and below its threshold."""
+    if activation.limits is not None:
+        rank = torch.arange(activation.most, device=ids.device)
+        ids = torch.where(rank < activation.limits[:, None], ids, -1)
+    if activation.thresholds is not None:
+        chosen = scores.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, 0.0)
+        floor = chosen.amax(-1) * activation.thresholds
+        ids = torch.where(chosen < floor[:, None], -1, ids)
+    return ids
 
 
 def expert_counts(expert_ids: Int[Tensor, "tokens topk"], num_experts: int) -> Int[Tensor, " experts"]:

@@ -84,7 +84,7 @@ def test_no_step_of_more_sequences_than_the_kernels_take_is_recorded():
     model = tiny("cpu", dtype=torch.float32)
     engine = engine_of(model, max_sequences=600)
     for most, sizes in ((1, [1]), (5, [1, 2, 3, 4, 5]), (600, [*SIZES])):
-        graphs = DecodeGraphs(model, engine.runner.cache, torch.zeros(1), most, 256)
+        graphs = DecodeGraphs(model, engine.runner.cache, torch.zeros(1), engine.experts, most, 256)
         assert graphs.sizes == sizes and graphs.most == min(most, 512)
 
 
@@ -116,6 +116,16 @@ def test_recorded_steps_give_the_tokens_of_steps_that_are_not(params):
     assert outputs(engine, params) == want
     assert outputs(engine, params) == want, "the second run replays"
     assert outputs(engine_of(model, graphs=True, overlap=False), params) == want
+
+
+@gpu
+@pytest.mark.parametrize("options", [{"active_experts": 1}, {"active_experts": 4}, {"expert_threshold": 0.6}])
+def test_the_engines_own_number_of_experts_is_recorded_and_a_requests_own_is_not(options):
+    model = tiny()
+    want = outputs(engine_of(model, graphs=False, **options), GREEDY)
+    engine = engine_of(model, graphs=True, **options)
+    assert outputs(engine, GREEDY) == want
+    assert outputs(engine_of(model, graphs=True), replace(GREEDY, **options)) == want
 
 
 @gpu

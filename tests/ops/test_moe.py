@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,11 +10,13 @@ from torch import Tensor
 from kogia.ops.dispatch import use_backend
 from kogia.ops.linear import grouped_linear
 from kogia.ops.moe import (
+    Activation,
     affinities,
     combine,
     dispatch,
     gate_weights,
     order_by_expert,
+    route,
     select_experts,
     sequence_balance_loss,
     silu_mul,
@@ -71,6 +75,35 @@ def test_groups_of_a_single_expert_work():
     scores = torch.tensor([[0.1, 0.9, 0.5]])
     got = select_experts(scores, torch.tensor([1.0, 0.0, 0.0]), topk=2, num_groups=3, topk_groups=2)
     assert set(got[0].tolist()) == {0, 1}
+
+
+def activated(logits: list[float], bias: list[float] | None, limit: int, threshold: float) -> dict[int, float]:
+    """Expert -> gate of one token that may use `limit` experts, as a loop; gates sum to 2.5 (DeepSeek-V3 eq 13)."""
+    scores = [1 / (1 + math.exp(-x)) for x in logits]
+    choice = [s + b for s, b in zip(scores, bias or [0.0] * len(scores), strict=True)]
+    chosen = sorted(range(len(choice)), key=lambda e: -choice[e])[:limit]
+    floor = threshold * max(scores[e] for e in chosen)
+    kept = [e for e in chosen if scores[e] >= floor]
+    return {e: 2.5 * scores[e] / sum(scores[k] for k in kept) for e in kept}
+
+
+@given(seed=st.integers(0, 10_000), biased=st.booleans(), trained=st.integers(1, 8), own=st.booleans())
+def test_each_token_uses_its_own_number_of_experts_as_a_loop_says(seed, biased, trained, own):
+    torch.manual_seed(seed)
+    x, weight = torch.randn(6, 5), torch.randn(8, 5)
+    bias = torch.randn(8) * 0.3 if biased else None
+    limits = torch.randint(1, 9, (6,)) if own else torch.full((6,), 3)
+    thresholds = torch.rand(6).masked_fill(torch.rand(6) < 0.3, 0.0)
+    activation = Activation(int(limits.max()), limits if own else None, thresholds)
+    options = {"score": "sigmoid", "topk": trained, "num_groups": 1, "topk_groups": 1, "normalize": True, "scale": 2.5}
+    routed = route(x, weight, bias, **options, activation=activation)
+    for t in range(6):
+        got = {e: w for e, w in zip(routed.expert_ids[t].tolist(), routed.weights[t].tolist(), strict=True) if e >= 0}
+        logits = (weight.double() @ x[t].double()).tolist()
+        want = activated(logits, bias.tolist() if biased else None, int(limits[t]), float(thresholds[t]))
+        assert got.keys() == want.keys()
+        assert all(abs(got[e] - want[e]) < 1e-4 for e in want)
+        assert (routed.weights[t][routed.expert_ids[t] < 0] == 0).all()
 
 
 def test_gates_come_from_unbiased_scores():

@@ -205,6 +205,31 @@ def test_routing_equals_the_reference(score, biased, experts, topk, groups, kept
     assert not triton_moe.counters(x.device, 1).any(), "a counter was left standing"
 
 
+ACTIVATIONS = {
+    "fewer": lambda tokens: moe.Activation(2),
+    "more": lambda tokens: moe.Activation(6),
+    "each its own": lambda tokens: moe.Activation(5, limits=torch.arange(tokens, device=DEVICE) % 5 + 1),
+    "by threshold": lambda tokens: moe.Activation(4, thresholds=torch.linspace(0, 1, tokens, device=DEVICE)),
+    "both": lambda tokens: moe.Activation(
+        5, torch.arange(tokens, device=DEVICE) % 5 + 1, torch.full((tokens,), 0.8, device=DEVICE)
+    ),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("single", [True, False])
+def test_routing_to_other_numbers_of_experts_equals_the_reference(activation, normalize, single, monkeypatch):
+    monkeypatch.setattr(triton_moe, "_SINGLE", 2**30 if single else 0)
+    x, weight, bias = draw(18, 40), draw(16, 40, seed=1), (draw(16, seed=2).float() * 0.3).contiguous()
+    options: Any = {"score": "sigmoid", "topk": 4, "num_groups": 4, "topk_groups": 2, "normalize": normalize}
+    options |= {"scale": 2.5, "activation": ACTIVATIONS[activation](18)}
+    assert triton_moe.route_supports(x, weight, bias, **options) is None
+    got, want = triton_moe.route(x, weight, bias, **options), moe.route.reference(x, weight, bias, **options)
+    assert torch.equal(got.expert_ids, want.expert_ids)
+    close(got.weights, want.weights)
+
+
 @pytest.mark.parametrize("single", [True, False])
 def test_a_token_that_is_not_a_number_chooses_experts_that_exist_and_leaves_others_alone(single, monkeypatch):
     monkeypatch.setattr(triton_moe, "_SINGLE", 2**30 if single else 0)

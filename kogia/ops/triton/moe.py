@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.moe import Routed
+from kogia.ops.moe import Activation, Routed
 from kogia.ops.packed import Packed
 from kogia.ops.triton.common import (
     LAUNCH,
@@ -43,7 +43,8 @@ PAIRWISE = 2
 
 @kernel
 def _route(
-    x, gate, bias, scores, ids, weights, arrived, tokens, scale, dim,
+    x, gate, bias, limits, thresholds, scores, ids, weights, arrived, tokens, scale, dim,
+    LIMITED: tl.constexpr, THRESHOLD: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr,
     BIASED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
@@ -107,14 +108,33 @@ def _route(
             value = tl.where(g[None, :] == chosen[:, None], float("-inf"), value)
         choice = tl.where(closed == 1, float("-inf"), choice)
     total = tl.zeros((BLOCK_T,), tl.float32)
+    best = tl.zeros((BLOCK_T,), tl.float32)
+    limit = tl.full((BLOCK_T,), K, tl.int64)
+    if LIMITED:
+        limit = tl.load(limits + t, there, 0)
     for i in tl.static_range(K):
         chosen = tl.argmax(choice, 1)
         mine = a[None, :] == chosen[:, None]
         weight = tl.sum(tl.where(mine, s, 0.0), 1)
+        choice = tl.where(mine, float("-inf"), choice)
+        if LIMITED:
+            weight = tl.where(i < limit, weight, 0.0)
+            chosen = tl.where(i < limit, chosen, -1)
         total += weight
+        best = tl.maximum(best, weight)
         tl.store(ids + t.to(tl.int64) * K + i, chosen.to(tl.int64), there)
         tl.store(weights + t.to(tl.int64) * K + i, weight, there)
-        choice = tl.where(mine, float("-inf"), choice)
+    if THRESHOLD:
+        floor = best * tl.load(thresholds + t, there, 0.0)
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for i in tl.static_range(K):
+            at_weight = weights + t.to(tl.int64) * K + i
+            weight = tl.load(at_weight, there, 0.0)
+            dropped = weight < floor
+            weight = tl.where(dropped, 0.0, weight)
+            total += weight
+            tl.store(at_weight, weight, there)
+            tl.store(ids + t.to(tl.int64) * K + i, tl.full((BLOCK_T,), -1, tl.int64), there & dropped)
     factor = tl.zeros((BLOCK_T,), tl.float32) + scale
     if NORMALIZE:
         factor = factor / (total + 1e-20)
@@ -136,9 +156,12 @@ def route(
     scale: float,
     given: Tensor | None = None,
     may_be_nobody: bool = False,
+    activation: Activation | None = None,
 ) -> Routed:
     """One launch. Of equally good experts the lower number is chosen."""
     tokens, experts = x.shape[0], weight.shape[0]
+    limits, thresholds = (None, None) if activation is None else (activation.limits, activation.thresholds)
+    topk = topk if activation is None else activation.most
     scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, topk, dtype=torch.int64, device=x.device)
     weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
@@ -146,8 +169,10 @@ def route(
     block_t, block_e, block_k, warps = (1, 1 if tokens <= 8 else 4, 2048, 1) if single else (16, 16, 256, 4)
     blocks = triton.cdiv(tokens, block_t)
     _route[(blocks, triton.cdiv(experts, block_e))](
-        x, weight, bias if bias is not None else scores, scores, ids, weights, counters(x.device, blocks), tokens,
-        scale, x.shape[1], E=experts, K=topk, GROUPS=num_groups, KEPT=topk_groups, SIGMOID=score == "sigmoid",
+        x, weight, bias if bias is not None else scores, limits if limits is not None else ids,
+        thresholds if thresholds is not None else scores, scores, ids, weights, counters(x.device, blocks), tokens,
+        scale, x.shape[1], LIMITED=limits is not None, THRESHOLD=thresholds is not None,
+        E=experts, K=topk, GROUPS=num_groups, KEPT=topk_groups, SIGMOID=score == "sigmoid",
         BIASED=bias is not None, NORMALIZE=normalize, BLOCK_T=block_t, BLOCK_E=block_e,
         BLOCK_K=min(block_k, triton.next_power_of_2(x.shape[1])),
         PADDED=triton.next_power_of_2(experts), DOT=block_t > 1, PDL=PDL, num_warps=warps, **LAUNCH,
@@ -168,6 +193,7 @@ def route_supports(
     scale: float,
     given: Tensor | None = None,
     may_be_nobody: bool = False,
+    activation: Activation | None = None,
 ) -> str | None:
     if given is not None:
         return "it chooses; given experts are for the reference"
