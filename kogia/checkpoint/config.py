@@ -12,6 +12,10 @@ SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": 
 """What people type for them."""
 Dtype = Literal["float32", "bfloat16", "float16", "fp8", "fp32", "float", "bf16", "fp16", "half"]
 LoadDtype = Literal["auto", Dtype]
+QuantizedFormat = Literal["fp8", "int8", "int4"]
+LoadQuantize = Literal["auto", "none", QuantizedFormat]
+"""What becomes of weights when they are loaded: "auto" keeps int8 and int4 as they are stored, "none" makes all dense,
+a format rounds those that it is for to it."""
 
 
 def dtype_name(dtype: object) -> str:

@@ -27,6 +27,7 @@ from kogia.inference.machine import copy_rate, describe
 from kogia.model.config import ModelConfig
 from kogia.model.costs import num_params
 from kogia.model.presets import PRESETS, preset
+from kogia.model.quantised import build_packed
 from kogia.model.transformer import Transformer, build_model
 
 PERCENTILES = (50, 90, 99)
@@ -81,6 +82,7 @@ def main(config: BenchConfig) -> None:
         "model": config.model,
         "random_weights": config.random_weights,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": config.quantize,
         "machine": describe(model.device),
         "copy_gb_per_second": copy_bytes / 1e9,
         "speeds": [speed.to_json(copy_bytes) for speed in speeds],
@@ -99,9 +101,11 @@ def open_for_bench(config: BenchConfig) -> Transformer:
         return open_model(config.model, device=device, dtype=config.dtype).model
     named = _config_of(config.model)
     if config.dtype == "fp8":
-        raise ValueError("dtype = 'fp8': drawn weights are not quantised; choose bfloat16 or float32")
+        raise ValueError("dtype = 'fp8': keeps the weights of an FP8 checkpoint; drawn ones take --quantize fp8")
     chosen = pick_dtype(config.dtype, device) or torch.bfloat16
-    return build_model(named, device=device, dtype=chosen, seed=config.seed)
+    if config.quantize in ("auto", "none"):
+        return build_model(named, device=device, dtype=chosen, seed=config.seed)
+    return build_packed(named, config.quantize, device=device, dtype=chosen, seed=config.seed)
 
 
 def _config_of(name: str) -> ModelConfig:
@@ -136,11 +140,12 @@ def batch_speeds(engine: Engine, config: BenchConfig, batch: int) -> list[Speed]
 
 
 def step_bytes(engine: Engine, batch: int, context: float) -> float:
-    """What a decode step reads at least: every weight once, of routed experts those that a batch is expected to choose
-    when routing is spread, and the cache."""
+    """What a decode step reads at least: every weight once, with its scales, of routed experts those that a batch is
+    expected to choose when routing is spread, and the cache."""
     model, moe = engine.model, engine.model.config.moe
     total = 0.0
-    for name, weight in model.named_parameters():
+    scales = ((name, buffer) for name, buffer in model.named_buffers() if ".weight_" in name)
+    for name, weight in (*model.named_parameters(), *scales):
         size = weight.numel() * weight.element_size()
         if "embed_tokens" in name and not model.config.tie_embeddings:
             size = batch * weight.shape[1] * weight.element_size()
@@ -205,7 +210,8 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 def print_figures(figures: dict[str, Any]) -> None:
     drawn = ", random weights" if figures["random_weights"] else ""
-    table = Table(title=f"{figures['model']} in {figures['dtype']}{drawn}")
+    packed = "" if figures["quantize"] in ("auto", "none") else f", weights in {figures['quantize']}"
+    table = Table(title=f"{figures['model']} in {figures['dtype']}{packed}{drawn}")
     table.add_column("work")
     for name in ("tokens/s", "spread", "GB/step", "of copy rate"):
         table.add_column(name, justify="right")

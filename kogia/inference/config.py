@@ -7,7 +7,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from kogia.checkpoint.config import LoadDtype
+from kogia.checkpoint.config import LoadDtype, LoadQuantize
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
@@ -144,6 +144,8 @@ class BenchConfig:
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; drawn weights are bfloat16 on a GPU."""
+    quantize: LoadQuantize = "auto"
+    """Format that drawn weights are rounded to; auto and none leave them dense."""
     out: str | None = None
     """JSON file for the figures."""
     engine: EngineConfig = EngineConfig(prefix_cache=False)
@@ -160,6 +162,8 @@ class BenchConfig:
                 f"batches = {list(self.batches)}: engine.max_sequences = {self.engine.max_sequences} run at once; "
                 "raise it or leave larger batches out"
             )
+        if self.quantize not in ("auto", "none") and not self.random_weights:
+            raise ValueError(f"quantize = {self.quantize!r}: is for drawn weights; add --random-weights")
         if not 0 <= self.rate < inf:
             raise ValueError(f"rate = {self.rate}: requests per second, 0 for no such load")
 

@@ -1,5 +1,6 @@
 """The linear layer of every projection, and of stacks of experts: dense, or packed in a format of kogia.ops.packed."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,19 @@ class Linear(nn.Module):
     def pack(self, format: str, **options: Any) -> None:
         """Round a dense weight to a format; FP8 takes `power_of_two`, for scales that are, and int4 `asymmetric`."""
         self._hold(FORMATS[format].pack(self.weight, **options))
+
+    @torch.no_grad()
+    def store(self, dense: Float[Tensor, "*stack out in"]) -> None:
+        """Round a dense weight into the packed storage that is there, one [out, in] matrix at a time."""
+        operand = self.operand()
+        assert isinstance(operand, Packed), "see make_packed"
+        options = {} if operand.zero is None else {"asymmetric": True}
+        for place in itertools.product(*map(range, self.shape[:-2])):
+            packed = FORMATS[operand.format].pack(dense[place], **options)
+            operand.data[place].copy_(packed.data)
+            operand.scale[place].copy_(packed.scale)
+            if operand.zero is not None and packed.zero is not None:
+                operand.zero[place].copy_(packed.zero)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
         """What `Module.to` and its like go through. A packed weight moves but is never cast: its numbers are codes."""

@@ -268,13 +268,18 @@ def build_model(
     materialize(model, device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                draw(parameter, config.init_std, f"{seed}/{name}")
+            initialise(parameter, config.init_std, seed, name)
     return model
+
+
+def initialise(parameter: Tensor, std: float, seed: int, name: str) -> None:
+    """Fill the parameter of that name with what it begins with."""
+    if name.endswith("norm.weight"):
+        parameter.fill_(1.0)
+    elif name.endswith(".bias"):
+        parameter.zero_()
+    else:
+        draw(parameter, std, f"{seed}/{name}")
 
 
 def draw(parameter: Tensor, std: float, key: str) -> None:

@@ -70,7 +70,7 @@ def test_a_checkpoint_is_measured_as_it_is(tmp_path, capsys):
         (["kogia-demo"], "add --random-weights"),
         (["no-such-model", "--random-weights"], "no-such-model"),
         (["kogia-demo", "--random-weights", "--prompt-tokens", "600"], "context is 512"),
-        (["kogia-demo", "--random-weights", "--dtype", "fp8"], "not quantised"),
+        (["kogia-demo", "--random-weights", "--dtype", "fp8"], "drawn ones take --quantize fp8"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(words, says, capsys):
@@ -96,6 +96,19 @@ def test_drawn_weights_are_those_of_the_seed():
     config = BenchConfig("kogia-demo", random_weights=True, seed=3)
     first, second = bench.open_for_bench(config), bench.open_for_bench(config)
     assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_drawn_weights_may_be_packed_and_count_as_what_they_are_stored_in(format, tmp_path):
+    out = tmp_path / "bench.json"
+    words = ["bench", "kogia-demo", "--random-weights", *QUICK, "--batches", "1", "--out", str(out)]
+    gigabytes = []
+    for quantize in ("none", format):
+        assert main([*words, "--quantize", quantize]) == 0
+        found = json.loads(out.read_text())
+        assert found["quantize"] == quantize
+        gigabytes.append(found["speeds"][0]["gigabytes_per_step"])
+    assert gigabytes[1] < gigabytes[0] / 2
 
 
 def test_doctor_names_every_op_and_the_rates(capsys):
