@@ -4,11 +4,12 @@ A graph is recorded once for each size of batch and class of context, and reads 
 layout. Batches between two sizes are filled up with tokens of nobody: they write to the cache's spare block and what
 comes out is not looked at.
 What differs from request to request, the sampling, runs behind the graph; steps in which a request has a number of
-active experts of its own are not recorded. Weights are updated in place, so that a graph
-outlives them.
+active experts of its own are not recorded. Weights are updated in place, so that a graph outlives them.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,10 +160,22 @@ class DecodeGraphs:
             step()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _without_collection(), torch.cuda.graph(graph, pool=self._pool):
             logits = step()
         self._pool = graph.pool()
         return _Recorded(graph, numbers, segments, activation, logits)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection within the block: freeing another engine's graph while one is recorded spoils it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def why_not(model: Transformer, cache: PagedCache) -> str | None:

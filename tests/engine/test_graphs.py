@@ -185,7 +185,8 @@ def test_a_request_whose_logits_are_not_numbers_ends_alone():
 
 @gpu
 def test_prompts_have_the_same_log_probabilities_whole_in_chunks_and_behind_cached_prefixes():
-    """Up to bfloat16, whose error is measured against float32: that of chunks is no larger than that of whole ones."""
+    """Up to bfloat16, whose error is measured against float32: that of chunks is no larger than that of whole ones. The
+    median, as rounding now and then sends a token to another expert, which moves that token by whole nats."""
     model = tiny()
     wide = copy.deepcopy(model).float()
     prompts = [list(range(3, 60)), [*range(3, 40), 50, 51, 9], [8, 3]]
@@ -197,6 +198,6 @@ def test_prompts_have_the_same_log_probabilities_whole_in_chunks_and_behind_cach
         for prompt, (ids, logprobs) in zip(prompts, found, strict=True):
             with torch.no_grad(), use_backend("reference"):
                 want = wide.logprobs(pack([prompt + ids]).to("cuda"))[len(prompt) :].cpu()
-            gaps.append((want - torch.tensor(logprobs)).abs().mean())
-        errors[str(options)] = float(sum(gaps) / len(gaps))
-    assert max(errors.values()) < 2 * errors[str(whole)] + 0.02, errors
+            gaps.append((want - torch.tensor(logprobs)).abs())
+        errors[str(options)] = float(torch.cat(gaps).median())
+    assert max(errors.values()) < 2 * errors[str(whole)] + 0.01, errors

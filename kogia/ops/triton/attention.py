@@ -62,14 +62,15 @@ def _parts(
         page = tl.load(tables + seq.to(tl.int64) * table_width + pos // PAGE, there, 0)
         row = rows + (page.to(tl.int64) * PAGE + pos % PAGE) * ROW
         kv = tl.load(row[:, None] + lat[None, :], there[:, None], 0.0)
-        kr = tl.load(row[:, None] + LATENT + rot[None, :], there[:, None], 0.0)
-        s = tl.dot(q_rot, tl.trans(kr))
         if HALVES:
             far = tl.load(row[:, None] + WIDTH + lat[None, :], there[:, None], 0.0)
-            s = tl.dot(q_far, tl.trans(far), s)
-            s = (tl.dot(q_lat, tl.trans(kv)) + s) * scale
+        kr = tl.load(row[:, None] + LATENT + rot[None, :], there[:, None], 0.0)
+        s = tl.dot(q_lat, tl.trans(kv))
+        if HALVES:
+            s += tl.dot(q_rot, tl.trans(kr), tl.dot(q_far, tl.trans(far)))
         else:
-            s = tl.dot(q_lat, tl.trans(kv), s) * scale
+            s = tl.dot(q_rot, tl.trans(kr), s)
+        s *= scale
         s = tl.where(there[None, :] & (pos[None, :] <= last[:, None]), s, float("-inf"))
         new = tl.maximum(best, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)

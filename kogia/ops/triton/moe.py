@@ -373,7 +373,8 @@ def mix_experts(
     pairwise = tokens <= PAIRWISE
     mean = pairs / total
     bm = 16 if mean <= 16 else 32 if mean <= 32 else 64
-    tiles = {"BLOCK_M": bm, "BLOCK_N": 64, "BLOCK_K": 128, "PDL": PDL, "num_warps": 4, "num_stages": 3, **LAUNCH}
+    columns, warps, stages = (32, 2, 4) if pairwise else (64, 4, 3)  # few programs: smaller ones fill the chip
+    tiles = {"BLOCK_M": bm, "BLOCK_N": columns, "BLOCK_K": 128, "PDL": PDL, "num_warps": warps, **LAUNCH}
     most = pairs if pairwise else min(total, pairs) + pairs // bm
     rows = block_expert = num_blocks = expert_ids
     if not pairwise:
@@ -385,14 +386,14 @@ def mix_experts(
             PADDED=triton.next_power_of_2(pairs), EXPERTS=triton.next_power_of_2(total),
             PDL=PDL, num_warps=4 if pairs <= 1024 else 8, **LAUNCH,
         )  # fmt: skip
-    _gate_up[(triton.cdiv(width, 64), most)](
+    _gate_up[(triton.cdiv(width, columns), most)](
         x, expert_ids, rows, block_expert, num_blocks, gate_up, sg, su, hidden, dim, width,
-        K=topk, E=experts, SHARED=num_shared, PAIRS=pairwise, **tiles,
+        K=topk, E=experts, SHARED=num_shared, PAIRS=pairwise, num_stages=stages, **tiles,
     )  # fmt: skip
     y = torch.empty(pairs, dim, dtype=x.dtype, device=x.device)
-    _down[(triton.cdiv(dim, 64), most)](
+    _down[(triton.cdiv(dim, columns), most)](
         hidden, expert_ids, rows, block_expert, num_blocks, down, sd, y, dim, width, sd.stride(-2),
-        K=topk, E=experts, SHARED=num_shared, PAIRS=pairwise, **tiles,
+        K=topk, E=experts, SHARED=num_shared, PAIRS=pairwise, num_stages=stages + pairwise, **tiles,
     )  # fmt: skip
     _sum[(tokens, triton.cdiv(dim, 1024))](
         y, expert_ids, weights, other, out, dim, K=topk, SHARED=num_shared, ADD=add, BLOCK=1024, PDL=PDL,
