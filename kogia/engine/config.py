@@ -10,6 +10,8 @@ ACTIVE_EXPERTS_RULE = "a whole number from 1 to the routed experts there are; th
 EXPERT_THRESHOLD_RULE = "in [0, 1]: a share of the best expert's gate (0 drops none)"
 MOST_COMPLETIONS = 1_000_000
 """Of one prompt."""
+MOST_LOGPROBS = 20
+"""Likeliest tokens that come with each token."""
 
 
 def _is_whole(value: Any) -> bool:
@@ -18,6 +20,22 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_token(value: Any) -> bool:
+    return _is_whole(value) and 0 <= value < 2**31
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
+
+
+def _is_logprobs(value: Any) -> bool:
+    return isinstance(value, bool) or (_is_whole(value) and 1 <= value <= MOST_LOGPROBS)
+
+
+def _is_penalty(value: Any) -> bool:
+    return _is_number(value) and -2 <= value <= 2  # NaN is in no range
 
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -32,18 +50,39 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "in (0, 1] (1 is off)"),
     "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "in [0, 1] (0 is off)"),
     "n": (lambda value: _is_whole(value) and 1 <= value <= MOST_COMPLETIONS, f"1 to {MOST_COMPLETIONS:,}, whole"),
-    "stop": (
-        lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
-        "a tuple of non-empty strings",
-    ),
+    "stop": (_is_texts, "a tuple of non-empty strings"),
     "stop_token_ids": (
-        lambda value: isinstance(value, tuple) and all(_is_whole(token) and 0 <= token < 2**31 for token in value),
+        lambda value: isinstance(value, tuple) and all(map(_is_token, value)),
         "a tuple of token ids, whole and at least 0",
     ),
+    "include_stop_str_in_output": (lambda value: isinstance(value, bool), "true or false"),
     "ignore_eos": (lambda value: isinstance(value, bool), "true or false"),
-    "logprobs": (lambda value: isinstance(value, bool), "true or false"),
     "active_experts": (lambda value: _is_whole(value) and value >= 1, ACTIVE_EXPERTS_RULE),
     "expert_threshold": (lambda value: _is_number(value) and 0 <= value <= 1, EXPERT_THRESHOLD_RULE),
+    "min_tokens": (lambda value: _is_whole(value) and value >= 0, "at least 0 (0 is off), a whole number"),
+    "logprobs": (_is_logprobs, f"true, false, or how many of the likeliest tokens come along, 1 to {MOST_LOGPROBS}"),
+    "prompt_logprobs": (
+        _is_logprobs,
+        f"true, false, or how many of the likeliest tokens come along, 1 to {MOST_LOGPROBS}",
+    ),
+    "presence_penalty": (_is_penalty, "in [-2, 2] (0 is off)"),
+    "frequency_penalty": (_is_penalty, "in [-2, 2] (0 is off)"),
+    "repetition_penalty": (
+        lambda value: _is_number(value) and 0.01 <= value <= 100,
+        "in [0.01, 100] (1 is off; above 1 repeats less)",
+    ),
+    "logit_bias": (
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(_is_token(token) and _is_number(bias) and -100 <= bias <= 100 for token, bias in value.items())
+        ),
+        "a mapping of token ids to numbers in [-100, 100]",
+    ),
+    "allowed_token_ids": (
+        lambda value: isinstance(value, tuple) and len(value) > 0 and all(map(_is_token, value)),
+        "a tuple of at least one token id, whole and at least 0; None allows all",
+    ),
+    "bad_words": (_is_texts, "a tuple of non-empty strings"),
 }
 """By field name: whether a value will do, and what it must be."""
 

@@ -22,13 +22,14 @@ from kogia import log
 from kogia.engine.activation import ActiveExperts
 from kogia.engine.config import EngineConfig
 from kogia.engine.graphs import why_not
+from kogia.engine.intake import check_params, rules_of
 from kogia.engine.limits import block_bytes, cache_layout, check_activation, check_budget, check_engine
 from kogia.engine.loop import OnProgress, Stream, StreamLoop
 from kogia.engine.memory import cache_budget
 from kogia.engine.output import TextStream
 from kogia.engine.pruning import Pruner
 from kogia.engine.ranks import RankByContext
-from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent, derive_seed
+from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent, derive_seed, num_top
 from kogia.engine.runner import Flight, Runner
 from kogia.engine.scheduler import Outcome, Scheduler
 from kogia.engine.step import StepPlan
@@ -165,9 +166,8 @@ class Engine:
                 f"prompt token ids span {ids.min()}..{ids.max()}: the model knows 0..{vocab - 1}; encode with the "
                 "model's own tokenizer"
             )
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"SamplingParams.stop = {params.stop}: stop strings need a tokenizer; use stop_token_ids")
         check_activation(self.model.config, params.active_experts, params.expert_threshold)
+        check_params(params, self.tokenizer, vocab)
         max_length = self._max_length(len(ids), params.max_tokens)
         requests = [
             Request(next(self._ids), ids, params, derive_seed(params.seed, prompt, index), max_length)
@@ -177,8 +177,14 @@ class Engine:
             request.active_experts, request.expert_threshold = experts = self.experts.of(params)
             request.salt = self.experts.salt(*experts)
             request.stream = stream
+            request.rules = rules_of(params, prompt, self.tokenizer, self.scheduler.eos_ids, vocab)
             if self.tokenizer is not None and (stream or params.stop):
-                request.output = TextStream(self.tokenizer, params.stop)
+                request.output = TextStream(
+                    self.tokenizer,
+                    params.stop,
+                    keeps_stop=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
+                )
             self.scheduler.check(request)
         return requests
 
@@ -291,7 +297,7 @@ class Engine:
         request = outcome.request
         completion = None if outcome.finish_reason is None else self._complete(outcome)
         text = "" if request.output is None else request.output.take(final=completion is not None)
-        return TokenEvent(request.id, outcome.token_ids, outcome.logprobs, text, completion)
+        return TokenEvent(request.id, outcome.token_ids, outcome.logprobs, text, completion, outcome.top_logprobs)
 
     def _complete(self, outcome: Outcome) -> Completion:
         request = outcome.request
@@ -301,7 +307,7 @@ class Engine:
         if request.output is not None:
             text = request.output.finish()
         elif self.tokenizer is not None:
-            text = self.tokenizer.decode(token_ids[:-1] if outcome.ends_in_stop_token else token_ids)
+            text = self.tokenizer.decode(request.without_stop(token_ids) if outcome.ends_in_stop_token else token_ids)
         else:
             text = ""
         return Completion(
@@ -314,6 +320,8 @@ class Engine:
             num_drafted=request.num_drafted,
             num_accepted=request.num_accepted,
             opens_thought=self._opens_thought(request.prompt),
+            top_logprobs=request.top_logprobs[: len(token_ids)] if num_top(request.params.logprobs) else None,
+            **request.prompt_scores(),
         )
 
     def _opens_thought(self, prompt: NDArray[np.int64]) -> bool:

@@ -1,4 +1,6 @@
-"""The numbers of a step on their way to the device: one buffer, one copy that nothing waits for."""
+"""The numbers of a step on their way to the device and back: one copy each way, and nothing waits for the first."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -57,9 +59,41 @@ class Upload:
         """The array on the device."""
         return self._tensors[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
     def get(self, name: str) -> Tensor | None:
         """The same, or None where there is no such array."""
         return self._tensors.get(name)
+
+
+class Download:
+    """Named tensors that travel together to the host. The copy starts at once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Of one device, int64 or floating. Floats travel as the bits of float64."""
+        self._tensors = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
+        numbers = torch.cat([_as_integers(tensor) for tensor in tensors.values()])
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._landed: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            self._landed = torch.cuda.Event()
+            self._landed.record()
+
+    def wait(self) -> dict[str, NDArray]:
+        """Block until they are there. Floats arrive as float32."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        host, arrays, start = self._numbers.numpy(), {}, 0
+        for name, (shape, is_float) in self._tensors.items():
+            part = host[start : start + shape.numel()]
+            start += len(part)
+            arrays[name] = (part.view(np.float64).astype(np.float32) if is_float else part).reshape(shape)
+        return arrays
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    return (tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor).flatten()
 
 
 def _fill(host: NDArray, arrays: dict[str, NDArray]) -> None:

@@ -9,19 +9,24 @@ from kogia.text.tokenizer import Tokenizer
 class TextStream:
     """Decodes one completion token by token and watches for its stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, keeps_stop: bool = False, min_tokens: int = 0
+    ) -> None:
+        """With `keeps_stop` the text is cut behind a stop string. One that ends before `min_tokens` is text."""
         self.text = ""
+        self._keeps_stop, self._min_tokens, self._num_tokens = keeps_stop, min_tokens, 0
         self._decoder = IncrementalDecoder(tokenizer)
         self._stop = tuple(stop)
         self._num_sent = 0
         self._is_cut = False
 
     def push(self, token_ids: Sequence[int]) -> int | None:
-        """Append tokens. At the first stop string, cut the text before it and return how many tokens that took."""
+        """Append tokens. At the first stop string, cut the text there and return how many tokens that took."""
         if not self._stop:
             self.text += self._decoder.push(token_ids)
             return None
         for count, token_id in enumerate(token_ids, start=1):
+            self._num_tokens += 1
             if self._append(self._decoder.push([token_id])):
                 return count
         return None
@@ -33,12 +38,15 @@ class TextStream:
         return self.text
 
     def _append(self, fresh: str) -> bool:
-        """Add text; at a stop string, cut it before that and return True."""
+        """Add text; at a stop string, cut it there and return True."""
         since = max(0, len(self.text) - max(map(len, self._stop), default=1) + 1)
         self.text += fresh
-        found = [place for stop in self._stop if (place := self.text.find(stop, since)) >= 0]
+        if self._num_tokens < self._min_tokens:
+            return False
+        found = [(place, stop) for stop in self._stop if (place := self.text.find(stop, since)) >= 0]
         if found:
-            self.text, self._is_cut = self.text[: min(found)], True
+            place, stop = min(found)
+            self.text, self._is_cut = self.text[: place + len(stop) * self._keeps_stop], True
         return self._is_cut
 
     def take(self, *, final: bool) -> str:

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from math import isnan
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from kogia import log
 from kogia.engine.config import FilteredSamplingConfig, SamplingConfig
 from kogia.engine.output import TextStream
+from kogia.engine.rules import TokenRules
+from kogia.engine.step import TopTokens
 from kogia.text.chat import ParsedResponse, Prompt
 
 NOT_FINITE = "the model produced NaN or infinite logits: its weights or dtype overflow"
@@ -23,7 +26,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(FilteredSamplingConfig):
-    """How one prompt is continued."""
+    """How one prompt is continued. Names are vLLM's where it has them; docs/requests.md has an example of each.
+
+    What changes the logits does so before temperature and filters, in the order of `kogia.ops.adjust`.
+    """
 
     max_tokens: int = 256
     n: int = 1
@@ -33,20 +39,55 @@ class SamplingParams(FilteredSamplingConfig):
     stop: tuple[str, ...] = ()
     """Texts that end a completion. `text` is cut before the match, `token_ids` are not."""
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    """Leave the stop string, or the text of the token of `stop_token_ids`, at the end of `text`."""
     ignore_eos: bool = False
-    logprobs: bool = False
-    """Return the log-probability of each token under softmax(logits / temperature), no filter applied."""
     active_experts: int | None = None
     """Routed experts that each token uses, fewer or more than the model was trained with; None is what the engine
     says. The shared experts are always on, and drafts follow."""
     expert_threshold: float | None = None
     """Drop the chosen experts whose gate is below this share of the best one's; None is what the engine says."""
+    min_tokens: int = 0
+    """Before so many tokens no stop token is drawn and no stop string counts; not where nothing else is allowed."""
+    logprobs: bool | int = False
+    """Return the log-probability of each token under softmax(logits / temperature), without filters, biases, penalties
+    and bans; with a number, the likeliest tokens too, as many of them."""
+    prompt_logprobs: bool | int = False
+    """The same for each token of the prompt but the first. None of it is then taken from the prefix cache."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that is in the completion."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token for each time that it is in the completion."""
+    repetition_penalty: float = 1.0
+    """Divides the logit, where it is negative multiplies it, of every token that is in prompt or completion."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Added to the logits of these tokens."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Only these tokens are drawn; None allows all."""
+    bad_words: tuple[str, ...] = ()
+    """The last token of each word, as the tokenizer splits it with and without a space before it, is not drawn where
+    those before it stand. A word that the model spells in other tokens is not found."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens = {self.min_tokens}: is more than max_tokens = {self.max_tokens}; lower it, or raise that"
+            )
+
+    def stop_ids(self, eos_ids: Iterable[int]) -> list[int]:
+        """Tokens that end a completion, for a model with these end tokens; sorted."""
+        return sorted({*self.stop_token_ids, *(() if self.ignore_eos else eos_ids)})
 
     @classmethod
     def of(cls, settings: SamplingConfig, **changes: Any) -> "SamplingParams":
         """What the settings of a program say: the fields that it has by the same name, with `changes`."""
         shared = {field.name for field in fields(cls)} & {field.name for field in fields(settings)}
         return cls(**{name: getattr(settings, name) for name in shared} | changes)
+
+
+TopLogprobs = dict[int, float]
+"""Token id -> log-probability, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +97,7 @@ class Completion:
     token_ids: list[int]
     """Every sampled token, the stop token included when one ended it."""
     text: str
-    """Decoded text without the stop token or stop string."""
+    """Decoded text; without the stop token or stop string, unless `include_stop_str_in_output`."""
     logprobs: list[float] | None
     """One per token of `token_ids`, if asked for."""
     finish_reason: FinishReason
@@ -70,6 +111,11 @@ class Completion:
     num_accepted: int
     opens_thought: bool = False
     """Whether the prompt ended in "<think>", so that `text` starts inside the thought."""
+    top_logprobs: list[TopLogprobs] | None = None
+    """The likeliest tokens in place of each of `token_ids`, if a number of them was asked for."""
+    prompt_logprobs: list[float | None] | None = None
+    """One per token of the prompt, if asked for; None for the first, which nothing stands before."""
+    prompt_top_logprobs: list[TopLogprobs | None] | None = None
 
     @property
     def thinking(self) -> str | None:
@@ -107,6 +153,8 @@ class TokenEvent:
     """New text that can no longer change; a possible beginning of a stop string is held back."""
     completion: Completion | None
     """Set once, when the request is done."""
+    top_logprobs: list[TopLogprobs] | None = None
+    """The likeliest tokens in place of each new one, if asked for."""
 
 
 @dataclass(eq=False, slots=True)
@@ -128,6 +176,8 @@ class Request:
     expert_threshold: float = 0.0
     salt: bytes = b""
     """What its cache rows depend on beside its tokens: goes before the name of the first block."""
+    rules: TokenRules | None = None
+    """What its next token may be; None where it may be any."""
     token_ids: NDArray[np.int64] = field(init=False)
     """Prompt and the tokens sampled before the last preemption."""
     logprobs: NDArray[np.float32] = field(init=False)
@@ -138,10 +188,58 @@ class Request:
     num_cached_tokens: int | None = None
     num_drafted: int = 0
     num_accepted: int = 0
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    """Of the completion's tokens, where asked for."""
+    prompt_logprobs: NDArray[np.float32] | None = field(init=False)
+    """NaN where they are not known yet; None where they are not asked for."""
+    prompt_top_logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
+    """By position."""
 
     def __post_init__(self) -> None:
+        wanted = self.params.prompt_logprobs
+        self.prompt_logprobs = np.full(len(self.prompt), np.nan, dtype=np.float32) if wanted else None
         self.token_ids = self.prompt
         self.logprobs = np.zeros(len(self.prompt), dtype=np.float32)
+
+    def without_stop(self, token_ids: list[int]) -> list[int]:
+        """Tokens that end in a stop token, as far as their text is wanted."""
+        stays = self.params.include_stop_str_in_output and token_ids[-1] in self.params.stop_token_ids
+        return token_ids if stays else token_ids[:-1]
+
+    def note_top(self, position: int, best: Sequence[TopLogprobs]) -> None:
+        """The likeliest tokens in place of those from `position` on; what was noted there before is forgotten."""
+        del self.top_logprobs[position - len(self.prompt) :]
+        self.top_logprobs += best
+
+    def note_prompt(
+        self, position: int, logprobs: NDArray[np.float32], top: TopTokens | None = None, first: int = 0
+    ) -> None:
+        """Log-probabilities of the prompt's tokens from `position` on; the likeliest in their place are those of `top`
+        from row `first` on."""
+        assert self.prompt_logprobs is not None, "they were not asked for"
+        self.prompt_logprobs[position : position + len(logprobs)] = logprobs
+        count = num_top(self.params.prompt_logprobs)
+        if count and top is not None:
+            for offset in range(len(logprobs)):
+                self.prompt_top_logprobs[position + offset] = top.table(first + offset, count)
+
+    def prompt_scores(self) -> dict[str, Any]:
+        """Fields of a `Completion`; what has not run before the request was given up is None."""
+        scores: dict[str, Any] = {}
+        if self.prompt_logprobs is not None:
+            scores["prompt_logprobs"] = [_known(value) for value in self.prompt_logprobs.tolist()]
+            if num_top(self.params.prompt_logprobs):
+                scores["prompt_top_logprobs"] = [self.prompt_top_logprobs.get(i) for i in range(len(self.prompt))]
+        return scores
+
+
+def _known(value: float) -> float | None:
+    return None if isnan(value) else value
+
+
+def num_top(logprobs: bool | int) -> int:
+    """How many of the likeliest tokens a value of `logprobs` asks for."""
+    return 0 if isinstance(logprobs, bool) else logprobs
 
 
 def derive_seed(seed: int | None, prompt: Sequence[int], index: int) -> int:

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from kogia.engine.activation import ActiveExperts
 from kogia.engine.graphs import DecodeGraphs
-from kogia.engine.inputs import Staging, Upload
+from kogia.engine.inputs import Download, Staging, Upload
+from kogia.engine.scoring import prompt_scores, put_prompt_scoring, put_scoring, top_tokens, wants_prompt_top
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.speculative import num_accepted
-from kogia.engine.step import StepPlan, StepResult
+from kogia.engine.steering import put_rules, steer
+from kogia.engine.step import StepPlan, StepResult, TopTokens
 from kogia.engine.views import CacheView, TokenRuns, WholeCache, token_runs
 from kogia.model.cache import PagedCache, StepCache
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
 from kogia.ops.moe import Activation
-from kogia.ops.sample import counter_uniforms, sample
+from kogia.ops.sample import counter_uniforms, sample, token_logprobs
 from kogia.ops.segments import Segments
 
 
@@ -33,19 +35,19 @@ class Flight:
     """A step under way."""
 
     plan: StepPlan
-    _numbers: Tensor
-    """Tokens, drafts and the bits of the log-probabilities, end to end; on the host as soon as it has landed."""
-    _num_drafts: int
-    _landed: torch.cuda.Event | None
+    _download: Download
+    """The tensors of a `StepResult`, by name."""
 
     def wait(self) -> StepResult:
         """Block until the device is done with the step."""
-        if self._landed is not None:
-            self._landed.synchronize()
-        total, sampled = int(self.plan.num_samples.sum()), len(self.plan.sampled)
-        tokens, drafts, bits = np.split(self._numbers.numpy(), [total, total + sampled * self._num_drafts])
-        logprobs = bits.view(np.float64).astype(np.float32)
-        return StepResult(tokens, logprobs, drafts.reshape(sampled, self._num_drafts))
+        arrays = self._download.wait()
+        for name in ("top", "prompt_top"):
+            if f"{name}_ids" in arrays:
+                arrays[name] = TopTokens(arrays.pop(f"{name}_ids"), arrays.pop(f"{name}_logprobs"))
+        drafts = arrays.pop("drafts", None)
+        return StepResult(
+            drafts=np.empty((len(self.plan.sampled), 0), np.int64) if drafts is None else drafts, **arrays
+        )
 
 
 class Runner:
@@ -88,13 +90,13 @@ class Runner:
         activation = self.experts.of_step(upload, self.table, plan.rows)
         step = self.model.step(batch, self.view.step_cache(upload, runs), activation=activation)
         hidden = self.model(batch, step=step)
-        tokens, logprobs = self._sample(plan, upload, hidden)
+        found = self._sample(plan, upload, hidden)
+        found |= prompt_scores(self.model, upload, hidden, has_top=wants_prompt_top(self.table, plan))
         if num_drafts:
-            drafts = self._draft(plan, upload, batch, step, hidden, tokens, num_drafts)
+            found["drafts"] = self._draft(plan, upload, batch, step, hidden, found["tokens"], num_drafts)
         else:
-            drafts = tokens[:0]
-            self._newest.index_copy_(0, upload["sampled_rows"], tokens)
-        return self._take_off(plan, tokens, drafts, logprobs, num_drafts)
+            self._newest.index_copy_(0, upload["sampled_rows"], found["tokens"])
+        return Flight(plan, Download(found))
 
     def _is_recorded(self, plan: StepPlan, graphs: DecodeGraphs) -> bool:
         fits = plan.only_decodes and plan.num_tokens <= graphs.most
@@ -110,19 +112,9 @@ class Runner:
         self._put_sampling(upload, plan, np.cumsum(plan.counts))
         upload.send()
         logits = graphs.run(upload["step"])[: plan.num_tokens]
-        tokens, logprobs = self._draw(upload, logits)
-        self._newest.index_copy_(0, upload["sampled_rows"], tokens)
-        return self._take_off(plan, tokens, tokens[:0], logprobs, 0)
-
-    def _take_off(self, plan: StepPlan, tokens: Tensor, drafts: Tensor, logprobs: Tensor, num_drafts: int) -> Flight:
-        """Start the one download."""
-        numbers = torch.cat((tokens, drafts.flatten(), logprobs.double().view(torch.int64)))
-        numbers = numbers.to("cpu", non_blocking=True)
-        landed = None
-        if self.device.type == "cuda":
-            landed = torch.cuda.Event()
-            landed.record()
-        return Flight(plan, numbers, num_drafts, landed)
+        found = self._draw(upload, logits)
+        self._newest.index_copy_(0, upload["sampled_rows"], found["tokens"])
+        return Flight(plan, Download(found))
 
     @torch.no_grad()
     def clear(self, blocks: list[int]) -> None:
@@ -140,6 +132,7 @@ class Runner:
         self.view.put(upload, table, runs)
         self.experts.put(upload, table, runs)
         self._put_sampling(upload, plan, ends)
+        put_prompt_scoring(upload, table, plan)
         if num_drafts:
             self._put_drafting(upload, plan, runs)
         upload.send()
@@ -152,7 +145,9 @@ class Runner:
         return token_ids
 
     def _put_sampling(self, upload: Upload, plan: StepPlan, ends: NDArray[np.int64]) -> None:
-        """What samples come from and how they are drawn; filters only where one is on."""
+        """What samples come from and how they are drawn; filters only where one is on, rules where there are any."""
+        put_rules(upload, self.table, plan, self.model.config.vocab_size)
+        put_scoring(upload, self.table, plan)
         table, samples = self.table, plan.num_samples
         rows = np.repeat(plan.rows, samples)
         offsets = np.arange(len(rows)) - np.repeat(np.cumsum(samples) - samples, samples)
@@ -193,24 +188,24 @@ class Runner:
             token_ids = torch.where(token_ids < 0, newest, token_ids)
         return PackedTokens(token_ids, upload["positions"], Segments(upload["cu_seqlens"], plan.counts))
 
-    def _sample(
-        self, plan: StepPlan, upload: Upload, hidden: Float[Tensor, "tokens dim"]
-    ) -> tuple[Int[Tensor, " samples"], Float[Tensor, " samples"]]:
+    def _sample(self, plan: StepPlan, upload: Upload, hidden: Float[Tensor, "tokens dim"]) -> dict[str, Tensor]:
         rows = upload["sample_rows"]
         if not len(rows):
-            return rows, upload["temperature"]
+            return {"tokens": rows, "logprobs": upload["temperature"]}
         return self._draw(upload, self.model.logits(hidden if len(rows) == plan.num_tokens else hidden[rows]))
 
-    def _draw(
-        self, upload: Upload, logits: Float[Tensor, "samples vocab"]
-    ) -> tuple[Int[Tensor, " samples"], Float[Tensor, " samples"]]:
-        seeds = upload.get("seeds")
-        return sample(
-            logits,
-            upload["temperature"],
+    def _draw(self, upload: Upload, logits: Float[Tensor, "samples vocab"]) -> dict[str, Tensor]:
+        """Samples as the requests' rules want them, with log-probabilities that know of no rules."""
+        seeds, temperature, steered = upload.get("seeds"), upload["temperature"], steer(upload, logits)
+        tokens, logprobs = sample(
+            steered,
+            temperature,
             None if seeds is None else counter_uniforms(seeds, upload["sample_positions"]),
             *(upload.get(name) for name in ("top_k", "top_p", "min_p", "filtered")),
         )
+        if steered is not logits:
+            logprobs = token_logprobs(logits, temperature, tokens)
+        return {"tokens": tokens, "logprobs": logprobs, **top_tokens(upload, logits)}
 
     def _draft(
         self,

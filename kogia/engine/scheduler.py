@@ -12,9 +12,10 @@ run: every layer writes all new rows of a step before its attention reads any, s
     propose  writes the guesses that the next step verifies
 
 These three, and `abort`, are all that write the state of sequences. A step may be planned while another is in flight:
-it runs on the token that the other samples, whose value only the device knows. Two things cannot be planned so, and
-`plan` then returns None until the flight has settled: drafts, as how many were accepted decides what comes next, and
-preemption, as a row is given up only when nothing in flight runs it.
+it runs on the token that the other samples, whose value only the device knows. Three things cannot be planned so, and
+`plan` then returns None until the flight has settled: drafts, as how many were accepted decides what comes next;
+rules that must know a token to say what may follow it; and preemption, as a row is given up only when nothing in flight
+runs it.
 """
 
 import sys
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from kogia.engine.blocks import BlockPool, hash_block
 from kogia.engine.config import EngineConfig
-from kogia.engine.request import FinishReason, Request
+from kogia.engine.request import FinishReason, Request, TopLogprobs
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.speculative import count_new
 from kogia.engine.step import StepPlan, StepResult
@@ -47,6 +48,8 @@ class Outcome:
     finish_reason: FinishReason | None
     """None while it goes on."""
     ends_in_stop_token: bool = False
+    top_logprobs: list[TopLogprobs] | None = None
+    """The likeliest tokens in place of each new one, where they were asked for."""
 
 
 class Scheduler:
@@ -107,7 +110,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """Choose the next step's tokens and give them blocks; None when there is nothing to run, or not yet."""
-        if self.num_flights and self.config.num_draft_tokens:
+        if self.num_flights and (self.config.num_draft_tokens or self._waits_for_tokens()):
             return None
         preemptions = self.num_preemptions
         granted = self._grant_running()
@@ -121,6 +124,11 @@ class Scheduler:
             assert self.num_flights or not self.num_unfinished, "nothing fits although sequences are unfinished"
             return None
         return self._depart(self.running[chosen], granted[chosen])
+
+    def _waits_for_tokens(self) -> bool:
+        """Whether a sequence has rules that must know the token which a step in flight samples for it."""
+        rows = self.running
+        return bool((self.table.needs_tokens[rows] & (self.table.num_pending[rows] > 0)).any())
 
     def _depart(self, rows: NDArray[np.int64], counts: NDArray[np.int64]) -> StepPlan:
         table = self.table
@@ -199,9 +207,8 @@ class Scheduler:
         if missing + spare > self.pool.num_free:
             self.pool.release(shared)
             return None
-        stops = set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else self.eos_ids)
         try:
-            row = self.table.open(request, sorted(stops))
+            row = self.table.open(request, request.params.stop_ids(self.eos_ids))
         except BaseException:
             self.pool.release(shared)
             raise
@@ -216,7 +223,7 @@ class Scheduler:
     def _acquire_prefix(self, request: Request) -> list[int]:
         """Shares of the cached blocks that the request starts with, never all its tokens: the last one must run."""
         shared: list[int] = []
-        if not self.config.prefix_cache:
+        if not self.config.prefix_cache or request.params.prompt_logprobs:  # which need every token to run
             return shared
         for index in range((len(request.token_ids) - 1) // self.config.block_size):
             block = self.pool.acquire(self._block_name(request, request.token_ids, index))
@@ -264,6 +271,7 @@ class Scheduler:
         logprobs = plan.grid(result.logprobs, fill=0)
         failed = live & (~np.isfinite(logprobs) & (column < num_new[:, None])).any(axis=1)
         num_new = np.where(live & ~failed, num_new, 0)
+        self._note_scores(plan, result, num_new)
         entry, offset = np.nonzero(column < num_new[:, None])
         table.token_ids[rows[entry], table.num_known[rows[entry]] + offset] = tokens[entry, offset]
         table.logprobs[rows[entry], table.num_known[rows[entry]] + offset] = logprobs[entry, offset]
@@ -278,6 +286,30 @@ class Scheduler:
         for row in rows[~live & (table.num_flights[rows] == 0)].tolist():
             self._free(row)
         return [o for o in outcomes if o.finish_reason is not None or o.request.stream], num_new
+
+    def _note_scores(self, plan: StepPlan, result: StepResult, num_new: NDArray[np.int64]) -> None:
+        """Hand the likeliest tokens and the log-probabilities of prompts to the requests that want them."""
+        table = self.table
+        if result.top is not None:
+            asked, first = np.where(table.num_top[plan.rows] > 0, plan.num_samples, 0), 0
+            for index in np.flatnonzero(asked).tolist():
+                row = int(plan.rows[index])
+                best = [result.top.table(first + i, int(table.num_top[row])) for i in range(int(num_new[index]))]
+                if best:
+                    self._request(row).note_top(int(table.num_known[row]), best)
+                first += int(asked[index])
+        if result.prompt_logprobs is not None:
+            scored, first = table.scored(plan), 0
+            for index in np.flatnonzero(scored).tolist():
+                last, start = first + int(scored[index]), int(plan.starts[index]) + 1
+                request = self._request(int(plan.rows[index]))
+                request.note_prompt(start, result.prompt_logprobs[first:last], result.prompt_top, first)
+                first = last
+
+    def _request(self, row: int) -> Request:
+        request = self.table.requests[row]
+        assert request is not None, f"row {row} is empty"
+        return request
 
     def _drafts(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
         """[rows, columns] what stands behind the known tokens of each row."""
@@ -305,20 +337,20 @@ class Scheduler:
             table.num_blocks[row] = keep
 
     def _outcome(self, row: int, num_new: int, reason: FinishReason | None, stopped: bool) -> Outcome:
-        table = self.table
-        request = table.requests[row]
-        assert request is not None
+        table, request = self.table, self._request(row)
         first = int(table.num_known[row]) - num_new
         fresh: list[int] = table.token_ids[row, first : first + num_new].tolist()
         if request.output is not None and fresh:
-            matched = request.output.push(fresh[:-1] if reason == "stop" else fresh)
+            matched = request.output.push(request.without_stop(fresh) if reason == "stop" else fresh)
             if matched is not None:  # tokens after the stop string, accepted in the same step, never were
                 fresh, stopped, reason = fresh[:matched], False, "stop"
                 table.num_known[row] = first + matched
         logprobs: list[float] = table.logprobs[row, first : first + len(fresh)].tolist()
         if reason is not None:
             self._end(row, failed=reason == "error")
-        return Outcome(request, fresh, logprobs, reason, stopped and reason == "stop")
+        start = first - len(request.prompt)
+        top = request.top_logprobs[start : start + len(fresh)] if table.num_top[row] else None
+        return Outcome(request, fresh, logprobs, reason, stopped and reason == "stop", top)
 
     def propose(self, plan: StepPlan, drafts: NDArray[np.int64]) -> None:
         """Note guesses behind the known tokens of what the plan sampled, as far as there is room; to be verified."""

@@ -13,7 +13,8 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from kogia.engine.request import Request
+from kogia.engine.request import Request, num_top
+from kogia.engine.step import StepPlan
 
 
 class SequenceTable:
@@ -52,6 +53,14 @@ class SequenceTable:
         self.expert_threshold = np.zeros(max_sequences, dtype=np.float32)
         self.seed = np.zeros(max_sequences, dtype=np.int64)
         self.stop_ids = np.full((max_sequences, 1), -1, dtype=np.int64)
+        self.is_ruled = np.zeros(max_sequences, dtype=bool)
+        """Its request has rules for its tokens."""
+        self.needs_tokens = np.zeros(max_sequences, dtype=bool)
+        """These rules must know every token before they say what may be next."""
+        self.num_top = np.zeros(max_sequences, dtype=np.int64)
+        """Likeliest tokens that come with each sample."""
+        self.num_scored = np.zeros(max_sequences, dtype=np.int64)
+        """Tokens of the prompt that the next one's log-probability is wanted of; 0 for none."""
         self.watched = np.zeros(max_sequences, dtype=bool)
         """Text is wanted at every step: stop strings, or a listener."""
 
@@ -82,9 +91,17 @@ class SequenceTable:
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
         self.top_p[row], self.min_p[row] = params.top_p, params.min_p
         self.active_experts[row], self.expert_threshold[row] = request.active_experts, request.expert_threshold
+        self.is_ruled[row] = request.rules is not None
+        self.needs_tokens[row] = request.rules is not None and request.rules.needs_tokens
+        self.num_top[row] = num_top(params.logprobs)
+        self.num_scored[row] = len(request.prompt) - 1 if params.prompt_logprobs else 0
         self.watched[row] = request.stream or request.output is not None
         self.requests[row] = request
         return self._free.pop()
+
+    def scored(self, plan: StepPlan) -> NDArray[np.int64]:
+        """Per entry of a plan, how many of the tokens that run are followed by one whose log-probability is wanted."""
+        return np.clip(self.num_scored[plan.rows] - plan.starts, 0, plan.counts)
 
     def write_back(self, row: int) -> Request:
         """Hand a row's tokens and counters to its request."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,19 @@ class StepPlan:
         return grid
 
 
+class TopTokens(NamedTuple):
+    """The likeliest tokens, the best first."""
+
+    ids: NDArray[np.int64]
+    """[rows, tokens]"""
+    logprobs: NDArray[np.float32]
+    """[rows, tokens]"""
+
+    def table(self, row: int, count: int) -> dict[int, float]:
+        """Token id -> log-probability of the best `count` of a row."""
+        return dict(zip(self.ids[row, :count].tolist(), self.logprobs[row, :count].tolist(), strict=True))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
     """What the model made of a plan, on the host."""
@@ -56,3 +70,9 @@ class StepResult:
     """Of the samples, unfiltered, at the sequence's temperature. Not finite where the model's logits were not."""
     drafts: NDArray[np.int64]
     """[plan.sampled, drafts] guesses at what follows the last accepted sample."""
+    top: TopTokens | None = None
+    """In place of each sample of a sequence that asks for them, in the order of the samples; None where none does."""
+    prompt_logprobs: NDArray[np.float32] | None = None
+    """Of the tokens behind those that `SequenceTable.scored` counts; None where there is none."""
+    prompt_top: TopTokens | None = None
+    """In place of these tokens."""

@@ -77,7 +77,7 @@ def sample(
     Sorting is what sampling costs: `filtered` names the rows that have a filter on, all of them when it is None.
     """
     greedy = temperature == 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    scaled = _scaled(logits, temperature)
     if uniforms is None:
         tokens = scaled.argmax(-1)
     else:
@@ -100,3 +100,27 @@ def _filter_some(scaled: Tensor, filters: tuple[Tensor | None, ...], rows: Tenso
     if rows is None:
         return filter_logits(scaled, *filters)
     return scaled.index_copy(0, rows, filter_logits(scaled[rows], *(None if x is None else x[rows] for x in filters)))
+
+
+def token_logprobs(
+    logits: Float[Tensor, "rows vocab"],
+    temperature: Float[Tensor, " rows"],
+    token_ids: Int[Tensor, " rows"],
+) -> Float[Tensor, " rows"]:
+    """What `sample` returns as the log-probability of a token, for given tokens."""
+    scaled = _scaled(logits, temperature)
+    return scaled.gather(-1, token_ids[:, None]).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def most_likely(
+    logits: Float[Tensor, "rows vocab"], temperature: Float[Tensor, " rows"], count: int
+) -> tuple[Int[Tensor, "rows count"], Float[Tensor, "rows count"]]:
+    """(ids, log-probabilities as `sample` has them) of the most likely tokens of each row, the best first."""
+    scaled = _scaled(logits, temperature)
+    values, ids = scaled.topk(count, -1)
+    return ids, values - scaled.logsumexp(-1, keepdim=True)
+
+
+def _scaled(logits: Float[Tensor, "rows vocab"], temperature: Float[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+    """Temperature 0 counts as 1."""
+    return logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None]

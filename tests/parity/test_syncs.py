@@ -67,6 +67,26 @@ def test_a_step_sends_once_and_waits_once(name, drafts):
         assert_one_of_each(found)
 
 
+RULED = SamplingParams(
+    presence_penalty=0.5, repetition_penalty=1.2, logit_bias={5: 1.0}, allowed_token_ids=tuple(range(50)),
+    min_tokens=50, stop_token_ids=(7,), logprobs=5, prompt_logprobs=2, max_tokens=60, seed=7,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_step_with_rules_and_scores_sends_once_and_waits_once(drafts):
+    engine = running_engine(build_model(CONFIG), num_draft_tokens=drafts)
+    engine.add([3, 4], RULED)
+    engine.step()
+    with counting() as decode:
+        engine.step()
+    engine.add(list(range(2, 40)), RULED)
+    with counting() as mixed:
+        engine.step()
+    for found in (decode, mixed):
+        assert_one_of_each(found)
+
+
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_a_chunk_of_a_prefill_sends_once_and_waits_once(drafts):
     engine = Engine(build_model(CONFIG), None, EngineConfig(max_batch_tokens=8, num_draft_tokens=drafts))

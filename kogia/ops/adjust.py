@@ -1,0 +1,81 @@
+"""Logits with what requests ask of their next token: biases, penalties, masks and bans.
+
+In this order, each on what the one before left of a row z:
+
+    bias         z_i + b_i
+    repetition   z_i / r where z_i > 0, else z_i * r          i in prompt or completion   (arXiv 1909.05858 eq 1)
+    frequency    z_i - f * (times that i is in the completion)
+    presence     z_i - p                                      i in the completion
+    mask         only the tokens whose bits are set
+    ban          not these tokens; a row of which bans would leave nothing keeps what its mask allows
+
+Entries are sparse: `at` = row * vocab + token, at most once in a list unless it is one of bans.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bias:
+    at: Int[Tensor, " biased"]
+    values: Float[Tensor, " biased"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Penalties:
+    at: Int[Tensor, " seen"]
+    counts: Int[Tensor, " seen"]
+    """Times that the token is in the completion; 0 for one of the prompt alone."""
+    repetition: Float[Tensor, " rows"]
+    frequency: Float[Tensor, " rows"]
+    presence: Float[Tensor, " rows"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masks:
+    rows: Int[Tensor, " masked"]
+    bits: Int[Tensor, "masked words"]
+    """64 tokens a word, the lowest bit first."""
+
+
+def adjust_logits(
+    logits: Float[Tensor, "rows vocab"],
+    bias: Bias | None = None,
+    penalties: Penalties | None = None,
+    masks: Masks | None = None,
+    bans: Int[Tensor, " banned"] | None = None,
+) -> Float[Tensor, "rows vocab"]:
+    """A float32 copy of the logits, adjusted. Nothing waits for the device."""
+    vocab = logits.shape[1]
+    z = logits.float().flatten()
+    if bias is not None:
+        z = z.index_add(0, bias.at, bias.values)
+    if penalties is not None:
+        z = _penalised(z, penalties, vocab)
+    z = z.view(-1, vocab)
+    if masks is not None:
+        allowed = _unpacked(masks.bits, vocab)
+        z = z.index_copy(0, masks.rows, z[masks.rows].masked_fill(~allowed, float("-inf")))
+    if bans is not None:
+        rest = z.flatten().index_fill(0, bans, float("-inf")).view(-1, vocab)
+        z = torch.where(rest.amax(-1, keepdim=True) == float("-inf"), z, rest)
+    return z
+
+
+def _penalised(z: Float[Tensor, " all"], penalties: Penalties, vocab: int) -> Float[Tensor, " all"]:
+    rows, counts = penalties.at // vocab, penalties.counts
+    seen, factor = z[penalties.at], penalties.repetition[rows]
+    seen = torch.where(seen > 0, seen / factor, seen * factor)
+    seen = seen - penalties.frequency[rows] * counts - penalties.presence[rows] * (counts > 0)
+    return z.index_copy(0, penalties.at, seen)
+
+
+def _unpacked(words: Int[Tensor, "masked words"], vocab: int) -> Tensor:
+    """[masked, vocab] whether each token's bit is set."""
+    octets = words.view(torch.uint8)  # the lowest first, on every machine that torch runs on
+    bits = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return ((octets[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab]
