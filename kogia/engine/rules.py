@@ -34,8 +34,10 @@ class Edit:
 
 @runtime_checkable
 class Rule(Protocol):
-    needs_tokens: bool
-    """Whether the answer depends on which tokens there are, not only on how many."""
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the answer depends on which tokens there are, not only on how many."""
+        ...
 
     def learn(self, token_ids: list[int]) -> None:
         """Take note of the next tokens of the completion that stand."""

@@ -41,12 +41,14 @@ class Flight:
     def wait(self) -> StepResult:
         """Block until the device is done with the step."""
         arrays = self._download.wait()
-        for name in ("top", "prompt_top"):
-            if f"{name}_ids" in arrays:
-                arrays[name] = TopTokens(arrays.pop(f"{name}_ids"), arrays.pop(f"{name}_logprobs"))
-        drafts = arrays.pop("drafts", None)
+        tops = {
+            name: TopTokens(arrays[f"{name}_ids"], arrays[f"{name}_logprobs"])
+            for name in ("top", "prompt_top")
+            if f"{name}_ids" in arrays
+        }
+        drafts = arrays.get("drafts", np.empty((len(self.plan.sampled), 0), dtype=np.int64))
         return StepResult(
-            drafts=np.empty((len(self.plan.sampled), 0), np.int64) if drafts is None else drafts, **arrays
+            arrays["tokens"], arrays["logprobs"], drafts, prompt_logprobs=arrays.get("prompt_logprobs"), **tops
         )
 
 
