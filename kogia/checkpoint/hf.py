@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ from kogia.checkpoint.tensorfile import (
 from kogia.files import replacing_directory, write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_export import config_to_hf
+from kogia.model.sharding import Part, Share, check_cuts
 from kogia.model.transformer import Transformer, materialize
 from kogia.ops.packed import FORMATS, Packed
 from kogia.text.tokenizer import Tokenizer
@@ -93,8 +94,9 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     keep_fp8: bool = False,
+    share: Share | None = None,
 ) -> Transformer:
-    """Build the model of a directory and stream its tensors into place.
+    """Build the model of a directory and stream its tensors into place; of a `share`, one rank's part of them.
 
     `dtype` None keeps the stored one, bfloat16 for an FP8 checkpoint; router biases stay float32. FP8 weights are
     dequantised, or with `keep_fp8` stay FP8 and are dequantised whenever they are used.
@@ -103,32 +105,53 @@ def load_model(
     Weights that are not finite are warned of.
     """
     stored = path if isinstance(path, Stored) else read_stored(path, keep_fp8=keep_fp8)
-    model = model_for(stored.config, stored.tensors, dtype=dtype or stored.dtype, keep_packed=keep_fp8)
-    check_agreement(model, stored.tensors, stored.directory)
+    whole = model_for(stored.config, stored.tensors, dtype=dtype or stored.dtype, keep_packed=keep_fp8)
+    check_agreement(whole, stored.tensors, stored.directory)
+    if share is None:
+        model = whole
+    else:
+        model = model_for(stored.config, stored.tensors, dtype=whole.dtype, keep_packed=keep_fp8, share=share)
+        check_cuts(model, whole)
     materialize(model, device)
-    warn_of_nonfinite(in_parallel(_fill, _pieces(model, stored.tensors)), stored.directory)
+    warn_of_nonfinite(in_parallel(_fill, _pieces(model, stored.tensors, share)), stored.directory)
     return model.eval()
 
 
-Piece = tuple[StoredTensor, StoredTensor | None, int, Tensor]
+class Piece(NamedTuple):
+    """Rows of a stored tensor on their way to their place."""
+
+    source: StoredTensor
+    scale: StoredTensor | None
+    """To apply."""
+    start: int
+    """The first row."""
+    target: Tensor
+    columns: Part | None
+    """All that is kept of each row, where that is not all of it."""
 
 
-def _pieces(model: Transformer, stored: Mapping[str, StoredTensor]) -> Iterator[Piece]:
-    """(tensor, scales to apply, first row, where its rows go), in the order of the files."""
+def _pieces(model: Transformer, stored: Mapping[str, StoredTensor], share: Share | None) -> Iterator[Piece]:
+    """Pieces of all tensors, in the order of the files."""
     targets = sorted(disk_views(model), key=lambda item: (stored[item[0]].file, stored[item[0]].offset))
     for name, target in targets:
         source = stored[name]
-        dequantize = source.dtype == FP8 and target.dtype != DTYPES[FP8]
+        scale = stored[name + SCALE] if source.dtype == FP8 and target.dtype != DTYPES[FP8] else None
+        part = None if share is None else share.part(source.shape, target.shape)
+        first, columns = 0, None
+        if part is not None:
+            first, columns = (part.start, None) if part.axis == 0 else (0, part)
         # what is only copied is best copied in larger parts
         for start, stop in row_ranges(source, 4 if target.dtype == DTYPES[source.dtype] else 1):
-            rows = target[start:stop] if target.dim() else target[None]
-            yield source, stored[name + SCALE] if dequantize else None, start, rows
+            begin, end = max(start - first, 0), min(stop - first, len(target) if target.dim() else 1)
+            if begin < end:
+                rows = target[begin:end] if target.dim() else target[None]
+                yield Piece(source, scale, first + begin, rows, columns)
 
 
 def _fill(piece: Piece) -> str | None:
     """Read one piece into its place. Returns the tensor's name where it holds NaN or infinity."""
-    source, scale, start, target = piece
-    if target.is_cpu and target.is_contiguous() and target.dtype == DTYPES[source.dtype]:
+    source, scale, start, target, columns = piece
+    if target.is_cpu and target.is_contiguous() and target.dtype == DTYPES[source.dtype] and columns is None:
         rows = target
         populate(as_bytes(rows))
         read(source, start, as_bytes(rows))
@@ -136,6 +159,7 @@ def _fill(piece: Piece) -> str | None:
         # cast by the copy; but in float16 first, which may overflow, to see that
         early = scale is not None or target.dtype == torch.float16
         rows = read_rows(source, scale, start, start + len(target), target.dtype if early else DTYPES[source.dtype])
+        rows = rows if columns is None else columns.of(rows).contiguous()
         target.copy_(rows)
     if source.name.endswith(SCALE):
         check_scales(source, rows)
@@ -144,6 +168,8 @@ def _fill(piece: Piece) -> str | None:
 
 def read_rows(source: StoredTensor, scale: StoredTensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Rows start:stop of a stored tensor on the CPU, rounded once to `dtype`; FP8 with scales is dequantised."""
+    if scale is not None and (ahead := start % FORMATS[stored_format(source)].row_block):
+        return read_rows(source, scale, start - ahead, stop, dtype)[ahead:]  # scales are those of whole blocks
     rows = torch.empty((stop - start, *source.shape[1:]), dtype=DTYPES[source.dtype])
     read(source, start, as_bytes(rows))
     if scale is None:

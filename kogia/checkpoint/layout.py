@@ -25,6 +25,8 @@ from kogia.checkpoint.tensorfile import FP8, SCALE, StoredTensor, read, row_rang
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import left_out
 from kogia.model.linear import Linear
+from kogia.model.moe import Experts
+from kogia.model.sharding import Share, empty_share
 from kogia.model.transformer import Transformer, empty_model
 from kogia.ops.fp8 import BLOCK
 from kogia.ops.packed import FORMATS, format_of
@@ -55,8 +57,8 @@ def disk_views(model: Transformer, *, copies: bool = False) -> Iterator[tuple[st
         module, _, last = name.rpartition(".")
         owner, _, stack = module.rpartition(".")
         if owner.endswith(".experts") and stack in _STACKS:
-            projections = _STACKS[stack]
-            for i, expert in enumerate(tensor):
+            projections, held = _STACKS[stack], model.get_submodule(owner)
+            for i, expert in enumerate(tensor, start=held.first if isinstance(held, Experts) else 0):
                 for projection, view in zip(projections, expert.view(len(projections), *tensor.shape[-2:])):
                     yield f"{owner}.{i}.{projection}.{last}", view
         elif not (tied and name == "lm_head.weight"):
@@ -78,10 +80,16 @@ def _is_known_copy(name: str, config: ModelConfig) -> bool:
 
 
 def model_for(
-    config: ModelConfig, stored: Mapping[str, StoredTensor], *, dtype: torch.dtype, keep_packed: bool = False
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    *,
+    dtype: torch.dtype,
+    keep_packed: bool = False,
+    share: Share | None = None,
 ) -> Transformer:
-    """The model without storage, on the meta device. With `keep_packed`, weights are packed as they are stored."""
-    model = empty_model(config, dtype)
+    """The model, or one rank's share of it, without storage, on the meta device. With `keep_packed`, weights are packed
+    as they are stored."""
+    model = empty_model(config, dtype) if share is None else empty_share(config, share, dtype)
     formats = {_module_of(name): stored_format(tensor) for name, tensor in stored.items() if stored_format(tensor)}
     for name, module in model.named_modules():
         if keep_packed and name in formats and isinstance(module, Linear):

@@ -9,6 +9,7 @@ from kogia.checkpoint.config import dtype_name
 from kogia.checkpoint.directory import load_config, resolve_model_dir
 from kogia.checkpoint.hf import Stored, load_model, read_stored
 from kogia.model.config import ModelConfig
+from kogia.model.sharding import Share
 from kogia.model.transformer import Transformer
 from kogia.text.chat import check_thinking
 from kogia.text.tokenizer import Tokenizer
@@ -39,9 +40,9 @@ class Found(NamedTuple):
     def directory(self) -> Path:
         return self.stored.directory
 
-    def open(self) -> Opened:
-        """Read the weights. Raises ValueError as `open_model` does."""
-        model = load_model(self.stored, device=self.device, dtype=self.dtype, keep_fp8=self.keep_fp8)
+    def open(self, share: Share | None = None) -> Opened:
+        """Read the weights, or a rank's share of them. Raises ValueError as `open_model` does."""
+        model = load_model(self.stored, device=self.device, dtype=self.dtype, keep_fp8=self.keep_fp8, share=share)
         return Opened(model, self.tokenizer, self.directory)
 
 

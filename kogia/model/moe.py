@@ -83,6 +83,9 @@ class Experts(nn.Module):
     What takes its place, with experts elsewhere, has the same `forward`.
     """
 
+    first = 0
+    """The number in its layer of the first expert held."""
+
     def __init__(self, dim: int, num_experts: int, width: int) -> None:
         super().__init__()
         self.gate_up_proj = Linear(dim, width, stack=(num_experts, 2))
@@ -100,6 +103,39 @@ class Experts(nn.Module):
         the shared experts', whose weights are `shared`."""
         routed = self.gate_up_proj.operand(), self.down_proj.operand()
         return mix_experts(x, expert_ids, weights, *routed, shared=shared, residual=residual)
+
+
+class SomeExperts(Experts):
+    """One rank's equal share of the routed experts of a layer, as they are (expert parallelism).
+
+    It is asked for all choices of all tokens and adds what its own experts do; the sum over the ranks is the layer's.
+    """
+
+    def __init__(self, dim: int, num_experts: int, width: int, rank: int, size: int) -> None:
+        """`num_experts` are those of all ranks."""
+        super().__init__(dim, num_experts // size, width)
+        self.num_experts, self.first = num_experts, rank * (num_experts // size)
+        self._own: Tensor | None = None
+        """[num_experts + 1] the place here of each expert of the layer; -1, which is nobody, elsewhere and at the end.
+        Recorded graphs read it."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        expert_ids: Int[Tensor, "tokens topk"],
+        weights: Float[Tensor, "tokens topk"],
+        shared: SharedExperts | None = None,
+        residual: Float[Tensor, "tokens dim"] | None = None,
+    ) -> Float[Tensor, "tokens dim"]:
+        """`expert_ids` are places among all experts of the layer."""
+        if self._own is None or self._own.device != x.device:
+            self._own = self._places(x.device)
+        return super().forward(x, self._own[expert_ids], weights, shared, residual)
+
+    def _places(self, device: torch.device) -> Int[Tensor, " experts_and_nobody"]:
+        held = torch.arange(len(self.gate_up_proj.weight), device=device)
+        places = torch.full((self.num_experts + 1,), -1, device=device)
+        return places.index_copy_(0, self.first + held, held)
 
 
 class MoE(nn.Module):

@@ -1,0 +1,80 @@
+"""Processes that run one model together, and what they exchange: sums, parts side by side, copies.
+
+Groups stand beside `torch.distributed`'s default group and need none. GPUs talk through NCCL, on the stream of the
+caller, so that what they exchange is recorded in graphs like any kernel; CPUs through gloo on the loopback.
+"""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a rank waits for the others: one may be compiling kernels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """This process's end of the connection."""
+
+    rank: int
+    size: int
+    _backend: dist.ProcessGroupGloo
+
+    def sum_(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Replace a contiguous tensor by the sum over the ranks, the same bits on each."""
+        options = dist.AllreduceOptions()
+        options.asyncOp = False
+        self._backend.allreduce([x], options).wait()
+        return x
+
+    def side_by_side(self, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows all_widths"]:
+        """The columns of all ranks in their order."""
+        parts = x.new_empty(self.size, *x.shape)
+        options = AllgatherOptions()
+        options.asyncOp = False
+        self._backend._allgather_base(parts.flatten(0, 1), x.contiguous(), options).wait()
+        return parts.transpose(0, 1).reshape(x.shape[0], -1)
+
+    def copy_from_first_(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Replace a contiguous tensor by that of rank 0."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.asyncOp = 0, 0, False
+        self._backend.broadcast([x], options).wait()
+        return x
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of the ranks' numbers."""
+        options = dist.AllreduceOptions()
+        options.reduceOp, options.asyncOp = dist.ReduceOp.MIN, False
+        found = torch.tensor([number], device=device)
+        self._backend.allreduce([found], options).wait()
+        return int(found)
+
+    def abort(self) -> None:
+        """Give up what is under way, so that nobody waits for it. The group is of no more use."""
+        self._backend.abort()
+
+
+def join(rank: int, size: int, meeting_place: str, device: torch.device) -> Group:
+    """Wait for the other ranks at a file that none of them has used before.
+
+    Device memory of a GPU's rank is on `device`. Raises RuntimeError where they do not all come within `TIMEOUT`.
+    """
+    store = dist.FileStore(meeting_place, size)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = TIMEOUT
+        backend = dist.ProcessGroupNCCL(store, rank, size, options)
+    else:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = TIMEOUT
+        backend = dist.ProcessGroupGloo(store, rank, size, options)
+    group = Group(rank, size, backend)
+    group.least(0, device)  # connections are made by the first exchange
+    return group
