@@ -110,7 +110,7 @@ def load_model(
     if share is None:
         model = whole
     else:
-        model = model_for(stored.config, stored.tensors, dtype=whole.dtype, keep_packed=keep_fp8, share=share)
+        model = model_for(stored.config, stored.tensors, dtype=dtype or stored.dtype, keep_packed=keep_fp8, share=share)
         check_cuts(model, whole)
     materialize(model, device)
     warn_of_nonfinite(in_parallel(_fill, _pieces(model, stored.tensors, share)), stored.directory)

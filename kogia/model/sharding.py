@@ -23,7 +23,7 @@ from kogia.model.layers import FeedForward, Head
 from kogia.model.linear import Linear
 from kogia.model.moe import MoE, SomeExperts
 from kogia.model.transformer import Transformer, empty_model, initialise, materialize
-from kogia.ops.packed import FORMATS
+from kogia.ops.packed import FORMATS, Format
 
 Shape = torch.Size | tuple[int, ...]
 
@@ -148,7 +148,7 @@ def build_share(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Transformer:
-    """A rank's share of what `build_model` makes. One whole parameter at a time is drawn, of which it keeps its part."""
+    """A rank's share of what `build_model` makes: one parameter at a time is drawn, of which it keeps its part."""
     model, whole = empty_share(config, share, dtype), dict(empty_model(config, dtype).named_parameters())
     materialize(model, device)
     with torch.no_grad():
@@ -167,18 +167,24 @@ def load_share(model: Transformer, whole: Mapping[str, Tensor], share: Share) ->
 
 
 def check_cuts(model: Transformer, whole: Transformer) -> None:
-    """Raise ValueError where a share of packed weights would be cut within a block that has one scale."""
+    """Raise ValueError where a share of packed weights would end within numbers that have one scale."""
     wide = dict(whole.named_modules())
     for name, module in model.named_modules():
         if not isinstance(module, Linear) or module.format is None:
             continue
-        own, full = module.shape, wide[name].shape
-        scale_shape = FORMATS[module.format].scale_shape
-        for axis in (-2, -1):
-            longer = list(own)
-            longer[axis] += 1  # opens another block, if these end with one
-            if own[axis] != full[axis] and 1 < scale_shape(tuple(full))[axis] and scale_shape(tuple(longer))[axis] == scale_shape(own)[axis]:
-                raise ValueError(
-                    f"{name}: a share of {own[axis]} of {full[axis]} numbers ends within a block of {module.format} "
-                    "weights; choose another tensor_parallel, or load the weights in bfloat16"
-                )
+        full, format = wide[name].shape, FORMATS[module.format]
+        if not format.takes(module.shape) or any(
+            _cuts_a_block(full, module.shape, axis, format) for axis in (-2, -1) if full[axis] != module.shape[axis]
+        ):
+            raise ValueError(
+                f"{name}: {list(module.shape)} of {list(full)} numbers end within a block of {module.format} weights "
+                "that has one scale; choose another tensor_parallel, or load the weights in bfloat16"
+            )
+
+
+def _cuts_a_block(full: Shape, own: Shape, axis: int, format: Format) -> bool:
+    scales = format.scale_shape(tuple(full))[axis]
+    if scales == 1:  # which every rank then has
+        return False
+    block = max(full[axis] // scales, format.row_block)
+    return bool(full[axis] % scales or own[axis] % block)
