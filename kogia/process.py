@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 KEPT_VARIABLES = ("LD_LIBRARY_PATH", "TZ")
@@ -41,7 +42,8 @@ serve(module, channel, lifeline)
 class Child:
     """An interpreter that runs `main(socket)` of a module of kogia, and this side of the socket."""
 
-    def __init__(self, module: str, *, stdout: int) -> None:
+    def __init__(self, module: str, *, stdout: int, env: Mapping[str, str] | None = None) -> None:
+        """`env` is all of the environment that it sees: for code that is not ours next to nothing, the default."""
         self.channel, theirs = socket.socketpair()
         their_lifeline, self._lifeline = os.pipe()
         fds = (theirs.fileno(), their_lifeline)
@@ -50,7 +52,7 @@ class Child:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _START, json.dumps([home, import_path(), module, *fds])],
                 pass_fds=fds,
-                env=environment(),
+                env=environment() if env is None else env,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 start_new_session=True,  # keeps the terminal's Ctrl-C away and makes its children killable with it

@@ -5,6 +5,7 @@ caller, so that what they exchange is recorded in graphs like any kernel; CPUs t
 """
 
 import datetime
+import os
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,9 @@ class Group:
 
     rank: int
     size: int
-    _backend: dist.ProcessGroupGloo
+    device: torch.device
+    """Where this rank computes."""
+    _backend: dist.Backend
 
     def sum_(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Replace a contiguous tensor by the sum over the ranks, the same bits on each."""
@@ -47,11 +50,11 @@ class Group:
         self._backend.broadcast([x], options).wait()
         return x
 
-    def least(self, number: int, device: torch.device) -> int:
+    def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
         options = dist.AllreduceOptions()
         options.reduceOp, options.asyncOp = dist.ReduceOp.MIN, False
-        found = torch.tensor([number], device=device)
+        found = torch.tensor([number], device=self.device)
         self._backend.allreduce([found], options).wait()
         return int(found)
 
@@ -60,21 +63,26 @@ class Group:
         self._backend.abort()
 
 
-def join(rank: int, size: int, meeting_place: str, device: torch.device) -> Group:
+def join(rank: int, size: int, meeting_place: str, kind: str) -> Group:
     """Wait for the other ranks at a file that none of them has used before.
 
-    Device memory of a GPU's rank is on `device`. Raises RuntimeError where they do not all come within `TIMEOUT`.
+    `kind` of device is "cuda", of which rank r takes number r, or "cpu". NVLink multicast is left off unless the
+    environment says otherwise. Raises RuntimeError where the ranks do not all come within `TIMEOUT`.
     """
     store = dist.FileStore(meeting_place, size)
-    if device.type == "cuda":
+    if kind == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = TIMEOUT
         backend = dist.ProcessGroupNCCL(store, rank, size, options)
     else:
+        device = torch.device("cpu")
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = TIMEOUT
         backend = dist.ProcessGroupGloo(store, rank, size, options)
-    group = Group(rank, size, backend)
-    group.least(0, device)  # connections are made by the first exchange
+    group = Group(rank, size, device, backend)
+    group.least(0)  # connections are made by the first exchange
     return group

@@ -245,14 +245,21 @@ class Engine:
         with self.loop.paused():
             with self._whole():
                 self._land_all()
-            if source is not self.model:
-                _copy_weights(self.model, source.state_dict() if isinstance(source, Transformer) else source)
+            self._take_weights(source)
             self.model.absorb()
             self.scheduler.recompute_all()
             for request in self.scheduler.waiting:
                 if request.weights_version is None and len(request.token_ids) > len(request.prompt):
                     request.weights_version = self.weights_version
             self.weights_version = self.weights_version + 1 if version is None else version
+
+    def _take_weights(self, source: Transformer | Mapping[str, Tensor]) -> None:
+        if source is not self.model:
+            target, new = self.model.state_dict(), source.state_dict() if isinstance(source, Transformer) else source
+            check_weights(new, {name: tensor.shape for name, tensor in target.items()})
+            with torch.no_grad():
+                for name, tensor in target.items():
+                    tensor.copy_(new[name])
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -338,11 +345,11 @@ class Engine:
 
 def _build_cache(model: Transformer, config: EngineConfig) -> PagedCache:
     cached, row = cache_layout(model.config, config)
-    num_blocks = config.num_blocks or _affordable_blocks(model.config, config, model.dtype, model.device)
+    num_blocks = config.num_blocks or affordable_blocks(model.config, config, model.dtype, model.device)
     return build_cache(cached, num_blocks, config.block_size, dtype=model.dtype, device=model.device, row=row)
 
 
-def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> int:
+def affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Blocks within `cache_memory_bytes`, but no more than all sequences at full context could use."""
     given, block = config.cache_memory_bytes, block_bytes(model, config, dtype)
     budget = cache_budget(device) if given is None else given
@@ -351,15 +358,11 @@ def _affordable_blocks(model: ModelConfig, config: EngineConfig, dtype: torch.dt
     return min(budget // block, config.max_sequences * -(-longest // config.block_size))
 
 
-def _copy_weights(model: Transformer, source: Mapping[str, Tensor]) -> None:
-    """Copy tensors of equal names in place; ValueError, before any is copied, unless all names and shapes agree."""
-    target = model.state_dict()
-    wrong = sorted(source.keys() ^ target.keys()) or [
-        f"{name} {tuple(source[name].shape)}" for name in target if source[name].shape != target[name].shape
+def check_weights(source: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError unless the tensors of new weights are those of a model, in name and shape."""
+    wrong = sorted(source.keys() ^ shapes.keys()) or [
+        f"{name} {tuple(source[name].shape)}" for name, shape in shapes.items() if source[name].shape != shape
     ]
     if wrong:
         shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise ValueError(f"new weights do not fit the model: {shown}; they must come from the same configuration")
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])

@@ -23,7 +23,7 @@ from kogia.model.layers import FeedForward, Head
 from kogia.model.linear import Linear
 from kogia.model.moe import MoE, SomeExperts
 from kogia.model.transformer import Transformer, empty_model, initialise, materialize
-from kogia.ops.packed import FORMATS, Format
+from kogia.ops.packed import FORMATS, Format, Packed
 
 Shape = torch.Size | tuple[int, ...]
 
@@ -164,6 +164,18 @@ def load_share(model: Transformer, whole: Mapping[str, Tensor], share: Share) ->
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(share.of(whole[name], tensor.shape))
+
+
+def whole_shapes(model: Transformer, config: ModelConfig) -> dict[str, torch.Size]:
+    """Of the tensors of the whole model, of this configuration, that `model` is a share of."""
+    whole = empty_model(config)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.format is not None:
+            like = whole.get_submodule(name)
+            assert isinstance(like, Linear), "a share has the modules of the whole"
+            operand = module.operand()
+            like.make_packed(module.format, zeros=isinstance(operand, Packed) and operand.zero is not None)
+    return {name: tensor.shape for name, tensor in whole.state_dict().items()}
 
 
 def check_cuts(model: Transformer, whole: Transformer) -> None:

@@ -136,7 +136,7 @@ def test_parts_are_where_equal_shares_in_the_order_of_ranks_would_be(num_parts, 
     size = num_parts * copies
     whole = torch.arange(shape[0] * shape[1] * shape[2]).view(shape)
     for rank in range(size):
-        found = Share(rank, size).of(whole, own)
+        found = Share(rank, size).of(whole, tuple(own))
         assert torch.equal(found, whole.chunk(num_parts, axis)[rank // copies])
 
 
