@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions
+from torch._C._distributed_c10d import AllgatherOptions, Backend
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others: one may be compiling kernels."""
@@ -26,7 +26,7 @@ class Group:
     size: int
     device: torch.device
     """Where this rank computes."""
-    _backend: dist.Backend
+    _backend: Backend
 
     def sum_(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Replace a contiguous tensor by the sum over the ranks, the same bits on each."""

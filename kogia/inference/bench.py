@@ -24,6 +24,7 @@ from kogia.engine.threads import generation_threads
 from kogia.files import check_target, write_json
 from kogia.inference.config import BenchConfig
 from kogia.inference.machine import copy_rate, describe
+from kogia.inference.parallel import DrawnModel, Source, StoredModel, open_parallel
 from kogia.model.config import ModelConfig
 from kogia.model.costs import num_params
 from kogia.model.presets import PRESETS, preset
@@ -63,7 +64,8 @@ def main(config: BenchConfig) -> None:
     """Raises ValueError for a model that is not there or a context that is too short."""
     if config.out is not None:
         check_target(config.out)
-    model = open_for_bench(config)
+    engine = engine_for_bench(config)
+    model = engine.model
     room = model.config.max_position - config.prompt_tokens
     if room < config.max_tokens:
         raise ValueError(
@@ -73,7 +75,6 @@ def main(config: BenchConfig) -> None:
     with generation_threads(None, num_params(model.config)):
         copy_bytes = copy_rate(model.device)
         started = time.perf_counter()
-        engine = Engine(model, None, config.engine)
         engine.warm_up(lambda done, of: log.info(f"recorded graph {done} of {of}") if done == of else None)
         log.info(f"the engine was ready after {time.perf_counter() - started:.1f} s")
         speeds = [speed for batch in config.batches for speed in batch_speeds(engine, config, batch)]
@@ -83,6 +84,8 @@ def main(config: BenchConfig) -> None:
         "random_weights": config.random_weights,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": config.quantize,
+        "tensor_parallel": config.tensor_parallel,
+        "expert_parallel": config.expert_parallel,
         "machine": describe(model.device),
         "copy_gb_per_second": copy_bytes / 1e9,
         "speeds": [speed.to_json(copy_bytes) for speed in speeds],
@@ -93,19 +96,43 @@ def main(config: BenchConfig) -> None:
         write_json(config.out, figures)
 
 
+def engine_for_bench(config: BenchConfig) -> Engine:
+    """In this process, or over several. Raises ValueError as `open_model` and `Engine` do."""
+    if config.tensor_parallel == 1 and not config.expert_parallel:
+        return Engine(open_for_bench(config), None, config.engine)
+    device = pick_device(config.device)
+    if config.quantize not in ("auto", "none"):
+        raise ValueError(f"quantize = {config.quantize!r}: is for one process; leave it out, or tensor_parallel")
+    source: Source = StoredModel(config.model, config.dtype)
+    if config.random_weights:
+        source = DrawnModel(_config_of(config.model), drawn_dtype(config, device), config.seed)
+    else:
+        _check_has_weights(config.model)
+    return open_parallel(
+        source, config.engine, config.tensor_parallel, device=device, whole_experts=config.expert_parallel
+    )
+
+
 def open_for_bench(config: BenchConfig) -> Transformer:
     device = pick_device(config.device)
     if not config.random_weights:
-        if config.model.lower() in PRESETS:
-            raise ValueError(f"{config.model!r} is a preset, which has no weights: add --random-weights")
+        _check_has_weights(config.model)
         return open_model(config.model, device=device, dtype=config.dtype).model
-    named = _config_of(config.model)
-    if config.dtype == "fp8":
-        raise ValueError("dtype = 'fp8': keeps the weights of an FP8 checkpoint; drawn ones take --quantize fp8")
-    chosen = pick_dtype(config.dtype, device) or torch.bfloat16
+    named, chosen = _config_of(config.model), drawn_dtype(config, device)
     if config.quantize in ("auto", "none"):
         return build_model(named, device=device, dtype=chosen, seed=config.seed)
     return build_packed(named, config.quantize, device=device, dtype=chosen, seed=config.seed)
+
+
+def _check_has_weights(model: str) -> None:
+    if model.lower() in PRESETS:
+        raise ValueError(f"{model!r} is a preset, which has no weights: add --random-weights")
+
+
+def drawn_dtype(config: BenchConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "fp8":
+        raise ValueError("dtype = 'fp8': keeps the weights of an FP8 checkpoint; drawn ones take --quantize fp8")
+    return pick_dtype(config.dtype, device) or torch.bfloat16
 
 
 def _config_of(name: str) -> ModelConfig:

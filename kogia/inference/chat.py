@@ -43,7 +43,14 @@ def main(config: ChatConfig) -> int:
     directory = resolve_model_dir(config.path)
     params = SamplingParams.of(config.sampling(read_generation(directory)))
     _check_model(config, directory)
-    llm = LLM(directory, device=config.device, dtype=config.dtype, **config.engine_options())
+    llm = LLM(
+        directory,
+        device=config.device,
+        dtype=config.dtype,
+        tensor_parallel=config.tensor_parallel,
+        expert_parallel=config.expert_parallel,
+        **config.engine_options(),
+    )
     with generation_threads(None, num_params(llm.model.config)):
         return converse(llm, config, params)
 

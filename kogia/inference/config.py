@@ -47,6 +47,10 @@ class GenerateConfig(FilteredSamplingConfig):
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
+    tensor_parallel: int = 1
+    """Processes that share the model, with a GPU each where there are any."""
+    expert_parallel: bool = False
+    """With tensor_parallel, split the routed experts by number instead of each by its width."""
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
@@ -89,6 +93,10 @@ class ChatConfig:
     """Keep what is typed for the arrow keys of later chats, in $XDG_STATE_HOME/kogia/chat_history, else below
     ~/.local/state, where nobody else can read it."""
     engine: EngineConfig = EngineConfig(max_sequences=1)
+    tensor_parallel: int = 1
+    """Processes that share the model, with a GPU each where there are any."""
+    expert_parallel: bool = False
+    """With tensor_parallel, split the routed experts by number instead of each by its width."""
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
@@ -148,6 +156,10 @@ class BenchConfig:
     """Format that drawn weights are rounded to; auto and none leave them dense."""
     out: str | None = None
     """JSON file for the figures."""
+    tensor_parallel: int = 1
+    """Processes that share the model, with a GPU each where there are any."""
+    expert_parallel: bool = False
+    """With tensor_parallel, split the routed experts by number instead of each by its width."""
     engine: EngineConfig = EngineConfig(prefix_cache=False)
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from kogia.terminal import SamplingProgress
 from kogia.text.chat import Prompt, render_prompt
 from kogia.text.tokenizer import Tokenizer
 
-ELSEWHERE = {"path", "prompt", "file", "out", "resume", "device", "engine"}
+ELSEWHERE = {"path", "prompt", "file", "out", "resume", "device", "tensor_parallel", "expert_parallel", "engine"}
 """Settings that do not decide what is generated, or are known by what they lead to."""
 
 
@@ -41,7 +41,14 @@ def main(config: GenerateConfig) -> int:
         log.info(f"{config.out} is complete: the rows of all {len(questions)} prompts are there")
         return 0
     with _destination(config, questions, directory) as rows:
-        llm = LLM(directory, device=config.device, dtype=config.dtype, **asdict(config.engine))
+        llm = LLM(
+            directory,
+            device=config.device,
+            dtype=config.dtype,
+            tensor_parallel=config.tensor_parallel,
+            expert_parallel=config.expert_parallel,
+            **asdict(config.engine),
+        )
         given = []
         for place, completions in _complete(llm, config, questions, rows.left):
             rows.add(place, [_row(config, questions[place], index, each) for index, each in enumerate(completions)])

@@ -14,6 +14,7 @@ from kogia.engine.engine import Engine
 from kogia.engine.limits import check_engine
 from kogia.engine.request import Completion, SamplingParams, TokenEvent
 from kogia.engine.threads import generation_threads
+from kogia.inference.parallel import StoredModel, open_parallel
 from kogia.model.costs import num_params
 from kogia.text.chat import Message, Prompt, render_prompt
 
@@ -38,20 +39,31 @@ class LLM:
         device: torch.device | str = "auto",
         dtype: torch.dtype | str = "auto",
         num_draft_tokens: int | None = 0,
+        tensor_parallel: int = 1,
+        expert_parallel: bool = False,
         **engine_options: Any,
     ) -> None:
         """Load a model directory or the newest checkpoint of a run directory, as `open_model` says.
 
-        `num_draft_tokens` None drafts one token per step where the model has an MTP module. `engine_options` are fields
-        of `EngineConfig`.
+        `num_draft_tokens` None drafts one token per step where the model has an MTP module. With `tensor_parallel`, so
+        many processes share the model, with a GPU each where there are any; `expert_parallel` then splits the routed
+        experts by number instead of each by its width. `engine_options` are fields of `EngineConfig`.
         """
         found = find_model(path, device=device, dtype=dtype)
         if num_draft_tokens is None:
             num_draft_tokens = min(1, found.config.num_mtp_layers)
         config = from_dict(EngineConfig, {**engine_options, "num_draft_tokens": num_draft_tokens}, "engine")
         check_engine(found.config, config, found.dtype)
-        self.model, self.tokenizer, _ = found.open()
-        self.engine = Engine(self.model, self.tokenizer, config)
+        self.tokenizer = found.tokenizer
+        if tensor_parallel == 1 and not expert_parallel:
+            self.engine = Engine(found.open().model, self.tokenizer, config)
+        else:
+            source = StoredModel(found.directory, dtype)
+            self.engine = open_parallel(
+                source, config, tensor_parallel, device=found.device, whole_experts=expert_parallel
+            )
+        self.model = self.engine.model
+        """With `tensor_parallel`, this process's share."""
 
     def generate(
         self,

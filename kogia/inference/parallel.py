@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ Opened = tuple[Transformer, Tokenizer | None, ModelConfig]
 """A rank's share, the tokenizer, and the configuration of the whole model."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where every rank has its share from. Pickled."""
 
@@ -193,14 +194,14 @@ class ParallelEngine(ShareEngine):
     @contextmanager
     def _together(self) -> Iterator[None]:
         """What all ranks do; a failure within ends the team, since nobody can tell how far the others have come."""
-        self.team.check()
-        try:
-            with uninterrupted():
+        with uninterrupted():
+            self.team.check()
+            try:
                 yield
-        except BaseException as error:
-            self.team.blame(error)
-            raise
-        self.team.check()
+            except BaseException as error:
+                self.team.blame(error)
+                raise
+            self.team.check()
 
 
 def _without_output(request: Request) -> Request:
