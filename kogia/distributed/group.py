@@ -7,12 +7,13 @@ caller, so that what they exchange is recorded in graphs like any kernel; CPUs t
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, Backend
+from torch._C._distributed_c10d import AllgatherOptions
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others: one may be compiling kernels."""
@@ -26,7 +27,8 @@ class Group:
     size: int
     device: torch.device
     """Where this rank computes."""
-    _backend: Backend
+    _backend: Any
+    """PyTorch's, of whose methods its stubs know nothing."""
 
     def sum_(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Replace a contiguous tensor by the sum over the ranks, the same bits on each."""
@@ -53,7 +55,7 @@ class Group:
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
         options = dist.AllreduceOptions()
-        options.reduceOp, options.asyncOp = dist.ReduceOp.MIN, False
+        options.reduceOp, options.asyncOp = dist.ReduceOp(dist.ReduceOp.MIN), False
         found = torch.tensor([number], device=self.device)
         self._backend.allreduce([found], options).wait()
         return int(found)
@@ -79,7 +81,7 @@ def join(rank: int, size: int, meeting_place: str, kind: str) -> Group:
         backend = dist.ProcessGroupNCCL(store, rank, size, options)
     else:
         device = torch.device("cpu")
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = TIMEOUT
         backend = dist.ProcessGroupGloo(store, rank, size, options)

@@ -13,7 +13,7 @@ stands follows from the two shapes alone.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -184,12 +184,11 @@ def check_cuts(model: Transformer, whole: Transformer) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, Linear) or module.format is None:
             continue
-        full, format = wide[name].shape, FORMATS[module.format]
-        if not format.takes(module.shape) or any(
-            _cuts_a_block(full, module.shape, axis, format) for axis in (-2, -1) if full[axis] != module.shape[axis]
-        ):
+        own, full, format = module.shape, cast(Linear, wide[name]).shape, FORMATS[module.format]
+        cut = [axis for axis in (-2, -1) if full[axis] != own[axis]]
+        if not format.takes(own) or any(_cuts_a_block(full, own, axis, format) for axis in cut):
             raise ValueError(
-                f"{name}: {list(module.shape)} of {list(full)} numbers end within a block of {module.format} weights "
+                f"{name}: {list(own)} of {list(full)} numbers end within a block of {module.format} weights "
                 "that has one scale; choose another tensor_parallel, or load the weights in bfloat16"
             )
 
