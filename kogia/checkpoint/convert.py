@@ -27,6 +27,8 @@ from kogia.checkpoint.directory import (
     split_shards,
     stored_tensors,
 )
+from kogia.checkpoint.gguf_file import is_gguf
+from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.checkpoint.hf import as_bytes, check_scales, read_rows, warn_of_nonfinite
 from kogia.checkpoint.layout import (
     CODES,
@@ -120,12 +122,22 @@ def convert(
     _check_space(target, _size(steps))
     with replacing_directory(target) as draft:
         write_json(draft / CONFIG, _config_json(read_config(source), steps, dtype))
-        copy_members(source, draft, COPIED)
+        _copy_texts(source, draft)
         planned = create_weight_files(draft, [spec for step in steps for spec in step.outputs()], max_shard_bytes)
         jobs = [(step, *rows, planned) for step in steps for rows in row_ranges(step.source)]
         warn_of_nonfinite(_shown(in_parallel(_convert, jobs), _size(steps)), source)
     log.info(f"written: {target}")
     return target
+
+
+def _copy_texts(source: Path, target: Path) -> None:
+    """The tokenizer and what belongs to it; of a GGUF file what its metadata say."""
+    if not is_gguf(source):
+        copy_members(source, target, COPIED)
+        return
+    load_tokenizer(source).save(target)
+    ids = {name: value for name, value in read_config(source).items() if name in ("bos_token_id", "eos_token_id")}
+    write_json(target / "generation_config.json", ids)
 
 
 def _named(dtype: str | None) -> str | None:
@@ -237,11 +249,11 @@ def _size(steps: Sequence[Step]) -> int:
 def _summary(source: Path, target: Path, steps: Sequence[Step], max_shard_bytes: int) -> str:
     outputs = [spec for step in steps for spec in step.outputs()]
     before = {tensor.name: tensor for step in steps for tensor in (step.source, step.scale) if tensor}
-    copied = [name for name in COPIED if os.path.lexists(source / name)]
+    copied = ["the tokenizer"] if is_gguf(source) else [name for name in COPIED if os.path.lexists(source / name)]
     return "\n".join(
         [
             f"{source} -> {target}",
-            f"  from    {_types((t.dtype, t.nbytes) for t in before.values())}",
+            f"  from    {_types((t.stored_type, t.stored_bytes) for t in before.values())}",
             f"  to      {_types((dtype, num_bytes(dtype, shape)) for _, dtype, shape in outputs)}",
             f"  files   {len(split_shards(outputs, max_shard_bytes))} with {len(outputs):,} tensors; {CONFIG}",
             f"  copied  {', '.join(copied) or 'nothing: no tokenizer is there'}",

@@ -14,6 +14,9 @@ from typing import Any
 
 from kogia import log
 from kogia.checkpoint.fit import max_header
+from kogia.checkpoint.gguf_config import config_from_gguf
+from kogia.checkpoint.gguf_file import is_gguf, read_gguf
+from kogia.checkpoint.gguf_tensors import gguf_tensors
 from kogia.checkpoint.hub import find_on_hub, is_hub_name
 from kogia.checkpoint.tensorfile import MAX_HEADER, Spec, StoredTensor, create, is_name, num_bytes, read_header
 from kogia.files import write_json
@@ -34,12 +37,17 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def resolve_model_dir(path: str | Path, *, weights: bool = True) -> Path:
     """The model directory that `path` means: itself, or the newest complete checkpoint of a run directory.
 
+    A GGUF file stands for itself: `read_config`, `stored_tensors` and `gguf_tokenizer.load_tokenizer` read either.
     Where nothing has that path, `org/name` is a model of the Hugging Face Hub, of which all but the weights is enough
     without `weights`.
     """
     name, path = str(path), Path(path)
     if path.is_file():
-        raise ValueError(f"{path}: a file; give the model directory that holds {CONFIG} and the weights")
+        if is_gguf(path):
+            return path
+        raise ValueError(
+            f"{path}: a file; give the model directory that holds {CONFIG} and the weights, or a GGUF file"
+        )
     if (path / CONFIG).is_file():
         return path
     steps = [p for p in (path / "checkpoints").glob("step-*") if _STEP.match(p.name) and (p / CONFIG).is_file()]
@@ -51,6 +59,7 @@ def resolve_model_dir(path: str | Path, *, weights: bool = True) -> Path:
         raise ValueError(f"{path}: no such file or directory; give a model directory or a run directory")
     raise ValueError(
         f"{path}: not a model. Expected {CONFIG} beside {WEIGHTS}, or a run directory with checkpoints/step-*"
+        + "".join(f"; {file.name} in it is a model by itself, give that" for file in sorted(path.glob("*.gguf"))[:1])
     )
 
 
@@ -68,7 +77,9 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` as it is."""
+    """`config.json` as it is; what it would be of a GGUF file."""
+    if is_gguf(directory):
+        return config_from_gguf(directory)
     file = member(directory, CONFIG)
     data = _read_json(file, MAX_CONFIG)
     if not isinstance(data, dict):
@@ -100,6 +111,8 @@ def stored_tensors(directory: Path, config: ModelConfig | None = None) -> dict[s
     With `config`, headers and index may not be larger than that model can need. Where a single file stands beside an
     index of others, the file is taken, as transformers does, and that is said.
     """
+    if is_gguf(directory):
+        return gguf_tensors(read_gguf(directory))
     limit = MAX_HEADER if config is None else max_header(config)
     weight_map = _weight_map(directory, limit)
     found: dict[str, StoredTensor] = {}

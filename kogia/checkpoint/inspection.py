@@ -11,6 +11,7 @@ from typing import Any
 
 from kogia.checkpoint.directory import CONFIG, read_config, resolve_model_dir, stored_tensors
 from kogia.checkpoint.disagreements import FP8, SCALE, disagreements
+from kogia.checkpoint.gguf_file import is_gguf
 from kogia.checkpoint.stored import num_mtp_modules
 from kogia.checkpoint.tensorfile import StoredTensor
 from kogia.config import to_dict
@@ -80,7 +81,7 @@ class Report:
 
 
 def inspect_model(model: str, context: int | None = None) -> Report:
-    """The report of a preset, a model directory, a run directory or a model of the Hugging Face Hub.
+    """The report of a preset, a model or run directory, a GGUF file or a model of the Hugging Face Hub.
 
     Raises ValueError for what is none of them. Of a model of the Hub what is in the cache is looked at; weights are not
     fetched for it.
@@ -93,7 +94,7 @@ def inspect_model(model: str, context: int | None = None) -> Report:
     config = config_from_hf(data)
     costs = model_costs(config, context)
     tokenizer, problems = _tokenizer(directory, config, data)
-    if not any(path.name.startswith(_WEIGHT_FILES) or path.suffix == ".safetensors" for path in directory.iterdir()):
+    if not is_gguf(directory) and not _has_weights(directory):
         return Report(str(directory), config, costs, None, tokenizer, tuple(problems))
     try:
         stored = stored_tensors(directory, config)
@@ -103,11 +104,15 @@ def inspect_model(model: str, context: int | None = None) -> Report:
     return Report(str(directory), config, costs, _stored(stored), tokenizer, found)
 
 
+def _has_weights(directory: Path) -> bool:
+    return any(path.name.startswith(_WEIGHT_FILES) or path.suffix == ".safetensors" for path in directory.iterdir())
+
+
 def _stored(tensors: Mapping[str, StoredTensor]) -> StoredFacts:
     dtypes: dict[str, tuple[int, int]] = {}
     for tensor in tensors.values():
-        count, size = dtypes.get(tensor.dtype, (0, 0))
-        dtypes[tensor.dtype] = (count + 1, size + tensor.nbytes)
+        count, size = dtypes.get(tensor.stored_type, (0, 0))
+        dtypes[tensor.stored_type] = (count + 1, size + tensor.stored_bytes)
     weights = [(t.dtype, math.prod(t.shape)) for name, t in tensors.items() if not name.endswith(SCALE)]
     fp8 = sum(numbers for dtype, numbers in weights if dtype == FP8)
     return StoredFacts(
@@ -124,12 +129,12 @@ def _tokenizer(
     directory: Path, config: ModelConfig, data: Mapping[str, Any]
 ) -> tuple[TokenizerFacts | None, list[str]]:
     """The facts, and what contradicts the model; (None, ...) where there is no tokenizer or it cannot be read."""
-    if not (directory / "tokenizer.json").exists():
+    if not is_gguf(directory) and not (directory / "tokenizer.json").exists():
         return None, []
-    from kogia.text.tokenizer import Tokenizer
+    from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 
     try:
-        tokenizer = Tokenizer.load(directory)
+        tokenizer = load_tokenizer(directory)
         has_template = bool(tokenizer.config.get("chat_template") or tokenizer.template_source)
     except ValueError as error:
         return None, [str(error)]

@@ -7,6 +7,7 @@ import torch
 
 from kogia.checkpoint.config import dtype_name
 from kogia.checkpoint.directory import load_config, resolve_model_dir
+from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.checkpoint.hf import Stored, load_model, read_stored
 from kogia.model.config import ModelConfig
 from kogia.model.sharding import Share
@@ -19,7 +20,7 @@ class Opened(NamedTuple):
     model: Transformer
     tokenizer: Tokenizer
     directory: Path
-    """The model directory itself: of a run directory, its newest checkpoint."""
+    """The model directory itself, or GGUF file: of a run directory, its newest checkpoint."""
 
 
 class Found(NamedTuple):
@@ -47,7 +48,7 @@ class Found(NamedTuple):
 
 
 def open_model(path: str | Path, *, device: torch.device | str = "auto", dtype: torch.dtype | str = "auto") -> Opened:
-    """The model of a model or run directory, and its tokenizer.
+    """The model of a model or run directory or of a GGUF file, and its tokenizer.
 
     `device` "auto" is the GPU where there is one. `dtype` "auto" is the checkpoint's, float32 on a CPU; "fp8" keeps the
     FP8 weights of an FP8 checkpoint, which halves their memory, and has the rest as "auto". Raises ValueError for what
@@ -69,7 +70,7 @@ def find_model(
     """
     place, keep_fp8 = pick_device(device), dtype_name(dtype) == "fp8"
     directory = resolve_model_dir(path, weights=weights)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, load_config(directory), directory)
     stored = read_stored(path, keep_fp8=keep_fp8, weights=weights)
     return Found(stored, tokenizer, place, pick_dtype(dtype, place) or stored.dtype, keep_fp8)
@@ -79,7 +80,7 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, directory: Path) 
     """Raise ValueError for a tokenizer, from `directory`, with more tokens than the model knows."""
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"{directory}: tokenizer.json has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}; they "
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}; they "
             "do not belong together"
         )
 
@@ -87,7 +88,7 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, directory: Path) 
 def check_thinking_switch(path: str | Path, thinking: bool | None) -> None:
     """Raise ValueError, before a model is loaded, where `thinking` is set and its chat template has no such switch."""
     if thinking is not None:
-        check_thinking(thinking, Tokenizer.load(resolve_model_dir(path, weights=False)))
+        check_thinking(thinking, load_tokenizer(resolve_model_dir(path, weights=False)))
 
 
 def pick_device(device: torch.device | str) -> torch.device:

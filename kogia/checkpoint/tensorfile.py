@@ -83,6 +83,29 @@ class StoredTensor:
     def nbytes(self) -> int:
         return num_bytes(self.dtype, self.shape)
 
+    @property
+    def stored_type(self) -> str:
+        """What the file calls its type, where that is another one than it is read in."""
+        return self.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.nbytes
+
+    def read_into(self, row: int, into: memoryview) -> None:
+        """Fill `into` with the numbers from `row` on."""
+        self.read_bytes(row * self.row_bytes, into)
+
+    def read_bytes(self, place: int, into: memoryview) -> None:
+        """Fill `into` with what the file has from byte `place` of the tensor on."""
+        with open(self.file, "rb", buffering=0) as handle:
+            handle.seek(self.offset + place)
+            while into:
+                count = handle.readinto(into)
+                if not count:
+                    raise _damaged(self.file, f"it ends within {self.name}")
+                into = into[count:]
+
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * _ITEM_BYTES[dtype]
@@ -149,14 +172,8 @@ def _damaged(file: Path, reason: object) -> ValueError:
 
 
 def read(tensor: StoredTensor, row: int, into: memoryview) -> None:
-    """Fill `into` with the bytes of the tensor from `row` on. Other threads run meanwhile."""
-    with open(tensor.file, "rb", buffering=0) as handle:
-        handle.seek(tensor.offset + row * tensor.row_bytes)
-        while into:
-            count = handle.readinto(into)
-            if not count:
-                raise _damaged(tensor.file, f"it ends within {tensor.name}")
-            into = into[count:]
+    """Fill `into` with the numbers of the tensor from `row` on. Other threads run meanwhile."""
+    tensor.read_into(row, into)
 
 
 def populate(memory: memoryview) -> None:

@@ -35,7 +35,7 @@ def published_type(config: ModelConfig) -> str:
 _PLAIN_MLA = (
     "num_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_theta rope_scaling indexer"
 ).split()
-_CLASSES = {
+CLASSES = {
     "deepseek": "DeepseekForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -46,12 +46,13 @@ _CLASSES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "kogia": "KogiaForCausalLM",
 }
+"""`model_type` -> the class of transformers, by which other tools choose their code."""
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The published form. A model without one is written as model_type "kogia", which only this project reads."""
     kind = published_type(config)
-    data: dict[str, Any] = {"architectures": [_CLASSES[kind]], "model_type": kind, "torch_dtype": dtype}
+    data: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind, "torch_dtype": dtype}
     data |= {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
     if kind == "kogia":
         return data | {"kogia": to_dict(config)}

@@ -112,7 +112,7 @@ class Tokenizer:
         """
         directory = Path(directory)
         path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
-        backend = _read_backend(path)
+        backend = parse_backend(read_text(path, MAX_VOCABULARY_BYTES), str(path))
         config = read_object(config_path)
         files = {name: read_text(directory / name) for name in EXTRA_FILES if os.path.lexists(directory / name)}
         origin = directory / (TEMPLATE_FILE if TEMPLATE_FILE in files else config_path.name)
@@ -269,18 +269,18 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def _read_backend(path: Path) -> Backend:
-    text = read_text(path, MAX_VOCABULARY_BYTES)
-    data = parse_object(text, f"{path}: not a tokenizer.json")
+def parse_backend(text: str, name: str) -> Backend:
+    """The tokenizer of the text of a tokenizer.json; ValueError that begins with `name` if it is none to be run."""
+    data = parse_object(text, f"{name}: not a tokenizer.json")
     try:
         check_tokenizer_file(data)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     try:
-        with panics_as_errors(str(path)):
+        with panics_as_errors(name):
             return Backend.from_str(text)
     except Exception as error:  # the library raises bare Exception for every malformed file
-        raise ValueError(f"{path}: not a tokenizer.json ({error}); copy the file again or train a new one") from error
+        raise ValueError(f"{name}: not a tokenizer.json ({error}); copy the file again or train a new one") from error
 
 
 def _default_config() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kogia.checkpoint.directory import resolve_model_dir, resolve_tokenizer_dir
+from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.checkpoint.hf import Stored, read_stored
 from kogia.checkpoint.open import check_vocabulary, pick_device
 from kogia.data.sources import has_document
@@ -15,7 +16,7 @@ from kogia.files import check_directory
 from kogia.model.config import ModelConfig
 from kogia.plan.dry_run import Line
 from kogia.sinks import check_sinks
-from kogia.text.tokenizer import Tokenizer, check_vocab_size
+from kogia.text.tokenizer import check_vocab_size
 from kogia.train.config import SupervisedConfig
 from kogia.train.indexer import check_indexer, indexed_config
 from kogia.train.loss import latent_rank
@@ -102,7 +103,7 @@ def _check_tokenizer(config: SupervisedConfig, model: ModelConfig, checkpoint: P
     if directory is None:
         check_vocab_size(model.vocab_size)
     else:
-        check_vocabulary(Tokenizer.load(directory), model, directory)
+        check_vocabulary(load_tokenizer(directory), model, directory)
 
 
 def _check_data(config: SupervisedConfig) -> None:

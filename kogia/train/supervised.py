@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from kogia import log
+from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.checkpoint.hf import load_model
 from kogia.checkpoint.open import pick_device
 from kogia.checkpoint.resume import (
@@ -193,7 +194,7 @@ def build_tokenizer(config: SupervisedConfig, checkpoint: Path | None = None) ->
     A trained one is kept in RUN/tokenizer, so that a run killed before its first checkpoint finds it again.
     """
     if directory := tokenizer_directory(config, checkpoint):
-        return Tokenizer.load(directory)
+        return load_tokenizer(directory)
     assert config.model is not None, "check_complete has seen to it"
     tokenizer, trained = train_bpe(_tokenizer_texts(config), config.model.vocab_size), Path(config.out) / TRAINED
     with replacing_directory(trained) as draft:
