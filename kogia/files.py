@@ -122,6 +122,17 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
         _remove_replaced(directory)
 
 
+@contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """An empty file to write that takes the place of `file` when the block ends well, and else vanishes."""
+    file = file.resolve()
+    check_target(file)
+    with _draft(file, Path.touch) as draft:
+        yield draft
+        with writing(file):
+            put_in_place(draft, file)
+
+
 def remove_stale_drafts(directory: Path, name: str | None = None) -> None:
     """Remove the drafts of killed writers from `directory`: of the target `name`, or with None of every target.
 

@@ -11,6 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16", "fp8")
 SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """What people type for them."""
 Dtype = Literal["float32", "bfloat16", "float16", "fp8", "fp32", "float", "bf16", "fp16", "half"]
+GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 LoadDtype = Literal["auto", Dtype]
 QuantizedFormat = Literal["fp8", "int8", "int4"]
 LoadQuantize = Literal["auto", "none", QuantizedFormat]
@@ -45,16 +46,18 @@ class ConvertConfig:
     """Rewrite a checkpoint in another type or other files, piece by piece: memory does not grow with the model."""
 
     src: Positional[str]
-    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
     dst: Positional[str]
-    """Directory to write; it appears under its name only when complete."""
+    """Directory to write, or `NAME.gguf`, a file for llama.cpp; it appears under its name only when complete."""
     dtype: Dtype | None = None
     """Type to convert to; None keeps every tensor's own. fp8 takes the matrices that DeepSeek-V3 publishes in FP8, with
     a scale per 128 x 128 block; other matrices become bfloat16 and vectors stay as they are."""
+    quantize: GGUFType | None = None
+    """Type of the matrices in a GGUF file; None takes bf16. Vectors and routers are float32 there."""
     shard_gib: float = 5.0
     """Largest size of one weight file; 0 writes a single file."""
     overwrite: bool = False
-    """Replace a model directory that is there already."""
+    """Replace a model directory or GGUF file that is there already."""
     dry_run: bool = False
     """Print what would be written and stop."""
 
@@ -62,3 +65,11 @@ class ConvertConfig:
         check_finite(self)
         if self.shard_gib < 0:
             raise ValueError(f"shard_gib = {self.shard_gib}: must be positive, or 0 for a single file")
+        if self.to_gguf and self.dtype is not None:
+            raise ValueError(f"dtype = {self.dtype}: the types of a GGUF file are given by quantize, such as bf16")
+        if self.quantize is not None and not self.to_gguf:
+            raise ValueError(f"quantize = {self.quantize}: a type of GGUF files; name one to write, as model.gguf")
+
+    @property
+    def to_gguf(self) -> bool:
+        return self.dst.endswith(".gguf")

@@ -1,4 +1,4 @@
-"""`kogia convert SRC DST`: another dtype, FP8 or back, merged or split, without building the model.
+"""`kogia convert SRC DST`: another dtype, FP8 or back, merged or split, to GGUF, without building the model.
 
 Each tensor goes piece by piece from its old file to its new one, rounded once; what is FP8 is dequantised in float32.
 """
@@ -29,7 +29,8 @@ from kogia.checkpoint.directory import (
 )
 from kogia.checkpoint.gguf_file import is_gguf
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
-from kogia.checkpoint.hf import as_bytes, check_scales, read_rows, warn_of_nonfinite
+from kogia.checkpoint.gguf_write import Output, plan_gguf, write_gguf
+from kogia.checkpoint.hf import Stored, as_bytes, check_scales, read_rows, read_stored, warn_of_nonfinite
 from kogia.checkpoint.layout import (
     CODES,
     DTYPES,
@@ -93,6 +94,9 @@ class Step:
 
 
 def main(config: ConvertConfig) -> None:
+    if config.to_gguf:
+        _main_gguf(config)
+        return
     max_shard_bytes = int(min(config.shard_gib, 2.0**30) * 2**30)
     if config.dry_run:
         source = resolve_model_dir(config.src)
@@ -100,6 +104,35 @@ def main(config: ConvertConfig) -> None:
         print(log.printable(_summary(source, Path(config.dst), steps, max_shard_bytes)))
         return
     convert(config.src, config.dst, dtype=config.dtype, max_shard_bytes=max_shard_bytes, overwrite=config.overwrite)
+
+
+def _main_gguf(config: ConvertConfig) -> None:
+    if config.dry_run:
+        stored = read_stored(config.src)
+        outputs = plan_gguf(stored, config.quantize or "bf16")
+        print(log.printable(_gguf_summary(stored, Path(config.dst), outputs)))
+        return
+    convert_to_gguf(config.src, config.dst, kind=config.quantize or "bf16", overwrite=config.overwrite)
+
+
+def convert_to_gguf(source: str | Path, target: str | Path, *, kind: str = "bf16", overwrite: bool = False) -> Path:
+    """Write a model as one GGUF file whose matrices are of the type `kind`: f32, f16, bf16 or q8_0.
+
+    Raises ValueError for a source that does not load or that llama.cpp has no form for, and for an existing target
+    unless it is a GGUF file to `overwrite`.
+    """
+    stored, target = read_stored(source), Path(target)
+    check_agreement(model_for(stored.config, stored.tensors, dtype=stored.dtype), stored.tensors, stored.directory)
+    if os.path.lexists(target) and not (overwrite and is_gguf(target)):
+        fix = "choose another place" if overwrite else "choose another place, or replace it with --overwrite"
+        raise ValueError(f"{target}: exists already{', and is no GGUF file' if overwrite else ''}; {fix}")
+    outputs = plan_gguf(stored, kind)
+    log.info(_gguf_summary(stored, target, outputs))
+    _check_space(target, sum(output.nbytes for output in outputs))
+    name = stored.directory.resolve().name.removesuffix(".gguf")
+    write_gguf(stored, load_tokenizer(stored.directory), target, kind, outputs, name=name)
+    log.info(f"written: {target}")
+    return target
 
 
 def convert(
@@ -259,6 +292,17 @@ def _summary(source: Path, target: Path, steps: Sequence[Step], max_shard_bytes:
             f"  copied  {', '.join(copied) or 'nothing: no tokenizer is there'}",
         ]
     )
+
+
+def _gguf_summary(stored: Stored, target: Path, outputs: Sequence[Output]) -> str:
+    left_out = stored.config.num_mtp_layers
+    lines = [
+        f"{stored.directory} -> {target}",
+        f"  from    {_types((t.stored_type, t.stored_bytes) for t in stored.tensors.values())}",
+        f"  to      {_types((output.type, output.nbytes) for output in outputs)}",
+        f"  files   1 with {len(outputs):,} tensors and the tokenizer",
+    ]
+    return "\n".join([*lines, f"  left    {left_out} module(s) of multi-token prediction"] if left_out else lines)
 
 
 def _types(tensors: Iterator[tuple[str, int]]) -> str:

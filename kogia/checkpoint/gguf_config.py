@@ -6,6 +6,7 @@ is known to `kogia.model.hf_config`, through which what comes out of here goes l
 
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from kogia import log
 from kogia.checkpoint.gguf_file import GGUFEntry, GGUFFile, read_gguf
 from kogia.checkpoint.gguf_tensors import ROPE_FACTORS
-from kogia.model.config import Llama3RopeConfig
-from kogia.model.hf_export import CLASSES
+from kogia.model.config import Llama3RopeConfig, MLAConfig, ModelConfig, YarnConfig
+from kogia.model.hf_export import CLASSES, config_to_hf
 
 FORMATS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
 """Architecture -> `model_type`. deepseek2 is deepseek_v3 where its gates are sigmoids."""
@@ -62,11 +63,12 @@ _READ_APART = frozenset(
 _CHANGING = frozenset(
     "attention.scale attention.sliding_window attention.clamp_kqv attention.temperature_scale attn_logit_softcapping "
     "final_logit_softcapping logit_scale residual_scale embedding_scale use_parallel_residual rope.scale_linear "
-    "interleave_moe_layer_step nextn_predict_layers".split()
+    "interleave_moe_layer_step nextn_predict_layers attention.output_scale attention.value_scale expert_group_scale "
+    "expert_latent_length rope.scaling.alpha rope.scaling.yarn_attn_factor rope.scaling.yarn_ext_factor".split()
 )
 _OFF = (None, 0, False, "")
 _MSCALE_SLOPE = 0.1  # of the logarithm of YaRN's factor; llama.cpp keeps its product with mscale_all_dim
-_SIGMOID = 2
+_SOFTMAX, _SIGMOID = 1, 2  # gates
 _LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2; all share the rest
 
 
@@ -240,3 +242,67 @@ def llama3_factors(scaling: Llama3RopeConfig, head_dim: int, theta: float) -> li
     settings = {name: value for name, value in vars(scaling).items() if name != "kind"}
     kept = inverse_frequencies(head_dim, theta)
     return (kept / llama3_inverse_frequencies(head_dim, theta, **settings)).tolist()
+
+
+# The way back ---------------------------------------------------------------------------------------------------------
+
+
+def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
+    """The metadata of a model for llama.cpp, which has no modules of multi-token prediction.
+
+    Raises ValueError for a model that it would compute otherwise, or not at all.
+    """
+    data = config_to_hf(replace(config, num_mtp_layers=0))
+    architectures = {kind: name for name, kind in FORMATS.items()} | {"deepseek_v3": "deepseek2"}
+    if data["model_type"] not in architectures:
+        raise ValueError(
+            f"models of the kind {data['model_type']} have no GGUF form; known: {', '.join(architectures)}"
+        )
+    architecture = architectures[data["model_type"]]
+    values = {"vocab_size": config.vocab_size, **_keyed(_SHARED, data), **_rope_values(config)}
+    if isinstance(config.attention, MLAConfig):
+        values |= _latent_values(config.attention, data)
+    else:
+        width = config.attention.head_dim
+        values |= {"attention.key_length": width, "attention.value_length": width, "rope.dimension_count": width}
+    if architecture == "qwen3moe":
+        if not data["norm_topk_prob"]:
+            raise ValueError("norm_topk_prob = false: llama.cpp divides a token's gates by their sum in qwen3moe")
+        values |= _keyed(_QWEN_EXPERTS, data)
+    return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def _keyed(names: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: data[name] for key, name in names.items() if data.get(name) is not None}
+
+
+def _latent_values(attention: MLAConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache of llama.cpp holds a latent row for one head of keys, whose first part is the head of values."""
+    return {
+        **_keyed(_DEEPSEEK, data),
+        "attention.head_count_kv": 1,
+        "attention.key_length": attention.latent_row,
+        "attention.value_length": attention.kv_lora_rank,
+        "attention.key_length_mla": attention.qk_head_dim,
+        "attention.value_length_mla": attention.v_head_dim,
+        "expert_gating_func": _SIGMOID if data["scoring_func"] == "sigmoid" else _SOFTMAX,
+    }
+
+
+def _rope_values(config: ModelConfig) -> dict[str, Any]:
+    scaling, latent = config.attention.rope_scaling, isinstance(config.attention, MLAConfig)
+    if not isinstance(scaling, YarnConfig):  # llama3's is a tensor
+        return {}
+    if scaling.mscale_all_dim != scaling.mscale if latent else (scaling.mscale, scaling.mscale_all_dim) != (1, 0):
+        raise ValueError(
+            f"YaRN with mscale = {scaling.mscale}, mscale_all_dim = {scaling.mscale_all_dim}: llama.cpp has them equal "
+            "with latent attention, and 1 and 0 without"
+        )
+    values: dict[str, Any] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": scaling.factor,
+        "rope.scaling.original_context_length": scaling.original_max_position,
+        "rope.scaling.yarn_beta_fast": scaling.beta_fast,
+        "rope.scaling.yarn_beta_slow": scaling.beta_slow,
+    }
+    return values | ({"rope.scaling.yarn_log_multiplier": _MSCALE_SLOPE * scaling.mscale} if latent else {})
