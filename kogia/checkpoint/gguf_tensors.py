@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from kogia.checkpoint.gguf_file import GGUFEntry, GGUFFile
 from kogia.checkpoint.tensorfile import StoredTensor
@@ -54,6 +55,7 @@ ROUTER_BIAS = ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias")
 ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3.1's stretching of wavelengths, as numbers; the configuration has it, too."""
 _BLOCK = re.compile(r"^blk\.(0|[1-9]\d{0,4})\.(\w+)\.(weight|bias)$")
+Rows = Shaped[np.ndarray, "rows *columns"]
 _MAX_EXPERTS = 4096
 _PLAIN = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Types that are the same numbers in both formats, BF16 as its bits."""
@@ -83,7 +85,7 @@ class GGUFTensor(StoredTensor):
             return StoredTensor.read_into(self, row, into)
         _copy(self.rows(row, row + len(into) // self.row_bytes), into)
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Rows:
         """Rows start:stop in `dtype` ("BF16" as its bits)."""
         if not self.head_rows:
             return self._in_file(start, stop)
@@ -92,7 +94,7 @@ class GGUFTensor(StoredTensor):
         pairs = heads.reshape(last - first, self.head_rows // 2, 2, -1).swapaxes(1, 2)
         return pairs.reshape(heads.shape)[start - first * self.head_rows : stop - first * self.head_rows]
 
-    def _in_file(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def _in_file(self, start: int, stop: int) -> Rows:
         data = bytearray((stop - start) * self.row_stored)
         self.read_bytes(start * self.row_stored, memoryview(data))
         if self.type in _PLAIN:
@@ -127,7 +129,7 @@ class SplitLatents(StoredTensor):
         heads = np.concatenate([self._head(head) for head in range(first, last)])
         _copy(heads[row - first * height : stop - first * height], into)
 
-    def _head(self, head: int) -> np.ndarray[Any, Any]:
+    def _head(self, head: int) -> Rows:
         rank, v = self.shape[1], self.values.shape[0] // self.num_heads
         keys, values = self.keys.rows(head * rank, (head + 1) * rank), self.values.rows(head * v, (head + 1) * v)
         if self.keys.dtype != self.values.dtype:
@@ -135,13 +137,13 @@ class SplitLatents(StoredTensor):
         return np.concatenate((keys.T, values))
 
 
-def _as_float32(numbers: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+def _as_float32(numbers: Rows, dtype: str) -> Rows:
     if dtype == "BF16":
         return (numbers.astype(np.uint32) << 16).view(np.float32)
     return numbers.astype(np.float32)
 
 
-def _copy(rows: np.ndarray[Any, Any], into: memoryview) -> None:
+def _copy(rows: Rows, into: memoryview) -> None:
     into[:] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 

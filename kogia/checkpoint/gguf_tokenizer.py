@@ -240,9 +240,10 @@ class _Words:
         }
 
     def _vocabulary(self) -> dict[str, int]:
-        vocabulary = {token: token_id for token_id, token in enumerate(self.tokens)}
-        if len(vocabulary) < len(self.tokens):
-            twice = next(token for token_id, token in enumerate(self.tokens) if vocabulary[token] != token_id)
+        """Without rows of the model that stand for nothing: `[PAD448]` is no text."""
+        used = [(token, i) for i, (token, kind) in enumerate(zip(self.tokens, self.types)) if kind != UNUSED]
+        vocabulary = dict(used)
+        if twice := next((token for token, i in used if vocabulary[token] != i), None):
             raise ValueError(f"token {twice[:50]!r} is there twice")
         return vocabulary
 

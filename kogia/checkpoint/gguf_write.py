@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kogia.checkpoint.gguf_config import config_to_gguf, llama3_factors
-from kogia.checkpoint.gguf_tensors import BLOCK_NAMES, GLOBAL_NAMES, ROPE_FACTORS, ROUTER_BIAS, STACKS, library
+from kogia.checkpoint.gguf_tensors import BLOCK_NAMES, GLOBAL_NAMES, ROPE_FACTORS, ROUTER_BIAS, STACKS, Rows, library
 from kogia.checkpoint.gguf_tokenizer import tokenizer_to_gguf
 from kogia.checkpoint.hf import Stored, read_rows
 from kogia.checkpoint.tensorfile import BLOCK_ROWS, SCALE, row_ranges
@@ -28,9 +28,6 @@ TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}  # general.file_type, which tools show
 _QUANTIZATION_VERSION = 2
 
-Rows = Iterator[np.ndarray[Any, Any]]
-"""Parts of a tensor in order, [rows, columns] each, in float32."""
-
 
 @dataclass(frozen=True)
 class Output:
@@ -40,7 +37,8 @@ class Output:
     shape: tuple[int, ...]
     """The slowest axis first."""
     type: str
-    rows: Callable[[], Rows]
+    rows: Callable[[], Iterator[Rows]]
+    """Its parts in order, in float32."""
 
     @property
     def nbytes(self) -> int:
@@ -168,26 +166,26 @@ class _Planner:
             full, shape = f"{name}.attn_{part}_b.weight", (heads, rows, columns)
             yield Output(full, shape, self._type(full, shape), partial(self._parts, source, heads, nope, part == "k"))
 
-    def _read(self, source: str, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def _read(self, source: str, start: int, stop: int) -> Rows:
         tensors, before = self._stored.tensors, start % BLOCK_ROWS  # scales of FP8 belong to whole blocks
         rows = read_rows(tensors[source], tensors.get(source + SCALE), start - before, stop, torch.float32)
         return rows.numpy()[before:]
 
-    def _pieces(self, source: str) -> Rows:
+    def _pieces(self, source: str) -> Iterator[Rows]:
         for start, stop in row_ranges(self._stored.tensors[source]):
             yield self._read(source, start, stop)
 
-    def _by_head(self, source: str, num_heads: int) -> Rows:
+    def _by_head(self, source: str, num_heads: int) -> Iterator[Rows]:
         height = self._stored.tensors[source].shape[0] // num_heads
         for head in range(num_heads):
             yield self._read(source, head * height, (head + 1) * height)
 
-    def _interleaved(self, source: str, num_heads: int) -> Rows:
+    def _interleaved(self, source: str, num_heads: int) -> Iterator[Rows]:
         """Rows i and i + half of each head side by side, as llama.cpp turns neighbours."""
         for head in self._by_head(source, num_heads):
             yield head.reshape(2, len(head) // 2, -1).swapaxes(0, 1).reshape(head.shape)
 
-    def _parts(self, source: str, num_heads: int, nope: int, keys: bool) -> Rows:
+    def _parts(self, source: str, num_heads: int, nope: int, keys: bool) -> Iterator[Rows]:
         for head in self._by_head(source, num_heads):
             yield np.ascontiguousarray(head[:nope].T) if keys else head[nope:]
 
