@@ -29,7 +29,7 @@ SOFTMAX = MoEConfig(num_experts=4, topk=2, expert_dim=32, score="softmax", norma
 SIGMOID = MoEConfig(num_experts=8, topk=3, expert_dim=32, num_groups=2, topk_groups=1, routed_scale=2.5)
 QWEN = replace(SOFTMAX, num_shared_experts=0, num_dense_layers=0, normalize_topk=True)
 LLAMA = ModelConfig(vocab_size=460, dim=64, num_layers=2, ffn_dim=96, attention=GQA, moe=None, max_position=256)
-LITE = {"num_layers": 27}  # by which llama.cpp tells that queries are not compressed
+LITE = replace(LLAMA, num_layers=27)  # by which llama.cpp tells that queries are not compressed
 CONFIGS = {
     "llama": LLAMA,
     "llama-tied": replace(LLAMA, tie_embeddings=True),
@@ -38,7 +38,7 @@ CONFIGS = {
     "qwen2-yarn": replace(LLAMA, attention=replace(GQA, qkv_bias=True, rope_scaling=HEADS_YARN)),
     "qwen3": replace(LLAMA, attention=replace(GQA, qk_norm=True)),
     "qwen3moe": replace(LLAMA, attention=replace(GQA, qk_norm=True), moe=QWEN),
-    "deepseek-v2-lite": replace(LLAMA, attention=replace(MLA, q_lora_rank=None, rope_scaling=YARN), moe=SOFTMAX, **LITE),
+    "deepseek-v2-lite": replace(LITE, attention=replace(MLA, q_lora_rank=None, rope_scaling=YARN), moe=SOFTMAX),
     "deepseek-v3": replace(LLAMA, attention=MLA, moe=SIGMOID),
 }  # fmt: skip
 TOKENIZERS = {"llama": write_llama2, "llama-tied": write_llama2, "llama-3.2": write_llama3}
