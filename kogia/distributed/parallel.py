@@ -19,8 +19,8 @@ def connect(model: Transformer, group: Group) -> None:
     From then on every forward pass waits for the other ranks, which must run the same one.
     """
 
-    def total(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return group.sum_(output)
+    def summed(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return group.total(output)
 
     def residual_once(_module: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return inputs, options if group.rank == 0 else {**options, "residual": None}
@@ -29,8 +29,8 @@ def connect(model: Transformer, group: Group) -> None:
         return group.side_by_side(output)
 
     for layer in (module for module in model.modules() if isinstance(module, Layer)):
-        layer.self_attn.register_forward_hook(total)
+        layer.self_attn.register_forward_hook(summed)
         layer.mlp.register_forward_pre_hook(residual_once, with_kwargs=True)
-        layer.mlp.register_forward_hook(total)
+        layer.mlp.register_forward_hook(summed)
     if len(model.lm_head.weight) < model.config.vocab_size:
         model.lm_head.register_forward_hook(all_logits)

@@ -188,11 +188,9 @@ def why_not(model: Transformer, cache: PagedCache) -> str | None:
 
 def attention_refusal(model: Transformer, cache: PagedCache) -> str | None:
     """Why a GPU has no kernel for this model's attention, or None."""
-    row = cache.row
-    if not isinstance(row, LatentRow):
-        return "attention over keys and values of several heads has no kernel of its own yet"
-    heads = model.config.attention.num_heads
-    q = torch.empty(1, heads, row.latent + row.rope, dtype=model.dtype, device=model.device)
+    row, heads = cache.row, model.config.attention.num_heads
+    width = row.latent + row.rope if isinstance(row, LatentRow) else row.head_dim
+    q = torch.empty(1, heads, width, dtype=model.dtype, device=model.device)
     one = torch.ones(1, dtype=torch.int64, device=model.device)
     view = cache.step(one, one[:, None], one, np.ones(1, dtype=np.int64)).layers[0]
     segments = Segments(torch.arange(2, device=model.device), np.ones(1, dtype=np.int64))

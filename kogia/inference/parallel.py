@@ -7,7 +7,6 @@ parallel. Where a rank all the same did something else, the ranks would no longe
 the first one has come to, and a rank that has not ends the team.
 """
 
-import copy
 import io
 import socket
 import weakref
@@ -29,8 +28,7 @@ from kogia.distributed.team import HERE, READY, Team, Told, uninterrupted
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine, affordable_blocks, check_weights
 from kogia.engine.memory import cache_budget
-from kogia.engine.output import TextStream
-from kogia.engine.request import Completion, Request, TokenEvent
+from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent
 from kogia.engine.scheduler import Outcome
 from kogia.engine.threads import generation_threads
 from kogia.model.config import ModelConfig
@@ -87,6 +85,21 @@ class Setup:
     whole_experts: bool
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a request is made of, for those who make it again."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    stream: bool
+
+    @classmethod
+    def of(cls, request: Request) -> "Asked":
+        return cls(request.id, request.prompt.tolist(), request.params, request.seed, request.stream)
+
+
 class ShareEngine(Engine):
     """One rank's engine. On ranks other than the first, somebody tells it what the first one does."""
 
@@ -104,12 +117,12 @@ class ShareEngine(Engine):
         self.digest = zlib.crc32(tokens.tobytes(), self.digest)
         return super()._event(outcome)
 
-    def take(self, requests: Sequence[Request]) -> None:
-        """Queue what another rank's `requests` made."""
-        for request in requests:
-            if request.params.stop and self.tokenizer is not None:
-                request.output = TextStream(self.tokenizer, request.params.stop)
-        self.queue(requests)
+    def take(self, asked: Sequence["Asked"]) -> None:
+        """Queue what the first rank has queued."""
+        for each in asked:
+            (request,) = self.requests(each.prompt, replace(each.params, n=1), stream=each.stream)
+            request.id, request.seed, request.params = each.id, each.seed, each.params
+            self.queue([request])
 
     def follow_step(self, num_drafts: int, digest: int) -> None:
         """Step as the first rank, whose `digest` and number of drafts these are.
@@ -170,7 +183,7 @@ class ParallelEngine(ShareEngine):
     def queue(self, requests: Sequence[Request]) -> None:
         if requests:
             with self._together():
-                self.team.tell("queue", [_without_output(request) for request in requests])
+                self.team.tell("queue", [Asked.of(request) for request in requests])
                 super().queue(requests)
 
     def step(self) -> list[TokenEvent]:
@@ -202,13 +215,6 @@ class ParallelEngine(ShareEngine):
                 self.team.blame(error)
                 raise
             self.team.check()
-
-
-def _without_output(request: Request) -> Request:
-    """A request to be sent: texts are decoded where they are needed."""
-    sent = copy.copy(request)
-    sent.output = None
-    return sent
 
 
 def open_parallel(

@@ -33,7 +33,7 @@ class PagedCache:
     block_size: int
     row: LatentRow | KVRow
     expands: bool = False
-    """Sequences that run many tokens attend in the expanded form: faster on a GPU."""
+    """Sequences that run many tokens attend to keys and values taken out of their rows: faster on a GPU."""
 
     @property
     def num_blocks(self) -> int:
@@ -86,6 +86,6 @@ def build_cache(
     row = row or cache_row(config)
     shape = (config.num_cache_layers, (num_blocks + 1) * block_size, row.width)
     dtype = torch.uint8 if isinstance(row, LatentRow) and row.fp8 else dtype
-    expands = isinstance(row, LatentRow) and not row.index and row == cache_row(config, fp8=row.fp8)
+    expands = isinstance(row, KVRow) or (not row.index and row == cache_row(config, fp8=row.fp8))
     expands = expands and torch.device(device).type == "cuda"
     return PagedCache(torch.zeros(shape, dtype=dtype, device=device), block_size, row, expands)

@@ -1,5 +1,6 @@
 """Grouped-query attention (Llama, Qwen, DeepSeekMoE). Multi-head and multi-query attention are its two ends."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -7,8 +8,10 @@ from kogia.model.config import GQAConfig
 from kogia.model.layers import RMSNorm, StepContext
 from kogia.model.linear import Linear
 from kogia.ops.attention import paged_attention, varlen_attention
-from kogia.ops.cache import write_kv
+from kogia.ops.cache import LayerCache, write_kv
+from kogia.ops.prefill import absorbed_part, prefill_of
 from kogia.ops.rope import rotate_half_split
+from kogia.ops.segments import Segments
 
 
 class GQA(nn.Module):
@@ -37,5 +40,19 @@ class GQA(nn.Module):
         else:
             cache = step.cache.layers[self.layer]
             write_kv(k, v, cache)
-            mixed = paged_attention(q, cache, step.segments, scale=self.scale)
+            mixed = self._cached(q, cache, step.segments)
         return self.o_proj(mixed.flatten(1))
+
+    def _cached(self, q: Tensor, cache: LayerCache, segments: Segments) -> Float[Tensor, "tokens heads dim"]:
+        """Attend to the pages, and where sequences run many tokens to their keys and values laid out side by side."""
+        prefill = prefill_of(cache, segments)
+        if prefill is None:
+            return paged_attention(q, cache, segments, scale=self.scale)
+        rows, heads = prefill.num_rows, self.config.num_kv_heads
+        stored = cache.rows.index_select(0, prefill.slots).unflatten(-1, (2 * heads, -1))
+        keys, values = stored.split(heads, 1)
+        many = varlen_attention(q[rows:], keys, values, prefill.segments, scale=self.scale, keys=prefill.keys)
+        if not rows:
+            return many
+        few = paged_attention(q[:rows], *absorbed_part(cache, segments, prefill), scale=self.scale)
+        return torch.cat((few, many))

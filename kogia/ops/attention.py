@@ -108,7 +108,7 @@ def paged_attention(
     return attend(q, cache, segments, scale=scale, index=index)
 
 
-@op(cuda=("kogia.ops.triton.attention",))
+@op(cuda=("kogia.ops.triton.attention", "kogia.ops.triton.kv"))
 def cached_attention(
     q: Float[Tensor, "tokens heads qk"],
     cache: LayerCache,

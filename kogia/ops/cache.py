@@ -128,7 +128,7 @@ def write_latent(
     cache.rows.index_copy_(0, cache.slots, packed.to(cache.rows.dtype))
 
 
-@op()
+@op(cuda=("kogia.ops.triton.kv",))
 def write_kv(k: Float[Tensor, "tokens heads dim"], v: Float[Tensor, "tokens heads dim"], cache: LayerCache) -> None:
     """Write rotated keys, and values, to their slots."""
     cache.rows.index_copy_(0, cache.slots, torch.cat((k.flatten(1), v.flatten(1)), -1).to(cache.rows.dtype))

@@ -92,19 +92,24 @@ class Op(Generic[P, R]):
         return self._backends[device]
 
     def refusals(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, str | None]:
-        """Backend -> why it cannot take these arguments, or None."""
-        return {b.name: b.refusal(args, kwargs) for b in self.backends(args[0].device.type)}
+        """Backend -> why none of its modules can take these arguments, or None."""
+        found: dict[str, str | None] = {}
+        for backend in self.backends(args[0].device.type):
+            reason, before = backend.refusal(args, kwargs), found.get(backend.name, "")
+            found[backend.name] = f"{before}; {reason}".removeprefix("; ") if reason and before is not None else None
+        return found
 
     def _pick(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[P, R]:
-        chosen = self.chosen
+        chosen, reasons = self.chosen, []
         for backend in self.backends(args[0].device.type):
             if chosen is not None and chosen != backend.name:
                 continue
             reason = backend.refusal(args, kwargs)
             if reason is None:
                 return cast(Callable[P, R], backend)
-            if chosen is not None:
-                raise ValueError(f"backend {chosen!r} cannot run {self.name} here: {reason}")
+            reasons.append(reason)
+        if chosen is not None and reasons:
+            raise ValueError(f"backend {chosen!r} cannot run {self.name} here: {'; '.join(reasons)}")
         return self.reference
 
 

@@ -1,5 +1,7 @@
 """Which sequences of a step attend in the expanded form although there is a cache, and what they read of it.
 
+With keys and values of several heads there is nothing to expand; there, rows are laid out side by side for a kernel
+that is made for many queries, by the same rule.
 The absorbed form reads a row once for all heads, but computes with latents, which are wider than keys and values: it is
 for few queries. Sequences that run many tokens take keys and values of every head out of their cached rows instead, the
 rows that they have just written included, so that a prompt has the same numbers whole and in chunks.

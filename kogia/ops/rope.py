@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kogia.ops.dispatch import op
+
 
 def inverse_frequencies(dim: int, base: float) -> Float[Tensor, " half"]:
     """theta_i for i = 0 .. dim/2 - 1, in radians per position."""
@@ -77,6 +79,7 @@ def rotate_interleaved(
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
+@op(cuda=("kogia.ops.triton.rope",))
 def rotate_half_split(
     x: Float[Tensor, "tokens heads rope"], cos: Float[Tensor, "tokens half"], sin: Float[Tensor, "tokens half"]
 ) -> Float[Tensor, "tokens heads rope"]:

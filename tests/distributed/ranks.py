@@ -31,7 +31,7 @@ def main(channel: socket.socket) -> None:
 def exchanged(group) -> list:
     own = torch.arange(6.0).view(2, 3) + group.rank
     return [
-        group.sum_(own.clone()).tolist(),
+        group.total(own.clone()).tolist(),
         group.side_by_side(own[:, :2]).tolist(),
         group.copy_from_first_(own.clone().view(-1).view(torch.uint8)).view(torch.float32).tolist(),
         group.least(7 - group.rank),

@@ -20,7 +20,8 @@ from kogia.inference.parallel import DrawnModel, ParallelEngine, open_parallel
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from kogia.model.layers import Head
 from kogia.model.linear import Linear
-from kogia.model.transformer import build_model
+from kogia.model.packed import pack
+from kogia.model.transformer import Transformer, build_model
 from kogia.text.tokenizer import train_bpe
 
 MLA = replace(CONFIG, num_layers=3, moe=MoEConfig(num_experts=8, num_shared_experts=2, topk=3, expert_dim=16))
@@ -31,6 +32,7 @@ GQA = replace(
     moe=None,
     num_mtp_layers=0,
 )
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PROMPTS = [[5, 9, 11, 3], [7, 2], list(range(2, 40)), [2] * 17, [12], list(range(40, 2, -1)), [9, 9, 8]]
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=20, seed=3, ignore_eos=True, logprobs=True, n=2)
 GREEDY = replace(SAMPLED, temperature=0.0, n=1)
@@ -201,3 +203,51 @@ def test_commands_take_the_number_of_processes(directory, tmp_path, capsys):
     assert "quantize = 'int8': is for one process" in capsys.readouterr().err
     assert main(["bench", "kogia-demo", "--random-weights", "--device", "cpu", "--tensor-parallel", "7"]) == 2
     assert "tensor_parallel = 7: does not divide" in capsys.readouterr().err
+
+
+def near(found: Engine, model: Transformer) -> None:
+    """Log-probabilities of what an engine samples beside those of the same weights in float32."""
+    gaps = []
+    for (ids, logprobs), prompt in zip(outputs(found, GREEDY), PROMPTS, strict=True):
+        want = model.logprobs(pack([prompt + ids]).to("cuda"))[len(prompt) :]
+        gaps.append((torch.tensor(logprobs) - want.detach().cpu()).abs())
+    assert torch.cat(gaps).mean() < 0.1
+
+
+@two_gpus
+@pytest.mark.parametrize("graphs", [False, None])
+@pytest.mark.parametrize(
+    "config, whole_experts, drafts", [(MLA, False, 0), (MLA, True, 0), (MLA, False, 1), (GQA, False, 0)]
+)
+def test_two_gpus_compute_what_the_whole_model_does(config, whole_experts, drafts, graphs):
+    wide = ModelConfig(**{**vars(config), "dim": 64, "ffn_dim": 64, "max_position": 256})
+    if wide.moe is not None:
+        wide = replace(
+            wide,
+            attention=MLAConfig(num_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16),
+            moe=replace(wide.moe, expert_dim=32),
+        )
+    else:
+        wide = replace(wide, attention=replace(wide.attention, head_dim=16))
+    settings = EngineConfig(block_size=4, num_blocks=300, max_sequences=16, graphs=graphs, num_draft_tokens=drafts)
+    source = DrawnModel(wide, torch.bfloat16, seed=1)
+    engine = open_parallel(source, settings, 2, device="cuda", whole_experts=whole_experts)
+    try:
+        assert (engine.runner.graphs is None) == (graphs is False)
+        whole = build_model(wide, device="cuda", dtype=torch.bfloat16, seed=1).float()
+        near(engine, whole)
+        new = build_model(wide, device="cuda", dtype=torch.bfloat16, seed=2)
+        engine.update_weights(new)
+        near(engine, new.float())
+    finally:
+        engine.close()
+
+
+@two_gpus
+def test_a_killed_rank_does_not_leave_the_other_gpu_waiting():
+    engine = open_parallel(DrawnModel(GQA, torch.bfloat16), replace(SMALL, prefix_cache=False), 2, device="cuda")
+    engine.add(PROMPTS[0], replace(SAMPLED, max_tokens=100))
+    engine.step()
+    os.kill(engine.team._children[0].process.pid, signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match=r"rank 1: it ended \(signal SIGKILL\)"):
+        engine.generate(PROMPTS, replace(SAMPLED, max_tokens=100))
