@@ -28,9 +28,10 @@ from result import row, write_result
 
 from kogia.checkpoint.convert import convert
 from kogia.checkpoint.directory import create_weight_files
-from kogia.checkpoint.hf import as_bytes, load_model
-from kogia.checkpoint.layout import CODES, disk_views
+from kogia.checkpoint.hf import load_model
+from kogia.checkpoint.layout import disk_views
 from kogia.checkpoint.tensorfile import row_ranges, write
+from kogia.checkpoint.weights import CODES, as_bytes
 from kogia.files import sync, write_json
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.costs import num_params
@@ -115,7 +116,7 @@ def load_ours(directory: Path) -> torch.nn.Module:
 
 
 def load_ours_kept(directory: Path) -> torch.nn.Module:
-    return load_model(directory, keep_fp8=True)
+    return load_model(directory, quantize="stored")
 
 
 def load_theirs(directory: Path) -> torch.nn.Module:

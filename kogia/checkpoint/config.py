@@ -1,7 +1,7 @@
 """Settings of the commands about model files, and what types of numbers are called. Torch-free."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from tyro.conf import Positional
 
@@ -50,10 +50,14 @@ class ConvertConfig:
     dst: Positional[str]
     """Directory to write, or `NAME.gguf`, a file for llama.cpp; it appears under its name only when complete."""
     dtype: Dtype | None = None
-    """Type to convert to; None keeps every tensor's own. fp8 takes the matrices that DeepSeek-V3 publishes in FP8, with
-    a scale per 128 x 128 block; other matrices become bfloat16 and vectors stay as they are."""
-    quantize: GGUFType | None = None
-    """Type of the matrices in a GGUF file; None takes bf16. Vectors and routers are float32 there."""
+    """Type to convert to; None keeps every tensor's own. fp8 is --quantize fp8 with the other matrices in bfloat16."""
+    quantize: QuantizedFormat | GGUFType | None = None
+    """Format to round weights to. fp8 takes the matrices that DeepSeek-V3 publishes in FP8, with a scale per 128 x 128
+    block; int8 (a scale per row) and int4 (one per 128 columns) take those of attention, feed-forward parts, experts
+    and the head. f32, f16, bf16 and q8_0 are types of the matrices in a GGUF file, bf16 where none is given; vectors
+    and routers are float32 there."""
+    asymmetric: bool = False
+    """int4 with a zero per 128 columns, for numbers that lie on one side of 0."""
     shard_gib: float = 5.0
     """Largest size of one weight file; 0 writes a single file."""
     overwrite: bool = False
@@ -63,11 +67,15 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        if self.quantize is not None and self.dtype == "fp8":
+            raise ValueError(f"dtype = 'fp8' and quantize = {self.quantize!r}: give one of them")
         if self.shard_gib < 0:
             raise ValueError(f"shard_gib = {self.shard_gib}: must be positive, or 0 for a single file")
         if self.to_gguf and self.dtype is not None:
             raise ValueError(f"dtype = {self.dtype}: the types of a GGUF file are given by quantize, such as bf16")
-        if self.quantize is not None and not self.to_gguf:
+        if self.to_gguf and self.quantize in get_args(QuantizedFormat):
+            raise ValueError(f"quantize = {self.quantize}: GGUF files have {' or '.join(get_args(GGUFType))}")
+        if self.quantize in get_args(GGUFType) and not self.to_gguf:
             raise ValueError(f"quantize = {self.quantize}: a type of GGUF files; name one to write, as model.gguf")
 
     @property

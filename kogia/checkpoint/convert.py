@@ -1,6 +1,7 @@
-"""`kogia convert SRC DST`: another dtype, FP8 or back, merged or split, to GGUF, without building the model.
+"""`kogia convert SRC DST`: another dtype, quantised or back, merged or split, to GGUF, without building the model.
 
-Each tensor goes piece by piece from its old file to its new one, rounded once; what is FP8 is dequantised in float32.
+Each weight goes piece by piece from its old file to its new one, rounded once; what is quantised is made dense in
+float32.
 """
 
 import errno
@@ -8,8 +9,9 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +32,16 @@ from kogia.checkpoint.directory import (
 from kogia.checkpoint.gguf_file import is_gguf
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.checkpoint.gguf_write import Output, plan_gguf, write_gguf
-from kogia.checkpoint.hf import Stored, as_bytes, check_scales, read_rows, read_stored, warn_of_nonfinite
-from kogia.checkpoint.layout import (
-    CODES,
-    DTYPES,
-    QUANTIZATION,
-    check_agreement,
-    check_quantization,
-    config_as_stored,
-    model_for,
-    stored_dtype,
-)
-from kogia.checkpoint.tensorfile import (
-    FP8,
-    SCALE,
-    Spec,
-    StoredTensor,
-    has_nonfinite,
-    in_parallel,
-    num_bytes,
-    row_ranges,
-    write,
-)
+from kogia.checkpoint.hf import Stored, check_packable, read_stored, warn_of_nonfinite
+from kogia.checkpoint.layout import check_agreement, config_as_stored, module_of, stored_dtype
+from kogia.checkpoint.quantisation import SCALES, SHAPE, Weight, check_quantization, describe, weights_of
+from kogia.checkpoint.tensorfile import Spec, StoredTensor, has_nonfinite, in_parallel, num_bytes, row_ranges, write
+from kogia.checkpoint.weights import CODES, DTYPES, as_bytes, check_scales, parts_on_disk, read_dense, read_rows
 from kogia.files import replacing_directory, write_json
-from kogia.ops.packed import FORMATS, format_of
+from kogia.model.quantised import make_packed, packable
+from kogia.model.transformer import empty_model
+from kogia.ops.packed import FORMATS
 
-# What DeepSeek-V3 and V3.2 publish in FP8; embedding, head, router, eh_proj and weights_proj are not
-_FP8_MATRICES = frozenset(
-    "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj wq_b wk "
-    "gate_proj up_proj down_proj".split()
-)
 _KEPT = ("e_score_correction_bias", "rotary_emb.inv_freq")  # float32 in every checkpoint, and needed so
 _TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPIED = (
@@ -71,26 +53,31 @@ _PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor to read, apply `scale` to and write in `dtype`, with scales of its own where that quantises it."""
+    """One weight to read and write in another form."""
 
-    source: StoredTensor
-    scale: StoredTensor | None
+    source: Weight
     dtype: torch.dtype
+    """Of what is dense."""
+    format: str
+    """The key in `FORMATS` of what is written; empty for a dense tensor."""
+    asymmetric: bool = False
 
     @property
-    def format(self) -> str:
-        """The key in `FORMATS` of what is written; empty for a dense tensor."""
-        return format_of(self.dtype) or ""
-
-    @property
-    def quantizes(self) -> bool:
-        return bool(self.format) and self.source.dtype != CODES[self.dtype]
+    def keeps(self) -> bool:
+        """Whether every part stays as it is stored."""
+        if self.format:
+            return self.source.format == self.format
+        return not self.source.format and CODES[self.dtype] == self.source.data.dtype
 
     def outputs(self) -> Iterator[Spec]:
         name, shape = self.source.name, self.source.shape
-        yield name, CODES[self.dtype], shape
-        if self.quantizes:
-            yield name + SCALE, "F32", FORMATS[self.format].scale_shape(shape)
+        if self.keeps:
+            yield from ((part.name, part.dtype, part.shape) for part in self.source.parts.values())
+        elif not self.format:
+            yield name, CODES[self.dtype], shape
+        else:
+            empty = FORMATS[self.format].empty(shape, "meta", zeros=self.asymmetric)
+            yield from ((part, CODES[t.dtype], tuple(t.shape)) for part, t in parts_on_disk(name, empty))
 
 
 def main(config: ConvertConfig) -> None:
@@ -100,10 +87,18 @@ def main(config: ConvertConfig) -> None:
     max_shard_bytes = int(min(config.shard_gib, 2.0**30) * 2**30)
     if config.dry_run:
         source = resolve_model_dir(config.src)
-        steps = plan(source, _named(config.dtype))
+        steps = plan(source, _named(config.dtype), config.quantize, asymmetric=config.asymmetric)
         print(log.printable(_summary(source, Path(config.dst), steps, max_shard_bytes)))
         return
-    convert(config.src, config.dst, dtype=config.dtype, max_shard_bytes=max_shard_bytes, overwrite=config.overwrite)
+    convert(
+        config.src,
+        config.dst,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        asymmetric=config.asymmetric,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=config.overwrite,
+    )
 
 
 def _main_gguf(config: ConvertConfig) -> None:
@@ -122,7 +117,7 @@ def convert_to_gguf(source: str | Path, target: str | Path, *, kind: str = "bf16
     unless it is a GGUF file to `overwrite`.
     """
     stored, target = read_stored(source), Path(target)
-    check_agreement(model_for(stored.config, stored.tensors, dtype=stored.dtype), stored.tensors, stored.directory)
+    check_agreement(empty_model(stored.config), stored.tensors, stored.directory)
     if os.path.lexists(target) and not (overwrite and is_gguf(target)):
         fix = "choose another place" if overwrite else "choose another place, or replace it with --overwrite"
         raise ValueError(f"{target}: exists already{', and is no GGUF file' if overwrite else ''}; {fix}")
@@ -140,25 +135,30 @@ def convert(
     target: str | Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
+    asymmetric: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
 ) -> Path:
     """Rewrite a model directory. `dtype` float32, bfloat16, float16 or fp8; None keeps each tensor's own.
+
+    `quantize` fp8, int8 or int4 rounds the weights that the format is for to it, and `dtype` is that of the others.
+    `asymmetric` int4 has zeros. `dtype` fp8 is `quantize` fp8 with bfloat16 for the other matrices.
 
     Raises ValueError for a source that does not load, or an existing target unless it is a model to `overwrite`.
     """
     dtype = _named(dtype)
     source, target = resolve_model_dir(source), Path(target)
     _check_target(source, target, overwrite)
-    steps = plan(source, dtype)
+    steps = plan(source, dtype, quantize, asymmetric=asymmetric)
     log.info(_summary(source, target, steps, max_shard_bytes))
     _check_space(target, _size(steps))
     with replacing_directory(target) as draft:
-        write_json(draft / CONFIG, _config_json(read_config(source), steps, dtype))
         _copy_texts(source, draft)
         planned = create_weight_files(draft, [spec for step in steps for spec in step.outputs()], max_shard_bytes)
-        jobs = [(step, *rows, planned) for step in steps for rows in row_ranges(step.source)]
-        warn_of_nonfinite(_shown(in_parallel(_convert, jobs), _size(steps)), source)
+        write_json(draft / CONFIG, _config_json(read_config(source), planned, dtype))
+        jobs = (job for step in steps for job in _jobs(step, planned))
+        warn_of_nonfinite(_shown(in_parallel(lambda job: job(), jobs), _size(steps)), source)
     log.info(f"written: {target}")
     return target
 
@@ -179,62 +179,96 @@ def _named(dtype: str | None) -> str | None:
     return None if name == "auto" else name
 
 
-def plan(source: Path, dtype: str | None) -> list[Step]:
-    """What to do with each stored tensor, in the order of the files. Checks the source as loading it would."""
+def plan(source: Path, dtype: str | None, quantize: str | None = None, *, asymmetric: bool = False) -> list[Step]:
+    """What to do with each stored weight, in the order of the files. Checks the source as loading it would."""
+    if asymmetric and quantize != "int4":
+        raise ValueError(f"asymmetric: is a kind of int4, not of quantize = {quantize!r}; take int4 or leave it out")
     config = load_config(source)
     stored = stored_tensors(source, config)
     check_quantization(read_config(source), source)
-    model = model_for(config_as_stored(config, stored, source), stored, dtype=stored_dtype(stored))
+    model = empty_model(config_as_stored(config, stored, source), stored_dtype(stored))
     check_agreement(model, stored, source)
+    format = "fp8" if dtype == "fp8" else quantize
+    chosen = set()
+    if format:
+        make_packed(model, format)
+        chosen = {name for name, layer in packable(model, format) if layer.format}
+    weights = sorted(weights_of(stored)[0].values(), key=lambda weight: (weight.data.file, weight.data.offset))
     steps = []
-    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset)):
-        target = _target(tensor, dtype)
-        if name.endswith(SCALE):  # kept beside a weight that stays FP8, else applied to it
-            if _target(stored[name.removesuffix(SCALE)], dtype) == DTYPES[FP8]:
-                steps.append(Step(tensor, None, DTYPES[tensor.dtype]))
-        elif tensor.dtype == FP8 and target != DTYPES[FP8]:
-            steps.append(Step(tensor, stored[name + SCALE], target))
+    for weight in weights:
+        if weight.name.endswith(".weight") and _layer_of(weight.name) in chosen:
+            steps.append(Step(weight, torch.float32, format or "", asymmetric))
+        elif weight.format and dtype is None and not quantize:
+            steps.append(Step(weight, torch.float32, weight.format))
         else:
-            steps.append(Step(tensor, None, target))
+            steps.append(Step(weight, _target(weight, dtype), ""))
     return steps
 
 
-def _target(tensor: StoredTensor, dtype: str | None) -> torch.dtype:
-    own = DTYPES[tensor.dtype]
-    if dtype is None or tensor.name.endswith(_KEPT):
+def _layer_of(name: str) -> str:
+    """The layer whose format a weight takes on: the MTP modules' copies of the head that of the head."""
+    return "lm_head" if name.endswith(".shared_head.head.weight") else module_of(name)
+
+
+def _target(weight: Weight, dtype: str | None) -> torch.dtype:
+    """What the numbers of a dense weight become."""
+    own = DTYPES.get(weight.data.dtype, torch.bfloat16)
+    if weight.format:
+        own = torch.bfloat16
+    if dtype is None or weight.name.endswith(_KEPT):
         return own
     if dtype != "fp8":
         return _TARGETS[dtype]
-    if len(tensor.shape) < 2 or own == DTYPES[FP8]:
-        return own
-    return DTYPES[FP8] if tensor.name.split(".")[-2] in _FP8_MATRICES else torch.bfloat16
+    return own if len(weight.shape) < 2 else torch.bfloat16
 
 
-Job = tuple[Step, int, int, Mapping[str, StoredTensor]]
+Job = Callable[[], tuple[int, str | None]]
+"""Moves one piece. Returns the bytes written, and the tensor's name where it holds NaN or infinity."""
 
 
-def _convert(job: Job) -> tuple[int, str | None]:
-    """Move one piece. Returns the bytes written, and the tensor's name where it holds NaN or infinity."""
-    step, start, stop, planned = job
-    name = step.source.name
-    rows = read_rows(step.source, step.scale, start, stop, torch.float32 if step.quantizes else step.dtype)
+def _jobs(step: Step, planned: Mapping[str, StoredTensor]) -> Iterator[Job]:
+    if step.keeps:
+        for part in step.source.parts.values():
+            yield from (partial(_keep, part, start, stop, planned) for start, stop in row_ranges(part))
+        return
+    move = _pack if step.format else _cast
+    yield from (partial(move, step, start, stop, planned) for start, stop in row_ranges(step.source.data))
+
+
+def _keep(part: StoredTensor, start: int, stop: int, planned: Mapping[str, StoredTensor]) -> tuple[int, str | None]:
+    rows = read_rows(part, start, stop)
+    if part.name.endswith(tuple(SCALES.values())):
+        check_scales(part, rows)
+    write(planned[part.name], start, as_bytes(rows))
+    return rows.nbytes, part.name if has_nonfinite(part.dtype, as_bytes(rows)) else None
+
+
+def _cast(step: Step, start: int, stop: int, planned: Mapping[str, StoredTensor]) -> tuple[int, str | None]:
+    name, rows = step.source.name, read_dense(step.source, start, stop, step.dtype)
     finite = not has_nonfinite(CODES[rows.dtype], as_bytes(rows))
-    if name.endswith(SCALE):
-        check_scales(step.source, rows)
-    if step.quantizes:
-        if not finite:
-            raise ValueError(f"{step.source.file}: {name} holds NaN or infinity and has no FP8 form; repair the source")
-        packed = FORMATS[step.format].pack(rows)
-        write(planned[name + SCALE], start // FORMATS[step.format].row_block, as_bytes(packed.scale))
-        rows = packed.data
-    elif not finite and step.dtype == torch.float16 and _is_finite(step, start, stop):
-        raise ValueError(f"{step.source.file}: {name} exceeds float16's largest number, 65504; use bfloat16")
+    if not finite and step.dtype == torch.float16 and _is_finite(step, start, stop):
+        raise ValueError(f"{step.source.data.file}: {name} exceeds float16's largest number, 65504; use bfloat16")
     write(planned[name], start, as_bytes(rows))
     return rows.nbytes, None if finite else name
 
 
 def _is_finite(step: Step, start: int, stop: int) -> bool:
-    return bool(read_rows(step.source, step.scale, start, stop, torch.float32).isfinite().all())
+    return bool(read_dense(step.source, start, stop, torch.float32).isfinite().all())
+
+
+def _pack(step: Step, start: int, stop: int, planned: Mapping[str, StoredTensor]) -> tuple[int, str | None]:
+    rows = read_dense(step.source, start, stop, torch.float32)
+    check_packable(step.source, rows, step.format)
+    options = {"asymmetric": True} if step.asymmetric else {}
+    done = 0
+    for name, part in parts_on_disk(step.source.name, FORMATS[step.format].pack(rows, **options)):
+        if name.endswith(SHAPE):
+            first, part = 0, torch.tensor(step.source.shape)
+        else:  # the rows of every part are in proportion, but for the last one
+            first = start * planned[name].num_rows // step.source.shape[0]
+        write(planned[name], first, as_bytes(part.contiguous()))
+        done += part.nbytes
+    return done, None
 
 
 def _shown(results: Iterator[tuple[int, str | None]], total: int) -> Iterator[str | None]:
@@ -248,14 +282,15 @@ def _shown(results: Iterator[tuple[int, str | None]], total: int) -> Iterator[st
         yield name
 
 
-def _config_json(data: dict[str, Any], steps: Sequence[Step], dtype: str | None) -> dict[str, Any]:
+def _config_json(data: dict[str, Any], planned: Mapping[str, StoredTensor], dtype: str | None) -> dict[str, Any]:
     """The source's, with its own words about type and quantisation. Code that it points to is not copied."""
-    announced = data.get("quantization_config") or QUANTIZATION
+    announced, found = data.get("quantization_config"), describe(weights_of(planned)[0])
     data = {key: value for key, value in data.items() if key not in ("auto_map", "quantization_config")}
     if dtype is not None:
         data["dtype" if "dtype" in data else "torch_dtype"] = "bfloat16" if dtype == "fp8" else dtype
-    if any(step.dtype == DTYPES[FP8] for step in steps):
-        data["quantization_config"] = announced
+    if found is not None:
+        same = isinstance(announced, dict) and announced.get("quant_method") == found["quant_method"] == "fp8"
+        data["quantization_config"] = announced if same else found
     return data
 
 
@@ -281,12 +316,12 @@ def _size(steps: Sequence[Step]) -> int:
 
 def _summary(source: Path, target: Path, steps: Sequence[Step], max_shard_bytes: int) -> str:
     outputs = [spec for step in steps for spec in step.outputs()]
-    before = {tensor.name: tensor for step in steps for tensor in (step.source, step.scale) if tensor}
+    before = [part for step in steps for part in step.source.parts.values()]
     copied = ["the tokenizer"] if is_gguf(source) else [name for name in COPIED if os.path.lexists(source / name)]
     return "\n".join(
         [
             f"{source} -> {target}",
-            f"  from    {_types((t.stored_type, t.stored_bytes) for t in before.values())}",
+            f"  from    {_types((t.stored_type, t.stored_bytes) for t in before)}",
             f"  to      {_types((dtype, num_bytes(dtype, shape)) for _, dtype, shape in outputs)}",
             f"  files   {len(split_shards(outputs, max_shard_bytes))} with {len(outputs):,} tensors; {CONFIG}",
             f"  copied  {', '.join(copied) or 'nothing: no tokenizer is there'}",

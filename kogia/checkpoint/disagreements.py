@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from kogia.checkpoint.fit import LAYER, Stored, misfit
+from kogia.checkpoint.quantisation import COMPRESSED, unsupported, weights_of
 from kogia.checkpoint.stored import num_mtp_modules, same_samples
-from kogia.checkpoint.tensorfile import FP8, SCALE
 from kogia.model.config import ModelConfig
 
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
@@ -22,9 +22,8 @@ _EXPERT = re.compile(r"\.mlp\.experts\.(\d{1,9})\.")
 
 def disagreements(config: ModelConfig, data: Mapping[str, Any], stored: Stored) -> list[str]:
     """One line each; `data` is config.json as it is. Imports torch, to know the tensors that the model has."""
-    import torch
-
-    from kogia.checkpoint.layout import model_for, problems
+    from kogia.checkpoint.layout import problems
+    from kogia.model.transformer import empty_model
 
     lines = [*_sizes(config, stored), *_mtp(config, stored), *_head(config, stored)]
     lines += [*_quantisation(data, stored), *_dtypes(data, stored)]
@@ -32,7 +31,7 @@ def disagreements(config: ModelConfig, data: Mapping[str, Any], stored: Stored) 
         return [*lines, f"config.json describes another model than the files: {reason}"]
     # what is announced but not there at all has its line above
     present = replace(config, num_mtp_layers=min(config.num_mtp_layers, _extra_layers(config, stored)))
-    return lines + grouped(problems(model_for(present, stored, dtype=torch.float32), stored))
+    return lines + grouped(problems(empty_model(present), stored))
 
 
 def grouped(lines: Iterable[str]) -> list[str]:
@@ -96,7 +95,7 @@ def _mtp(config: ModelConfig, stored: Stored) -> Iterator[str]:
 
 def _head(config: ModelConfig, stored: Stored) -> Iterator[str]:
     head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
-    if head is None and embedding is not None and not config.tie_embeddings:
+    if "lm_head.weight" not in weights_of(stored)[0] and embedding is not None and not config.tie_embeddings:
         yield "tie_word_embeddings = false, but no lm_head.weight is stored: is the head tied?"
     elif config.tie_embeddings and head is not None and embedding is not None and not same_samples(head, embedding):
         yield "tie_word_embeddings = true, but the stored lm_head.weight differs from the embedding: it is the head"
@@ -104,25 +103,29 @@ def _head(config: ModelConfig, stored: Stored) -> Iterator[str]:
 
 def _quantisation(data: Mapping[str, Any], stored: Stored) -> Iterator[str]:
     announced = data.get("quantization_config")
-    num_fp8 = sum(tensor.dtype == FP8 for tensor in stored.values())
-    if announced and not num_fp8:
+    formats = Counter(weight.format for weight in weights_of(stored)[0].values() if weight.format)
+    names = {format: format.replace("fp", "FP") for format in formats}
+    if announced and not formats:
         method = announced.get("quant_method") if isinstance(announced, dict) else announced
-        yield f"quantization_config announces {method!r}, but no tensor is FP8"
-    if num_fp8 and not announced:
-        yield f"{num_fp8:,} tensors are FP8, but config.json has no quantization_config"
-    block = announced.get("weight_block_size", [128, 128]) if isinstance(announced, dict) else [128, 128]
-    if block != [128, 128]:
-        yield f"weight_block_size = {block!r}: only blocks of 128 x 128 can be read"
+        yield f"quantization_config announces {method!r}, but no tensor is quantised"
+    for format, count in formats.items():
+        if not announced:
+            yield f"{count:,} tensors are {names[format]}, but config.json has no quantization_config"
+        elif isinstance(announced, dict) and (announced.get("quant_method") == COMPRESSED) != (format != "fp8"):
+            method = announced.get("quant_method")
+            yield f"{count:,} tensors are {names[format]}, but quantization_config announces {method!r}"
+    if reason := unsupported(data):
+        yield reason
 
 
 def _dtypes(data: Mapping[str, Any], stored: Stored) -> Iterator[str]:
-    """Matrices of another type than announced; vectors are often kept wider, and FP8 is announced elsewhere."""
+    """Dense matrices of another type than announced; vectors are often kept wider."""
     announced = data.get("dtype", data.get("torch_dtype"))
     wanted = _DTYPE_NAMES.get(str(announced))
     odd = Counter(
-        tensor.dtype
-        for name, tensor in stored.items()
-        if len(tensor.shape) > 1 and tensor.dtype not in (FP8, wanted) and not name.endswith(SCALE)
+        weight.data.dtype
+        for weight in weights_of(stored)[0].values()
+        if len(weight.shape) > 1 and not weight.format and weight.data.dtype != wanted
     )
     if wanted is not None and odd:
         counts = ", ".join(f"{count:,} {'matrix is' if count == 1 else 'matrices are'} {t}" for t, count in odd.items())

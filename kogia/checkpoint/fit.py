@@ -16,7 +16,7 @@ Stored = Mapping[str, StoredTensor]
 
 LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
 _SPARE_LAYERS = 8  # prediction modules that config.json may not announce
-_LAYER_TENSORS = 64
+_LAYER_TENSORS = 96
 _ENTRY_BYTES = 400  # a tensor's name, type, shape and offsets; about 150 in published files
 _METADATA_BYTES = 1_000_000
 
@@ -25,7 +25,7 @@ def max_header(config: ModelConfig) -> int:
     """Bytes that the header of a weight file of this model, or the index of its files, can need at most."""
     experts = 0 if config.moe is None else config.moe.num_experts + config.moe.num_shared_experts
     layers = config.num_cache_layers + _SPARE_LAYERS
-    tensors = layers * (_LAYER_TENSORS + 6 * experts)  # an expert has three matrices, in FP8 with their scales
+    tensors = layers * (_LAYER_TENSORS + 12 * experts)  # an expert has three matrices, in int4 of four parts each
     return min(MAX_HEADER, _METADATA_BYTES + _ENTRY_BYTES * tensors)
 
 

@@ -17,8 +17,10 @@ import torch
 from kogia.checkpoint.gguf_config import config_to_gguf, llama3_factors
 from kogia.checkpoint.gguf_tensors import BLOCK_NAMES, GLOBAL_NAMES, ROPE_FACTORS, ROUTER_BIAS, STACKS, Rows, library
 from kogia.checkpoint.gguf_tokenizer import tokenizer_to_gguf
-from kogia.checkpoint.hf import Stored, read_rows
-from kogia.checkpoint.tensorfile import BLOCK_ROWS, SCALE, row_ranges
+from kogia.checkpoint.hf import Stored
+from kogia.checkpoint.quantisation import weights_of
+from kogia.checkpoint.tensorfile import row_ranges
+from kogia.checkpoint.weights import read_dense
 from kogia.files import replacing_file, writing
 from kogia.model.config import GQAConfig, Llama3RopeConfig, MLAConfig, ModelConfig
 from kogia.text.tokenizer import Tokenizer
@@ -105,7 +107,7 @@ class _Planner:
     """Which tensors of a checkpoint make which of the file."""
 
     def __init__(self, stored: Stored, kind: str) -> None:
-        self._stored, self._config, self._kind = stored, stored.config, kind
+        self._weights, self._config, self._kind = weights_of(stored.tensors)[0], stored.config, kind
 
     def outputs(self) -> Iterator[Output]:
         for name, published in GLOBAL_NAMES.items():
@@ -122,14 +124,14 @@ class _Planner:
         for module, ours in BLOCK_NAMES.items():
             for kind in ("weight", "bias"):
                 source = f"{published}.{ours}.{kind}"
-                if module == "attn_kv_b" and source in self._stored.tensors:
+                if module == "attn_kv_b" and source in self._weights:
                     yield from self._latents(name, source)
-                elif source in self._stored.tensors:
+                elif source in self._weights:
                     yield self._plain(f"{name}.{module}.{kind}", source, self._heads(module))
-        if f"{published}.{ROUTER_BIAS[1]}" in self._stored.tensors:
+        if f"{published}.{ROUTER_BIAS[1]}" in self._weights:
             yield self._plain(f"{name}.{ROUTER_BIAS[0]}", f"{published}.{ROUTER_BIAS[1]}")
         for stack, projection in STACKS.items():
-            if f"{published}.mlp.experts.0.{projection}.weight" in self._stored.tensors:
+            if f"{published}.mlp.experts.0.{projection}.weight" in self._weights:
                 yield self._experts(f"{name}.{stack}.weight", f"{published}.mlp.experts.{{}}.{projection}.weight")
 
     def _heads(self, module: str) -> int:
@@ -147,14 +149,14 @@ class _Planner:
         return "F16" if shape[-1] % block else self._kind
 
     def _plain(self, name: str, source: str, num_heads: int = 0) -> Output:
-        shape = self._stored.tensors[source].shape
+        shape = self._weights[source].shape
         rows = partial(self._interleaved, source, num_heads) if num_heads else partial(self._pieces, source)
         return Output(name, shape, self._type(name, shape), rows)
 
     def _experts(self, name: str, source: str) -> Output:
         assert self._config.moe is not None, "experts are stored"
         sources = [source.format(i) for i in range(self._config.moe.num_experts)]
-        shape = (len(sources), *self._stored.tensors[sources[0]].shape)
+        shape = (len(sources), *self._weights[sources[0]].shape)
         return Output(name, shape, self._type(name, shape), lambda: (p for each in sources for p in self._pieces(each)))
 
     def _latents(self, name: str, source: str) -> Iterator[Output]:
@@ -167,16 +169,14 @@ class _Planner:
             yield Output(full, shape, self._type(full, shape), partial(self._parts, source, heads, nope, part == "k"))
 
     def _read(self, source: str, start: int, stop: int) -> Rows:
-        tensors, before = self._stored.tensors, start % BLOCK_ROWS  # scales of FP8 belong to whole blocks
-        rows = read_rows(tensors[source], tensors.get(source + SCALE), start - before, stop, torch.float32)
-        return rows.numpy()[before:]
+        return read_dense(self._weights[source], start, stop, torch.float32).numpy()
 
     def _pieces(self, source: str) -> Iterator[Rows]:
-        for start, stop in row_ranges(self._stored.tensors[source]):
+        for start, stop in row_ranges(self._weights[source].data):
             yield self._read(source, start, stop)
 
     def _by_head(self, source: str, num_heads: int) -> Iterator[Rows]:
-        height = self._stored.tensors[source].shape[0] // num_heads
+        height = self._weights[source].shape[0] // num_heads
         for head in range(num_heads):
             yield self._read(source, head * height, (head + 1) * height)
 

@@ -5,10 +5,11 @@ pieces on the side. What they are called is in layout.py, the files in directory
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +24,15 @@ from kogia.checkpoint.directory import (
     stored_tensors,
 )
 from kogia.checkpoint.layout import (
-    CODES,
-    DTYPES,
-    QUANTIZATION,
     check_agreement,
-    check_quantization,
     config_as_stored,
     disk_views,
-    model_for,
+    disk_weights,
+    module_of,
     stored_dtype,
-    stored_format,
 )
+from kogia.checkpoint.quantisation import SCALES, Weight, check_quantization, describe, weights_of
 from kogia.checkpoint.tensorfile import (
-    FP8,
-    SCALE,
     StoredTensor,
     has_nonfinite,
     in_parallel,
@@ -45,17 +41,31 @@ from kogia.checkpoint.tensorfile import (
     row_ranges,
     write,
 )
+from kogia.checkpoint.weights import (
+    CODES,
+    as_bytes,
+    check_scales,
+    dense_shape,
+    packed_rows,
+    read_dense,
+    read_rows,
+    read_zeros,
+)
 from kogia.files import replacing_directory, write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_export import config_to_hf
-from kogia.model.sharding import Part, Share, check_cuts
-from kogia.model.transformer import Transformer, materialize
-from kogia.ops.packed import FORMATS, Packed
+from kogia.model.linear import Linear
+from kogia.model.quantised import make_packed
+from kogia.model.sharding import Part, Share, check_cuts, empty_share
+from kogia.model.transformer import Transformer, empty_model, materialize
+from kogia.ops.packed import FORMATS, Packed, Shape
 from kogia.text.tokenizer import Tokenizer
 
 __all__ = ["Stored", "load_config", "load_model", "read_stored", "resolve_model_dir", "save_model", "write_model_files"]
 
 SHARD_BYTES = 5 * 2**30
+STORED = "stored"
+"""For `load_model`: quantised weights stay as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +81,13 @@ class Stored:
         """What `load_model` takes by itself."""
         return stored_dtype(self.tensors)
 
+    @property
+    def formats(self) -> set[str]:
+        """Keys of `FORMATS` that some of the weights are stored in."""
+        return {weight.format for weight in weights_of(self.tensors)[0].values() if weight.format}
 
-def read_stored(path: str | Path, *, keep_fp8: bool = False, weights: bool = True) -> Stored:
+
+def read_stored(path: str | Path, *, weights: bool = True) -> Stored:
     """What is known of a model before it is loaded. Raises ValueError as `load_model` does, but for the weights.
 
     Without `weights` nothing of that size is fetched: of a model of the Hugging Face Hub no header is read.
@@ -83,8 +98,6 @@ def read_stored(path: str | Path, *, keep_fp8: bool = False, weights: bool = Tru
         return Stored(directory, config, {})
     tensors = stored_tensors(directory, config)
     check_quantization(read_config(directory), directory)
-    if keep_fp8 and all(tensor.dtype != FP8 for tensor in tensors.values()):
-        raise ValueError(f"{directory}: holds no FP8 weights to keep; `kogia convert SRC DST --dtype fp8` makes them")
     return Stored(directory, config_as_stored(config, tensors, directory), tensors)
 
 
@@ -93,102 +106,171 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    keep_fp8: bool = False,
+    quantize: str | None = None,
     share: Share | None = None,
 ) -> Transformer:
     """Build the model of a directory and stream its tensors into place; of a `share`, one rank's part of them.
 
-    `dtype` None keeps the stored one, bfloat16 for an FP8 checkpoint; router biases stay float32. FP8 weights are
-    dequantised, or with `keep_fp8` stay FP8 and are dequantised whenever they are used.
+    `dtype` None keeps the stored one, bfloat16 for an FP8 checkpoint; router biases stay float32. Quantised weights are
+    made dense, or with `quantize` "stored" stay as they are and are made dense whenever they are used. `quantize` may
+    also be a key of `FORMATS`, which the weights that it is for are rounded to while they are read.
 
     Raises ValueError naming the file for a damaged one, and listing all tensors that do not fit `config.json` at once.
     Weights that are not finite are warned of.
     """
-    stored = path if isinstance(path, Stored) else read_stored(path, keep_fp8=keep_fp8)
-    whole = model_for(stored.config, stored.tensors, dtype=dtype or stored.dtype, keep_packed=keep_fp8)
+    stored = path if isinstance(path, Stored) else read_stored(path)
+    dtype, (weights, _) = dtype or stored.dtype, weights_of(stored.tensors)
+    model = whole = empty_model(stored.config, dtype)
     check_agreement(whole, stored.tensors, stored.directory)
-    if share is None:
-        model = whole
-    else:
-        model = model_for(stored.config, stored.tensors, dtype=dtype or stored.dtype, keep_packed=keep_fp8, share=share)
+    if share is not None:
+        model = empty_share(stored.config, share, dtype)
+    if quantize is not None:
+        _make_packed(model, weights, quantize, stored.directory)
+    if share is not None and quantize is not None:
+        _make_packed(whole, weights, quantize, stored.directory)
         check_cuts(model, whole)
     materialize(model, device)
-    warn_of_nonfinite(in_parallel(_fill, _pieces(model, stored.tensors, share)), stored.directory)
+    warn_of_nonfinite(in_parallel(lambda piece: piece(), _pieces(model, weights, share)), stored.directory)
     return model.eval()
 
 
-class Piece(NamedTuple):
-    """Rows of a stored tensor on their way to their place."""
+def _make_packed(model: Transformer, weights: Mapping[str, Weight], quantize: str, directory: Path) -> None:
+    """Make room for packed weights; those that are stored in that format stay as they are.
 
-    source: StoredTensor
-    scale: StoredTensor | None
-    """To apply."""
-    start: int
-    """The first row."""
-    target: Tensor
-    columns: Part | None
-    """All that is kept of each row, where that is not all of it."""
-
-
-def _pieces(model: Transformer, stored: Mapping[str, StoredTensor], share: Share | None) -> Iterator[Piece]:
-    """Pieces of all tensors, in the order of the files."""
-    targets = sorted(disk_views(model), key=lambda item: (stored[item[0]].file, stored[item[0]].offset))
-    for name, target in targets:
-        source = stored[name]
-        scale = stored[name + SCALE] if source.dtype == FP8 and target.dtype != DTYPES[FP8] else None
-        part = None if share is None else share.part(source.shape, target.shape)
-        first, columns = 0, None
-        if part is not None:
-            first, columns = (part.start, None) if part.axis == 0 else (0, part)
-        # what is only copied is best copied in larger parts
-        for start, stop in row_ranges(source, 4 if target.dtype == DTYPES[source.dtype] else 1):
-            begin, end = max(start - first, 0), min(stop - first, len(target) if target.dim() else 1)
-            if begin < end:
-                rows = target[begin:end] if target.dim() else target[None]
-                yield Piece(source, scale, first + begin, rows, columns)
+    Raises ValueError where all are to stay, but the experts of a stack are not alike.
+    """
+    kinds: dict[str, set[tuple[str, bool]]] = {}
+    for name, weight in weights.items():
+        kinds.setdefault(module_of(name), set()).add((weight.format, weight.zero is not None))
+    if quantize != STORED:
+        make_packed(model, quantize)
+    for name, module in model.named_modules():
+        kind = kinds.get(name, {("", False)})
+        if not isinstance(module, Linear):
+            continue
+        if len(kind) > 1 and quantize == STORED:
+            raise ValueError(
+                f"{directory}: the weights of {name} are of several types, {_types(kind)}, and cannot be kept so; make "
+                "them dense (`--quantize none`, or `quantize=None`)"
+            )
+        format, zeros = next(iter(kind))
+        if len(kind) == 1 and format and quantize in (STORED, format):
+            if not FORMATS[format].takes(module.shape):
+                raise ValueError(
+                    f"{name}: a share of {list(module.shape)} numbers has no {format} form; choose another "
+                    "tensor_parallel, or load dense weights"
+                )
+            module.make_packed(format, zeros=zeros)
 
 
-def _fill(piece: Piece) -> str | None:
-    """Read one piece into its place. Returns the tensor's name where it holds NaN or infinity."""
-    source, scale, start, target, columns = piece
-    if target.is_cpu and target.is_contiguous() and target.dtype == DTYPES[source.dtype] and columns is None:
+def _types(kinds: set[tuple[str, bool]]) -> str:
+    return " and ".join(sorted((format or "dense") + (" with zeros" if zeros else "") for format, zeros in kinds))
+
+
+Piece = Callable[[], str | None]
+"""Reads rows into their place. Returns the tensor's name where it holds NaN or infinity."""
+
+
+def _pieces(model: Transformer, weights: Mapping[str, Weight], share: Share | None) -> Iterator[Piece]:
+    """In the order of the files."""
+    places = sorted(disk_weights(model), key=lambda item: (weights[item[0]].data.file, weights[item[0]].data.offset))
+    for name, target in places:
+        weight = weights[name]
+        if isinstance(target, Packed):
+            same = (target.format, target.zero is None) == (weight.format, weight.zero is None)
+            yield from (_kept if same else _rounded)(weight, target, share)
+        elif weight.format:
+            for start, rows, columns in _spans(weight.data, weight.shape, tuple(target.shape), share):
+                yield partial(_make_dense, weight, start, target[rows], columns)
+        else:
+            yield from _copies(weight.data, target, share)
+
+
+def _spans(
+    source: StoredTensor, whole: Shape, own: Shape, share: Share | None, num_pieces: int = 1
+) -> Iterator[tuple[int, slice, Part | None]]:
+    """(row of the source, rows of the target, columns of the source where that is not all) of what a rank, or the only
+    one, holds in `own` shape of a tensor of shape `whole`."""
+    part = None if share is None else share.part(whole, own)
+    first, columns = 0, None
+    if part is not None:
+        first, columns = (part.start, None) if part.axis == 0 else (0, part)
+    for start, stop in row_ranges(source, num_pieces):
+        begin, end = max(start - first, 0), min(stop - first, own[0] if own else 1)
+        if begin < end:
+            yield first + begin, slice(begin, end), columns
+
+
+def _copies(source: StoredTensor, target: Tensor, share: Share | None) -> Iterator[Piece]:
+    # what is only copied is best copied in larger parts
+    num_pieces = 4 if CODES[target.dtype] == source.dtype else 1
+    for start, rows, columns in _spans(source, source.shape, tuple(target.shape), share, num_pieces):
+        yield partial(_copy, source, start, target[rows] if target.dim() else target[None], columns)
+
+
+def _kept(weight: Weight, target: Packed, share: Share | None) -> Iterator[Piece]:
+    """A packed weight as it is stored."""
+    yield from _copies(weight.data, target.data.view(torch.int32) if weight.format == "int4" else target.data, share)
+    yield from _copies(weight.scale, target.scale, share)
+    if target.zero is not None and weight.zero is not None:
+        for start, rows, columns in _spans(weight.data, weight.scale.shape, tuple(target.zero.shape), share):
+            yield partial(_copy_zeros, weight.zero, start, target.zero[rows], columns)
+
+
+def _rounded(weight: Weight, target: Packed, share: Share | None) -> Iterator[Piece]:
+    """A packed weight of one that is stored in another form."""
+    for start, rows, columns in _spans(weight.data, weight.shape, dense_shape(target), share):
+        yield partial(_pack, weight, start, packed_rows(target, rows.start, rows.stop), columns)
+
+
+def _copy(source: StoredTensor, start: int, target: Tensor, columns: Part | None) -> str | None:
+    if target.is_cpu and target.is_contiguous() and CODES[target.dtype] == source.dtype and columns is None:
         rows = target
         populate(as_bytes(rows))
         read(source, start, as_bytes(rows))
     else:
-        # cast by the copy; but in float16 first, which may overflow, to see that
-        early = scale is not None or target.dtype == torch.float16
-        rows = read_rows(source, scale, start, start + len(target), target.dtype if early else DTYPES[source.dtype])
-        rows = rows if columns is None else columns.of(rows).contiguous()
+        rows = _cut(read_rows(source, start, start + len(target)), columns)
+        if target.dtype == torch.float16:  # which may overflow, to see that
+            rows = rows.to(torch.float16)
         target.copy_(rows)
-    if source.name.endswith(SCALE):
+    if source.name.endswith(tuple(SCALES.values())):
         check_scales(source, rows)
-    return source.name if has_nonfinite(CODES[rows.dtype], as_bytes(rows)) else None
+    return _nonfinite(source.name, rows)
 
 
-def read_rows(source: StoredTensor, scale: StoredTensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows start:stop of a stored tensor on the CPU, rounded once to `dtype`; FP8 with scales is dequantised."""
-    if scale is not None and (ahead := start % FORMATS[stored_format(source)].row_block):
-        return read_rows(source, scale, start - ahead, stop, dtype)[ahead:]  # scales are those of whole blocks
-    rows = torch.empty((stop - start, *source.shape[1:]), dtype=DTYPES[source.dtype])
-    read(source, start, as_bytes(rows))
-    if scale is None:
-        return rows.to(dtype)
-    name = stored_format(source)
-    height = FORMATS[name].row_block
-    blocks = read_rows(scale, None, start // height, -(-stop // height), torch.float32)
-    check_scales(scale, blocks)
-    return Packed(rows, blocks, None, name).dense(dtype)
+def _copy_zeros(source: StoredTensor, start: int, target: Tensor, columns: Part | None) -> None:
+    target.copy_(_cut(read_zeros(source, start, start + len(target)), columns))
 
 
-def check_scales(scale: StoredTensor, blocks: Tensor) -> None:
-    if not bool(((blocks > 0) & (blocks < torch.inf)).all()):  # also false for NaN
-        raise ValueError(f"{scale.file}: {scale.name} holds scales that are not positive numbers; the file is damaged")
+def _make_dense(weight: Weight, start: int, target: Tensor, columns: Part | None) -> str | None:
+    rows = _cut(read_dense(weight, start, start + len(target), target.dtype), columns)
+    target.copy_(rows)
+    return _nonfinite(weight.name, rows)
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+def _pack(weight: Weight, start: int, target: Packed, columns: Part | None) -> None:
+    rows = _cut(read_dense(weight, start, start + len(target), torch.float32), columns)
+    check_packable(weight, rows, target.format)
+    packed = FORMATS[target.format].pack(rows.to(target.data.device))
+    target.data.copy_(packed.data)
+    target.scale.copy_(packed.scale)
+
+
+def _cut(rows: Tensor, columns: Part | None) -> Tensor:
+    return rows if columns is None else columns.of(rows).contiguous()
+
+
+def check_packable(weight: Weight, rows: Tensor, format: str) -> None:
+    """Raise ValueError for rows, on the CPU, with numbers that have no quantised form."""
+    if _nonfinite(weight.name, rows):
+        raise ValueError(
+            f"{weight.data.file}: {weight.name} holds NaN or infinity and has no {format.replace('fp', 'FP')} form; "
+            "repair the source"
+        )
+
+
+def _nonfinite(name: str, rows: Tensor) -> str | None:
+    return name if rows.numel() and has_nonfinite(CODES[rows.dtype], as_bytes(rows)) else None
 
 
 def warn_of_nonfinite(names: Iterator[str | None], directory: Path) -> None:
@@ -220,9 +302,9 @@ def write_model_files(
 ) -> None:
     """Write config, weights, generation settings and tokenizer into an existing directory."""
     views = dict(disk_views(model, copies=True))
-    write_json(directory / CONFIG, _config_json(model, views))
     layout = [(name, CODES[view.dtype], tuple(view.shape)) for name, view in views.items()]
     planned = create_weight_files(directory, layout, max_shard_bytes)
+    write_json(directory / CONFIG, _config_json(model, planned))
     for name, view in views.items():
         for start, stop in row_ranges(planned[name]):
             rows = view[start:stop] if view.dim() else view
@@ -237,10 +319,12 @@ def write_model_files(
     write_json(directory / "generation_config.json", {"do_sample": True, **kept, **ids})
 
 
-def _config_json(model: Transformer, views: Mapping[str, Tensor]) -> dict[str, Any]:
+def _config_json(model: Transformer, planned: Mapping[str, StoredTensor]) -> dict[str, Any]:
     data = config_to_hf(model.config, str(model.dtype).removeprefix("torch."))
-    scales = [view for name, view in views.items() if name.endswith(SCALE)]
-    if scales:
-        powers_of_two = all(bool((torch.frexp(scale).mantissa == 0.5).all()) for scale in scales)
-        data["quantization_config"] = QUANTIZATION | ({"scale_fmt": "ue8m0"} if powers_of_two else {})
+    if quantization := describe(weights_of(planned)[0]):
+        scales = [layer.weight_scale_inv for layer in model.modules() if isinstance(layer, Linear)]
+        scales = [scale for scale in scales if scale is not None]
+        if scales and all(bool((torch.frexp(scale).mantissa == 0.5).all()) for scale in scales):
+            quantization["scale_fmt"] = "ue8m0"
+        data["quantization_config"] = quantization
     return data

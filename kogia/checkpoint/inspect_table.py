@@ -130,8 +130,9 @@ def _files(report: Report) -> dict[str, str]:
         )
         for dtype, (num_tensors, nbytes) in stored.dtypes.items():
             lines[f"  {dtype}"] = f"{size(nbytes)} in {_plural(num_tensors, 'tensor')}"
-        if stored.fp8_share:
-            lines["quantised"] = f"{stored.fp8_share:.1%} of the weights are FP8"
+        if shares := stored.format_shares:
+            shown = (f"{share:.1%} of the weights are {name.replace('fp', 'FP')}" for name, share in shares.items())
+            lines["quantised"] = ", ".join(shown)
         if stored.num_mtp_modules or report.config.num_mtp_layers:
             lines["prediction"] = _plural(stored.num_mtp_modules, "multi-token-prediction module")
     if (tokenizer := report.tokenizer) is not None:

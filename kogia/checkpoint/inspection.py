@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kogia.checkpoint.directory import CONFIG, read_config, resolve_model_dir, stored_tensors
-from kogia.checkpoint.disagreements import FP8, SCALE, disagreements
+from kogia.checkpoint.disagreements import disagreements
 from kogia.checkpoint.gguf_file import is_gguf
+from kogia.checkpoint.quantisation import weights_of
 from kogia.checkpoint.stored import num_mtp_modules
 from kogia.checkpoint.tensorfile import StoredTensor
 from kogia.config import to_dict
@@ -33,8 +34,8 @@ class StoredFacts:
     bytes: int
     dtypes: dict[str, tuple[int, int]]
     """Dtype -> (tensors, bytes), the largest first."""
-    fp8_share: float
-    """Share of the weights (scales not counted) that are FP8."""
+    format_shares: dict[str, float]
+    """Format, such as "fp8" -> its share of the weights (scales not counted)."""
     num_mtp_modules: int
 
 
@@ -113,14 +114,16 @@ def _stored(tensors: Mapping[str, StoredTensor]) -> StoredFacts:
     for tensor in tensors.values():
         count, size = dtypes.get(tensor.stored_type, (0, 0))
         dtypes[tensor.stored_type] = (count + 1, size + tensor.stored_bytes)
-    weights = [(t.dtype, math.prod(t.shape)) for name, t in tensors.items() if not name.endswith(SCALE)]
-    fp8 = sum(numbers for dtype, numbers in weights if dtype == FP8)
+    numbers: dict[str, int] = {}
+    for weight in weights_of(tensors)[0].values():
+        numbers[weight.format] = numbers.get(weight.format, 0) + math.prod(weight.shape)
+    total = max(1, sum(numbers.values()))
     return StoredFacts(
         num_files=len({tensor.file for tensor in tensors.values()}),
         num_tensors=len(tensors),
         bytes=sum(size for _, size in dtypes.values()),
         dtypes=dict(sorted(dtypes.items(), key=lambda entry: -entry[1][1])),
-        fp8_share=fp8 / max(1, sum(numbers for _, numbers in weights)),
+        format_shares={format: count / total for format, count in sorted(numbers.items()) if format},
         num_mtp_modules=num_mtp_modules(tensors),
     )
 

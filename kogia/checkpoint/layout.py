@@ -2,7 +2,7 @@
 
 Parameters already carry their published names. Four structural rules remain:
   experts   the stack `experts.gate_up_proj` is `experts.{i}.gate_proj` and `experts.{i}.up_proj` on disk
-  packed    a weight has its scales beside it, as in the model: FP8's `X.weight` and `X.weight_scale_inv`
+  packed    a weight has its scales and zeros beside it, and int4 other names (checkpoint/quantisation.py)
   MTP       module k is layer `num_layers + k`, with copies of the embedding and the head beside it
   tied      a tied head is not stored
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,53 +19,55 @@ from torch import Tensor
 from kogia import log
 from kogia.checkpoint.directory import read_config
 from kogia.checkpoint.fit import LAYER, misfit
+from kogia.checkpoint.quantisation import SCALE_DTYPES, SCALES, SHAPE, ZERO, Weight, weights_of
 from kogia.checkpoint.stored import same_samples, unused_mtp
-from kogia.checkpoint.tensorfile import FP8, SCALE, StoredTensor, read, row_ranges
+from kogia.checkpoint.tensorfile import StoredTensor, read, row_ranges
+from kogia.checkpoint.weights import DTYPES, dense_shape, parts_on_disk, zeros_shape
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import left_out
 from kogia.model.linear import Linear
 from kogia.model.moe import Experts
-from kogia.model.sharding import Share, empty_share
-from kogia.model.transformer import Transformer, empty_model
-from kogia.ops.fp8 import BLOCK
-from kogia.ops.packed import FORMATS, format_of
+from kogia.model.transformer import Transformer
+from kogia.ops.packed import FORMATS, Packed
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    FP8: torch.float8_e4m3fn,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-_SCALE_DTYPES = ("F32", "BF16")
 _STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Stack of experts -> what its matrices are called on disk."""
-QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
+
+
+def disk_weights(model: Transformer) -> Iterator[tuple[str, Tensor | Packed]]:
+    """(name on disk of the dense weight, view of the model's own storage)."""
+    modules = dict(model.named_modules())
+    for name, tensor in model.state_dict().items():
+        owner, _, last = name.rpartition(".")
+        module, value = modules[owner], tensor
+        if isinstance(module, Linear) and module.format is not None:
+            if last.startswith("weight_"):
+                continue
+            value = module.operand() if last == "weight" else tensor
+        experts, _, stack = owner.rpartition(".")
+        if experts.endswith(".experts") and stack in _STACKS:
+            projections = _STACKS[stack]
+            held = model.get_submodule(experts)
+            first = held.first if isinstance(held, Experts) else 0
+            for i in range(len(value)):
+                for k, projection in enumerate(projections):
+                    yield (
+                        f"{experts}.{first + i}.{projection}.{last}",
+                        value[i][k] if len(projections) > 1 else value[i],
+                    )
+        elif not (model.config.tie_embeddings and name == "lm_head.weight"):
+            yield name, value
 
 
 def disk_views(model: Transformer, *, copies: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(name on disk, view of the model's own storage). With `copies`, the MTP modules' copies as well."""
-    tied = model.config.tie_embeddings
-    for name, tensor in model.state_dict().items():
-        module, _, last = name.rpartition(".")
-        owner, _, stack = module.rpartition(".")
-        if owner.endswith(".experts") and stack in _STACKS:
-            projections, held = _STACKS[stack], model.get_submodule(owner)
-            for i, expert in enumerate(tensor, start=held.first if isinstance(held, Experts) else 0):
-                for projection, view in zip(projections, expert.view(len(projections), *tensor.shape[-2:])):
-                    yield f"{owner}.{i}.{projection}.{last}", view
-        elif not (tied and name == "lm_head.weight"):
-            yield name, tensor
+    """(name on disk, tensor as it is stored). With `copies`, the MTP modules' copies as well."""
+    for name, value in disk_weights(model):
+        yield from parts_on_disk(name, value)
     for k in range(model.config.num_mtp_layers if copies else 0):
         prefix = f"model.layers.{model.config.num_layers + k}"
         yield f"{prefix}.embed_tokens.weight", model.model.embed_tokens.weight
-        yield f"{prefix}.shared_head.head.weight", model.lm_head.weight
+        head = model.model.embed_tokens.weight if model.config.tie_embeddings else model.lm_head.operand()
+        yield from parts_on_disk(f"{prefix}.shared_head.head.weight", head)
 
 
 def _is_known_copy(name: str, config: ModelConfig) -> bool:
@@ -79,32 +80,8 @@ def _is_known_copy(name: str, config: ModelConfig) -> bool:
     )
 
 
-def model_for(
-    config: ModelConfig,
-    stored: Mapping[str, StoredTensor],
-    *,
-    dtype: torch.dtype,
-    keep_packed: bool = False,
-    share: Share | None = None,
-) -> Transformer:
-    """The model, or one rank's share of it, without storage, on the meta device. With `keep_packed`, weights are packed
-    as they are stored."""
-    model = empty_model(config, dtype) if share is None else empty_share(config, share, dtype)
-    formats = {_module_of(name): stored_format(tensor) for name, tensor in stored.items() if stored_format(tensor)}
-    for name, module in model.named_modules():
-        if keep_packed and name in formats and isinstance(module, Linear):
-            module.make_packed(formats[name])
-    return model
-
-
-def stored_format(tensor: StoredTensor) -> str:
-    """The key in `FORMATS` of a stored weight; empty for numbers that stand for themselves."""
-    dtype = DTYPES.get(tensor.dtype)
-    return (dtype and format_of(dtype)) or ""
-
-
-def _module_of(name: str) -> str:
-    """The module that holds a stored weight: X for X.weight, the stack for one of the experts."""
+def module_of(name: str) -> str:
+    """The module that holds a weight of this name on disk: X for X.weight, the stack for one of the experts."""
     module = name.rpartition(".")[0]
     owner, _, projection = module.rpartition(".")
     experts, _, number = owner.rpartition(".")
@@ -124,48 +101,65 @@ def check_agreement(model: Transformer, stored: Mapping[str, StoredTensor], dire
 
 def problems(model: Transformer, stored: Mapping[str, StoredTensor]) -> list[str]:
     """One line for each tensor that is missing, extra, mis-shaped or of a type that cannot be read as it should."""
-    targets, unused = dict(disk_views(model)), set(unused_mtp(model.config, stored))
-    found = [
-        line
-        for name, tensor in stored.items()
-        if (line := _problem(tensor, targets.get(name), stored, name in unused or _is_known_copy(name, model.config)))
-    ]
-    absent = (name for name in targets if name not in stored and not name.endswith(SCALE))
-    return found + [f"missing: {name} {list(targets[name].shape)}" for name in absent]
+    targets = {
+        name: dense_shape(value) if isinstance(value, Packed) else tuple(value.shape)
+        for name, value in disk_weights(model)
+    }
+    unused = set(unused_mtp(model.config, stored))
+    weights, strays = weights_of(stored)
+    found = [f"extra: {part.name} has no weight; scales belong to quantised matrices" for part in strays]
+    for name, weight in weights.items():
+        target = targets.get(name)
+        may_be_unused = weight.data.name in unused or _is_known_copy(name, model.config)
+        found += _problems(weight, target, may_be_unused)
+    return found + [f"missing: {name} {list(targets[name])}" for name in targets if name not in weights]
 
 
-def _problem(
-    tensor: StoredTensor, target: Tensor | None, stored: Mapping[str, StoredTensor], may_be_unused: bool
-) -> str | None:
-    name, shape = tensor.name, list(tensor.shape)
-    if name.endswith(SCALE):
-        return _scale_problem(tensor, stored.get(name.removesuffix(SCALE)))
+def _problems(weight: Weight, target: tuple[int, ...] | None, may_be_unused: bool) -> Iterator[str]:
+    data, shape = weight.data, list(weight.shape)
     if target is None and not may_be_unused:
-        return f"extra: {name} {shape}"
-    if tensor.dtype not in DTYPES:
-        return f"wrong dtype: {name} is {tensor.dtype}; weights are one of {', '.join(DTYPES)}"
-    if tensor.dtype == FP8 and f"{name}{SCALE}" not in stored:
-        return f"missing: {name}{SCALE}, the scales of an FP8 weight {shape}"
-    if target is None:
-        return None
-    if target.shape != tensor.shape:
-        return f"mis-shaped: {name} is {shape}, config.json says {list(target.shape)}"
-    if target.dtype == torch.float8_e4m3fn and tensor.dtype != FP8:
-        return f"wrong dtype: {name} is {tensor.dtype} beside experts in FP8; load them with keep_fp8=False"
-    return None
+        yield f"extra: {data.name} {shape}"
+        return
+    if not weight.format and data.dtype not in DTYPES:
+        yield f"wrong dtype: {data.name} is {data.dtype}; weights are one of {', '.join(DTYPES)}"
+        return
+    if target is not None and target != weight.shape:
+        yield f"mis-shaped: {data.name} is {shape}, config.json says {list(target)}"
+        return
+    yield from _part_problems(weight)
 
 
-def _scale_problem(scale: StoredTensor, weight: StoredTensor | None) -> str | None:
-    if weight is None or weight.dtype != FP8 or len(weight.shape) != 2:
-        what = "has no weight" if weight is None else f"stands beside a weight {list(weight.shape)} of {weight.dtype}"
-        return f"extra: {scale.name} {what}; scales belong to FP8 matrices"
-    if scale.dtype not in _SCALE_DTYPES:
-        return f"wrong dtype: {scale.name} is {scale.dtype}; scales are {' or '.join(_SCALE_DTYPES)}"
-    expected = FORMATS[stored_format(weight)].scale_shape(weight.shape)
-    if scale.shape != expected:
-        want = list(expected)
-        return f"mis-shaped: {scale.name} is {list(scale.shape)}, its weight {list(weight.shape)} needs {want}"
-    return None
+def _part_problems(weight: Weight) -> Iterator[str]:
+    """What is wrong with scales, zeros and the like."""
+    data, shape, format = weight.data, list(weight.shape), weight.format
+    known = {} if not format else {SCALES[format]: None} | ({ZERO: None, SHAPE: None} if format == "int4" else {})
+    for part, tensor in weight.parts.items():
+        if tensor is not data and (part not in known or len(shape) != 2):
+            what = f"stands beside a weight {shape} of {data.dtype}"
+            yield f"extra: {tensor.name} {what}; scales belong to quantised matrices"
+    if not format:
+        return
+    if format == "int4" and data.dtype != "I32":
+        yield f"wrong dtype: {data.name} is {data.dtype}; int4 weights are packed in I32"
+    elif SCALES[format] not in weight.parts:
+        yield f"missing: {weight.name}{SCALES[format]}, the scales of an {format.replace('fp', 'FP')} weight {shape}"
+    elif len(shape) == 2:
+        yield from _scale_problems(weight)
+
+
+def _scale_problems(weight: Weight) -> Iterator[str]:
+    scale, shape, format = weight.scale, weight.shape, FORMATS[weight.format]
+    dtypes = SCALE_DTYPES[weight.format]
+    if scale.dtype not in dtypes:
+        yield f"wrong dtype: {scale.name} is {scale.dtype}; scales are {' or '.join(dtypes)}"
+    elif not format.takes(shape):
+        yield f"mis-shaped: {weight.data.name} has rows of {shape[1]} numbers, for which there is no group size here"
+    elif scale.shape != format.scale_shape(shape):
+        want = list(format.scale_shape(shape))
+        yield f"mis-shaped: {scale.name} is {list(scale.shape)}, its weight {list(shape)} needs {want}"
+    elif weight.zero is not None and (weight.zero.dtype, weight.zero.shape) != ("I32", zeros_shape(scale.shape)):
+        zero, want = weight.zero, list(zeros_shape(scale.shape))
+        yield f"mis-shaped: {zero.name} is {list(zero.shape)} of {zero.dtype}, its weight needs {want} of I32"
 
 
 def config_as_stored(config: ModelConfig, stored: Mapping[str, StoredTensor], directory: Path) -> ModelConfig:
@@ -233,25 +227,12 @@ def _differing_copies(config: ModelConfig, stored: Mapping[str, StoredTensor]) -
 
 
 def stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    """The dtype that most of the matrices have; bfloat16 beside FP8. Norms and router biases may be wider."""
+    """The dtype that most of the matrices have, quantised ones left out; bfloat16 beside FP8. Norms and router biases
+    may be wider."""
     count: Counter[str] = Counter()
-    for tensor in stored.values():
-        if len(tensor.shape) > 1 and tensor.dtype in DTYPES and not tensor.name.endswith(SCALE):
-            count[tensor.dtype] += tensor.nbytes
-    if not count:
-        return torch.float32
-    return torch.bfloat16 if FP8 in count else DTYPES[count.most_common(1)[0][0]]
-
-
-def check_quantization(data: Mapping[str, Any], directory: Path) -> None:
-    """Refuse a `config.json` that announces another quantisation than FP8 in 128 x 128 blocks."""
-    settings = data.get("quantization_config")
-    if settings is None:
-        return
-    for key in ("quant_method", "fmt", "weight_block_size"):
-        value = settings.get(key, QUANTIZATION[key]) if isinstance(settings, dict) else settings
-        if value != QUANTIZATION[key]:
-            raise ValueError(
-                f"{directory}: quantization_config.{key} = {value!r} in config.json; only {QUANTIZATION[key]!r} is "
-                "supported. Use a checkpoint in bfloat16 or in block-scaled FP8"
-            )
+    for weight in weights_of(stored)[0].values():
+        if weight.format == "fp8":
+            return torch.bfloat16
+        if len(weight.shape) > 1 and not weight.format and weight.data.dtype in DTYPES:
+            count[weight.data.dtype] += weight.data.nbytes
+    return DTYPES[count.most_common(1)[0][0]] if count else torch.float32

@@ -8,10 +8,11 @@ import torch
 from kogia.checkpoint.config import dtype_name
 from kogia.checkpoint.directory import load_config, resolve_model_dir
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
-from kogia.checkpoint.hf import Stored, load_model, read_stored
+from kogia.checkpoint.hf import STORED, Stored, load_model, read_stored
 from kogia.model.config import ModelConfig
 from kogia.model.sharding import Share
 from kogia.model.transformer import Transformer
+from kogia.ops.packed import FORMATS
 from kogia.text.chat import check_thinking
 from kogia.text.tokenizer import Tokenizer
 
@@ -30,8 +31,9 @@ class Found(NamedTuple):
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
-    """That its weights will have, but for those that stay FP8."""
-    keep_fp8: bool
+    """That its weights will have, but for those that are packed."""
+    quantize: str | None
+    """As `load_model` takes it."""
 
     @property
     def config(self) -> ModelConfig:
@@ -43,18 +45,25 @@ class Found(NamedTuple):
 
     def open(self, share: Share | None = None) -> Opened:
         """Read the weights, or a rank's share of them. Raises ValueError as `open_model` does."""
-        model = load_model(self.stored, device=self.device, dtype=self.dtype, keep_fp8=self.keep_fp8, share=share)
+        model = load_model(self.stored, device=self.device, dtype=self.dtype, quantize=self.quantize, share=share)
         return Opened(model, self.tokenizer, self.directory)
 
 
-def open_model(path: str | Path, *, device: torch.device | str = "auto", dtype: torch.dtype | str = "auto") -> Opened:
+def open_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
+    quantize: str = "auto",
+) -> Opened:
     """The model of a model or run directory or of a GGUF file, and its tokenizer.
 
     `device` "auto" is the GPU where there is one. `dtype` "auto" is the checkpoint's, float32 on a CPU; "fp8" keeps the
-    FP8 weights of an FP8 checkpoint, which halves their memory, and has the rest as "auto". Raises ValueError for what
-    is not there, and for a tokenizer with more tokens than the model knows.
+    FP8 weights of an FP8 checkpoint, which halves their memory, and has the rest as "auto". `quantize` "fp8", "int8" or
+    "int4" rounds the weights that the format is for to it; "auto" keeps those that are stored in int8 or int4, "none"
+    makes all dense. Raises ValueError for what is not there, and for a tokenizer with more tokens than the model knows.
     """
-    return find_model(path, device=device, dtype=dtype).open()
+    return find_model(path, device=device, dtype=dtype, quantize=quantize).open()
 
 
 def find_model(
@@ -62,6 +71,7 @@ def find_model(
     *,
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
+    quantize: str = "auto",
     weights: bool = True,
 ) -> Found:
     """All of `open_model` but the weights, and all of its errors but what only they tell.
@@ -69,11 +79,29 @@ def find_model(
     Without `weights` it is for looking at, as in a dry run: those of the Hugging Face Hub are not fetched.
     """
     place, keep_fp8 = pick_device(device), dtype_name(dtype) == "fp8"
+    check_quantize(quantize, keep_fp8)
     directory = resolve_model_dir(path, weights=weights)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, load_config(directory), directory)
-    stored = read_stored(path, keep_fp8=keep_fp8, weights=weights)
-    return Found(stored, tokenizer, place, pick_dtype(dtype, place) or stored.dtype, keep_fp8)
+    stored = read_stored(path, weights=weights)
+    if keep_fp8 and stored.tensors and "fp8" not in stored.formats:
+        raise ValueError(
+            f"{directory}: holds no FP8 weights to keep; `--quantize fp8` rounds them when they are loaded, and "
+            "`kogia convert SRC DST --quantize fp8` for good"
+        )
+    if quantize == "auto":
+        chosen = STORED if keep_fp8 or "fp8" not in stored.formats else None
+    else:
+        chosen = None if quantize == "none" else quantize
+    return Found(stored, tokenizer, place, pick_dtype(dtype, place) or stored.dtype, chosen)
+
+
+def check_quantize(quantize: str, keep_fp8: bool) -> None:
+    """Raise ValueError for a name that is no way to load weights, or one that dtype = "fp8" contradicts."""
+    if quantize not in ("auto", "none", *FORMATS):
+        raise ValueError(f"quantize = {quantize!r}: must be auto, none, {' or '.join(FORMATS)}")
+    if keep_fp8 and quantize not in ("auto", "fp8"):
+        raise ValueError(f"dtype = 'fp8' keeps FP8 weights, and quantize = {quantize!r} does not; give one of them")
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, directory: Path) -> None:

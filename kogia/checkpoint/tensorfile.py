@@ -24,8 +24,6 @@ import numpy as np
 from kogia.files import writing
 
 FP8 = "F8_E4M3"
-SCALE = "_scale_inv"
-"""What the scales of an FP8 tensor have behind its name."""
 MAX_HEADER = 100_000_000
 """Bytes; the bound of the format's own library."""
 PIECE = 1 << 19
@@ -215,7 +213,9 @@ def write(tensor: StoredTensor, row: int, data: memoryview) -> None:
 
 
 def has_nonfinite(dtype: str, data: memoryview) -> bool:
-    """Whether floating-point data, not empty, holds NaN or infinity. Exact, and as fast as memory is read."""
+    """Whether data, not empty, holds NaN or infinity, which integers cannot. Exact, and as fast as memory is read."""
+    if dtype not in _NOT_FINITE:
+        return False
     kind, least = _NOT_FINITE[dtype]
     signed = np.frombuffer(data, kind)
     unsigned = signed.view(kind.replace("i", "u"))

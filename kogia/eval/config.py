@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from kogia.checkpoint.config import LoadDtype
+from kogia.checkpoint.config import LoadDtype, LoadQuantize
 from kogia.config import check_finite, check_least
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 from kogia.tasks.pool import MAX_TIMEOUT
@@ -83,6 +83,9 @@ class EvalConfig(FilteredSamplingConfig):
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
+    quantize: LoadQuantize = "auto"
+    """Format to round the weights to when they are loaded; auto keeps int8 and int4 weights of a checkpoint as they
+    are, none makes all dense."""
     threads: int | None = None
     """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
     dry_run: bool = False

@@ -62,7 +62,13 @@ def plan_evaluation(config: EvalConfig) -> Plan:
     tasks = load_tasks(config.tasks, config.task_options)
     earlier = {spec: _earlier(config, spec, task) for spec, task in tasks.items()}
     check_thinking_switch(config.path, config.thinking)
-    found = find_model(config.path, device=config.device, dtype=config.dtype, weights=not config.dry_run)
+    found = find_model(
+        config.path,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        weights=not config.dry_run,
+    )
     check_engine(found.config, config.engine, found.dtype)
     for spec, task in tasks.items() if config.resume else ():
         SampleFiles(out, file_name(config, spec), _settings(config, str(found.directory), task)).check()
@@ -288,6 +294,8 @@ def _settings(config: EvalConfig, checkpoint: str, task: Task) -> dict[str, Any]
     """All that the samples and their summary depend on."""
     names = ("split", "num_questions", "num_samples", "greedy", "k", "task_options", "long_prompts", "dtype", "compare")
     own = {name: getattr(config, name) for name in names}
+    if config.quantize != "auto":  # left out where it is the default, as before there was the setting
+        own["quantize"] = config.quantize
     return {"checkpoint": checkpoint, "task": task.name, **own, **_sampling(config)}
 
 

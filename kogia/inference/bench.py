@@ -101,10 +101,10 @@ def engine_for_bench(config: BenchConfig) -> Engine:
     if config.tensor_parallel == 1 and not config.expert_parallel:
         return Engine(open_for_bench(config), None, config.engine)
     device = pick_device(config.device)
-    if config.quantize not in ("auto", "none"):
-        raise ValueError(f"quantize = {config.quantize!r}: is for one process; leave it out, or tensor_parallel")
-    source: Source = StoredModel(config.model, config.dtype)
+    source: Source = StoredModel(config.model, config.dtype, config.quantize)
     if config.random_weights:
+        if config.quantize not in ("auto", "none"):
+            raise ValueError(f"quantize = {config.quantize!r}: drawn weights are packed in one process only")
         source = DrawnModel(_config_of(config.model), drawn_dtype(config, device), config.seed)
     else:
         _check_has_weights(config.model)
@@ -117,7 +117,7 @@ def open_for_bench(config: BenchConfig) -> Transformer:
     device = pick_device(config.device)
     if not config.random_weights:
         _check_has_weights(config.model)
-        return open_model(config.model, device=device, dtype=config.dtype).model
+        return open_model(config.model, device=device, dtype=config.dtype, quantize=config.quantize).model
     named, chosen = _config_of(config.model), drawn_dtype(config, device)
     if config.quantize in ("auto", "none"):
         return build_model(named, device=device, dtype=chosen, seed=config.seed)

@@ -47,6 +47,7 @@ def main(config: ChatConfig) -> int:
         directory,
         device=config.device,
         dtype=config.dtype,
+        quantize=config.quantize,
         tensor_parallel=config.tensor_parallel,
         expert_parallel=config.expert_parallel,
         **config.engine_options(),

@@ -47,6 +47,9 @@ class GenerateConfig(FilteredSamplingConfig):
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
+    quantize: LoadQuantize = "auto"
+    """Format to round the weights to when they are loaded; auto keeps int8 and int4 weights of a checkpoint as they
+    are, none makes all dense."""
     tensor_parallel: int = 1
     """Processes that share the model, with a GPU each where there are any."""
     expert_parallel: bool = False
@@ -100,6 +103,9 @@ class ChatConfig:
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
+    quantize: LoadQuantize = "auto"
+    """Format to round the weights to when they are loaded; auto keeps int8 and int4 weights of a checkpoint as they
+    are, none makes all dense."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that will not do, before anything is loaded."""
@@ -153,7 +159,8 @@ class BenchConfig:
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; drawn weights are bfloat16 on a GPU."""
     quantize: LoadQuantize = "auto"
-    """Format that drawn weights are rounded to; auto and none leave them dense."""
+    """Format to round the weights to when they are loaded or drawn; auto keeps int8 and int4 weights of a checkpoint as
+    they are, none makes all dense."""
     out: str | None = None
     """JSON file for the figures."""
     tensor_parallel: int = 1
@@ -174,8 +181,6 @@ class BenchConfig:
                 f"batches = {list(self.batches)}: engine.max_sequences = {self.engine.max_sequences} run at once; "
                 "raise it or leave larger batches out"
             )
-        if self.quantize not in ("auto", "none") and not self.random_weights:
-            raise ValueError(f"quantize = {self.quantize!r}: is for drawn weights; add --random-weights")
         if not 0 <= self.rate < inf:
             raise ValueError(f"rate = {self.rate}: requests per second, 0 for no such load")
 

@@ -45,6 +45,7 @@ def main(config: GenerateConfig) -> int:
             directory,
             device=config.device,
             dtype=config.dtype,
+            quantize=config.quantize,
             tensor_parallel=config.tensor_parallel,
             expert_parallel=config.expert_parallel,
             **asdict(config.engine),

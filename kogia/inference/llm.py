@@ -38,6 +38,7 @@ class LLM:
         *,
         device: torch.device | str = "auto",
         dtype: torch.dtype | str = "auto",
+        quantize: str = "auto",
         num_draft_tokens: int | None = 0,
         tensor_parallel: int = 1,
         expert_parallel: bool = False,
@@ -49,7 +50,7 @@ class LLM:
         many processes share the model, with a GPU each where there are any; `expert_parallel` then splits the routed
         experts by number instead of each by its width. `engine_options` are fields of `EngineConfig`.
         """
-        found = find_model(path, device=device, dtype=dtype)
+        found = find_model(path, device=device, dtype=dtype, quantize=quantize)
         if num_draft_tokens is None:
             num_draft_tokens = min(1, found.config.num_mtp_layers)
         config = from_dict(EngineConfig, {**engine_options, "num_draft_tokens": num_draft_tokens}, "engine")
@@ -58,7 +59,7 @@ class LLM:
         if tensor_parallel == 1 and not expert_parallel:
             self.engine = Engine(found.open().model, self.tokenizer, config)
         else:
-            source = StoredModel(found.directory, dtype)
+            source = StoredModel(found.directory, dtype, quantize)
             self.engine = open_parallel(
                 source, config, tensor_parallel, device=found.device, whole_experts=expert_parallel
             )

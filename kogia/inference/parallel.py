@@ -54,9 +54,10 @@ class StoredModel:
 
     path: str | Path
     dtype: torch.dtype | str = "auto"
+    quantize: str = "auto"
 
     def open(self, share: Share, device: torch.device) -> Opened:
-        found = find_model(self.path, device=device, dtype=self.dtype)
+        found = find_model(self.path, device=device, dtype=self.dtype, quantize=self.quantize)
         model, tokenizer, _ = found.open(share)
         return model, tokenizer, found.config
 

@@ -86,7 +86,13 @@ def check(config: CurateConfig) -> Found:
     check_record(config)
     tasks = load_tasks(config.tasks, config.task_options)
     check_thinking_switch(config.path, config.thinking)
-    found = find_model(config.path, device=config.device, dtype=config.dtype, weights=not config.dry_run)
+    found = find_model(
+        config.path,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        weights=not config.dry_run,
+    )
     check_engine(found.config, config.engine, found.dtype)
     longest = longest_sequence(found.config, config.engine, found.dtype)
     for task in tasks.values():

@@ -118,7 +118,7 @@ def plan_run(config: RLConfig) -> Plan:
     tasks = load_tasks(config.tasks, config.task_options)
     source = checkpoint or config.init
     check_thinking_switch(config.init, config.thinking)
-    found = find_model(source, device=config.device, dtype="float32", weights=not config.dry_run)
+    found = find_model(source, device=config.device, dtype="float32", quantize="none", weights=not config.dry_run)
     check_engine(found.config, config.engine, found.dtype)
     longest = longest_sequence(found.config, config.engine, found.dtype)
     chosen = [(spec, task, _training_problems(task, found.tokenizer, longest, config)) for spec, task in tasks.items()]

@@ -88,8 +88,8 @@ def test_fp8_quantises_the_matrices_of_v3_as_the_layers_do(dtype, tmp_path):
                 assert ((q - block).abs() <= (block.abs() / 16).clamp(min=want * 2**-10) * 1.001).all(), name
     assert json.loads((target / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    kept = load_model(target, keep_fp8=True)
-    assert_same(load_model(convert(target, tmp_path / "again", dtype="fp8"), keep_fp8=True), kept)
+    kept = load_model(target, quantize="stored")
+    assert_same(load_model(convert(target, tmp_path / "again", dtype="fp8"), quantize="stored"), kept)
 
 
 def test_quantising_a_loaded_model_and_converting_its_files_agree(tmp_path):
@@ -108,7 +108,7 @@ def test_pieces_of_many_sizes_make_the_same_files(tmp_path, monkeypatch):
         assert any(len(list(tensorfile.row_ranges(t))) > 1 for t in stored_tensors(source).values())
         assert_equal_tensors(stored(convert(source, tmp_path / f"fp8-{piece}", dtype="fp8")), stored(want))
         assert_equal_tensors(stored(convert(want, tmp_path / f"dense-{piece}", dtype="float32")), stored(dense))
-        assert_same(load_model(want, keep_fp8=True), load_model(tmp_path / f"fp8-{piece}", keep_fp8=True))
+        assert_same(load_model(want, quantize="stored"), load_model(tmp_path / f"fp8-{piece}", quantize="stored"))
 
 
 @pytest.mark.parametrize("model", [tiny(dtype=torch.bfloat16), tiny_fp8()], ids=["bfloat16", "fp8"])

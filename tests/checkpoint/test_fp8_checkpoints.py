@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoint.tiny import BLOCKS, CONFIG, DENSE, assert_same, edit, rewrite, shard, stored, tiny, tiny_fp8
+from checkpoint.tiny import BLOCKS, CONFIG, DENSE, assert_same, edit, rewrite, shard, stored, tiny_fp8
 from safetensors.torch import load_file
 
 from kogia.checkpoint.directory import load_config
@@ -58,7 +58,7 @@ def test_fp8_weights_are_dequantised_in_float32_and_rounded_once(saved, dtype):
 
 def test_kept_fp8_weights_are_the_stored_bytes_and_compute_the_same(saved):
     model = tiny_fp8()
-    kept = load_model(saved, keep_fp8=True)
+    kept = load_model(saved, quantize="stored")
     assert_same(kept, model)
     names = {name for name, tensor in kept.state_dict().items() if tensor.dtype == torch.float8_e4m3fn}
     assert {"gate", "embed_tokens", "lm_head", "eh_proj", "norm"}.isdisjoint(name.split(".")[-2] for name in names)
@@ -66,13 +66,13 @@ def test_kept_fp8_weights_are_the_stored_bytes_and_compute_the_same(saved):
     with torch.no_grad():
         dense = load_model(saved)
         torch.testing.assert_close(kept(batch), dense(batch), rtol=0, atol=2e-2 * dense(batch).abs().max().item())
-        exact = load_model(saved, keep_fp8=True, dtype=torch.float32)
+        exact = load_model(saved, quantize="stored", dtype=torch.float32)
         want = load_model(saved, dtype=torch.float32)(batch)
         torch.testing.assert_close(exact(batch), want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
 def test_saving_kept_fp8_weights_gives_the_same_bytes(one_file, tmp_path):
-    again = save_model(load_model(one_file, keep_fp8=True), tmp_path / "again")
+    again = save_model(load_model(one_file, quantize="stored"), tmp_path / "again")
     for file in ("config.json", "model.safetensors"):
         assert (again / file).read_bytes() == (one_file / file).read_bytes()
 
@@ -99,14 +99,14 @@ def test_names_types_and_config_of_a_saved_fp8_model_are_the_published_ones(one_
 def test_scales_that_are_powers_of_two_are_announced(tmp_path):
     directory = save_model(tiny_fp8(power_of_two=True), tmp_path / "model")
     assert json.loads((directory / "config.json").read_text())["quantization_config"]["scale_fmt"] == "ue8m0"
-    assert_same(load_model(directory, keep_fp8=True), tiny_fp8(power_of_two=True))
+    assert_same(load_model(directory, quantize="stored"), tiny_fp8(power_of_two=True))
 
 
 def test_scales_in_bfloat16_are_read(tmp_path):
     directory = save_model(tiny_fp8(power_of_two=True), tmp_path / "model")
-    wide = load_model(directory, keep_fp8=True), load_model(directory)
+    wide = load_model(directory, quantize="stored"), load_model(directory)
     rewrite(directory, lambda t: t.update({n: s.bfloat16() for n, s in t.items() if n.endswith("_scale_inv")}))
-    assert_same(load_model(directory, keep_fp8=True), wide[0])
+    assert_same(load_model(directory, quantize="stored"), wide[0])
     assert_same(load_model(directory), wide[1])
 
 
@@ -125,7 +125,7 @@ INDEXER = IndexerConfig(num_heads=2, head_dim=136, topk=4)
 )
 def test_fp8_models_of_other_shapes_come_back(config, tmp_path):
     model = tiny_fp8(config)
-    assert_same(load_model(save_model(model, tmp_path / "model"), keep_fp8=True), model)
+    assert_same(load_model(save_model(model, tmp_path / "model"), quantize="stored"), model)
 
 
 def test_a_head_in_fp8_is_kept_or_dequantised(one_file):
@@ -137,9 +137,9 @@ def test_a_head_in_fp8_is_kept_or_dequantised(one_file):
 
     rewrite(one_file, quantise_head)
     want = load_file(one_file / "model.safetensors")["lm_head.weight"].float() * 0.5
-    for keep in (True, False):
-        head = load_model(one_file, keep_fp8=keep).lm_head
-        assert (head.weight.dtype == torch.float8_e4m3fn) == keep
+    for quantize in ("stored", None):
+        head = load_model(one_file, quantize=quantize).lm_head
+        assert (head.weight.dtype == torch.float8_e4m3fn) == bool(quantize)
         assert torch.equal(head.dense_weight(torch.bfloat16), want.bfloat16())
 
 
@@ -149,7 +149,7 @@ def test_fp8_in_some_layers_only_is_kept_there(one_file):
         del tensors[f"{GATE}_scale_inv"]
 
     rewrite(one_file, dense_gate)
-    model = load_model(one_file, keep_fp8=True)
+    model = load_model(one_file, quantize="stored")
     assert model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
 
@@ -164,44 +164,44 @@ def refused(directory, change, **options) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
+@pytest.mark.parametrize("quantize", ["stored", None])
 @pytest.mark.parametrize("name", [GATE, EXPERT])
-def test_an_fp8_weight_without_scales_is_named(one_file, name, keep_fp8):
-    message = refused(one_file, lambda t: t.pop(f"{name}_scale_inv"), keep_fp8=keep_fp8)
+def test_an_fp8_weight_without_scales_is_named(one_file, name, quantize):
+    message = refused(one_file, lambda t: t.pop(f"{name}_scale_inv"), quantize=quantize)
     assert f"missing: {name}_scale_inv" in message
     assert message.count("\n") == 1
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
-def test_scales_without_an_fp8_weight_are_named(one_file, keep_fp8):
-    message = refused(one_file, lambda t: t.update({GATE: t[GATE].bfloat16()}), keep_fp8=keep_fp8)
+@pytest.mark.parametrize("quantize", ["stored", None])
+def test_scales_without_an_fp8_weight_are_named(one_file, quantize):
+    message = refused(one_file, lambda t: t.update({GATE: t[GATE].bfloat16()}), quantize=quantize)
     assert f"extra: {GATE}_scale_inv stands beside a weight [272, 144] of BF16" in message
-    message = refused(one_file, lambda t: t.pop(GATE), keep_fp8=keep_fp8)
+    message = refused(one_file, lambda t: t.pop(GATE), quantize=quantize)
     assert f"extra: {GATE}_scale_inv has no weight" in message
     assert f"missing: {GATE}" in message
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
-def test_swapped_scales_are_named(one_file, keep_fp8):
+@pytest.mark.parametrize("quantize", ["stored", None])
+def test_swapped_scales_are_named(one_file, quantize):
     down = GATE.replace("gate_proj", "down_proj")
 
     def swap(t):
         t[f"{GATE}_scale_inv"], t[f"{down}_scale_inv"] = t[f"{down}_scale_inv"], t[f"{GATE}_scale_inv"]
 
-    message = refused(one_file, swap, keep_fp8=keep_fp8)
+    message = refused(one_file, swap, quantize=quantize)
     assert f"mis-shaped: {GATE}_scale_inv is [2, 3], its weight [272, 144] needs [3, 2]" in message
     assert f"mis-shaped: {down}_scale_inv is [3, 2], its weight [144, 272] needs [2, 3]" in message
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
+@pytest.mark.parametrize("quantize", ["stored", None])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
-def test_scales_that_are_no_positive_numbers_are_named(one_file, value, keep_fp8):
+def test_scales_that_are_no_positive_numbers_are_named(one_file, value, quantize):
     name = f"{EXPERT}_scale_inv"
 
     def damage(t):
         t[name][-1, -1] = value
 
-    message = refused(one_file, damage, keep_fp8=keep_fp8)
+    message = refused(one_file, damage, quantize=quantize)
     assert f"model.safetensors: {name} holds scales that are not positive numbers" in message
 
 
@@ -219,8 +219,8 @@ def test_nan_in_fp8_is_warned_of_by_name(one_file, capsys):
         t[GATE].view(torch.uint8)[3, 5] = 0x7F
 
     rewrite(one_file, damage)
-    for keep in (True, False):
-        load_model(one_file, keep_fp8=keep)
+    for quantize in ("stored", None):
+        load_model(one_file, quantize=quantize)
         message = "".join(capsys.readouterr().err.split())
         assert message.endswith(f"NaNorinfinitevaluesin{GATE},{EXPERT}")
 
@@ -230,14 +230,9 @@ def test_experts_that_are_partly_fp8_cannot_be_kept_but_load(one_file):
         t[EXPERT] = t[EXPERT].bfloat16()
         del t[f"{EXPERT}_scale_inv"]
 
-    assert f"wrong dtype: {EXPERT} is BF16 beside experts in FP8" in refused(one_file, damage, keep_fp8=True)
+    message = refused(one_file, damage, quantize="stored")
+    assert "the weights of model.layers.1.mlp.experts.down_proj are of several types, dense and fp8" in message
     load_model(one_file)
-
-
-def test_keeping_fp8_that_is_not_there_is_refused(tmp_path):
-    save_model(tiny(), tmp_path / "model")
-    with pytest.raises(ValueError, match="holds no FP8 weights to keep.*kogia convert"):
-        load_model(tmp_path / "model", keep_fp8=True)
 
 
 def test_an_fp8_checkpoint_loads_without_its_announcement(one_file):

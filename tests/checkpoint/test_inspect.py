@@ -185,7 +185,7 @@ def test_what_we_save_agrees_with_its_config(tmp_path: Path):
     shard(fp8)
     report = inspect_model(str(fp8))
     assert report.disagreements == () and report.stored is not None and report.stored.num_files == 3
-    assert 0.5 < report.stored.fp8_share < 1
+    assert 0.5 < report.stored.format_shares["fp8"] < 1
     assert report.stored.bytes == sum(
         (file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little"))
         for file in fp8.glob("*.safetensors")
@@ -220,7 +220,10 @@ def test_a_directory_exits_with_1_where_it_disagrees(tmp_path: Path, capsys: pyt
             {"num_nextn_predict_layers": 2},
             "num_nextn_predict_layers = 2, but 1 multi-token-prediction module is stored",
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config announces 'fp8', but no tensor is FP8"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config announces 'fp8', but no tensor is quantised",
+        ),
         (
             {"torch_dtype": "bfloat16"},
             "torch_dtype = bfloat16, but 55 matrices are F32",
@@ -275,7 +278,9 @@ def test_fp8_without_its_scales_or_its_announcement_is_named(tmp_path: Path):
     assert any("tensors are FP8, but config.json has no quantization_config" in line for line in found)
     assert any("model.layers.0.self_attn.o_proj.weight_scale_inv" in line and "missing" in line for line in found)
     edit(directory, quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]})
-    assert "weight_block_size = [64, 64]: only blocks of 128 x 128 can be read" in lines(directory)
+    assert "quantization_config.weight_block_size = [64, 64] in config.json; only [128, 128] is supported" in lines(
+        directory
+    )
 
 
 def test_damaged_files_are_told_and_the_rest_still_shown(tmp_path: Path):

@@ -59,7 +59,7 @@ found["load float32"] = extra(lambda: load_model(root / "m", dtype=torch.float32
 found["convert float32"] = extra(lambda: convert(root / "m", root / "f", dtype="float32", max_shard_bytes=0))
 found["convert fp8"] = extra(lambda: convert(root / "m", root / "q", dtype="fp8", max_shard_bytes=SHARD))
 found["load fp8"] = extra(lambda: load_model(root / "q"))
-found["keep fp8"] = extra(lambda: load_model(root / "q", keep_fp8=True))
+found["keep fp8"] = extra(lambda: load_model(root / "q", quantize="stored"))
 print(json.dumps(found))
 """
 

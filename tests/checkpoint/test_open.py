@@ -55,6 +55,34 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_may_be(saved, dev
         open_model(saved, device=device)
 
 
+def test_keeping_fp8_that_is_not_there_is_refused(saved):
+    with pytest.raises(ValueError, match="holds no FP8 weights to keep; `--quantize fp8` rounds them"):
+        open_model(saved, device="cpu", dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"quantize": "int3"}, "quantize = 'int3': must be auto, none, fp8 or int8 or int4"),
+        ({"dtype": "fp8", "quantize": "int4"}, "'fp8' keeps FP8 weights, and quantize = 'int4' does not"),
+    ],
+)
+def test_another_way_to_quantise_is_refused(saved, options, says):
+    with pytest.raises(ValueError, match=says):
+        open_model(saved, device="cpu", **options)
+
+
+def test_int8_and_int4_checkpoints_stay_packed_unless_all_is_to_be_dense(saved):
+    for format in ("int8", "int4", "fp8"):
+        directory = convert(saved, saved.parent / format, quantize=format)
+        want = load_model(directory)
+        for quantize, kept in (("auto", format != "fp8"), ("none", False), (format, True)):
+            model = open_model(directory, device="cpu", quantize=quantize).model
+            layer, dense = (each.model.layers[0].self_attn.kv_a_proj_with_mqa for each in (model, want))
+            assert (layer.format == format) == kept
+            torch.testing.assert_close(layer.dense_weight(torch.float32), dense.weight.float(), rtol=0.01, atol=1e-6)
+
+
 def test_auto_is_the_gpu_where_there_is_one():
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert pick_device("cpu") == pick_device(CPU) == CPU

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoint.tiny import BLOCKS, CONFIG, DENSE, MLA, shard, tiny, tiny_fp8
+from checkpoint.tiny import BLOCKS, CONFIG, DENSE, GROUPS, MLA, shard, tiny, tiny_fp8, tiny_packed
 
 from kogia.checkpoint.hf import load_model, save_model
 from kogia.model.config import GQAConfig, ModelConfig
@@ -60,14 +60,37 @@ def test_fp8_weights_that_stay_are_cut_with_their_scales(whole_experts, tmp_path
     directory = save_model(tiny_fp8(WIDE), tmp_path / "model")
     for rank in range(2):
         share = Share(rank, 2, whole_experts)
-        found = load_model(directory, keep_fp8=True, share=share)
-        assert_is_part(found, load_model(directory, keep_fp8=True), share)
+        found = load_model(directory, quantize="stored", share=share)
+        assert_is_part(found, load_model(directory, quantize="stored"), share)
 
 
 def test_fp8_weights_that_stay_are_not_cut_within_a_block(tmp_path):
     directory = save_model(tiny_fp8(BLOCKS), tmp_path / "model")
     with pytest.raises(ValueError, match=r"end within a block of fp8 weights.*choose another tensor_parallel"):
-        load_model(directory, keep_fp8=True, share=Share(0, 2))
+        load_model(directory, quantize="stored", share=Share(0, 2))
+
+
+INTEGERS = replace(
+    GROUPS, ffn_dim=512,
+    attention=replace(GROUPS.attention, num_heads=4, v_head_dim=32), moe=replace(GROUPS.moe, expert_dim=64),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("whole_experts", [False, True])
+@pytest.mark.parametrize("format, options", [("int8", {}), ("int4", {}), ("int4", {"asymmetric": True})])
+def test_integer_weights_are_cut_with_their_scales_and_zeros_or_made_dense(format, options, whole_experts, tmp_path):
+    directory = save_model(tiny_packed(format, INTEGERS, **options), tmp_path / "model")
+    for rank in range(2):
+        share = Share(rank, 2, whole_experts)
+        for quantize in ("stored", None):
+            found = load_model(directory, quantize=quantize, share=share)
+            assert_is_part(found, load_model(directory, quantize=quantize), share)
+
+
+def test_shares_that_no_group_divides_are_refused(tmp_path):
+    directory = save_model(tiny_packed("int4", GROUPS), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"o_proj: a share of \[64, 16\] numbers has no int4 form; choose another"):
+        load_model(directory, quantize="stored", share=Share(0, 2))
 
 
 def test_a_model_that_cannot_be_divided_is_refused_before_it_is_read(tmp_path):

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
-from kogia.model.layers import Head
-from kogia.model.linear import Linear
+from kogia.model.quantised import packable
 from kogia.model.transformer import Transformer, build_model
 
 MLA = MLAConfig(num_heads=3, q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=7)
@@ -24,6 +23,12 @@ BLOCKS = replace(
     attention=replace(MLA, q_lora_rank=130, kv_lora_rank=40, num_heads=2, v_head_dim=70),
     moe=replace(CONFIG.moe, expert_dim=136),
 )  # fmt: skip
+# widths of which int4 takes groups of 128, 64 and 32
+GROUPS = replace(
+    CONFIG, vocab_size=50, dim=64, ffn_dim=256,
+    attention=replace(MLA, num_heads=2, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, v_head_dim=16),
+    moe=replace(CONFIG.moe, expert_dim=32, num_shared_experts=1),
+)  # fmt: skip
 
 
 def tiny(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
@@ -35,13 +40,17 @@ def tiny(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float32, seed:
     return model
 
 
+def tiny_packed(format: str, config: ModelConfig = GROUPS, **options: bool) -> Transformer:
+    """A random bfloat16 model with all weights that the format is for packed."""
+    model = tiny(config, torch.bfloat16)
+    for _, layer in packable(model, format):
+        layer.pack(format, **options)
+    return model
+
+
 def tiny_fp8(config: ModelConfig = BLOCKS, *, power_of_two: bool = False) -> Transformer:
     """A random bfloat16 model with every matrix of V3's kind in FP8."""
-    model = tiny(config, torch.bfloat16)
-    for module in model.modules():
-        if isinstance(module, Linear) and not isinstance(module, Head):
-            module.pack("fp8", power_of_two=power_of_two)
-    return model
+    return tiny_packed("fp8", config, power_of_two=power_of_two)
 
 
 def assert_same(ours: Transformer, theirs: Transformer) -> None:

@@ -164,7 +164,7 @@ def test_fp8_weights_stay_fp8_on_every_rank(tmp_path):
     assert packed
     prompts = [[3, 1, 4, 1, 5], [9, 2]]
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-    want = Engine(load_model(directory, keep_fp8=True, dtype=torch.float32), tokenizer)
+    want = Engine(load_model(directory, quantize="stored", dtype=torch.float32), tokenizer)
     got = found.generate(prompts, params)
     assert [c[0].token_ids for c in got] == [c[0].token_ids for c in want.generate(prompts, params)]
     found.engine.close()
