@@ -15,6 +15,7 @@ from kogia import log
 from kogia.checkpoint.gguf_file import GGUFEntry, GGUFFile, read_gguf
 from kogia.checkpoint.gguf_tensors import ROPE_FACTORS
 from kogia.model.config import Llama3RopeConfig, MLAConfig, ModelConfig, YarnConfig
+from kogia.model.hf_config import config_from_hf
 from kogia.model.hf_export import CLASSES, config_to_hf
 
 FORMATS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
@@ -73,9 +74,13 @@ _LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2; all share the rest
 
 
 def config_from_gguf(path: Path) -> dict[str, Any]:
-    """The metadata of a file as a `config.json`. Raises ValueError for an architecture that is not known here."""
+    """The metadata of a file as a `config.json`, which `config_from_hf` takes.
+
+    Raises ValueError for an architecture that is not known here, and for values that no such model has.
+    """
+    file = read_gguf(path)
     try:
-        return dict(_config(read_gguf(path)))
+        return dict(_config(file))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -98,6 +103,10 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         data |= keys.named(_QWEN_EXPERTS) | {"norm_topk_prob": True}  # as llama.cpp computes it, whatever is said
         data.setdefault("intermediate_size", data.get("moe_intermediate_size"))
     keys.check()
+    try:
+        config_from_hf(data)
+    except ValueError as error:
+        raise ValueError(f"its metadata as {error}") from None
     return data
 
 

@@ -87,7 +87,9 @@ def read_entries(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, tensors) of a file by the library's own reader, so that some may be changed and written again."""
     reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    return fields, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+    tensors = {tensor.name: (np.array(tensor.data), tensor.tensor_type) for tensor in reader.tensors}
+    return fields, {name: data if kind in plain else (data, kind.name) for name, (data, kind) in tensors.items()}
 
 
 def random_blocks(shape: tuple[int, ...], kind: str, seed: int = 0) -> tuple[np.ndarray, str]:

@@ -294,6 +294,74 @@ def _changed_weights(data: bytes, draw: random.Random) -> bytes:
     return (len(header) if draw.random() < 0.8 else size).to_bytes(8, "little") + header + rest
 
 
+@target(share=80)
+def ggufs(folder: Path) -> Callable[[random.Random], Case]:
+    """GGUF files: opened, run, inspected, their tokenizer used, and planned to be written again."""
+    from checkpoint import gguf_files
+
+    from kogia.checkpoint.gguf_write import plan_gguf
+    from kogia.checkpoint.hf import read_stored
+    from kogia.checkpoint.inspect import inspect_model
+    from kogia.checkpoint.open import open_model
+    from kogia.model.packed import pack
+
+    kinds = {"llama": "q8_0", "qwen3moe": "f16", "deepseek-v3": "f32", "llama-3.2": "bf16"}
+    files = [gguf_files.write_gguf_model(folder, name, kind) for name, kind in kinds.items()]
+    originals = {file: (file.read_bytes(), gguf_files.read_entries(file)) for file in files}
+    changed = folder / "changed.gguf"
+
+    def case() -> None:
+        opened = None
+        try:
+            inspect_model(str(changed))
+        finally:
+            opened = open_model(changed, device="cpu")
+        opened.model.logprobs(pack([[1, 2, 3], [4, 5]]))
+        ids = [opened.tokenizer.encode(text) for text in TEXTS]
+        _ = [opened.tokenizer.decode(each) for each in ids], opened.tokenizer.template_source
+        plan_gguf(read_stored(changed), "q8_0")
+
+    def make(draw: random.Random) -> Case:
+        data, (metadata, tensors) = originals[draw.choice(files)]
+        if draw.random() < 0.6:
+            changed.write_bytes(_changed_header(data, draw))
+        else:
+            gguf_files.write_entries(changed, _changed_metadata(metadata, draw), tensors)
+        return case
+
+    return make
+
+
+def _changed_header(data: bytes, draw: random.Random) -> bytes:
+    """Any bytes, or a number of the header's, lengths and counts among them."""
+    from faults.mutate import mutated_bytes
+
+    if draw.random() < 0.4:
+        return mutated_bytes(data, draw)
+    size, numbers = draw.choice((4, 8)), (0, 1, 2, 3, 7, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
+    at = draw.choice((8, 16, 24, draw.randrange(300), draw.randrange(len(data) // 4)))
+    return data[:at] + (draw.choice(numbers) % 256**size).to_bytes(size, "little") + data[at + size :]
+
+
+def _changed_metadata(metadata: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Entries with odd values of the types that the format has, or missing."""
+    odd = (0, 1, 2, 7, 100_000, 2**31 - 1, 2**32 - 1, -1.5, 0.0, 1e30, float("nan"), "", "x", "\x1b[2J", True, False)
+    lists = ([1], ["a"], ["a", "a"], [0.5] * 40, [3] * 460)
+    changed = dict(metadata)
+    for name in draw.sample(sorted(changed.keys() - {"general.architecture"}), draw.randint(1, 3)):
+        if draw.random() < 0.2:
+            del changed[name]
+        elif isinstance(changed[name], list) and draw.random() < 0.7:
+            items = list(changed[name])
+            items[draw.randrange(len(items))] = draw.choice([item for item in odd if type(item) is type(items[0])])
+            changed[name] = draw.choice((items, items[1:], items + items))
+        else:
+            changed[name] = draw.choice((*odd, *lists))
+    if draw.random() < 0.1:
+        changed["general.architecture"] = draw.choice(("llama", "qwen2", "qwen3", "deepseek2", "gemma3", "\x9b"))
+    return changed
+
+
 # Tokenizers and templates ---------------------------------------------------------------------------------------------
 
 TEXTS = ("", "hi <think>\n12,345 + 6\n</think>\n\n你好 🐋 naïve", "a" * 300, " \n\t " * 50, "<｜User｜><|im_end|></s>")

@@ -22,6 +22,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_whatever_is_read_is_read_or_refused_in_words_and_in_time():
+    pytest.importorskip("gguf")
     done = run(str(INPUTS), str(COUNT), "1")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
