@@ -134,7 +134,8 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
     Beside one flag per field: `--part.kind gqa` picks the member of a union, `--part none` switches an optional part
     off, naming a field of an absent part switches it on, `--part.preset name` starts from a preset, `--table.key value`
     sets an entry of a free table, and `--tables.name.key value` one of a table of tables. `true`, `false`, `none` and the
-    choices of a field are understood in any case, and a switch with or without a word: `--flag`, `--no-flag`, `--flag off`.
+    choices of a field are understood in any case, a switch with or without a word (`--flag`, `--no-flag`, `--flag off`),
+    and numbers with or without commas (`--k 1 8`, `--k 1,8`).
     A mistake in a flag prints a suggestion and exits with 2, as `--help` prints and exits with 0.
     """
     import tyro
@@ -476,6 +477,9 @@ def _in_tyros_words(cls: type, argv: Sequence[str]) -> list[str]:
         word = words.popleft()
         flag, equals, value = word.partition("=")
         hint = _hint_at(cls, _flag_path(flag))
+        if _is_of_numbers(hint) and "," in (value if equals else words[0] if words else ""):
+            rest += [flag, *(value if equals else words.popleft()).split(",")]
+            continue
         spelled = _spelling(hint, value if equals else words[0] if words else "")
         if spelled is not None and not equals:
             words.popleft()
@@ -522,6 +526,12 @@ def _bare(cls: type, flag: str, hint: Any) -> list[str]:
         positive = "".join(negative.groups())
         return [positive, "False"] if _may_be_unset(_hint_at(cls, _flag_path(positive))) else [flag]
     return [flag, "True"] if _may_be_unset(hint) else [flag]
+
+
+def _is_of_numbers(hint: Any) -> bool:
+    """Whether it is a list of numbers, which people also write with commas."""
+    arguments = typing.get_args(hint)
+    return typing.get_origin(hint) in (tuple, list) and arguments[0] in (int, float)
 
 
 def _may_be_unset(hint: Any) -> bool:

@@ -356,6 +356,32 @@ def test_a_word_that_is_no_value_is_still_a_mistake(line: str):
         parse_args(Spelled, line.split(), prog="p", description="d")
 
 
+@dataclass(frozen=True)
+class Numbers:
+    name: tyro.conf.Positional[str] = ""
+    counts: tuple[int, ...] = ()
+    shares: tuple[float, float] = (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("x --counts 2,4,6", Numbers("x", (2, 4, 6))),
+        ("--counts=2,4", Numbers(counts=(2, 4))),
+        ("--counts 2 4 6", Numbers(counts=(2, 4, 6))),
+        ("--shares 0.5,0.75 --counts 3", Numbers(counts=(3,), shares=(0.5, 0.75))),
+    ],
+)
+def test_numbers_are_understood_with_commas_and_without(line: str, expected: Numbers):
+    assert parse_args(Numbers, line.split(), prog="p", description="d") == expected
+
+
+@pytest.mark.parametrize("line", ["--counts 2,x", "--counts 2,,4", "--shares 1,"])
+def test_what_is_no_list_of_numbers_is_a_mistake(line: str):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(Numbers, line.split(), prog="p", description="d")
+
+
 @pytest.mark.parametrize("word", ["--quiet=maybe", "--checked=", "--inner.dry-run=2"])
 def test_a_switch_takes_no_other_value(word: str):
     with pytest.raises(ValueError, match=f"{word}: .* takes true or false"):

@@ -22,33 +22,34 @@ class ActiveExperts:
 
     def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
         self._trained = 0 if model.moe is None else model.moe.topk
-        self._number = self._trained if config.active_experts is None else config.active_experts
+        self.number = self._trained if config.active_experts is None else config.active_experts
+        """Routed experts that the engine's own setting activates; 0 in a model that has none."""
         self._threshold = config.expert_threshold
 
     def of(self, params: SamplingParams) -> tuple[int, float]:
         """(routed experts, threshold) of a request."""
         number, threshold = params.active_experts, params.expert_threshold
         return (
-            self._number if number is None else number,
+            self.number if number is None else number,
             self._threshold if threshold is None else float(threshold),
         )
 
     def salt(self, number: int, threshold: float) -> bytes:
         """What sets the cache rows of such a request apart; empty for the engine's own setting."""
-        own = number == self._number and threshold == self._threshold
+        own = number == self.number and threshold == self._threshold
         return b"" if own else hash_block(b"active experts", np.array([number, threshold]))
 
     def are_own(self, table: SequenceTable, rows: NDArray[np.int64]) -> bool:
         """Whether all of these sequences have the engine's own setting."""
         numbers, thresholds = table.active_experts[rows], table.expert_threshold[rows]
-        return bool((numbers == self._number).all() and (thresholds == np.float32(self._threshold)).all())
+        return bool((numbers == self.number).all() and (thresholds == np.float32(self._threshold)).all())
 
     def own(self, tokens: int, device: torch.device) -> Activation | None:
         """The engine's own setting for a step of so many tokens; None where it is the trained number."""
         thresholds = torch.full((tokens,), self._threshold, device=device) if self._threshold else None
-        if self._number == self._trained and thresholds is None:
+        if self.number == self._trained and thresholds is None:
             return None
-        return Activation(self._number, None, thresholds)
+        return Activation(self.number, None, thresholds)
 
     def put(self, upload: Upload, table: SequenceTable, runs: TokenRuns) -> None:
         """Add each token's numbers to the upload, as far as tokens differ."""

@@ -57,7 +57,10 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "include_stop_str_in_output": (lambda value: isinstance(value, bool), "true or false"),
     "ignore_eos": (lambda value: isinstance(value, bool), "true or false"),
-    "active_experts": (lambda value: _is_whole(value) and value >= 1, ACTIVE_EXPERTS_RULE),
+    "active_experts": (  # one number, or several that an evaluation compares
+        lambda value: all(_is_whole(each) and each >= 1 for each in (value if isinstance(value, tuple) else (value,))),
+        ACTIVE_EXPERTS_RULE,
+    ),
     "expert_threshold": (lambda value: _is_number(value) and 0 <= value <= 1, EXPERT_THRESHOLD_RULE),
     "min_tokens": (lambda value: _is_whole(value) and value >= 0, "at least 0 (0 is off), a whole number"),
     "logprobs": (_is_logprobs, f"true, false, or how many of the likeliest tokens come along, 1 to {MOST_LOGPROBS}"),

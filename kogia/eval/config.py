@@ -34,6 +34,17 @@ def check_verification(workers: int, timeout: float) -> None:
         raise ValueError(f"verify_timeout = {timeout}: must be above 0 seconds and at most {MAX_TIMEOUT:g}")
 
 
+def check_numbers_of_experts(numbers: Sequence[int], engines: int | None) -> None:
+    """Raise ValueError unless each is named once, and not beside the engine's own."""
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"active_experts = {list(numbers)}: each may be named once")
+    if numbers and engines is not None:
+        raise ValueError(
+            f"active_experts = {list(numbers)} and engine.active_experts = {engines}: they are the same setting; give "
+            "one of them"
+        )
+
+
 @dataclass(frozen=True)
 class EvalConfig(FilteredSamplingConfig):
     """Measure a model on tasks: several samples per question, intervals over questions, every sample kept."""
@@ -62,6 +73,9 @@ class EvalConfig(FilteredSamplingConfig):
     """Of the sampling."""
     question_seed: int = 0
     """Of the choice of questions; equal values keep two evaluations comparable question by question."""
+    active_experts: tuple[int, ...] = ()
+    """Evaluate at each of these numbers of routed experts per token, as 2,4,6, and show score, speed and bytes per
+    token side by side; each has files of its own, NAME-2experts. Empty: engine.active_experts decides."""
     name: str | None = None
     """Name of the files; None takes the task's. With several tasks it goes before the task's name."""
     out: str | None = None
@@ -99,6 +113,7 @@ class EvalConfig(FilteredSamplingConfig):
         check_tasks(self.tasks, self.task_options)
         check_least(self, 1, "num_questions", "batch_questions", "threads")
         check_verification(self.verify_workers, self.verify_timeout)
+        check_numbers_of_experts(self.active_experts, self.engine.active_experts)
         if self.num_samples < 1 and not (self.num_samples == 0 and self.greedy):
             raise ValueError(f"num_samples = {self.num_samples}: must be at least 1, or 0 together with greedy")
         if any(not 1 <= k <= self.num_samples for k in self.k):

@@ -10,17 +10,18 @@ from typing import Any
 from kogia import log
 from kogia.checkpoint.open import Found, check_thinking_switch, find_model
 from kogia.engine.config import FilteredSamplingConfig
-from kogia.engine.engine import Engine
-from kogia.engine.limits import Longest, check_engine, longest_sequence
+from kogia.engine.engine import Engine, EngineStats
+from kogia.engine.limits import Longest, check_activation, check_engine, longest_sequence
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
+from kogia.engine.traffic import weight_bytes
 from kogia.eval.config import EvalConfig
 from kogia.eval.earlier import Earlier, prompt_text
 from kogia.eval.intervals import Estimate
 from kogia.eval.partial import SampleFiles, find_partial
 from kogia.eval.sample import Answered, Progress, answer_problems, choose_problems, fitting_problems, load_tasks
 from kogia.eval.summary import GREEDY, compare, summarise
-from kogia.eval.table import print_results
+from kogia.eval.table import print_activation, print_results
 from kogia.files import check_directory
 from kogia.model.costs import num_params
 from kogia.plan.dry_run import print_dry_run, sampling_memory
@@ -29,6 +30,9 @@ from kogia.tasks.task import Problem, Task
 from kogia.terminal import SamplingProgress
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.lock import sole_writer
+
+SPENT = ("mtp_acceptance", "tokens_per_second", "bytes_per_token", "seconds")
+"""Of the summary: what depends on the run, not on the samples."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,11 @@ def plan_evaluation(config: EvalConfig) -> Plan:
         weights=not config.dry_run,
     )
     check_engine(found.config, config.engine, found.dtype)
-    for spec, task in tasks.items() if config.resume else ():
-        SampleFiles(out, file_name(config, spec), _settings(config, str(found.directory), task)).check()
+    for number in config.active_experts:
+        check_activation(found.config, number, None)
+    for each in variants(config) if config.resume else ():
+        for spec, task in tasks.items():
+            SampleFiles(out, file_name(each, spec), _settings(each, str(found.directory), task)).check()
     longest = longest_sequence(found.config, config.engine, found.dtype)
     problems = {spec: _problems(task, found.tokenizer, longest, config) for spec, task in tasks.items()}
     return Plan(found, tasks, problems, earlier)
@@ -101,25 +108,34 @@ def evaluate_planned(config: EvalConfig, plan: Plan) -> list[dict[str, Any]]:
     for spec, task in plan.tasks.items():
         options = config.task_options.get(spec, {})
         pool = VerifyPool(spec, options, workers=config.verify_workers, timeout=config.verify_timeout)
-        name = file_name(config, spec)
         threads = generation_threads(config.threads, num_params(engine.model.config))
-        with pool, threads, _resumable(), SamplingProgress(name, quiet=config.quiet) as progress:
-            result = evaluate(
-                engine,
-                tokenizer,
-                task,
-                pool,
-                config,
-                name=name,
-                checkpoint=str(directory),
-                out=out,
-                problems=plan.problems[spec],
-                earlier=plan.earlier[spec],
-                on_progress=progress.update,
-            )
-        summaries.append(result.summary)
+        with pool, threads, _resumable():
+            for each in variants(config):
+                name = file_name(each, spec)
+                with SamplingProgress(name, quiet=config.quiet) as progress:
+                    result = evaluate(
+                        engine,
+                        tokenizer,
+                        task,
+                        pool,
+                        each,
+                        name=name,
+                        checkpoint=str(directory),
+                        out=out,
+                        problems=plan.problems[spec],
+                        earlier=plan.earlier[spec],
+                        on_progress=progress.update,
+                    )
+                summaries.append(result.summary)
     print_results(summaries)
+    if config.active_experts:
+        print_activation(summaries)
     return summaries
+
+
+def variants(config: EvalConfig) -> list[EvalConfig]:
+    """The evaluations that a configuration asks for: one at each number of active experts, or the one that it is."""
+    return [replace(config, active_experts=(number,)) for number in config.active_experts] or [config]
 
 
 def evaluate(
@@ -141,7 +157,7 @@ def evaluate(
     With `out`, writes out/NAME.json and out/NAME.jsonl, samples as they come, and keeps those of an interrupted
     evaluation if `config.resume`; acceptance and seconds are then those of the rest. `problems` were chosen by
     `config` and `earlier`, the evaluation to compare with, was checked; of the configuration, path, tasks and
-    everything else on files is left to `main`.
+    everything else on files is left to `main`. `config` is one of its `variants`.
     """
     start, name = time.monotonic(), name or task.name
     if problems is None:
@@ -152,20 +168,37 @@ def evaluate(
         about = {"name": name, "task": task.name, "checkpoint": checkpoint, "num_questions": len(problems)}
         if files is not None and config.resume and (finished := files.finished()):
             stored, rows = finished
-            spent = {key: stored.get(key) for key in ("mtp_acceptance", "seconds")}
+            spent = {key: stored.get(key) for key in SPENT}
             return EvalResult(about | _scores(config, rows, earlier) | spent, rows)
-        drafted, accepted = engine.stats.num_drafted, engine.stats.num_accepted
+        before = replace(engine.stats)
         rows = [] if files is None else files.begin(resume=config.resume)
         for batch in _rows(engine, tokenizer, pool, problems, config, rows, on_progress):
             rows = rows + batch
             if files is not None:
                 files.append(batch)
-        drafted, accepted = engine.stats.num_drafted - drafted, engine.stats.num_accepted - accepted
-        summary = about | _scores(config, rows, earlier)
-        summary |= {"mtp_acceptance": accepted / drafted if drafted else None, "seconds": time.monotonic() - start}
+        summary = about | _scores(config, rows, earlier) | _spent(config, engine, before)
+        summary["seconds"] = time.monotonic() - start
         if files is not None:
             files.finish(summary)
     return EvalResult(summary, rows)
+
+
+def _spent(config: EvalConfig, engine: Engine, before: EngineStats) -> dict[str, Any]:
+    """What sampling cost since the engine's totals were `before`."""
+    now = engine.stats
+    drafted, seconds = now.num_drafted - before.num_drafted, now.seconds - before.seconds
+    tokens = now.num_generated_tokens - before.num_generated_tokens
+    number = _active_experts(config)
+    return {
+        "mtp_acceptance": (now.num_accepted - before.num_accepted) / drafted if drafted else None,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "bytes_per_token": weight_bytes(engine.model, 1, engine.experts.number if number is None else number),
+    }
+
+
+def _active_experts(config: EvalConfig) -> int | None:
+    """What one evaluation's requests ask for."""
+    return config.active_experts[0] if config.active_experts else config.engine.active_experts
 
 
 def _headline(summary: dict[str, Any]) -> str:
@@ -203,17 +236,17 @@ def output_directory(config: EvalConfig) -> Path:
 
 
 def file_name(config: EvalConfig, spec: str) -> str:
-    """NAME of the files of one task."""
-    task = spec.rpartition(":")[2]
-    if config.name is None:
-        return task
-    return config.name if len(config.tasks) == 1 else f"{config.name}-{task}"
+    """NAME of the files of one task and, in one of the `variants`, its number of active experts."""
+    name = task = spec.rpartition(":")[2]
+    if config.name is not None:
+        name = config.name if len(config.tasks) == 1 else f"{config.name}-{task}"
+    return f"{name}-{config.active_experts[0]}experts" if len(config.active_experts) == 1 else name
 
 
 def print_plan(config: EvalConfig, plan: Plan) -> None:
     """The resolved configuration, size of the model and number of samples, on stdout."""
     model, per_question = plan.found.config, config.num_samples + (1 if config.greedy else 0)
-    samples = config.num_questions * per_question * len(config.tasks)
+    samples = config.num_questions * per_question * len(config.tasks) * len(variants(config))
     memory = sampling_memory(model, config.engine.cache_memory_bytes)
     print_dry_run(config, model, [memory, ("samples", f"at most {samples:,} of at most {config.max_tokens} tokens")])
 
@@ -256,7 +289,7 @@ def _rows(
 
 def _passes(config: EvalConfig) -> list[tuple[SamplingParams, bool]]:
     """(parameters, whether greedy) of the sampled answers and of the greedy ones, as far as they are asked for."""
-    params = SamplingParams.of(config, n=config.num_samples or 1)
+    params = SamplingParams.of(config, n=config.num_samples or 1, active_experts=_active_experts(config))
     greedy = replace(params, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1)
     return [each for each in ((params, False), (greedy, True)) if (config.greedy if each[1] else config.num_samples)]
 
@@ -287,6 +320,8 @@ def _sampling(config: EvalConfig) -> dict[str, Any]:
     sampling = {field.name: getattr(config, field.name) for field in fields(FilteredSamplingConfig)}
     if config.thinking is not None:  # left out where it is the template's default, as before there was the setting
         sampling["thinking"] = config.thinking
+    experts = {"active_experts": _active_experts(config), "expert_threshold": config.engine.expert_threshold or None}
+    sampling |= {name: value for name, value in experts.items() if value is not None}  # the same
     return sampling | {"question_seed": config.question_seed, "num_draft_tokens": config.engine.num_draft_tokens}
 
 
@@ -309,7 +344,7 @@ def _check_partials(config: EvalConfig, out: Path) -> None:
     to go on with, and where `out` is no directory."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {str(out)!r}: is a file; name a directory")
-    names = [file_name(config, spec) for spec in config.tasks]
+    names = [file_name(each, spec) for each in variants(config) for spec in config.tasks]
     left = [path for name in names if (path := find_partial(out, name))]
     for path in left:
         with sole_writer(path):  # else another evaluation is at work

@@ -34,6 +34,30 @@ def _table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def print_activation(summaries: Sequence[dict[str, Any]]) -> None:
+    """Evaluations at several numbers of active experts side by side on stdout."""
+    for task in dict.fromkeys(summary["task"] for summary in summaries):
+        mine = [summary for summary in summaries if summary["task"] == task]
+        score = "greedy" if mine[0]["pass@1"] is None else "pass@1"
+        table = Table(title=f"{escape(task)}: {mine[0]['num_questions']} questions")
+        for name in ("active experts", score, "95% interval", "tokens/s", "MB per token"):
+            table.add_column(name, justify="right")
+        for summary in mine:
+            mean, low, high = summary[score]
+            rate, read = summary["tokens_per_second"], summary["bytes_per_token"]
+            table.add_row(
+                str(summary["sampling"]["active_experts"]),
+                _percent(mean),
+                f"{100 * low:.1f} to {100 * high:.1f}",
+                "-" if rate is None else f"{rate:,.0f}",
+                "-" if read is None else f"{read / 1e6:,.2f}",
+            )
+        Console().print(table)
+    log.info(
+        "MB per token: the weights that one token by itself is multiplied with; tokens/s: of all sequences at once"
+    )
+
+
 def _rate(share: float) -> str:
     return f"[bold red]{_percent(share)}[/]" if share > TRUNCATION_LIMIT else _percent(share)
 

@@ -21,6 +21,7 @@ from kogia.checkpoint.open import open_model, pick_device, pick_dtype
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
+from kogia.engine.traffic import cache_bytes, weight_bytes
 from kogia.files import check_target, write_json
 from kogia.inference.config import BenchConfig
 from kogia.inference.machine import copy_rate, describe
@@ -167,27 +168,9 @@ def batch_speeds(engine: Engine, config: BenchConfig, batch: int) -> list[Speed]
 
 
 def step_bytes(engine: Engine, batch: int, context: float) -> float:
-    """What a decode step reads at least: every weight once, with its scales, of routed experts those that a batch is
-    expected to choose when routing is spread, and the cache."""
-    model, moe = engine.model, engine.model.config.moe
-    total = 0.0
-    scales = ((name, buffer) for name, buffer in model.named_buffers() if ".weight_" in name)
-    for name, weight in (*model.named_parameters(), *scales):
-        size = weight.numel() * weight.element_size()
-        if "embed_tokens" in name and not model.config.tie_embeddings:
-            size = batch * weight.shape[1] * weight.element_size()
-        elif moe is not None and ".experts." in name:
-            size *= 1 - (1 - moe.topk / moe.num_experts) ** batch
-        if not _is_mtp(model, name):
-            total += size
-    rows = engine.runner.cache.rows
-    return total + batch * context * rows.shape[0] * rows.shape[2] * rows.element_size()
-
-
-def _is_mtp(model: Transformer, name: str) -> bool:
-    return any(
-        name.startswith(f"model.layers.{model.config.num_layers + k}.") for k in range(model.config.num_mtp_layers)
-    )
+    """What a decode step reads at least: weights, of the experts those that are used, and the cache."""
+    weights = weight_bytes(engine.model, batch, engine.experts.number)
+    return weights + cache_bytes(engine.runner.cache, batch, context)
 
 
 def under_load(engine: Engine, config: BenchConfig) -> dict[str, Any]:

@@ -526,3 +526,74 @@ def test_a_thinking_switch_that_is_not_there_is_said_before_anything_is_loaded(c
     for dry_run in (False, True):
         with pytest.raises(ValueError, match="thinking = True: this model's chat template has no such switch"):
             main(settings(copy, tmp_path, thinking=True, dry_run=dry_run))
+
+
+def test_each_number_of_active_experts_is_an_evaluation_of_its_own_and_they_are_shown_side_by_side(
+    checkpoint, tmp_path, written, capsys
+):
+    config = settings(checkpoint, tmp_path, active_experts=(1, 2, 4))
+    main(config)
+    shown = capsys.readouterr()
+    out = tmp_path / "evals"
+    names = [f"Checksum-{number}experts" for number in (1, 2, 4)]
+    assert {path.name for path in out.iterdir()} == {f"{name}.json{end}" for name in names for end in ("", "l")}
+    summaries = [json.loads((out / f"{name}.json").read_text()) for name in names]
+    assert [summary["sampling"]["active_experts"] for summary in summaries] == [1, 2, 4]
+    read = [summary["bytes_per_token"] for summary in summaries]
+    assert read[2] - read[1] == pytest.approx(2 * (read[1] - read[0])) and read[1] > read[0]
+    assert all(summary["tokens_per_second"] > 0 for summary in summaries)
+    texts = [sorted((r["problem_id"], r["sample"], r["text"]) for r in read_samples(out / f"{n}.jsonl")) for n in names]
+    trained = sorted((row["problem_id"], row["sample"], row["text"]) for row in written[2])
+    assert texts[1] == trained and texts[0] != trained and texts[2] != trained
+    lines = shown.out[shown.out.index("active experts") :].splitlines()
+    for number, summary in zip((1, 2, 4), summaries, strict=True):
+        (line,) = [line for line in lines if line.lstrip("│ ").startswith(f"{number} ")]
+        assert f"{100 * summary['pass@1'][0]:.1f}%" in line and f"{summary['bytes_per_token'] / 1e6:.2f}" in line
+    assert max(map(len, shown.out.splitlines())) <= 80
+
+
+def test_an_evaluation_at_several_numbers_is_resumed_where_it_was_interrupted(checkpoint, tmp_path):
+    config = settings(checkpoint, tmp_path, active_experts=(1, 4), greedy=False)
+    main(config)
+    out = tmp_path / "evals"
+    first, second = out / "Checksum-1experts.jsonl", read_samples(out / "Checksum-4experts.jsonl")
+    done = first.stat().st_mtime_ns
+    (out / "Checksum-4experts.json").unlink()
+    (out / "Checksum-4experts.jsonl").unlink()
+    main(replace(config, resume=True))
+    assert first.stat().st_mtime_ns == done
+    place = itemgetter("problem_id", "sample")
+    assert sorted(read_samples(out / "Checksum-4experts.jsonl"), key=place) == sorted(second, key=place)
+
+
+def test_the_engines_own_number_is_a_setting_that_samples_depend_on(checkpoint, tmp_path):
+    engine = EngineConfig(num_blocks=256, max_sequences=16, active_experts=1)
+    config = settings(checkpoint, tmp_path, engine=engine)
+    interrupted(config, 7)
+    trained = replace(engine, active_experts=None)
+    with pytest.raises(ValueError, match="begun with active_experts = 1, and now it is None"):
+        main(replace(config, resume=True, engine=trained))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"active_experts": (2, 5)}, "^active_experts = 5: this model has 4 routed experts; give 1 to 4"),
+        ({"engine": EngineConfig(active_experts=5)}, r"^engine\.active_experts = 5: this model has 4"),
+    ],
+)
+def test_numbers_of_experts_that_there_are_not_are_refused_before_anything_is_loaded(
+    checkpoint, tmp_path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        main(settings(checkpoint, tmp_path, **changes))
+    assert not (tmp_path / "evals").exists()
+
+
+def test_numbers_of_experts_are_named_once_and_in_one_place(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"active_experts = \(2, 0\): must be a whole number from 1 to the routed"):
+        settings(checkpoint, tmp_path, active_experts=(2, 0))
+    with pytest.raises(ValueError, match=r"active_experts = \[2, 2\]: each may be named once"):
+        settings(checkpoint, tmp_path, active_experts=(2, 2))
+    with pytest.raises(ValueError, match=r"active_experts = \[1\] and engine.active_experts = 2"):
+        settings(checkpoint, tmp_path, active_experts=(1,), engine=EngineConfig(active_experts=2))

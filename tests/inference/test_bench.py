@@ -37,6 +37,16 @@ def test_a_preset_with_drawn_weights_is_measured_and_written(tmp_path, capsys):
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def test_fewer_active_experts_are_fewer_bytes():
+    model = build_model(preset("kogia-demo"))
+    one, two = (Engine(model, None, EngineConfig(num_blocks=8, active_experts=number)) for number in (1, 2))
+    saved = bench.step_bytes(two, 1, 10) - bench.step_bytes(one, 1, 10)
+    moe, config = model.config.moe, model.config
+    assert moe is not None
+    mixtures = config.num_layers - moe.num_dense_layers
+    assert saved == pytest.approx(4 * mixtures * 3 * config.dim * moe.expert_dim)
+
+
 def test_the_bytes_of_a_step_are_weights_once_the_experts_in_use_and_the_cache():
     config = preset("kogia-demo")
     model = build_model(config)
