@@ -183,6 +183,10 @@ class EngineConfig:
     CPU, which has nothing to hide it behind, a sequence that ends would only run one token more."""
     graphs: bool | None = None
     """Record decode steps as GPU graphs, one per size of batch. None: where the model's kernels allow it."""
+    deterministic: bool | None = None
+    """Batch-invariant: tokens and log-probabilities are the same bit for bit whatever else runs, however prompts are
+    cut and whatever prefixes are found. Slower (docs/deterministic.md); not with pruning or sparse attention. None:
+    evaluations and RL's signal check on a CPU, where the model allows it, and nothing else."""
     cache_dtype: Literal["auto", "fp8"] = "auto"
     """Of the cached latents: the model's dtype, or FP8 with 16-bit rotary keys (latent attention only)."""
     rank_by_context: tuple[tuple[int, int], ...] = ()
@@ -218,6 +222,10 @@ class EngineConfig:
             )
         if table and ranks[-1] < 1:
             raise ValueError(f"engine.rank_by_context = {[list(pair) for pair in table]}: each rank must be at least 1")
+        if self.prune is not None and self.deterministic:
+            raise ValueError(
+                "engine.deterministic with engine.prune: pruning counts attention in an order of its own; leave one out"
+            )
         if self.prune is not None and (self.prefix_cache or self.num_draft_tokens):
             raise ValueError(
                 f"engine.prune with prefix_cache = {self.prefix_cache} and num_draft_tokens = {self.num_draft_tokens}: "

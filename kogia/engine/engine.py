@@ -9,7 +9,7 @@ The model is the trainer's own `Transformer`, used without gradients; nothing of
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 
@@ -23,7 +23,14 @@ from kogia.engine.activation import ActiveExperts
 from kogia.engine.config import EngineConfig
 from kogia.engine.graphs import why_not
 from kogia.engine.intake import check_params, rules_of
-from kogia.engine.limits import block_bytes, cache_layout, check_activation, check_budget, check_engine
+from kogia.engine.limits import (
+    block_bytes,
+    cache_layout,
+    check_activation,
+    check_budget,
+    check_engine,
+    has_sparse_attention,
+)
 from kogia.engine.loop import OnProgress, Stream, StreamLoop
 from kogia.engine.memory import cache_budget
 from kogia.engine.output import TextStream
@@ -37,6 +44,7 @@ from kogia.engine.views import CacheView, WholeCache
 from kogia.model.cache import PagedCache, build_cache
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer
+from kogia.ops.dispatch import batch_invariant
 from kogia.text.chat import Prompt
 from kogia.text.tokenizer import Tokenizer
 
@@ -85,6 +93,8 @@ class Engine:
         self.num_draft_tokens = config.num_draft_tokens
         """Drafts per step from now on; may be set to 0 between steps, but not back."""
         check_engine(model.config, config, model.dtype)
+        self.is_deterministic = bool(config.deterministic)
+        """Whether steps are batch-invariant."""
         self.overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
         cache = _build_cache(model, config)
         self.pruner = None if config.prune is None else Pruner(config.prune, cache, config.max_sequences)
@@ -109,7 +119,9 @@ class Engine:
     def _graph_length(self, cache: PagedCache, view: CacheView) -> int | None:
         """The longest context of recorded decode steps, or None where they are not recorded."""
         reason = "pruning and ranks by context change what each layer sees"
-        if isinstance(view, WholeCache):
+        if self.is_deterministic:
+            reason = "deterministic steps are not recorded"
+        elif isinstance(view, WholeCache):
             reason = why_not(self.model, cache)
         if reason is None and self.config.graphs is not False:
             return min(self.model.config.max_position, self.scheduler.longest)
@@ -262,6 +274,28 @@ class Engine:
                     tensor.copy_(new[name])
 
     @contextmanager
+    def deterministic(self) -> Iterator[None]:
+        """For measurements: within the block, steps are batch-invariant where the configuration leaves that open and it
+        costs little, on a CPU. The prefixes that were cached otherwise are forgotten before it, and after it."""
+        config, model = self.config, self.model
+        is_open = config.deterministic is None and config.prune is None
+        if not is_open or model.device.type != "cpu" or has_sparse_attention(model.config):
+            yield
+            return
+        self._switch(deterministic=True)
+        try:
+            yield
+        finally:
+            self._switch(deterministic=False)
+
+    def _switch(self, *, deterministic: bool) -> None:
+        with self.loop.paused():
+            with self._whole():
+                self._land_all()
+            self.scheduler.recompute_all()
+            self.is_deterministic = deterministic
+
+    @contextmanager
     def _whole(self) -> Iterator[None]:
         """What fails within, by Ctrl-C too, leaves no step in flight and nothing in the cache: blocks were promised to
         the prefix index but not written. Sequences keep their tokens."""
@@ -279,7 +313,8 @@ class Engine:
             return False
         if tainted := self.scheduler.pool.take_to_clear():
             self.runner.clear(tainted)
-        self._flights.append(self.runner.launch(plan, self.num_draft_tokens))
+        with batch_invariant() if self.is_deterministic else nullcontext():
+            self._flights.append(self.runner.launch(plan, self.num_draft_tokens))
         if self.pruner is not None:
             self.stats.num_dropped_rows += self.pruner.prune(self.scheduler.table, plan)
         self._count(plan)

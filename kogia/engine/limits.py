@@ -29,6 +29,10 @@ def check_engine(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -
         raise ValueError(
             f"engine.num_draft_tokens = {config.num_draft_tokens}: the model has no MTP module to draft with; set 0"
         )
+    if config.deterministic and has_sparse_attention(model):
+        raise ValueError(
+            "engine.deterministic = true: this model's sparse attention has no batch-invariant form; leave it out"
+        )
     check_activation(model, config.active_experts, config.expert_threshold, "engine.")
     _, row = cache_layout(model, config)
     if config.prune is not None and not isinstance(row, LatentRow):
@@ -39,6 +43,10 @@ def check_engine(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -
     given = config.cache_memory_bytes
     if given is not None and config.num_blocks is None:
         check_budget(given, "engine.cache_memory_bytes", block_bytes(model, config, dtype), config)
+
+
+def has_sparse_attention(model: ModelConfig) -> bool:
+    return model.attention.kind == "mla" and model.attention.indexer is not None
 
 
 def check_activation(model: ModelConfig, active_experts: int | None, threshold: float | None, where: str = "") -> None:

@@ -25,6 +25,7 @@ from kogia.model.cache import PagedCache, StepCache
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
+from kogia.ops.dispatch import is_batch_invariant
 from kogia.ops.moe import Activation
 from kogia.ops.sample import counter_uniforms, sample, token_logprobs
 from kogia.ops.segments import Segments
@@ -101,7 +102,7 @@ class Runner:
         return Flight(plan, Download(found))
 
     def _is_recorded(self, plan: StepPlan, graphs: DecodeGraphs) -> bool:
-        fits = plan.only_decodes and plan.num_tokens <= graphs.most
+        fits = plan.only_decodes and plan.num_tokens <= graphs.most and not is_batch_invariant()
         return fits and self.experts.are_own(self.table, plan.rows)
 
     def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:

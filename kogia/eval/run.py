@@ -31,7 +31,7 @@ from kogia.terminal import SamplingProgress
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.lock import sole_writer
 
-SPENT = ("mtp_acceptance", "tokens_per_second", "bytes_per_token", "seconds")
+SPENT = ("mtp_acceptance", "tokens_per_second", "bytes_per_token", "seconds", "deterministic")
 """Of the summary: what depends on the run, not on the samples."""
 
 
@@ -172,10 +172,12 @@ def evaluate(
             return EvalResult(about | _scores(config, rows, earlier) | spent, rows)
         before = replace(engine.stats)
         rows = [] if files is None else files.begin(resume=config.resume)
-        for batch in _rows(engine, tokenizer, pool, problems, config, rows, on_progress):
-            rows = rows + batch
-            if files is not None:
-                files.append(batch)
+        with engine.deterministic():
+            about["deterministic"] = engine.is_deterministic
+            for batch in _rows(engine, tokenizer, pool, problems, config, rows, on_progress):
+                rows = rows + batch
+                if files is not None:
+                    files.append(batch)
         summary = about | _scores(config, rows, earlier) | _spent(config, engine, before)
         summary["seconds"] = time.monotonic() - start
         if files is not None:

@@ -108,7 +108,10 @@ def paged_attention(
     return attend(q, cache, segments, scale=scale, index=index)
 
 
-@op(cuda=("kogia.ops.triton.attention", "kogia.ops.triton.kv"))
+@op(
+    cuda=("kogia.ops.triton.attention", "kogia.ops.triton.kv"),
+    invariant=("kogia.ops.invariant.attention",),
+)
 def cached_attention(
     q: Float[Tensor, "tokens heads qk"],
     cache: LayerCache,

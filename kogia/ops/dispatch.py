@@ -10,12 +10,15 @@ A backend is called as its package is ("triton", "aten", "cpu"). Its module has 
 it `NAME_supports` with the same arguments, which returns None, or the reason why it cannot take them. The first that
 can is called, the reference where none can. Modules are imported when first needed; one that cannot be imported is
 out, for that reason. The first argument of an op is a tensor, and its device is where the op runs.
+
+Modules under `invariant` are no device's: within `batch_invariant` they run, and the reference where an op has none.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -24,6 +27,7 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+INVARIANT = "invariant"
 REFERENCE = "reference"
 
 
@@ -85,9 +89,9 @@ class Op(Generic[P, R]):
         return [REFERENCE, *sorted({Backend(module, self.name).name for module in modules})]
 
     def backends(self, device: str) -> tuple[Backend, ...]:
-        """Those of a kind of device, best first."""
+        """Those of a kind of device, best first; or the `INVARIANT` ones."""
         if device not in self._backends:
-            modules = (*self.modules.get(device, ()), *self.modules.get("any", ()))
+            modules = (*self.modules.get(device, ()), *(self.modules.get("any", ()) if device != INVARIANT else ()))
             self._backends[device] = tuple(Backend(module, self.name) for module in modules)
         return self._backends[device]
 
@@ -101,6 +105,8 @@ class Op(Generic[P, R]):
 
     def _pick(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[P, R]:
         chosen, reasons = self.chosen, []
+        if chosen == INVARIANT or _is_invariant.get():
+            return self._pick_invariant(args, kwargs)
         for backend in self.backends(args[0].device.type):
             if chosen is not None and chosen != backend.name:
                 continue
@@ -110,6 +116,15 @@ class Op(Generic[P, R]):
             reasons.append(reason)
         if chosen is not None and reasons:
             raise ValueError(f"backend {chosen!r} cannot run {self.name} here: {'; '.join(reasons)}")
+        return self.reference
+
+    def _pick_invariant(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[P, R]:
+        """Raises ValueError for what has no batch-invariant form: nothing falls back silently."""
+        for backend in self.backends(INVARIANT):
+            reason = backend.refusal(args, kwargs)
+            if reason is not None:
+                raise ValueError(f"{self.name} cannot be batch-invariant here: {reason}")
+            return cast(Callable[P, R], backend)
         return self.reference
 
 
@@ -161,6 +176,30 @@ def use_backend(name: str, ops: Sequence[str] | None = None) -> Iterator[None]:
     finally:
         for op_name, previous in before.items():
             OPS[op_name].chosen = previous
+
+
+_is_invariant: ContextVar[bool] = ContextVar("_is_invariant", default=False)
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Within the block, in this thread, what an op makes of a row does not depend on the rows beside it, bit for bit.
+
+    It is slower (docs/deterministic.md), takes no gradients, and on a CPU runs one thread: where products are shared
+    out, rows near the border of a share are summed in another order.
+    """
+    token, threads = _is_invariant.set(True), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _is_invariant.reset(token)
+        torch.set_num_threads(threads)
+
+
+def is_batch_invariant() -> bool:
+    """Whether this thread is within `batch_invariant`."""
+    return _is_invariant.get()
 
 
 def which(device: torch.device | str) -> dict[str, dict[str, str | None]]:

@@ -11,7 +11,7 @@ from kogia.ops.dispatch import op
 from kogia.ops.packed import Packed
 
 
-@op()
+@op(invariant=("kogia.ops.invariant.linear",))
 def linear(
     x: Float[Tensor, "... in"], weight: Tensor | Packed, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "... out"]:
@@ -19,7 +19,7 @@ def linear(
     return F.linear(x, _dense(weight, x.dtype), bias)
 
 
-@op(any=("kogia.ops.aten.linear",))
+@op(any=("kogia.ops.aten.linear",), invariant=("kogia.ops.invariant.linear",))
 def grouped_linear(
     x: Float[Tensor, "routed in"], weight: Tensor | Packed, counts: Int[Tensor, " experts"]
 ) -> Float[Tensor, "routed out"]:

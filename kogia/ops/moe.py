@@ -69,7 +69,11 @@ def _weigh(chosen: Tensor, normalize: bool, scale: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activation:
-    """How many routed experts tokens use, where it is not the number that the model was trained with."""
+    """How many routed experts tokens use, where it is not the number that the model was trained with.
+
+    An expert weighs what it would among the trained number: what is left out is missing from the sum of the gates, and
+    what is added comes on top. To keep their sum instead is worse, for fewer and for more (docs/activation.md).
+    """
 
     most: int
     """Choices in a row: the largest number of any token."""
@@ -89,7 +93,7 @@ class Routed:
     """All affinities, which the balance loss is of."""
 
 
-@op(cuda=("kogia.ops.triton.moe",))
+@op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",))
 def route(
     x: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "experts dim"],
@@ -107,20 +111,58 @@ def route(
 ) -> Routed:
     """Score tokens against experts in float32, choose and weigh. With `given` ids nothing is chosen; some of them may
     be -1 only where `may_be_nobody` says so. Without, `activation` stands in for `topk`."""
-    scores = affinities(x.float() @ weight.float().T, score)
-    if given is None:
-        may_be_nobody = activation is not None
-        most = topk if activation is None else activation.most
-        with torch.no_grad():
-            given = select_experts(
-                scores, bias, topk=most, num_groups=num_groups, topk_groups=topk_groups, ordered=may_be_nobody
-            )
-            if activation is not None:
-                given = _activated(given, scores, activation)
-    if not may_be_nobody:
-        return Routed(given, gate_weights(scores, given, normalize=normalize, scale=scale), scores)
-    chosen = scores.gather(-1, given.clamp_min(0)).masked_fill(given < 0, 0.0)
-    return Routed(given, _weigh(chosen, normalize, scale), scores)
+    return choose_and_weigh(
+        affinities(x.float() @ weight.float().T, score),
+        bias,
+        topk=topk,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        normalize=normalize,
+        scale=scale,
+        given=given,
+        may_be_nobody=may_be_nobody,
+        activation=activation,
+    )
+
+
+def choose_and_weigh(
+    scores: Float[Tensor, "tokens experts"],
+    bias: Float[Tensor, " experts"] | None,
+    *,
+    topk: int,
+    num_groups: int,
+    topk_groups: int,
+    normalize: bool,
+    scale: float,
+    given: Int[Tensor, "tokens topk"] | None = None,
+    may_be_nobody: bool = False,
+    activation: Activation | None = None,
+    ordered: bool = False,
+) -> Routed:
+    """`route` from the affinities on; `ordered` chooses the best first."""
+
+    @torch.no_grad()
+    def select(count: int) -> Int[Tensor, "tokens count"]:
+        order = ordered or activation is not None
+        return select_experts(scores, bias, topk=count, num_groups=num_groups, topk_groups=topk_groups, ordered=order)
+
+    if activation is None and not may_be_nobody:
+        ids = select(topk) if given is None else given
+        return Routed(ids, gate_weights(scores, ids, normalize=normalize, scale=scale), scores)
+    if activation is None:
+        assert given is not None, "nobody is chosen by none"
+        return Routed(given, _weigh(_affinity_of(scores, given), normalize, scale), scores)
+    best = select(max(topk, activation.most))
+    ids = _activated(best[:, : activation.most], scores, activation) if given is None else given
+    weights = _affinity_of(scores, ids)
+    if normalize:
+        weights = weights / (scores.gather(-1, best[:, :topk]).sum(-1, keepdim=True) + 1e-20)
+    return Routed(ids, weights * scale, scores)
+
+
+def _affinity_of(scores: Float[Tensor, "tokens experts"], ids: Int[Tensor, "tokens chosen"]) -> Tensor:
+    """Of each chosen expert; 0 of nobody."""
+    return scores.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, 0.0)
 
 
 def _activated(
@@ -131,7 +173,7 @@ def _activated(
         rank = torch.arange(activation.most, device=ids.device)
         ids = torch.where(rank < activation.limits[:, None], ids, -1)
     if activation.thresholds is not None:
-        chosen = scores.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, 0.0)
+        chosen = _affinity_of(scores, ids)
         floor = chosen.amax(-1) * activation.thresholds
         ids = torch.where(chosen < floor[:, None], -1, ids)
     return ids
@@ -204,7 +246,7 @@ def dispatch(x: Float[Tensor, "tokens dim"], topk: int, order: ExpertOrder) -> F
     return _ToExperts.apply(x, order.order, order.inverse, topk)  # pyright: ignore[reportReturnType]
 
 
-@op(cuda=("kogia.ops.triton.moe",))
+@op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",))
 def gathered_sum(
     y: Float[Tensor, "routed dim"],
     inverse: Int[Tensor, " routed"],
@@ -265,7 +307,7 @@ def mix_experts(
     return combine(y, weights.masked_fill(expert_ids < 0, 0.0), order, *added)
 
 
-@op(cuda=("kogia.ops.triton.moe",))
+@op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",))
 def silu_mul(gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
     """silu(gate) * up, the inside of SwiGLU."""
     return F.silu(gate) * up

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kogia.ops.cache import LayerCache
+from kogia.ops.dispatch import is_batch_invariant
 from kogia.ops.segments import Segments
 
 FEW = 4
@@ -41,7 +42,7 @@ def prefill_of(cache: LayerCache, segments: Segments) -> Prefill | None:
 
     It is the same for all layers, and made once for them.
     """
-    if not cache.expands or cache.attend is not None:
+    if not cache.expands or cache.attend is not None or is_batch_invariant():  # that has one form for all
         return None
     if "prefill" not in cache.shared:
         cache.shared["prefill"] = _prefill(cache, segments)

@@ -77,14 +77,18 @@ def test_groups_of_a_single_expert_work():
     assert set(got[0].tolist()) == {0, 1}
 
 
-def activated(logits: list[float], bias: list[float] | None, limit: int, threshold: float) -> dict[int, float]:
-    """Expert -> gate of one token that may use `limit` experts, as a loop; gates sum to 2.5 (DeepSeek-V3 eq 13)."""
+def activated(
+    logits: list[float], bias: list[float] | None, trained: int, limit: int, threshold: float
+) -> dict[int, float]:
+    """Expert -> gate of one token that may use `limit` experts, as a loop; the gates of the trained number sum to 2.5
+    (DeepSeek-V3 eq 13)."""
     scores = [1 / (1 + math.exp(-x)) for x in logits]
     choice = [s + b for s, b in zip(scores, bias or [0.0] * len(scores), strict=True)]
-    chosen = sorted(range(len(choice)), key=lambda e: -choice[e])[:limit]
+    order = sorted(range(len(choice)), key=lambda e: -choice[e])
+    chosen = order[:limit]
     floor = threshold * max(scores[e] for e in chosen)
     kept = [e for e in chosen if scores[e] >= floor]
-    return {e: 2.5 * scores[e] / sum(scores[k] for k in kept) for e in kept}
+    return {e: 2.5 * scores[e] / sum(scores[k] for k in order[:trained]) for e in kept}
 
 
 @given(seed=st.integers(0, 10_000), biased=st.booleans(), trained=st.integers(1, 8), own=st.booleans())
@@ -100,10 +104,13 @@ def test_each_token_uses_its_own_number_of_experts_as_a_loop_says(seed, biased, 
     for t in range(6):
         got = {e: w for e, w in zip(routed.expert_ids[t].tolist(), routed.weights[t].tolist(), strict=True) if e >= 0}
         logits = (weight.double() @ x[t].double()).tolist()
-        want = activated(logits, bias.tolist() if biased else None, int(limits[t]), float(thresholds[t]))
+        want = activated(logits, bias.tolist() if biased else None, trained, int(limits[t]), float(thresholds[t]))
         assert got.keys() == want.keys()
         assert all(abs(got[e] - want[e]) < 1e-4 for e in want)
         assert (routed.weights[t][routed.expert_ids[t] < 0] == 0).all()
+    replayed = route(x, weight, bias, **options, activation=activation, given=routed.expert_ids)
+    assert torch.equal(replayed.expert_ids, routed.expert_ids)
+    assert torch.equal(replayed.weights, routed.weights)
 
 
 def test_gates_come_from_unbiased_scores():

@@ -44,7 +44,7 @@ PAIRWISE = 2
 @kernel
 def _route(
     x, gate, bias, limits, thresholds, scores, ids, weights, arrived, tokens, scale, dim,
-    LIMITED: tl.constexpr, THRESHOLD: tl.constexpr,
+    LIMITED: tl.constexpr, THRESHOLD: tl.constexpr, TRAINED: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr,
     BIASED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
@@ -112,28 +112,26 @@ def _route(
     limit = tl.full((BLOCK_T,), K, tl.int64)
     if LIMITED:
         limit = tl.load(limits + t, there, 0)
-    for i in tl.static_range(K):
+    for i in tl.static_range(max(K, TRAINED)):
         chosen = tl.argmax(choice, 1)
         mine = a[None, :] == chosen[:, None]
         weight = tl.sum(tl.where(mine, s, 0.0), 1)
         choice = tl.where(mine, float("-inf"), choice)
-        if LIMITED:
-            weight = tl.where(i < limit, weight, 0.0)
-            chosen = tl.where(i < limit, chosen, -1)
-        total += weight
-        best = tl.maximum(best, weight)
-        tl.store(ids + t.to(tl.int64) * K + i, chosen.to(tl.int64), there)
-        tl.store(weights + t.to(tl.int64) * K + i, weight, there)
+        if i < TRAINED:
+            total += weight
+        if i < K:
+            if LIMITED:
+                weight = tl.where(i < limit, weight, 0.0)
+                chosen = tl.where(i < limit, chosen, -1)
+            best = tl.maximum(best, weight)
+            tl.store(ids + t.to(tl.int64) * K + i, chosen.to(tl.int64), there)
+            tl.store(weights + t.to(tl.int64) * K + i, weight, there)
     if THRESHOLD:
         floor = best * tl.load(thresholds + t, there, 0.0)
-        total = tl.zeros((BLOCK_T,), tl.float32)
         for i in tl.static_range(K):
             at_weight = weights + t.to(tl.int64) * K + i
-            weight = tl.load(at_weight, there, 0.0)
-            dropped = weight < floor
-            weight = tl.where(dropped, 0.0, weight)
-            total += weight
-            tl.store(at_weight, weight, there)
+            dropped = tl.load(at_weight, there, 0.0) < floor
+            tl.store(at_weight, tl.zeros((BLOCK_T,), tl.float32), there & dropped)
             tl.store(ids + t.to(tl.int64) * K + i, tl.full((BLOCK_T,), -1, tl.int64), there & dropped)
     factor = tl.zeros((BLOCK_T,), tl.float32) + scale
     if NORMALIZE:
@@ -161,7 +159,7 @@ def route(
     """One launch. Of equally good experts the lower number is chosen."""
     tokens, experts = x.shape[0], weight.shape[0]
     limits, thresholds = (None, None) if activation is None else (activation.limits, activation.thresholds)
-    topk = topk if activation is None else activation.most
+    trained, topk = topk, topk if activation is None else activation.most
     scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, topk, dtype=torch.int64, device=x.device)
     weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
@@ -171,7 +169,7 @@ def route(
     _route[(blocks, triton.cdiv(experts, block_e))](
         x, weight, bias if bias is not None else scores, limits if limits is not None else ids,
         thresholds if thresholds is not None else scores, scores, ids, weights, counters(x.device, blocks), tokens,
-        scale, x.shape[1], LIMITED=limits is not None, THRESHOLD=thresholds is not None,
+        scale, x.shape[1], LIMITED=limits is not None, THRESHOLD=thresholds is not None, TRAINED=trained,
         E=experts, K=topk, GROUPS=num_groups, KEPT=topk_groups, SIGMOID=score == "sigmoid",
         BIASED=bias is not None, NORMALIZE=normalize, BLOCK_T=block_t, BLOCK_E=block_e,
         BLOCK_K=min(block_k, triton.next_power_of_2(x.shape[1])),
