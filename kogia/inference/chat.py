@@ -20,20 +20,15 @@ from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.inference.config import FILTERS, ChatConfig
+from kogia.inference.conversation import Conversation
 from kogia.inference.history import History
 from kogia.inference.llm import LLM
 from kogia.model.costs import num_params
-from kogia.text.chat import Message, Prompt, render_prompt
+from kogia.text.chat import Message, Prompt
 from kogia.text.files import read_generation
 from kogia.text.tokenizer import END_THINK, THINK
 
 TRIAL_DRAFTS, LEAST_ACCEPTANCE = 64, 0.1  # drafts that are hardly ever right only cost time
-HELP = """\
-/reset   forget the conversation
-/help    show this
-/exit    leave, as Ctrl-D does
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next one, and so does everything from \"\"\" to \"\"\".
-Arrow keys edit the line and bring back earlier ones, those of earlier chats too unless --no-history is given."""
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
 ReadLine = Callable[[str], str | None]
 """The next line after a prompt, None at the end of the input."""
@@ -67,44 +62,45 @@ def _check_model(config: ChatConfig, directory: Path) -> None:
 def converse(llm: LLM, config: ChatConfig, params: SamplingParams) -> int:
     """Questions and answers until the end of the input."""
     console = Console(highlight=False)
-    opening = [] if config.system is None else [Message("system", config.system)]
-    messages = list(opening)
+    conversation = Conversation(llm, params, config.system, config.thinking)
     if sys.stdin.isatty():
         sampling = ", ".join(f"{name} {getattr(params, name):g}" for name in FILTERS)
         console.print(f"{sampling}. /help says what else there is.", style="dim")
     for line, is_command in _questions(console, config.history):
         if is_command and line in ("/exit", "/quit"):
             return 0
-        if config.single or (is_command and line == "/reset"):
-            messages = list(opening)
         if is_command:
-            _explain(line, console)
-        else:
-            _exchange(llm, config, params, messages, line, console)
+            _obey(conversation, line, console)
+            continue
+        if config.single:
+            conversation.turns.clear()
+        _exchange(conversation, line, console)
     return 0
 
 
-def _explain(command: str, console: Console) -> None:
-    if command == "/help":
-        console.print(HELP, style="dim", markup=False)
-    elif command != "/reset":
-        console.print(f"unknown command {command.split()[0]}.\n{HELP}", style="yellow", markup=False)
-
-
-def _exchange(
-    llm: LLM, config: ChatConfig, params: SamplingParams, messages: list[Message], question: str, console: Console
-) -> None:
-    """Answer a question; both join `messages`."""
-    messages.append(Message("user", question))
-    prompt = render_prompt(messages, llm.tokenizer, config.thinking)
+def _obey(conversation: Conversation, line: str, console: Console) -> None:
     try:
-        answer = _answer(llm, prompt, params, console)
+        told, style = conversation.obey(line), "dim"
+    except (ValueError, OSError) as error:
+        told, style = str(error), "yellow"
+    if told:
+        console.print(told, style=style, markup=False)
+
+
+def _exchange(conversation: Conversation, question: str, console: Console) -> None:
+    """Answer a question; both join the conversation."""
+    llm, turns = conversation.llm, conversation.turns
+    turns.append(Message("user", question))
+    try:
+        prompt = conversation.prompt()
+        answer, num_tokens = _answer(llm, prompt, conversation.params, console)
     except ValueError as error:  # the conversation has outgrown the context, which /reset cures
-        messages.pop()
+        turns.pop()
         log.warn(f"{error}, or /reset the conversation")
         return
+    conversation.num_tokens = len(prompt.token_ids) + num_tokens
     parsed = prompt.parse(answer)
-    messages.append(Message("assistant", parsed.answer, parsed.thinking))
+    turns.append(Message("assistant", parsed.answer, parsed.thinking))
     if llm.engine.stats.num_drafted >= TRIAL_DRAFTS and llm.engine.stats.acceptance < LEAST_ACCEPTANCE:
         llm.engine.num_draft_tokens = 0
 
@@ -166,8 +162,8 @@ def _typed_line(console: Console, history: History | None, prompt: str) -> str |
     return line
 
 
-def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, console: Console) -> str:
-    """Stream one answer to the console and return its text, whole or as far as it came."""
+def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, console: Console) -> tuple[str, int]:
+    """Stream one answer to the console; returns its text and tokens, whole or as far as they came."""
     thought = ThoughtStyle(console, prompt)
     started, num_tokens, text = time.perf_counter(), 0, ""
     completion: Completion | None = None
@@ -182,7 +178,7 @@ def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, console: Console) 
     thought.close()
     seconds = time.perf_counter() - started
     console.print(_summary(num_tokens, seconds, completion), style="dim", markup=False, soft_wrap=True)
-    return text
+    return text, num_tokens
 
 
 def _summary(num_tokens: int, seconds: float, completion: Completion | None) -> str:
