@@ -9,6 +9,7 @@ layer take by themselves, and how far log-probabilities of greedy tokens are fro
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def main() -> None:
     engine = build_engine(model)
     one, want = measure("1gpu", engine), greedy(engine)
     del engine, model
+    gc.collect()
     torch.cuda.empty_cache()
     for way in args.ways:
         engine = open_engine(config, args.gpus, way == "expert")
@@ -78,6 +80,7 @@ def main() -> None:
             profile(engine, args.profile)
         engine.close()
         del engine
+        gc.collect()
         torch.cuda.empty_cache()
     ratios = {r["id"]: r["value"] for r in rows}
     best = max(args.ways, key=lambda way: ratios.get(f"decode-{args.gpus}gpu-ratio-{way}-b64", 0.0))

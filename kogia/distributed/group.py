@@ -6,6 +6,8 @@ caller, so that what they exchange is recorded in graphs like any kernel; CPUs t
 
 import datetime
 import os
+import threading
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +40,7 @@ class Group:
             return self._mailbox.total(x)
         options = dist.AllreduceOptions()
         options.asyncOp = False
-        self._backend.allreduce([x], options).wait()
+        _finish(self._backend.allreduce([x], options))
         return x
 
     def side_by_side(self, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows all_widths"]:
@@ -46,14 +48,14 @@ class Group:
         parts = x.new_empty(self.size, *x.shape)
         options = AllgatherOptions()
         options.asyncOp = False
-        self._backend._allgather_base(parts.flatten(0, 1), x.contiguous(), options).wait()
+        _finish(self._backend._allgather_base(parts.flatten(0, 1), x.contiguous(), options))
         return parts.transpose(0, 1).reshape(x.shape[0], -1)
 
     def copy_from_first_(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Replace a contiguous tensor by that of rank 0."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = 0, 0, False
-        self._backend.broadcast([x], options).wait()
+        _finish(self._backend.broadcast([x], options))
         return x
 
     def least(self, number: int) -> int:
@@ -61,12 +63,20 @@ class Group:
         options = dist.AllreduceOptions()
         options.reduceOp, options.asyncOp = dist.ReduceOp(dist.ReduceOp.MIN), False
         found = torch.tensor([number], device=self.device)
-        self._backend.allreduce([found], options).wait()
+        _finish(self._backend.allreduce([found], options))
         return int(found)
 
     def abort(self) -> None:
         """Give up what is under way, so that nobody waits for it. The group is of no more use."""
+        if self._mailbox is not None:  # beside what follows: the device may be waiting for either
+            threading.Thread(target=self._mailbox.abort, name="kogia-abort", daemon=True).start()
         self._backend.abort()
+
+
+def _finish(work: Any) -> None:
+    """What runs on the stream of the caller has nothing to wait for, and may be None."""
+    if work is not None:
+        work.wait()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +88,8 @@ class _Mailbox:
 
     memory: Shaped[Tensor, " bytes"]
     group: str
+    signals: tuple[Tensor, Tensor]
+    """By which kernels of both ranks wait for each other: this rank's and the other's."""
 
     @classmethod
     def open(cls, rank: int, store: dist.Store, device: torch.device, group: str) -> "_Mailbox | None":
@@ -86,10 +98,12 @@ class _Mailbox:
         try:
             _SymmetricMemory.set_group_info(group, rank, 2, dist.PrefixStore("mailbox", store))
             memory = symmetric_memory.empty(MAILBOX_BYTES, dtype=torch.uint8, device=device)
-            symmetric_memory.rendezvous(memory, group)
+            handle = _SymmetricMemory.rendezvous(memory, group)
+            assert handle is not None, "what was made for it can be shared"
+            own, other = (handle.get_signal_pad(each, dtype=torch.int32) for each in (rank, 1 - rank))
         except RuntimeError:
             return None
-        return cls(memory, group)
+        return cls(memory, group, (own, other))
 
     def takes(self, x: Tensor) -> bool:
         return 0 < x.nbytes <= len(self.memory) and x.nbytes % 16 == 0 and x.dtype in (torch.bfloat16, torch.float32)
@@ -97,6 +111,19 @@ class _Mailbox:
     def total(self, x: Tensor) -> Tensor:
         shared = self.memory[: x.nbytes].view(x.dtype)
         return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.view(-1), "sum", self.group).view(x.shape)
+
+    def abort(self) -> None:
+        """Give the signals of a rank that is gone, on a stream of their own, until nothing has waited for a second."""
+        own, other = self.signals
+        waiting = torch.cuda.default_stream(self.memory.device)
+        idle_since = time.monotonic()
+        with torch.cuda.stream(torch.cuda.Stream(self.memory.device)):
+            while time.monotonic() - idle_since < 1.0:
+                if not waiting.query():
+                    idle_since = time.monotonic()
+                own.fill_(1)
+                other.zero_()
+                torch.cuda.current_stream().synchronize()
 
 
 MAILBOX_BYTES = 1 << 20
