@@ -114,12 +114,13 @@ class Team:
         except (EOFError, OSError):
             said = f"it ended ({self._children[rank - 1].exit_reason()})"
         with self._changed:
-            if said in _WORDS:
-                self._said[rank] = said
-            elif self.failure is None:
+            is_news = said not in _WORDS and self.failure is None
+            if is_news:
                 self.failure = f"rank {rank}: {said}"
+            else:
+                self._said[rank] = said
             self._changed.notify_all()
-        if self.failure is not None:
+        if is_news:
             self.on_failure()
 
 

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from dataclasses import replace
 
 import torch
 
@@ -15,21 +16,22 @@ def main(channel: socket.socket) -> None:
     told = Told(channel.detach())
     told.say(HERE)
     while True:
-        (word,) = told.next()
+        word, *kind = told.next()
         if word == "exit":
             os._exit(3)
         elif word == "hang":
             time.sleep(600)
         elif word == "exchange":
-            group = join(told.rank, told.size, told.meeting_place, "cpu")
-            found = exchanged(group)
-            told.say(READY if found == expected(told.size) else str(found))
+            group = join(told.rank, told.size, told.meeting_place, *kind)
+            ways = [group, replace(group, _mailbox=None)] if kind == ["cuda"] else [group]
+            found = [exchanged(each) for each in ways]
+            told.say(READY if all(each == expected(told.size) for each in found) else str(found))
         else:
             told.say(word)
 
 
 def exchanged(group) -> list:
-    own = torch.arange(6.0).view(2, 3) + group.rank
+    own = torch.arange(8.0, device=group.device).view(2, 4) + group.rank
     return [
         group.total(own.clone()).tolist(),
         group.side_by_side(own[:, :2]).tolist(),
@@ -39,7 +41,7 @@ def exchanged(group) -> list:
 
 
 def expected(size: int) -> list:
-    own = [torch.arange(6.0).view(2, 3) + rank for rank in range(size)]
+    own = [torch.arange(8.0).view(2, 4) + rank for rank in range(size)]
     return [
         sum(own).tolist(),
         torch.cat([each[:, :2] for each in own], 1).tolist(),

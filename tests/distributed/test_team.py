@@ -4,9 +4,11 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.ranks import exchanged, expected
 
 from kogia.distributed import team as team_module
@@ -26,10 +28,22 @@ def team():
 
 
 def test_ranks_exchange_sums_columns_copies_and_the_least_number(team):
-    team.tell("exchange")
+    team.tell("exchange", "cpu")
     group = join(0, 3, team.meeting_place, "cpu")
     assert exchanged(group) == expected(3)
     team.wait_until(READY)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_exchange_the_same():
+    team = Team(RANKS, 2)
+    team.wait_until(HERE)
+    team.tell("exchange", "cuda")
+    group = join(0, 2, team.meeting_place, "cuda")
+    for each in (group, replace(group, _mailbox=None)):
+        assert exchanged(each) == expected(2)
+    team.wait_until(READY)
+    team.close()
 
 
 def test_a_rank_that_ends_ends_the_team_and_says_how(team):
