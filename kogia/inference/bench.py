@@ -105,7 +105,9 @@ def engine_for_bench(config: BenchConfig) -> Engine:
     source: Source = StoredModel(config.model, config.dtype, config.quantize)
     if config.random_weights:
         if config.quantize not in ("auto", "none"):
-            raise ValueError(f"quantize = {config.quantize!r}: drawn weights are packed in one process only")
+            raise ValueError(
+                f"quantize = {config.quantize!r}: drawn weights are packed in one process only; leave out tensor_parallel"
+            )
         source = DrawnModel(_config_of(config.model), drawn_dtype(config, device), config.seed)
     else:
         _check_has_weights(config.model)
