@@ -106,7 +106,8 @@ def engine_for_bench(config: BenchConfig) -> Engine:
     if config.random_weights:
         if config.quantize not in ("auto", "none"):
             raise ValueError(
-                f"quantize = {config.quantize!r}: drawn weights are packed in one process only; leave out tensor_parallel"
+                f"quantize = {config.quantize!r}: drawn weights are packed in one process only; leave it out, or "
+                "tensor_parallel"
             )
         source = DrawnModel(_config_of(config.model), drawn_dtype(config, device), config.seed)
     else:
