@@ -135,7 +135,9 @@ def accuracy_rows(run: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         num_questions=args.questions,
         num_samples=args.samples,
         max_tokens=rl.max_tokens,
-        engine=EngineConfig(block_size=4, num_blocks=24000, max_sequences=400, max_batch_tokens=4096),
+        engine=EngineConfig(
+            block_size=4, num_blocks=24000, max_sequences=400, max_batch_tokens=4096, deterministic=False
+        ),
         out=str(args.runs / "evals"),
         threads=1,
         device="cpu",

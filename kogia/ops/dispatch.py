@@ -11,7 +11,8 @@ it `NAME_supports` with the same arguments, which returns None, or the reason wh
 can is called, the reference where none can. Modules are imported when first needed; one that cannot be imported is
 out, for that reason. The first argument of an op is a tensor, and its device is where the op runs.
 
-Modules under `invariant` are no device's: within `batch_invariant` they run, and the reference where an op has none.
+Within `batch_invariant` modules under `invariant_cuda`, on a GPU, and then `invariant` run instead, and the reference
+where an op has none of the latter: what it makes of a row depends on that row alone.
 """
 
 import importlib
@@ -89,9 +90,10 @@ class Op(Generic[P, R]):
         return [REFERENCE, *sorted({Backend(module, self.name).name for module in modules})]
 
     def backends(self, device: str) -> tuple[Backend, ...]:
-        """Those of a kind of device, best first; or the `INVARIANT` ones."""
+        """Those of a kind of device, best first; of "invariant" and "invariant_cuda", those under that key."""
         if device not in self._backends:
-            modules = (*self.modules.get(device, ()), *(self.modules.get("any", ()) if device != INVARIANT else ()))
+            shared = () if device.startswith(INVARIANT) else self.modules.get("any", ())
+            modules = (*self.modules.get(device, ()), *shared)
             self._backends[device] = tuple(Backend(module, self.name) for module in modules)
         return self._backends[device]
 
@@ -120,11 +122,14 @@ class Op(Generic[P, R]):
 
     def _pick_invariant(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[P, R]:
         """Raises ValueError for what has no batch-invariant form: nothing falls back silently."""
-        for backend in self.backends(INVARIANT):
+        reasons = []
+        for backend in (*self.backends(f"{INVARIANT}_{args[0].device.type}"), *self.backends(INVARIANT)):
             reason = backend.refusal(args, kwargs)
-            if reason is not None:
-                raise ValueError(f"{self.name} cannot be batch-invariant here: {reason}")
-            return cast(Callable[P, R], backend)
+            if reason is None:
+                return cast(Callable[P, R], backend)
+            reasons.append(reason)
+        if self.backends(INVARIANT):
+            raise ValueError(f"{self.name} cannot be batch-invariant here: {'; '.join(reasons)}")
         return self.reference
 
 

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from kogia.ops.dispatch import REFERENCE, all_ops, op, use_backend, which
-from kogia.ops.linear import grouped_linear
+from kogia.ops.dispatch import (
+    REFERENCE,
+    all_ops,
+    batch_invariant,
+    is_batch_invariant,
+    op,
+    use_backend,
+    which,
+)
+from kogia.ops.linear import grouped_linear, linear
 from kogia.ops.packed import FORMATS
 
 
@@ -92,3 +100,41 @@ def test_rows_of_nobody_are_finite_and_change_no_gradient(backend):
         expected = torch.autograd.grad(want.square().sum(), (x, weight))
         for got, wanted in zip(grads, expected, strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+def test_within_a_batch_invariant_block_the_invariant_form_runs_or_says_why_not(monkeypatch):
+    monkeypatch.setattr("kogia.ops.dispatch.OPS", dict(all_ops()))
+
+    @op(cpu=("toy_ops.fast.toys",), invariant=("toy_ops.fast.toys",))
+    def doubled(x: torch.Tensor, times: int = 1) -> tuple[str, torch.Tensor]:
+        """Reference."""
+        return "reference", x * 2 * times
+
+    @op(cpu=("toy_ops.fast.toys",))
+    def tripled(x: torch.Tensor, times: int = 1) -> tuple[str, torch.Tensor]:
+        """Its reference is invariant."""
+        return "reference", x * 3 * times
+
+    assert not is_batch_invariant()
+    with batch_invariant():
+        assert is_batch_invariant()
+        assert doubled(torch.ones(4))[0] == "fast"
+        with pytest.raises(ValueError, match="doubled cannot be batch-invariant here: 3 numbers are not even"):
+            doubled(torch.ones(3))
+        assert tripled(torch.ones(4))[0] == "reference"
+    assert doubled(torch.ones(3))[0] == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_a_row_are_the_same_bits_in_blocks_of_any_company(dtype):
+    torch.manual_seed(0)
+    x, weight, stack = torch.randn(70, 40, dtype=dtype), torch.randn(24, 40, dtype=dtype), torch.randn(3, 24, 40)
+    with batch_invariant():
+        whole = linear(x, weight)
+        for start, end in ((0, 1), (3, 5), (5, 40), (17, 70)):
+            assert torch.equal(linear(x[start:end], weight), whole[start:end])
+            counts = torch.tensor([1, 0, end - start])
+            routed = torch.cat((x[60:61], x[start:end])).float()
+            grouped = grouped_linear(routed, stack, counts)
+            assert torch.equal(grouped[1:], linear(x[start:end].float(), stack[2]))
+    torch.testing.assert_close(whole, linear(x, weight), rtol=1e-2, atol=1e-2)
