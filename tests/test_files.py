@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kogia.files import put_in_place, remove_stale_drafts, replacing_directory, write_json, write_text
+from kogia.files import put_in_place, remove_stale_drafts, replacing_directory, replacing_file, write_json, write_text
 
 KILLED = """
 import os, signal, sys
@@ -270,6 +270,21 @@ def test_a_name_may_hold_any_character(tmp_path: Path, name: str):
     (tmp_path / f".{name}.0123456789abcdef.tmp").touch()
     write_text(tmp_path / name, "text")
     assert names(tmp_path) == sorted([".axb.0123456789abcdef.tmp", name])
+
+
+def test_a_file_that_others_write_takes_its_place_when_it_is_whole(tmp_path: Path):
+    path = tmp_path / "deep" / "a.bin"
+    for content in (b"old", b"new"):
+        with replacing_file(path) as draft:
+            draft.write_bytes(content)
+        assert path.read_bytes() == content
+    with contextlib.suppress(KeyError), replacing_file(path) as draft:
+        draft.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"new"
+    assert [each.name for each in path.parent.iterdir()] == ["a.bin"]
+    with pytest.raises(ValueError, match="is a directory; name a file"), replacing_file(tmp_path):
+        pass
 
 
 def test_a_finished_draft_of_one_s_own_is_put_in_place(tmp_path: Path):
