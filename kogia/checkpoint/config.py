@@ -33,7 +33,7 @@ class InspectConfig:
     """What a model is and costs, and where its files contradict its config.json (then the exit status is 1)."""
 
     model: Positional[str | None] = None
-    """Model directory, run directory, preset, such as deepseek-v3, or `org/name` of the Hugging Face Hub; without one
+    """Model or run directory, GGUF file, preset, as deepseek-v3, or `org/name` of the Hugging Face Hub; without one
     the presets are listed."""
     context: int | None = None
     """Tokens of context that the cache and the FLOPs are given for; None takes the longest the model is made for."""

@@ -50,7 +50,7 @@ class EvalConfig(FilteredSamplingConfig):
     """Measure a model on tasks: several samples per question, intervals over questions, every sample kept."""
 
     path: Positional[str]
-    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
     _: KW_ONLY
     tasks: tuple[str, ...] = ("countdown",)
     """Built-in names or 'module:Class'."""

@@ -19,7 +19,7 @@ class GenerateConfig(FilteredSamplingConfig):
     """Answer prompts with a model: from --prompt, from --file or from stdin: one prompt per line, or JSON lines."""
 
     path: Positional[str]
-    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
     _: KW_ONLY
     prompt: tuple[str, ...] = ()
     """Prompts; each is one user message unless --raw."""
@@ -67,7 +67,7 @@ class ChatConfig:
     """Talk to a model in the terminal."""
 
     path: Positional[str]
-    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
     _: KW_ONLY
     system: str | None = None
     """System message of the conversation."""
@@ -138,7 +138,7 @@ class BenchConfig:
     """Measure how fast a model decodes and reads prompts here, and what requests wait for under a load."""
 
     model: Positional[str]
-    """Model directory, run directory or a model of the Hugging Face Hub; with --random-weights a preset, too."""
+    """Model or run directory, GGUF file, or a model of the Hugging Face Hub; with --random-weights a preset, too."""
     _: KW_ONLY
     random_weights: bool = False
     """Draw the weights instead of loading them: speed does not depend on what they are."""

@@ -180,7 +180,7 @@ class CurateConfig(FilteredSamplingConfig):
     """Rejection sampling (DeepSeek-R1 section 2.3.3): sample, verify, keep good answers as fine-tuning data."""
 
     path: Positional[str]
-    """Model directory, run directory, or a model of the Hugging Face Hub, `org/name`."""
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
     _: KW_ONLY
     out: str = "curated.jsonl"
     """File to append to. An interrupted curation goes on where it stopped; with more tasks or larger num_problems,
