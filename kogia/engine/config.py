@@ -178,9 +178,12 @@ class EngineConfig:
     """Sequences that run at once; the rest wait."""
     num_draft_tokens: int = 0
     """Tokens drafted per step by the model's MTP module; 0 turns speculative decoding off."""
+    adaptive_drafts: bool = True
+    """Pause drafting while it gains nothing, as measured for each size of batch (`engine.draft_switch`)."""
     overlap: bool | None = None
-    """Plan the next step while the present one runs; not with drafts. None: on a GPU, where it hides the planning; on a
-    CPU, which has nothing to hide it behind, a sequence that ends would only run one token more."""
+    """Plan the next step while the present one runs; with drafts only where steps are recorded. None: on a GPU, where
+    it hides the planning; on a CPU, which has nothing to hide it behind, a sequence that ends would only run one token
+    more."""
     graphs: bool | None = None
     """Record decode steps as GPU graphs, one per size of batch. None: where the model's kernels allow it."""
     deterministic: bool | None = None

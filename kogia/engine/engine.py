@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from kogia import log
 from kogia.engine.activation import ActiveExperts
 from kogia.engine.config import EngineConfig
+from kogia.engine.draft_switch import DraftSwitch
+from kogia.engine.drafting import why_not_drafts
 from kogia.engine.graphs import why_not
 from kogia.engine.intake import check_params, rules_of
 from kogia.engine.limits import (
@@ -76,6 +79,15 @@ class EngineStats:
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
 
 
+class _Landing(NamedTuple):
+    """A step that is over."""
+
+    plan: StepPlan
+    drafted: bool
+    num_new: int
+    """Tokens that it gave."""
+
+
 class Engine:
     """Continuous batching over one model.
 
@@ -90,8 +102,6 @@ class Engine:
         self.tokenizer = tokenizer
         self.stats = EngineStats()
         self.weights_version = 0
-        self.num_draft_tokens = config.num_draft_tokens
-        """Drafts per step from now on; may be set to 0 between steps, but not back."""
         check_engine(model.config, config, model.dtype)
         self.is_deterministic = bool(config.deterministic)
         """Whether steps are batch-invariant."""
@@ -108,7 +118,12 @@ class Engine:
         view: CacheView = self.pruner or WholeCache(cache, self.scheduler.lookahead)
         if len(config.rank_by_context) > 1:  # one rank for all: the rows are that narrow, nothing is left to choose
             view = RankByContext(view, config.rank_by_context, model.device)
-        self.runner = Runner(model, cache, self.scheduler.table, view, self.experts, self._graph_length(cache, view))
+        longest = self._graph_length(cache, view)
+        self.runner = Runner(model, cache, self.scheduler.table, view, self.experts, longest, config.num_draft_tokens)
+        self.scheduler.drafts_ahead = self.runner.records_drafts
+        self.draft_switch = DraftSwitch() if config.num_draft_tokens and config.adaptive_drafts else None
+        """Pauses drafting; without one, every step drafts as configured."""
+        self.clock = time.perf_counter
         self.loop = StreamLoop(self)
         self._flights: deque[Flight] = deque()
         self._news: list[TokenEvent] = []
@@ -122,7 +137,7 @@ class Engine:
         if self.is_deterministic:
             reason = "deterministic steps are not recorded"
         elif isinstance(view, WholeCache):
-            reason = why_not(self.model, cache)
+            reason = why_not(self.model, cache) or why_not_drafts(self.config.num_draft_tokens)
         if reason is None and self.config.graphs is not False:
             return min(self.model.config.max_position, self.scheduler.longest)
         if self.config.graphs:
@@ -131,8 +146,14 @@ class Engine:
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Record all graphs now, so that no request waits for one."""
-        if self.runner.graphs is not None:
-            self.runner.graphs.record_all(on_progress)
+        recorders = [graphs for graphs in (self.runner.draft_graphs, self.runner.graphs) if graphs is not None]
+        total, done = sum(len(graphs.kinds) for graphs in recorders), 0
+        for graphs in recorders:
+            for kind in graphs.kinds:
+                graphs.record(*kind)
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, total)
 
     @property
     def num_unfinished(self) -> int:
@@ -228,15 +249,18 @@ class Engine:
 
         Where steps overlap, they are those of the step before.
         """
-        started = time.perf_counter()
+        started, landed = self.clock(), []
         with self._whole():
             launched = self._launch()
             left_in_flight = 1 if launched and self.overlap else 0
             while len(self._flights) > left_in_flight:
-                self._land()
+                landed.append(self._land())
             if not self.num_unfinished:
                 self._land_all()
-        self.stats.seconds += time.perf_counter() - started
+        seconds = self.clock() - started
+        self.stats.seconds += seconds
+        if self.draft_switch is not None and launched and len(landed) == 1 and landed[0].plan.only_newest:
+            self.draft_switch.note(len(landed[0].plan.rows), landed[0].drafted, seconds, landed[0].num_new)
         events, self._news = self._news, []
         return events
 
@@ -308,28 +332,41 @@ class Engine:
 
     def _launch(self) -> bool:
         """Plan a step and start it, if there is one to plan."""
+        if self.draft_switch is not None and not self._set_drafts(self.draft_switch):
+            return False
         plan = self.scheduler.plan()
         if plan is None:
             return False
         if tainted := self.scheduler.pool.take_to_clear():
             self.runner.clear(tainted)
         with batch_invariant() if self.is_deterministic else nullcontext():
-            self._flights.append(self.runner.launch(plan, self.num_draft_tokens))
+            self._flights.append(self.runner.launch(plan, self.scheduler.num_drafts))
         if self.pruner is not None:
             self.stats.num_dropped_rows += self.pruner.prune(self.scheduler.table, plan)
         self._count(plan)
         return True
 
-    def _land(self) -> None:
+    def _set_drafts(self, switch: DraftSwitch) -> bool:
+        """Let the next step draft or not; False where what is in flight must land before that can change."""
+        wanted = self.config.num_draft_tokens if switch.wants(len(self.scheduler.running)) else 0
+        if wanted != self.scheduler.num_drafts:
+            if self._flights:
+                return False
+            self.scheduler.draft(wanted)
+        return True
+
+    def _land(self) -> "_Landing":
         """Wait for the oldest step in flight and take in what it brings."""
         flight = self._flights.popleft()
         plan, result = flight.plan, flight.wait()
+        self.stats.num_drafted += int(np.maximum(self.scheduler.num_verified(plan) - 1, 0).sum())
         outcomes, num_new = self.scheduler.settle(plan, result)
-        if self.num_draft_tokens:
+        if result.drafts.shape[1]:
             self.scheduler.propose(plan, result.drafts)
         self._news += [self._event(outcome) for outcome in outcomes]
         self.stats.num_generated_tokens += int(num_new.sum())
         self.stats.num_accepted += int(np.maximum(num_new - 1, 0).sum())
+        return _Landing(plan, result.drafts.shape[1] > 0, int(num_new.sum()))
 
     def _land_all(self) -> None:
         while self._flights:
@@ -373,7 +410,6 @@ class Engine:
         stats = self.stats
         stats.num_steps += 1
         stats.num_run_tokens += plan.num_tokens
-        stats.num_drafted += int(np.maximum(plan.num_samples - 1, 0).sum())
         stats.num_prefix_hit_tokens += self.scheduler.take_prefix_hit_tokens()
         stats.num_preemptions += self.scheduler.take_preemptions()
 

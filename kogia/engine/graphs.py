@@ -60,13 +60,14 @@ SIZES = (
     448,
     512,
 )
+Graph = torch.cuda.CUDAGraph
 CONTEXTS = (2048, 16384, 131072)
 """Longest contexts of the classes: each has its own width of block tables and its own split of the attention."""
 
 
 @dataclass(slots=True, eq=False)
 class _Recorded:
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     numbers: Tensor
     """What the step reads: token ids, positions, slots and context lengths, [size] each, and block tables."""
     segments: Segments
@@ -95,13 +96,14 @@ class DecodeGraphs:
         """Sequences of the largest recorded step; the experts' kernel takes no more tokens."""
         return self.sizes[-1]
 
-    def record_all(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Record every kind of step, the largest first, whose memory the smaller ones share."""
-        kinds = [(size, context) for context in reversed(self.contexts) for size in reversed(self.sizes)]
-        for done, (size, context) in enumerate(kinds, 1):
-            self._at(size, -(-context // self.cache.block_size))
-            if on_progress is not None:
-                on_progress(done, len(kinds))
+    @property
+    def kinds(self) -> list[tuple[int, int]]:
+        """Sequences and longest context of every step, the largest first, whose memory the smaller ones share."""
+        return [(size, context) for context in reversed(self.contexts) for size in reversed(self.sizes)]
+
+    def record(self, size: int, context: int) -> None:
+        """Record one kind, unless that has been done."""
+        self._at(size, -(-context // self.cache.block_size))
 
     def layout(
         self,
@@ -121,6 +123,7 @@ class DecodeGraphs:
         flat[2, count:], flat[3, count:] = spare, 1
         flat[0, :count], flat[1, :count], flat[2, :count], flat[3, :count] = token_ids, positions, slots, contexts
         numbers[count:, 4] = spare // self.cache.block_size
+        tables = tables[:, : numbers.shape[1] - 4]  # they may look further ahead, where the context ends
         numbers[:count, 4 : 4 + tables.shape[1]] = tables
         return numbers
 
@@ -154,16 +157,26 @@ class DecodeGraphs:
             view = self.cache.step(slots, numbers[:, 4:], lens, contexts)
             return self.model.logits(self.model(batch, step=self.model.step(batch, view, activation=activation)))
 
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with _without_collection(), torch.cuda.graph(graph, pool=self._pool):
-            logits = step()
+        found: list[Tensor] = []
+        graph = capture(lambda: found.append(step()), device, self._pool)
         self._pool = graph.pool()
-        return _Recorded(graph, numbers, segments, activation, logits)
+        return _Recorded(graph, numbers, segments, activation, found[-1])
+
+
+def capture(work: Callable[[], object], device: torch.device, pool: Any) -> Graph:
+    """Run `work` once, which compiles its kernels, and record it as a graph with memory of `pool`; None begins one.
+
+    It runs twice: what it leaves is valid, and made anew in the same place, whenever the graph has been replayed.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = Graph()
+    with _without_collection(), torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph
 
 
 @contextmanager

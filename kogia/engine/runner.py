@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.activation import ActiveExperts
+from kogia.engine.drafting import DraftGraphs, DraftState
 from kogia.engine.graphs import DecodeGraphs
 from kogia.engine.inputs import Download, Staging, Upload
 from kogia.engine.scoring import prompt_scores, put_prompt_scoring, put_scoring, top_tokens, wants_prompt_top
@@ -38,6 +39,8 @@ class Flight:
     plan: StepPlan
     _download: Download
     """The tensors of a `StepResult`, by name."""
+    _width: int = 0
+    """Samples of every sequence, where the device draws as many of all; 0 where it draws what the plan asks for."""
 
     def wait(self) -> StepResult:
         """Block until the device is done with the step."""
@@ -48,9 +51,11 @@ class Flight:
             if f"{name}_ids" in arrays
         }
         drafts = arrays.get("drafts", np.empty((len(self.plan.sampled), 0), dtype=np.int64))
-        return StepResult(
-            arrays["tokens"], arrays["logprobs"], drafts, prompt_logprobs=arrays.get("prompt_logprobs"), **tops
-        )
+        tokens, logprobs = arrays["tokens"], arrays["logprobs"]
+        if self._width:
+            is_asked = (np.arange(self._width) < self.plan.num_samples[:, None]).ravel()
+            tokens, logprobs = tokens[is_asked], logprobs[is_asked]
+        return StepResult(tokens, logprobs, drafts, prompt_logprobs=arrays.get("prompt_logprobs"), **tops)
 
 
 class Runner:
@@ -64,8 +69,10 @@ class Runner:
         view: CacheView,
         experts: ActiveExperts,
         longest: int | None = None,
+        num_drafts: int = 0,
     ) -> None:
-        """With `longest`, the most tokens of a sequence, decode steps are recorded as graphs."""
+        """With `longest`, the most tokens of a sequence, decode steps are recorded as graphs, those with `num_drafts`
+        drafts per sequence too."""
         self.model = model
         self.cache = cache
         self.table = table
@@ -73,11 +80,14 @@ class Runner:
         self.experts = experts
         self.device = model.device
         self._staging = Staging(self.device)
-        self._newest = torch.zeros(len(table.requests), dtype=torch.long, device=self.device)
-        """[table rows] what each sequence sampled last: a step that is planned before that is known runs on it."""
-        self.graphs = None
+        self._newest = torch.zeros(len(table.requests) + 1, dtype=torch.long, device=self.device)
+        """[table rows, and nobody's] what each sequence sampled last: a step may be planned before that is known."""
+        self.graphs = self.draft_graphs = None
         if longest is not None:
             self.graphs = DecodeGraphs(model, cache, self._newest, experts, len(table.requests), longest)
+            if num_drafts and isinstance(view, WholeCache):
+                state = DraftState(self._newest, num_drafts)
+                self.draft_graphs = DraftGraphs(model, view, state, experts, len(table.requests), longest)
 
     @torch.no_grad()
     def launch(self, plan: StepPlan, num_drafts: int = 0) -> Flight:
@@ -88,6 +98,9 @@ class Runner:
         runs = token_runs(plan)
         if self.graphs is not None and not num_drafts and self._is_recorded(plan, self.graphs):
             return self._replay(plan, runs, self.graphs)
+        if self.draft_graphs is not None and num_drafts and plan.only_newest and self.records_drafts(plan.rows):
+            return self._verify(plan, self.draft_graphs)
+        assert not (num_drafts and plan.is_pending.any()), "a step whose start the host does not know was not recorded"
         upload = self._upload(plan, runs, num_drafts)
         batch = self._batch(plan, upload)
         activation = self.experts.of_step(upload, self.table, plan.rows)
@@ -100,6 +113,14 @@ class Runner:
         else:
             self._newest.index_copy_(0, upload["sampled_rows"], found["tokens"])
         return Flight(plan, Download(found))
+
+    def records_drafts(self, rows: NDArray[np.int64]) -> bool:
+        """Whether steps of these sequences are recorded, when each runs its newest token and drafts alone: not with
+        rules or likeliest tokens, which ask for the exact samples of each."""
+        graphs, table = self.draft_graphs, self.table
+        if graphs is None or len(rows) > graphs.most or table.is_ruled[rows].any() or table.num_top[rows].any():
+            return False
+        return self.experts.are_own(table, rows)
 
     def _is_recorded(self, plan: StepPlan, graphs: DecodeGraphs) -> bool:
         fits = plan.only_decodes and plan.num_tokens <= graphs.most and not is_batch_invariant()
@@ -118,6 +139,18 @@ class Runner:
         found = self._draw(upload, logits)
         self._newest.index_copy_(0, upload["sampled_rows"], found["tokens"])
         return Flight(plan, Download(found))
+
+    def _verify(self, plan: StepPlan, graphs: DraftGraphs) -> Flight:
+        """A step in which every sequence runs its newest token and drafts: two graphs, and the sampling in between."""
+        upload, whole = Upload(self._staging), graphs.whole(plan)
+        upload.put("step", graphs.layout(plan, self.table))
+        self._put_sampling(upload, whole, np.cumsum(whole.counts))
+        upload.send()
+        found = graphs.verify(upload["step"])
+        upload.replace("sample_positions", found.positions[: whole.num_tokens])
+        drawn = self._draw(upload, found.logits[: whole.num_tokens])
+        drawn["drafts"] = graphs.draft(upload["step"], drawn["tokens"])
+        return Flight(plan, Download(drawn), graphs.width)
 
     @torch.no_grad()
     def clear(self, blocks: list[int]) -> None:
@@ -245,7 +278,11 @@ class Runner:
             step = self._one_each(drafts[-1], positions, cache, activation)
             hidden = self.model.mtp_hidden(0, hidden, drafts[-1], step)
             drafts.append(self.model.mtp_logits(0, hidden).argmax(-1))
-        return torch.stack(drafts, 1)
+        found = torch.stack(drafts, 1)
+        if self.draft_graphs is not None:  # the next step may be launched before anyone has read this
+            newest = samples.gather(1, accepted[:, None]).squeeze(1)
+            self.draft_graphs.state.write(upload["sampled_rows"], newest, upload["num_known"] + accepted + 1, found)
+        return found
 
     def _one_each(
         self, token_ids: Tensor, positions: Tensor, cache: StepCache, activation: Activation | None

@@ -12,10 +12,10 @@ run: every layer writes all new rows of a step before its attention reads any, s
     propose  writes the guesses that the next step verifies
 
 These three, and `abort`, are all that write the state of sequences. A step may be planned while another is in flight:
-it runs on the token that the other samples, whose value only the device knows. Three things cannot be planned so, and
-`plan` then returns None until the flight has settled: drafts, as how many were accepted decides what comes next;
-rules that must know a token to say what may follow it; and preemption, as a row is given up only when nothing in flight
-runs it.
+it runs on the token that the other samples, whose value only the device knows. With drafts the device alone knows where
+it starts as well, so `num_computed` is then the highest that it can be until the flight has settled. What cannot be
+planned so makes `plan` return None until then: rules that must know a token to say what may follow it; preemption, as a
+row is given up only when nothing in flight runs it; and with drafts whatever is not recorded (`drafts_ahead`).
 """
 
 import sys
@@ -78,6 +78,11 @@ class Scheduler:
         self.num_prefix_hit_tokens = 0
         self.lookahead = max(0, config.num_draft_tokens - 1)
         """A chain of k drafts also writes k - 1 rows of its own past the tokens that run."""
+        self.num_drafts = config.num_draft_tokens
+        """Drafts per sequence of the steps that are planned now; see `draft`."""
+        self.drafts_ahead: Callable[[NDArray[np.int64]], bool] = lambda rows: False
+        """Whether a step of drafts of these rows may be planned while another is in flight: the device finds where it
+        starts."""
         self._run_limit = run_limit
 
     @property
@@ -110,7 +115,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """Choose the next step's tokens and give them blocks; None when there is nothing to run, or not yet."""
-        if self.num_flights and (self.config.num_draft_tokens or self._waits_for_tokens()):
+        if self.num_flights and (self._waits_for_tokens() or (self.num_drafts and not self._can_draft_ahead())):
             return None
         preemptions = self.num_preemptions
         granted = self._grant_running()
@@ -130,11 +135,26 @@ class Scheduler:
         rows = self.running
         return bool((self.table.needs_tokens[rows] & (self.table.num_pending[rows] > 0)).any())
 
+    def draft(self, num_drafts: int) -> None:
+        """From the next step on, verify so many drafts per sequence, `config.num_draft_tokens` or 0. Nothing may be in
+        flight."""
+        assert not self.num_flights, "the number of drafts changes while a step is in flight"
+        if not num_drafts:
+            self.table.num_drafts[:] = 0
+        self.num_drafts = num_drafts
+
+    def _can_draft_ahead(self) -> bool:
+        """Nothing but decodes would run: sequences of the flight, or others that are one token behind."""
+        table, rows = self.table, self.running
+        decodes = (table.num_pending[rows] > 0) | (table.num_known[rows] - table.num_computed[rows] == 1)
+        may_join = bool(self.waiting) and table.num_rows_free > 0
+        return not may_join and bool(decodes.all()) and self.drafts_ahead(rows)
+
     def _depart(self, rows: NDArray[np.int64], counts: NDArray[np.int64]) -> StepPlan:
         table = self.table
-        starts, lengths = table.num_computed[rows], table.num_known[rows] + table.num_pending[rows]
-        num_samples = np.maximum(starts + counts - lengths + 1, 0)
-        is_pending = (table.num_pending[rows] > 0) & (num_samples > 0)
+        starts, waits = table.num_computed[rows], table.num_pending[rows] > 0
+        num_samples = np.where(waits, counts, np.maximum(starts + counts - table.num_known[rows] + 1, 0))
+        is_pending = waits & (num_samples > 0)
         table.num_computed[rows] += counts
         table.num_pending[rows] += num_samples > 0
         table.num_flights[rows] += 1
@@ -147,9 +167,10 @@ class Scheduler:
         table = self.table
         while True:
             rows = self.running
-            lengths = table.num_known[rows] + table.num_pending[rows]
-            want = lengths - table.num_computed[rows] + table.num_drafts[rows]
-            want = np.where(lengths < table.max_length[rows], want, 0)
+            least = table.num_known[rows] + table.num_pending[rows]
+            want = table.num_known[rows] - table.num_computed[rows] + table.num_drafts[rows]
+            want = np.where(table.num_pending[rows] > 0, 1 + self.num_drafts, want)
+            want = np.where(least < table.max_length[rows], want, 0)
             if self._run_limit is not None:
                 want = np.minimum(want, self._run_limit(table.num_computed[rows]))
             granted = np.clip(self.config.max_batch_tokens - (np.cumsum(want) - want), 0, want)
@@ -263,7 +284,7 @@ class Scheduler:
         its reason is "error". Blocks that only rejected drafts needed go back. What was sampled for a sequence that
         has ended meanwhile is dropped.
         """
-        table, rows, samples = self.table, plan.rows, plan.num_samples
+        table, rows, samples = self.table, plan.rows, self.num_verified(plan)
         live = ~table.has_ended[rows]
         tokens = plan.grid(result.tokens)
         column = np.arange(tokens.shape[1])
@@ -311,6 +332,11 @@ class Scheduler:
         assert request is not None, f"row {row} is empty"
         return request
 
+    def num_verified(self, plan: StepPlan) -> NDArray[np.int64]:
+        """Samples that count, per entry of a plan that settles next: none past the greatest length, which a step that
+        was planned ahead could not know."""
+        return np.clip(self.table.max_length[plan.rows] - self.table.num_known[plan.rows], 0, plan.num_samples)
+
     def _drafts(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
         """[rows, columns] what stands behind the known tokens of each row."""
         known = self.table.num_known[rows][:, None]
@@ -320,7 +346,7 @@ class Scheduler:
         """Move the counters, and each block tail back to what the known tokens need."""
         table, rows, samples = self.table, plan.rows, plan.num_samples
         sampled = samples > 0
-        table.num_drafted[rows] += np.maximum(samples - 1, 0)
+        table.num_drafted[rows] += np.maximum(self.num_verified(plan) - 1, 0)
         table.num_accepted[rows] += np.maximum(num_new - 1, 0)
         table.num_known[rows] += num_new
         table.num_pending[rows] -= sampled
@@ -329,7 +355,7 @@ class Scheduler:
         table.num_flights[rows] -= 1
         table.is_proved[rows] = sampled & is_finite & (table.num_flights[rows] == 0)
         self.num_flights -= 1
-        ends = table.num_known[rows] + table.num_pending[rows] + self.lookahead
+        ends = np.maximum(table.num_known[rows] + table.num_pending[rows], table.num_computed[rows]) + self.lookahead
         needed = -(-np.minimum(ends, table.max_cache_rows[rows]) // table.block_size)
         for where in np.flatnonzero(sampled & (table.num_blocks[rows] > needed)).tolist():
             row, keep = int(rows[where]), int(needed[where])

@@ -33,6 +33,11 @@ class StepPlan:
         return bool((self.counts == 1).all() and (self.num_samples == 1).all())
 
     @cached_property
+    def only_newest(self) -> bool:
+        """Every sequence runs its newest token and the drafts behind it, none a prompt."""
+        return bool((self.counts == self.num_samples).all())
+
+    @cached_property
     def sampled(self) -> NDArray[np.int64]:
         """The entries that sample."""
         return np.flatnonzero(self.num_samples)

@@ -28,7 +28,6 @@ from kogia.text.chat import Message, Prompt
 from kogia.text.files import read_generation
 from kogia.text.tokenizer import END_THINK, THINK
 
-TRIAL_DRAFTS, LEAST_ACCEPTANCE = 64, 0.1  # drafts that are hardly ever right only cost time
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
 ReadLine = Callable[[str], str | None]
 """The next line after a prompt, None at the end of the input."""
@@ -101,8 +100,6 @@ def _exchange(conversation: Conversation, question: str, console: Console) -> No
     conversation.num_tokens = len(prompt.token_ids) + num_tokens
     parsed = prompt.parse(answer)
     turns.append(Message("assistant", parsed.answer, parsed.thinking))
-    if llm.engine.stats.num_drafted >= TRIAL_DRAFTS and llm.engine.stats.acceptance < LEAST_ACCEPTANCE:
-        llm.engine.num_draft_tokens = 0
 
 
 def _questions(console: Console, keep_history: bool = False) -> Iterator[tuple[str, bool]]:

@@ -29,15 +29,17 @@ class Simulation:
         """`ahead` steps stay in flight while the next is planned."""
         self.config = config
         self.scheduler = Scheduler(config, num_blocks, (EOS,))
+        self.scheduler.drafts_ahead = lambda rows: True
         self.slots: dict[int, tuple[int, ...]] = {}
         self.rng = np.random.default_rng(seed)
         self.finished: list[Request] = []
-        self.flights: deque[tuple[StepPlan, np.ndarray]] = deque()
-        self.newest: dict[int, int] = {}
+        self.flights: deque[tuple[StepPlan, np.ndarray, np.ndarray]] = deque()
+        self.known: dict[int, list[int]] = {}
+        """Row -> its tokens, as the device knows them."""
+        self.guesses: dict[int, list[int]] = {}
         self.ahead = ahead
 
     def step(self) -> StepPlan | None:
-        table = self.scheduler.table
         plan = self.scheduler.plan()
         if plan is None and self.flights:
             self.settle()
@@ -46,55 +48,73 @@ class Simulation:
             return None
         assert plan.num_tokens <= self.config.max_batch_tokens
         assert len(set(plan.rows.tolist())) == len(plan.rows)
-        runs = list(zip(plan.rows.tolist(), plan.starts.tolist(), (plan.starts + plan.counts).tolist()))
-        contents = {row: table.token_ids[row, :end].tolist() for row, _, end in runs}
-        for row in plan.rows[plan.is_pending].tolist():
-            contents[row][-1] = self.newest[row]  # as the device would
+        runs = [self.run(plan, entry) for entry in range(len(plan.rows))]
         written: set[int] = set()
-        for row, start, end in runs:
-            for position in range(start, end):
+        for row, contents, start in runs:
+            for position in range(start, len(contents)):
                 slot = self.slot(row, position)
                 assert slot not in written, f"slot {slot} has two writers"
                 written.add(slot)
-                self.slots[slot] = tuple(contents[row][: position + 1])
-        for row, _, end in runs:  # attention reads after all rows of the layer are written
-            for position in range(end):
-                assert self.slots[self.slot(row, position)] == tuple(contents[row][: position + 1])
-        tokens = self.sample(plan)
-        self.newest.update(zip(np.repeat(plan.rows, plan.num_samples).tolist(), tokens.tolist()))
-        self.flights.append((plan, tokens))
+                self.slots[slot] = tuple(contents[: position + 1])
+        for row, contents, _ in runs:  # attention reads after all rows of the layer are written
+            for position in range(len(contents)):
+                assert self.slots[self.slot(row, position)] == tuple(contents[: position + 1])
+        samples = [self.sample(plan, entry, contents) for entry, (_, contents, _) in enumerate(runs)]
+        tokens = np.array([token for each in samples for token in each], dtype=np.int64)
+        drafts = [self.draft(row) for row in plan.rows[plan.sampled].tolist()]
+        self.flights.append(
+            (plan, tokens, np.array(drafts, dtype=np.int64).reshape(len(drafts), self.config.num_draft_tokens))
+        )
         while len(self.flights) > self.ahead:
             self.settle()
         return plan
 
+    def run(self, plan: StepPlan, entry: int) -> tuple[int, list[int], int]:
+        """(row, all tokens behind the run, where it starts); what would pass the greatest length is not run."""
+        table, row = self.scheduler.table, int(plan.rows[entry])
+        start, count = int(plan.starts[entry]), int(plan.counts[entry])
+        if not plan.is_pending[entry]:
+            known = int(table.num_known[row])
+            self.known[row] = table.token_ids[row, :known].tolist()
+            self.guesses[row] = table.token_ids[row, known : start + count].tolist()
+            return row, table.token_ids[row, : start + count].tolist(), start
+        known = self.known[row]
+        if self.config.num_draft_tokens == 0:
+            assert start == len(known) - 1
+        start, count = len(known) - 1, min(count, int(table.max_length[row]) - len(known))
+        return row, (known + self.guesses[row])[: start + count] if count > 0 else [], start
+
     def settle(self) -> None:
-        plan, tokens = self.flights.popleft()
-        num_drafts = self.config.num_draft_tokens
-        drafts = self.rng.integers(1, 5, (len(plan.sampled), num_drafts))
+        plan, tokens, drafts = self.flights.popleft()
         outcomes, _ = self.scheduler.settle(plan, StepResult(tokens, np.zeros(len(tokens), np.float32), drafts))
         self.finished += [outcome.request for outcome in outcomes if outcome.finish_reason is not None]
-        if num_drafts:
+        if drafts.shape[1]:
             self.scheduler.propose(plan, drafts)
-            for row in plan.rows[plan.sampled].tolist():
-                self.draft(row)
 
-    def sample(self, plan: StepPlan) -> np.ndarray:
+    def sample(self, plan: StepPlan, entry: int, contents: list[int]) -> list[int]:
         """Random tokens that often agree with the drafts."""
-        table, tokens = self.scheduler.table, []
-        for row, count in zip(plan.rows.tolist(), plan.num_samples.tolist()):
-            known = table.num_known[row]
-            for offset in range(count):
-                draft = table.token_ids[row, known + offset] if offset + 1 < count else -1
-                follow = draft >= 0 and self.rng.random() < 0.6
-                tokens.append(int(draft) if follow else int(self.rng.integers(1, 5)))
-        return np.array(tokens, dtype=np.int64)
+        row, count = int(plan.rows[entry]), int(plan.num_samples[entry])
+        if not count:
+            return []
+        drafts = contents[len(self.known[row]) :]
+        tokens = [
+            draft if draft is not None and self.rng.random() < 0.6 else int(self.rng.integers(1, 5))
+            for draft in [*drafts, *[None] * count][:count]
+        ]
+        accepted = 0
+        while accepted < len(drafts) and tokens[accepted] == drafts[accepted]:
+            accepted += 1
+        self.known[row] = self.known[row] + tokens[: accepted + 1]
+        return tokens
 
-    def draft(self, row: int) -> None:
-        """What the runner does with guesses: chained rows written for all but the last."""
-        table = self.scheduler.table
-        known = int(table.num_known[row])
-        for position in range(known - 1, known - 1 + int(table.num_drafts[row]) - 1):
+    def draft(self, row: int) -> list[int]:
+        """What the device does with guesses: chained rows written for all but the last."""
+        table, known, num_drafts = self.scheduler.table, len(self.known[row]), self.config.num_draft_tokens
+        most = min(num_drafts, int(table.max_length[row]) - known - 1)
+        for position in range(known - 1, known - 1 + most - 1):
             self.slots[self.slot(row, position)] = ("draft",)  # pyright: ignore[reportArgumentType]
+        self.guesses[row] = self.rng.integers(1, 5, num_drafts).tolist()
+        return self.guesses[row]
 
     def slot(self, row: int, position: int) -> int:
         table, size = self.scheduler.table, self.config.block_size
