@@ -6,21 +6,23 @@ from kogia.model.cache import PagedCache
 from kogia.model.transformer import Transformer
 
 
-def weight_bytes(model: Transformer, batch: int, active_experts: int) -> float:
+def weight_bytes(model: Transformer, batch: int, active_experts: int, drafts: int = 0) -> float:
     """Every weight of the main model once, with its scales; of the embedding a row per token; of the routed experts
-    those that a batch of tokens with so many each is expected to choose when routing is spread."""
-    config = model.config
-    used = 1.0 if config.moe is None else 1 - (1 - active_experts / config.moe.num_experts) ** batch
+    those that a batch of tokens with so many each is expected to choose when routing is spread. Each sequence runs one
+    token and its drafts, and each draft takes a pass through the MTP module and the head."""
+    config, tokens = model.config, batch * (1 + drafts)
+    used = 1.0 if config.moe is None else 1 - (1 - active_experts / config.moe.num_experts) ** tokens
     scales = ((name, buffer) for name, buffer in model.named_buffers() if ".weight_" in name)
     total = 0.0
     for name, weight in chain(model.named_parameters(), scales):
         size = float(weight.numel() * weight.element_size())
         if "embed_tokens" in name and not config.tie_embeddings:
-            size = batch * weight.shape[1] * weight.element_size()
+            size = tokens * weight.shape[1] * weight.element_size()
         elif ".experts." in name:
             size *= used
-        if not _is_mtp(model, name):
-            total += size
+        elif name.startswith("lm_head."):
+            size *= 1 + drafts
+        total += drafts * size if _is_mtp(model, name) else size
     return total
 
 

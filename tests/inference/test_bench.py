@@ -66,6 +66,14 @@ def test_the_bytes_of_a_step_are_weights_once_the_experts_in_use_and_the_cache()
         lookup = 0 if config.tie_embeddings else batch * config.dim
         want = 4 * (rest + used * experts + lookup + cache)
         assert bench.step_bytes(engine, batch, 10) == pytest.approx(want)
+    if config.tie_embeddings:
+        return
+    drafting = Engine(model, None, EngineConfig(num_blocks=8, num_draft_tokens=2))
+    more = bench.step_bytes(drafting, 1, 0) - bench.step_bytes(engine, 3, 0)
+    mtp_experts = sum(w.numel() for n, w in model.named_parameters() if f".{config.num_layers}.mlp.experts." in n)
+    used = 1 - (1 - moe.topk / moe.num_experts) ** 3
+    head = model.lm_head.weight.numel()
+    assert more == pytest.approx(4 * 2 * (mtp - (1 - used) * mtp_experts + head)), "twice the module, and the head"
 
 
 def test_a_checkpoint_is_measured_as_it_is(tmp_path, capsys):
