@@ -257,6 +257,7 @@ class Engine:
                 landed.append(self._land())
             if not self.num_unfinished:
                 self._land_all()
+                self.scheduler.budget = self.config.max_batch_tokens
         seconds = self.clock() - started
         self.stats.seconds += seconds
         if self.draft_switch is not None and launched and len(landed) == 1 and landed[0].plan.only_newest:
@@ -339,12 +340,29 @@ class Engine:
             return False
         if tainted := self.scheduler.pool.take_to_clear():
             self.runner.clear(tainted)
-        with batch_invariant() if self.is_deterministic else nullcontext():
-            self._flights.append(self.runner.launch(plan, self.scheduler.num_drafts))
+        try:
+            with batch_invariant() if self.is_deterministic else nullcontext():
+                flight = self.runner.launch(plan, self.scheduler.num_drafts)
+        except torch.OutOfMemoryError:
+            if plan.num_tokens == 1:
+                raise
+            self._retreat(plan)
+            return False
+        self._flights.append(flight)
         if self.pruner is not None:
             self.stats.num_dropped_rows += self.pruner.prune(self.scheduler.table, plan)
         self._count(plan)
         return True
+
+    def _retreat(self, plan: StepPlan) -> None:
+        """Go on with smaller steps after one that did not fit into the device's memory: no request is lost."""
+        self.scheduler.retreat(plan)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warn(
+            f"the device has no memory for a step of {plan.num_tokens} tokens; steps have {self.scheduler.budget} at "
+            "most now. Lower engine.max_batch_tokens, or engine.cache_memory_bytes, which leaves more to a step"
+        )
 
     def _set_drafts(self, switch: DraftSwitch) -> bool:
         """Let the next step draft or not; False where what is in flight must land before that can change."""

@@ -78,6 +78,10 @@ class Scheduler:
         self.num_prefix_hit_tokens = 0
         self.lookahead = max(0, config.num_draft_tokens - 1)
         """A chain of k drafts also writes k - 1 rows of its own past the tokens that run."""
+        self.budget = config.max_batch_tokens
+        """Tokens of a step at most; less than configured after a step that did not fit into memory."""
+        self._num_admitted = 0
+        """Requests that the last plan started."""
         self.num_drafts = config.num_draft_tokens
         """Drafts per sequence of the steps that are planned now; see `draft`."""
         self.drafts_ahead: Callable[[NDArray[np.int64]], bool] = lambda rows: False
@@ -117,7 +121,7 @@ class Scheduler:
         """Choose the next step's tokens and give them blocks; None when there is nothing to run, or not yet."""
         if self.num_flights and (self._waits_for_tokens() or (self.num_drafts and not self._can_draft_ahead())):
             return None
-        preemptions = self.num_preemptions
+        preemptions, self._num_admitted = self.num_preemptions, 0
         granted = self._grant_running()
         if granted is None:
             return None
@@ -173,7 +177,7 @@ class Scheduler:
             want = np.where(least < table.max_length[rows], want, 0)
             if self._run_limit is not None:
                 want = np.minimum(want, self._run_limit(table.num_computed[rows]))
-            granted = np.clip(self.config.max_batch_tokens - (np.cumsum(want) - want), 0, want)
+            granted = np.clip(self.budget - (np.cumsum(want) - want), 0, want)
             missing = self._blocks_to_cover(rows, granted) - table.num_blocks[rows]
             if int(missing.clip(0).sum()) <= self.pool.num_free:
                 break
@@ -199,7 +203,7 @@ class Scheduler:
 
     def _admit(self, granted: NDArray[np.int64]) -> NDArray[np.int64]:
         """Start waiting requests while budget, rows and blocks last; returns `granted` with theirs appended."""
-        budget = self.config.max_batch_tokens - int(granted.sum())
+        budget = self.budget - int(granted.sum())
         rows, counts = [], []
         while self.waiting and budget > 0 and self.table.num_rows_free:
             most = budget if self._run_limit is None else min(budget, int(self._run_limit(np.zeros(1, np.int64))[0]))
@@ -215,6 +219,7 @@ class Scheduler:
             budget -= count
         if not rows:
             return granted
+        self._num_admitted = len(rows)
         self.running = np.concatenate([self.running, np.array(rows, dtype=np.int64)])
         return np.concatenate([granted, np.array(counts, dtype=np.int64)])
 
@@ -274,6 +279,23 @@ class Scheduler:
             start = len(names) * size
             names.append(hash_block(names[-1] if names else request.salt, token_ids[start : start + size]))
         return names[index]
+
+    def retreat(self, plan: StepPlan) -> None:
+        """Take back the last plan, which the device had no memory for, and plan half as many tokens until all sequences
+        have ended: the youngest wait. Requests that it started go back to the queue, as they may share blocks that
+        were to be filled."""
+        table, rows, size = self.table, plan.rows, self.config.block_size
+        table.num_computed[rows] -= plan.counts
+        table.num_pending[rows] -= plan.num_samples > 0
+        table.num_flights[rows] -= 1
+        self.num_flights -= 1
+        for row in rows.tolist():
+            full = int(table.num_computed[row]) // size
+            self.pool.forget(table.row_blocks(row)[full : int(table.num_named[row])])
+            table.num_named[row] = min(int(table.num_named[row]), full)
+        for _ in range(self._num_admitted):
+            self._preempt_last()
+        self.budget = max(1, plan.num_tokens // 2)
 
     # settling ---------------------------------------------------------------------------------------------------------
 

@@ -171,8 +171,7 @@ def batch_speeds(engine: Engine, config: BenchConfig, batch: int) -> list[Speed]
 
 
 def step_bytes(engine: Engine, batch: int, context: float) -> float:
-    """What a decode step reads at least: weights, of the experts those that are used, and the cache. Each draft reads the
-    MTP module and the head again."""
+    """What a decode step reads at least: weights, of the experts those that are used, and the cache."""
     weights = weight_bytes(engine.model, batch, engine.experts.number, engine.config.num_draft_tokens)
     return weights + cache_bytes(engine.runner.cache, batch, context)
 

@@ -337,6 +337,66 @@ def test_a_request_that_cannot_even_be_opened_takes_nobody_along(model, overlap)
     assert_empty(busy)
 
 
+def short_of_memory(engine: Engine, most: int) -> list[int]:
+    """Let steps of more than `most` tokens fail; returns the sizes of those that do not, as they run."""
+    launch, sizes = engine.runner.launch, []
+
+    def limited(plan, num_drafts=0):
+        if plan.num_tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        sizes.append(plan.num_tokens)
+        return launch(plan, num_drafts)
+
+    engine.runner.launch = limited
+    return sizes
+
+
+@pytest.mark.parametrize("most", [1, 3, 9])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_draft_tokens": 2}, {"overlap": True}, {"max_batch_tokens": 20}, {"num_blocks": 16}], ids=str
+)
+def test_a_step_without_memory_loses_no_request_and_no_token(model, options, most, capsys):
+    params = SamplingParams(max_tokens=10, seed=1, ignore_eos=True, n=2)
+    prompts = [list(range(20)), list(range(17)), [3, 2, 1], [7] * 12]
+    expected = [[c.token_ids for c in group] for group in engine(model).generate(prompts, params)]
+    small = engine(model, **options)
+    sizes = short_of_memory(small, most)
+    for _ in range(2):
+        assert [[c.token_ids for c in group] for group in small.generate(prompts, params)] == expected
+        assert_empty(small)
+    assert sizes and max(sizes) <= most
+    assert "no memory for a step of" in " ".join(capsys.readouterr().err.split())
+    assert small.scheduler.budget == small.config.max_batch_tokens, "forgotten when all have ended"
+
+
+def test_memory_that_runs_out_under_a_step_in_flight_costs_that_step_alone(model):
+    params = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
+    prompts = [list(range(9)), [3, 2, 1], [7] * 12]
+    expected = [group[0].token_ids for group in engine(model).generate(prompts, params)]
+    busy = engine(model, overlap=True)
+    ids = [busy.add(prompt, params)[0] for prompt in prompts]
+    for _ in range(3):
+        busy.step()
+    short_of_memory(busy, 2)
+    done = {}
+    while busy.num_unfinished:
+        done |= {event.request_id: event.completion for event in busy.step()}
+    assert [done[request_id].token_ids for request_id in ids] == expected
+    assert_empty(busy)
+
+
+def test_a_step_of_one_token_without_memory_is_an_error_that_the_engine_survives(model):
+    params = SamplingParams(max_tokens=5, seed=1, ignore_eos=True)
+    broken = engine(model)
+    launch = broken.runner.launch
+    short_of_memory(broken, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        broken.generate([[5, 6, 7]], params)
+    assert_empty(broken)
+    broken.runner.launch = launch
+    assert broken.generate([[5, 6, 7]], params) == engine(model).generate([[5, 6, 7]], params)
+
+
 def test_progress_counts_up_to_all_completions_and_tokens(model):
     seen: list[tuple[int, int, int]] = []
     params = SamplingParams(max_tokens=6, seed=1, n=2, ignore_eos=True)
