@@ -306,6 +306,50 @@ def test_samples_equal_the_references(vocab):
         torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [5, 130, 9000])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        (3, None, None),
+        (None, 0.8, None),
+        (None, None, 0.2),
+        (40, 0.9, None),
+        (4, 0.5, 0.1),
+        (9000, 1e-6, 0.0),
+        (1, 1, 1),
+    ],
+)
+def test_filtered_samples_equal_the_references(vocab, top_k, top_p, min_p):
+    """Beside each row with the filters one without, one that is greedy, and one of many equal logits."""
+    logits = draw(8, vocab, std=2)
+    logits[5:] = (logits[5:] * 2).round() / 2
+    logits[6, ::3] = float("-inf")
+    temperature = torch.tensor([1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.5], device=DEVICE)
+    on = torch.tensor([True, False, True, True, True, True, True, True], device=DEVICE)
+    filters = [
+        None if value is None else torch.where(on, value, off).to(kind)
+        for value, off, kind in ((top_k, 0, torch.int64), (top_p, 1.0, torch.float32), (min_p, 0.0, torch.float32))
+    ]
+    for seed in range(2 if INTERPRETED else 20):
+        uniforms = torch.rand(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+        if seed == 0:
+            uniforms[:4], uniforms[4:] = 0.0, 1 - 2**-53
+        assert triton_sample.sample_supports(logits, temperature, uniforms, *filters) is None
+        tokens, logprobs = triton_sample.sample(logits, temperature, uniforms, *filters)
+        want, want_logprobs = sample.sample.reference(logits, temperature, uniforms, *filters)
+        assert tokens.tolist() == want.tolist()
+        torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_filters_pass_over_rows_that_are_not_numbers():
+    logits = draw(3, 40)
+    logits[1, 7] = float("nan")
+    ones = torch.ones(3, device=DEVICE)
+    tokens, logprobs = triton_sample.sample(logits, ones, ones.double() / 2, ones.long() * 5, ones * 0.9, ones * 0.1)
+    assert int(tokens.min()) >= 0 and int(tokens.max()) < 40
+    assert torch.isfinite(logprobs).tolist() == [True, False, True]
+
+
 def test_of_equal_logits_the_lowest_id_is_greedy_and_nan_is_seen():
     logits = torch.zeros(2, 9, device=DEVICE, dtype=DTYPE)
     logits[1, 4] = float("nan")
