@@ -123,6 +123,8 @@ class Engine:
         self.scheduler.drafts_ahead = self.runner.records_drafts
         self.draft_switch = DraftSwitch() if config.num_draft_tokens and config.adaptive_drafts else None
         """Pauses drafting; without one, every step drafts as configured."""
+        self.num_draft_tokens = config.num_draft_tokens
+        """Drafts per sequence of the next step: as many as configured, or 0."""
         self.clock = time.perf_counter
         self.loop = StreamLoop(self)
         self._flights: deque[Flight] = deque()
@@ -260,8 +262,8 @@ class Engine:
                 self.scheduler.budget = self.config.max_batch_tokens
         seconds = self.clock() - started
         self.stats.seconds += seconds
-        if self.draft_switch is not None and launched and len(landed) == 1 and landed[0].plan.only_newest:
-            self.draft_switch.note(len(landed[0].plan.rows), landed[0].drafted, seconds, landed[0].num_new)
+        if self.draft_switch is not None and launched:
+            self._judge_drafts(self.draft_switch, landed, seconds)
         events, self._news = self._news, []
         return events
 
@@ -333,8 +335,10 @@ class Engine:
 
     def _launch(self) -> bool:
         """Plan a step and start it, if there is one to plan."""
-        if self.draft_switch is not None and not self._set_drafts(self.draft_switch):
-            return False
+        if self.num_draft_tokens != self.scheduler.num_drafts:
+            if self._flights:  # they must land first
+                return False
+            self.scheduler.draft(self.num_draft_tokens)
         plan = self.scheduler.plan()
         if plan is None:
             return False
@@ -364,14 +368,11 @@ class Engine:
             "most now. Lower engine.max_batch_tokens, or engine.cache_memory_bytes, which leaves more to a step"
         )
 
-    def _set_drafts(self, switch: DraftSwitch) -> bool:
-        """Let the next step draft or not; False where what is in flight must land before that can change."""
-        wanted = self.config.num_draft_tokens if switch.wants(len(self.scheduler.running)) else 0
-        if wanted != self.scheduler.num_drafts:
-            if self._flights:
-                return False
-            self.scheduler.draft(wanted)
-        return True
+    def _judge_drafts(self, switch: DraftSwitch, landed: Sequence["_Landing"], seconds: float) -> None:
+        """Measure a step that landed, and say whether the next one drafts."""
+        if len(landed) == 1 and landed[0].plan.only_newest:
+            switch.note(len(landed[0].plan.rows), landed[0].drafted, seconds, landed[0].num_new)
+        self.num_draft_tokens = self.config.num_draft_tokens if switch.wants(len(self.scheduler.running)) else 0
 
     def _land(self) -> "_Landing":
         """Wait for the oldest step in flight and take in what it brings."""

@@ -30,6 +30,7 @@ from kogia.engine.engine import Engine, affordable_blocks, check_weights
 from kogia.engine.memory import cache_budget
 from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent
 from kogia.engine.scheduler import Outcome
+from kogia.engine.step import StepPlan
 from kogia.engine.threads import generation_threads
 from kogia.model.config import ModelConfig
 from kogia.model.costs import num_params
@@ -110,6 +111,8 @@ class ShareEngine(Engine):
         model, tokenizer, self.whole = setup.source.open(self.share, group.device)
         connect(model, group)
         super().__init__(model, tokenizer, _with_blocks(setup.config, model, group))
+        if group.rank:
+            self.draft_switch = None  # the first rank's clock decides
         self.digest = 0
         """Of all that has come of all steps so far."""
 
@@ -117,6 +120,10 @@ class ShareEngine(Engine):
         tokens = np.array([outcome.request.id, *outcome.token_ids], dtype=np.int64)
         self.digest = zlib.crc32(tokens.tobytes(), self.digest)
         return super()._event(outcome)
+
+    def _retreat(self, plan: StepPlan) -> None:
+        """What one rank has no memory for, the others have run: the team ends."""
+        raise  # the torch.OutOfMemoryError that is being handled
 
     def take(self, asked: Sequence["Asked"]) -> None:
         """Queue what the first rank has queued."""
