@@ -53,8 +53,8 @@ COMMANDS = {
     ),
     "convert": Command(
         "kogia.checkpoint.config:ConvertConfig",
-        "kogia.checkpoint.convert:main",
-        "Rewrite a checkpoint: dtype, FP8 and back, merged or in shards, GGUF in and out",
+        "kogia.inference.convert:main",
+        "Rewrite a checkpoint: dtype, quantised and back, merged or in shards, GGUF in and out",
     ),
     "report": Command("kogia.report.config:ReportConfig", "kogia.report.build:main", "Write one HTML page about a run"),
 }

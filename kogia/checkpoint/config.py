@@ -58,6 +58,9 @@ class ConvertConfig:
     and routers are float32 there."""
     asymmetric: bool = False
     """int4 with a zero per 128 columns, for numbers that lie on one side of 0."""
+    calibration: str | None = None
+    """Text or rows, as `kogia pretrain` reads them, that a model of int8 or int4 weights is made for: the dense model
+    runs on the first 65,536 tokens, and weights that meet large numbers are rounded more finely. None is without."""
     shard_gib: float = 5.0
     """Largest size of one weight file; 0 writes a single file."""
     overwrite: bool = False
@@ -69,6 +72,8 @@ class ConvertConfig:
         check_finite(self)
         if self.quantize is not None and self.dtype == "fp8":
             raise ValueError(f"dtype = 'fp8' and quantize = {self.quantize!r}: give one of them")
+        if self.calibration is not None and self.quantize not in ("int8", "int4"):
+            raise ValueError(f"calibration: is for quantize = int8 or int4, not {self.quantize}; leave it out")
         if self.shard_gib < 0:
             raise ValueError(f"shard_gib = {self.shard_gib}: must be positive, or 0 for a single file")
         if self.to_gguf and self.dtype is not None:

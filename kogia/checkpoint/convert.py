@@ -29,6 +29,7 @@ from kogia.checkpoint.directory import (
     split_shards,
     stored_tensors,
 )
+from kogia.checkpoint.folds import Fold
 from kogia.checkpoint.gguf_file import is_gguf
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.checkpoint.gguf_write import Output, plan_gguf, write_gguf
@@ -61,10 +62,14 @@ class Step:
     format: str
     """The key in `FORMATS` of what is written; empty for a dense tensor."""
     asymmetric: bool = False
+    fold: Fold | None = None
+    """What the weight is multiplied by first."""
 
     @property
     def keeps(self) -> bool:
         """Whether every part stays as it is stored."""
+        if self.fold is not None:
+            return False
         if self.format:
             return self.source.format == self.format
         return not self.source.format and CODES[self.dtype] == self.source.data.dtype
@@ -80,7 +85,7 @@ class Step:
             yield from ((part, CODES[t.dtype], tuple(t.shape)) for part, t in parts_on_disk(name, empty))
 
 
-def main(config: ConvertConfig) -> None:
+def main(config: ConvertConfig, folds: Mapping[str, Fold] | None = None) -> None:
     if config.to_gguf:
         _main_gguf(config)
         return
@@ -96,6 +101,7 @@ def main(config: ConvertConfig) -> None:
         dtype=config.dtype,
         quantize=config.quantize,
         asymmetric=config.asymmetric,
+        folds=folds,
         max_shard_bytes=max_shard_bytes,
         overwrite=config.overwrite,
     )
@@ -137,20 +143,22 @@ def convert(
     dtype: str | None = None,
     quantize: str | None = None,
     asymmetric: bool = False,
+    folds: Mapping[str, Fold] | None = None,
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
 ) -> Path:
     """Rewrite a model directory. `dtype` float32, bfloat16, float16 or fp8; None keeps each tensor's own.
 
     `quantize` fp8, int8 or int4 rounds the weights that the format is for to it, and `dtype` is that of the others.
-    `asymmetric` int4 has zeros. `dtype` fp8 is `quantize` fp8 with bfloat16 for the other matrices.
+    `asymmetric` int4 has zeros. `folds` (name on disk -> what to multiply the tensor by first) change the numbers but
+    not what the model computes. `dtype` fp8 is `quantize` fp8 with bfloat16 for the other matrices.
 
     Raises ValueError for a source that does not load, or an existing target unless it is a model to `overwrite`.
     """
     dtype = _named(dtype)
     source, target = resolve_model_dir(source), Path(target)
-    _check_target(source, target, overwrite)
-    steps = plan(source, dtype, quantize, asymmetric=asymmetric)
+    check_target(source, target, overwrite)
+    steps = plan(source, dtype, quantize, asymmetric=asymmetric, folds=folds or {})
     log.info(_summary(source, target, steps, max_shard_bytes))
     _check_space(target, _size(steps))
     with replacing_directory(target) as draft:
@@ -179,7 +187,14 @@ def _named(dtype: str | None) -> str | None:
     return None if name == "auto" else name
 
 
-def plan(source: Path, dtype: str | None, quantize: str | None = None, *, asymmetric: bool = False) -> list[Step]:
+def plan(
+    source: Path,
+    dtype: str | None,
+    quantize: str | None = None,
+    *,
+    asymmetric: bool = False,
+    folds: Mapping[str, Fold] = {},
+) -> list[Step]:
     """What to do with each stored weight, in the order of the files. Checks the source as loading it would."""
     if asymmetric and quantize != "int4":
         raise ValueError(f"asymmetric: is a kind of int4, not of quantize = {quantize!r}; take int4 or leave it out")
@@ -197,11 +212,11 @@ def plan(source: Path, dtype: str | None, quantize: str | None = None, *, asymme
     steps = []
     for weight in weights:
         if weight.name.endswith(".weight") and _layer_of(weight.name) in chosen:
-            steps.append(Step(weight, torch.float32, format or "", asymmetric))
+            steps.append(Step(weight, torch.float32, format or "", asymmetric, folds.get(weight.name)))
         elif weight.format and dtype is None and not quantize:
             steps.append(Step(weight, torch.float32, weight.format))
         else:
-            steps.append(Step(weight, _target(weight, dtype), ""))
+            steps.append(Step(weight, _target(weight, dtype), "", fold=folds.get(weight.name)))
     return steps
 
 
@@ -245,6 +260,7 @@ def _keep(part: StoredTensor, start: int, stop: int, planned: Mapping[str, Store
 
 def _cast(step: Step, start: int, stop: int, planned: Mapping[str, StoredTensor]) -> tuple[int, str | None]:
     name, rows = step.source.name, read_dense(step.source, start, stop, step.dtype)
+    rows = rows if step.fold is None else step.fold.of(rows, start)
     finite = not has_nonfinite(CODES[rows.dtype], as_bytes(rows))
     if not finite and step.dtype == torch.float16 and _is_finite(step, start, stop):
         raise ValueError(f"{step.source.data.file}: {name} exceeds float16's largest number, 65504; use bfloat16")
@@ -258,6 +274,7 @@ def _is_finite(step: Step, start: int, stop: int) -> bool:
 
 def _pack(step: Step, start: int, stop: int, planned: Mapping[str, StoredTensor]) -> tuple[int, str | None]:
     rows = read_dense(step.source, start, stop, torch.float32)
+    rows = rows if step.fold is None else step.fold.of(rows, start)
     check_packable(step.source, rows, step.format)
     options = {"asymmetric": True} if step.asymmetric else {}
     done = 0
@@ -294,7 +311,7 @@ def _config_json(data: dict[str, Any], planned: Mapping[str, StoredTensor], dtyp
     return data
 
 
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:

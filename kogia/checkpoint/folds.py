@@ -1,0 +1,185 @@
+"""Activation-aware rounding: input channels that carry large numbers are given finer codes (AWQ, arXiv 2306.00978).
+
+A weight's column j may be multiplied by s_j where what puts out channel j is divided by it: the preceding norm, or the
+rows of the preceding projection where nothing but a product lies between. Then the model is the same function, and the
+rounding of large columns counts for less. Every s_j is a power of two, so that folding itself rounds nothing.
+
+    s_j = 2^round(alpha * log2(rms_j / geometric mean of rms)),    rms_j^2 = E[x_j^2] on a calibration text
+
+alpha is the one of `ALPHAS` with the least sum_j E[x_j^2] * sum_i (Q(W s) / s - W)_ij^2 over the weights that read the
+channels; 0 changes nothing. Where an indexer reads the same channels, they stay as they are.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kogia.checkpoint.layout import disk_weights
+from kogia.model.config import GQAConfig, MLAConfig, ModelConfig
+from kogia.model.transformer import Transformer
+from kogia.ops.packed import FORMATS
+
+ALPHAS = tuple(i / 10 for i in range(11))
+_MOST_DOUBLINGS = 8.0
+_SEARCH_ROWS = 512  # of each weight that alpha is searched on: rows are rounded one by one
+
+Moments = Mapping[str, Float[Tensor, " in"]]
+"""Weight, by its name on disk -> E[x_j^2] of what it is multiplied with, float32 on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What a stored tensor is multiplied by. Both are powers of two."""
+
+    rows: Tensor | None = None
+    """[out]; of a vector its numbers."""
+    columns: Tensor | None = None
+    """[in]"""
+
+    def of(self, part: Tensor, start: int) -> Tensor:
+        """Rows of the tensor, from `start` on, multiplied."""
+        if self.rows is not None:
+            rows = self.rows[start : start + len(part)].to(part.dtype)
+            part = part * (rows if part.dim() == 1 else rows[:, None])
+        return part if self.columns is None else part * self.columns.to(part.dtype)
+
+    def then(self, rows: Tensor | None, columns: Tensor | None) -> "Fold":
+        """This one and another."""
+        return Fold(_product(self.rows, rows), _product(self.columns, columns))
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a * b
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Numbers between two layers that may be scaled: who reads them and who puts them out."""
+
+    readers: tuple[str, ...]
+    """Weights whose columns they meet, one after the other; the rounded ones count in the search."""
+    writers: Mapping[str, Tensor | None]
+    """Weights or norms -> for each of their rows the channel that it puts out, or -1; None where row j puts out j."""
+    shared: Tensor | None = None
+    """For each column of the readers its channel, where several columns have one."""
+    exact: tuple[str, ...] = field(default=())
+    """Readers that are not rounded: routers, copies of the head."""
+
+
+def channels_of(config: ModelConfig) -> Iterator[Channels]:
+    """All of a model, its MTP modules' left out."""
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        if isinstance(config.attention, MLAConfig):
+            yield from _latent_attention(config.attention, layer, f"{prefix}.self_attn", prefix)
+        else:
+            yield from _grouped_attention(config.attention, f"{prefix}.self_attn", prefix)
+        yield from _feed_forward(config, layer, prefix)
+    if not config.tie_embeddings:
+        mtp = [f"model.layers.{config.num_layers + k}.shared_head" for k in range(config.num_mtp_layers)]
+        norms = ("model.norm.weight", *(f"{head}.norm.weight" for head in mtp))
+        yield Channels(("lm_head.weight",), dict.fromkeys(norms), exact=tuple(f"{head}.head.weight" for head in mtp))
+
+
+def _latent_attention(a: MLAConfig, layer: int, attention: str, prefix: str) -> Iterator[Channels]:
+    direct = a.query_rank(layer) is None
+    if a.indexer is None:
+        first = "q_proj" if direct else "q_a_proj"
+        readers = (f"{attention}.{first}.weight", f"{attention}.kv_a_proj_with_mqa.weight")
+        yield Channels(readers, {f"{prefix}.input_layernorm.weight": None})
+        if not direct:
+            yield Channels((f"{attention}.q_b_proj.weight",), {f"{attention}.q_a_layernorm.weight": None})
+    yield Channels((f"{attention}.kv_b_proj.weight",), {f"{attention}.kv_a_layernorm.weight": None})
+    values = torch.arange(a.num_heads * a.v_head_dim).view(a.num_heads, a.v_head_dim)
+    rows = torch.cat((torch.full((a.num_heads, a.qk_nope_head_dim), -1), values), 1).flatten()
+    yield Channels((f"{attention}.o_proj.weight",), {f"{attention}.kv_b_proj.weight": rows})
+
+
+def _grouped_attention(a: GQAConfig, attention: str, prefix: str) -> Iterator[Channels]:
+    readers = tuple(f"{attention}.{name}_proj.weight" for name in "qkv")
+    yield Channels(readers, {f"{prefix}.input_layernorm.weight": None})
+    values = torch.arange(a.num_kv_heads * a.head_dim).view(a.num_kv_heads, 1, a.head_dim)
+    shared = values.expand(-1, a.num_heads // a.num_kv_heads, -1).flatten()
+    writers = {f"{attention}.v_proj.weight": None}
+    if a.qkv_bias:
+        writers[f"{attention}.v_proj.bias"] = None
+    yield Channels((f"{attention}.o_proj.weight",), writers, shared)
+
+
+def _feed_forward(config: ModelConfig, layer: int, prefix: str) -> Iterator[Channels]:
+    mlp, moe, parts, routers = f"{prefix}.mlp", config.moe, [f"{prefix}.mlp"], ()
+    if moe is not None and config.is_moe_layer(layer):
+        parts = [f"{mlp}.experts.{i}" for i in range(moe.num_experts)]
+        parts += [f"{mlp}.shared_experts"] if moe.num_shared_experts else []
+        routers = (f"{mlp}.gate.weight",)
+    readers = tuple(f"{part}.{name}_proj.weight" for part in parts for name in ("gate", "up"))
+    yield Channels(readers, {f"{prefix}.post_attention_layernorm.weight": None}, exact=routers)
+    for part in parts:
+        yield Channels((f"{part}.down_proj.weight",), {f"{part}.up_proj.weight": None})
+
+
+def search_folds(model: Transformer, moments: Moments, format: str, *, asymmetric: bool = False) -> dict[str, Fold]:
+    """Name on disk -> what to multiply it by before rounding to `format`, for a dense model."""
+    weights, folds = dict(disk_weights(model)), {}
+    options = {"asymmetric": True} if asymmetric else {}
+    for channels in channels_of(model.config):
+        rounded = [
+            name for name in channels.readers if name in moments and FORMATS[format].takes(_shape(weights, name))
+        ]
+        if not rounded:
+            continue
+        moment = torch.stack([moments[name] for name in rounded]).mean(0)
+        losses = {}
+        for alpha in ALPHAS:
+            scale = scales(_per_channel(moment, channels.shared), alpha)
+            columns = scale if channels.shared is None else scale[channels.shared]
+            losses[alpha] = sum(_loss(weights[name], moments[name], columns, format, options) for name in rounded)
+        _fold(folds, channels, scales(_per_channel(moment, channels.shared), min(losses, key=lambda a: losses[a])))
+    return folds
+
+
+def _shape(weights: Mapping[str, object], name: str) -> tuple[int, ...]:
+    weight = weights[name]
+    assert isinstance(weight, Tensor), "the model is dense"
+    return tuple(weight.shape)
+
+
+def _per_channel(moment: Tensor, shared: Tensor | None) -> Tensor:
+    """The mean over the columns that share a channel."""
+    if shared is None:
+        return moment
+    total = torch.zeros(int(shared.max()) + 1).index_add_(0, shared, moment)
+    return total / torch.bincount(shared)
+
+
+def scales(moment: Float[Tensor, " channels"], alpha: float) -> Float[Tensor, " channels"]:
+    """The powers of two for one alpha; 1 for channels that are always 0."""
+    logs = 0.5 * torch.log2(moment.double().clamp_min(1e-30))
+    seen = moment > 0
+    middle = logs[seen].mean() if bool(seen.any()) else 0.0
+    powers = (alpha * (logs - middle)).round().clamp(-_MOST_DOUBLINGS, _MOST_DOUBLINGS)
+    return torch.where(seen, torch.exp2(powers), 1.0).float()
+
+
+def _loss(weight: object, moment: Tensor, columns: Tensor, format: str, options: Mapping[str, bool]) -> float:
+    """sum_j E[x_j^2] * sum_i error_ij^2 over some of the rows."""
+    assert isinstance(weight, Tensor), "the model is dense"
+    step = -(-len(weight) // _SEARCH_ROWS)
+    rows = weight[::step].float()
+    columns, moment = columns.to(rows.device), moment.to(rows.device)
+    back = FORMATS[format].pack(rows * columns, **options).dense(torch.float32) / columns
+    return step * float((back - rows).square_().sum(0) @ moment)
+
+
+def _fold(folds: dict[str, Fold], channels: Channels, scale: Tensor) -> None:
+    if bool((scale == 1).all()):
+        return
+    columns = scale if channels.shared is None else scale[channels.shared]
+    for name in (*channels.readers, *channels.exact):
+        folds[name] = folds.get(name, Fold()).then(None, columns)
+    for name, rows in channels.writers.items():
+        own = 1 / scale if rows is None else torch.where(rows < 0, 1.0, 1 / scale[rows])
+        folds[name] = folds.get(name, Fold()).then(own, None)

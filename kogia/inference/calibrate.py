@@ -1,0 +1,123 @@
+"""What the weights of a model are multiplied with on a text: the measurements of activation-aware rounding."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kogia.checkpoint.folds import Moments
+from kogia.data.config import SourceConfig
+from kogia.data.sources import read_source
+from kogia.model.linear import Linear
+from kogia.model.moe import Experts
+from kogia.model.packed import PackedTokens, pack
+from kogia.model.transformer import Transformer
+from kogia.ops.linear import linear
+from kogia.ops.moe import silu_mul
+from kogia.text.tokenizer import Tokenizer
+
+NUM_TOKENS = 1 << 16
+"""Of the text that are read at most."""
+Hook = Callable[[torch.nn.Module, tuple[Any, ...]], None]
+_LENGTH = 512
+_BATCH_TOKENS = 4096
+
+
+def calibration_batches(file: str, tokenizer: Tokenizer, max_length: int) -> Iterator[PackedTokens]:
+    """The first tokens of a file's documents, chats as their text, in sequences of at most 512.
+
+    Raises ValueError for a file that is none, or that holds fewer than two tokens.
+    """
+    length, left, waiting, found = min(_LENGTH, max_length), NUM_TOKENS, [], False
+    for document in read_source(SourceConfig(file)):
+        text = "\n".join((*(message.content for message in document.prompt), document.text))
+        # a token has a character at least, so that no more of a long text is cut up than is taken
+        ids = tokenizer.encode_raw(text[: 16 * left])[:left]
+        for start in range(0, len(ids), length):
+            part = ids[start : start + length]
+            if len(part) > 1:
+                waiting.append(part)
+                left -= len(part)
+        if waiting and (sum(map(len, waiting)) >= _BATCH_TOKENS or left < 2):
+            yield from _packed(waiting)
+            waiting, found = [], True
+        if left < 2:
+            break
+    if waiting:
+        yield from _packed(waiting)
+    elif not found:
+        raise ValueError(f"{file}: holds no text to calibrate on; give one of some thousand words")
+
+
+def _packed(sequences: Sequence[Sequence[int]]) -> Iterator[PackedTokens]:
+    per_batch = max(1, _BATCH_TOKENS // max(map(len, sequences)))
+    for start in range(0, len(sequences), per_batch):
+        yield pack(sequences[start : start + per_batch])
+
+
+class _Sums:
+    """Of squares, by the name of the weight on disk."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, x: Tensor, *names: str) -> None:
+        total = x.detach().float().square().sum(0).cpu()
+        for name in names:
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.counts[name] = self.counts.get(name, 0) + len(x)
+
+    def moments(self) -> Moments:
+        return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+
+
+@torch.no_grad()
+def measure_moments(model: Transformer, batches: Iterator[PackedTokens]) -> Moments:
+    """Run a dense model over the batches. What no token met, as experts that none was sent to, has no entry."""
+    sums = _Sums()
+    with _watched(model, sums):
+        for batch in batches:
+            batch = batch.to(model.device)
+            model.logits(model(batch))
+    return dict(sums.moments())
+
+
+@contextmanager
+def _watched(model: Transformer, sums: _Sums) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            handles.append(module.register_forward_pre_hook(_watch_experts(name, sums)))
+        elif isinstance(module, Linear) and ".experts." not in name:
+            handles.append(module.register_forward_pre_hook(_watch_linear(name, sums)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_linear(name: str, sums: _Sums) -> Hook:
+    def hook(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        sums.add(inputs[0].flatten(0, -2), f"{name}.weight")
+
+    return hook
+
+
+def _watch_experts(name: str, sums: _Sums) -> Hook:
+    """Gate and up matrices of all experts have the moments of all tokens, since one norm is behind them all."""
+
+    def hook(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, Experts)
+        x, expert_ids = inputs[0], inputs[1]
+        experts = range(len(module.down_proj.weight))
+        sums.add(x, *(f"{name}.{i}.{part}_proj.weight" for i in experts for part in ("gate", "up")))
+        for i in experts:
+            gate, up = module.gate_up_proj.weight[i]
+            rows = x[(expert_ids == i).any(-1)]
+            sums.add(silu_mul(linear(rows, gate), linear(rows, up)), f"{name}.{i}.down_proj.weight")
+
+    return hook

@@ -1,0 +1,182 @@
+"""Activation-aware rounding: folding changes no logit, the search lowers the error it says it lowers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoint.tiny import DENSE, GROUPS, assert_same, stored, tiny
+
+from kogia.checkpoint.convert import convert
+from kogia.checkpoint.folds import Fold, channels_of, scales, search_folds
+from kogia.checkpoint.hf import load_model, save_model
+from kogia.checkpoint.layout import disk_weights
+from kogia.inference.calibrate import measure_moments
+from kogia.model.config import GQAConfig, IndexerConfig, ModelConfig
+from kogia.model.packed import pack
+from kogia.model.transformer import Transformer
+from kogia.ops.packed import FORMATS
+
+BIASED = replace(
+    DENSE, vocab_size=50, dim=64, ffn_dim=96,
+    attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True),
+)  # fmt: skip
+SPARSE = replace(
+    GROUPS, attention=replace(GROUPS.attention, indexer=IndexerConfig(num_heads=2, head_dim=16, topk=4)), moe=None
+)
+CONFIGS = {
+    "latent, experts": GROUPS,
+    "plain queries": replace(GROUPS, attention=replace(GROUPS.attention, q_lora_rank=None)),
+    "grouped, biased": BIASED,
+    "indexer": SPARSE,
+    "tied": replace(GROUPS, tie_embeddings=True, num_mtp_layers=0),
+}
+BATCHES = [pack([[i, *range(1, 40, i)] for i in range(1, 5)]), pack([list(range(2, 47, 3))])]
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request) -> ModelConfig:
+    return CONFIGS[request.param]
+
+
+def uneven(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model whose channels differ in size by far, as those of trained models do."""
+    model = tiny(config, dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.mul_(torch.randn(parameter.shape, generator=generator).mul(1.5).exp())
+            elif name.endswith(".bias"):
+                parameter.normal_(generator=generator)
+            elif ".mlp." in name and "up_proj" in name:
+                parameter.mul_(torch.randn(parameter.shape[-2], 1, generator=generator).exp())
+    return model.eval()
+
+
+def random_folds(config: ModelConfig) -> dict[str, Fold]:
+    """As the search folds, but with random powers of two everywhere."""
+    from kogia.checkpoint import folds as module
+
+    found: dict[str, Fold] = {}
+    widths = {name: value.shape[-1] for name, value in disk_weights(tiny(config))}
+    generator = torch.Generator().manual_seed(2)
+    for channels in channels_of(config):
+        count = widths[channels.readers[0]] if channels.shared is None else int(channels.shared.max()) + 1
+        module._fold(found, channels, torch.exp2(torch.randint(-3, 4, (count,), generator=generator).float()))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folding_changes_the_weights_and_no_logit(config, dtype, tmp_path):
+    source = save_model(uneven(config, getattr(torch, dtype)), tmp_path / "source")
+    folds = random_folds(config)
+    target = convert(source, tmp_path / "target", folds=folds)
+    before, after = load_model(source), load_model(target)
+    changed = {name for name, tensor in stored(target).items() if not torch.equal(tensor, stored(source)[name])}
+    assert changed == set(folds)
+    with torch.no_grad():
+        for batch in BATCHES:
+            hidden = before(batch), after(batch)
+            torch.testing.assert_close(hidden[1], hidden[0], rtol=0, atol=0)
+            torch.testing.assert_close(after.logits(hidden[1]), before.logits(hidden[0]), rtol=0, atol=0)
+            if config.num_mtp_layers:
+                args = hidden[0], batch.token_ids.roll(-1), before.step(batch)
+                deeper = before.mtp_hidden(0, *args)
+                torch.testing.assert_close(after.mtp_logits(0, deeper), before.mtp_logits(0, deeper), rtol=0, atol=0)
+
+
+def test_moments_are_the_mean_squares_of_what_each_weight_is_given(config):
+    model = uneven(config)
+    moments = measure_moments(model, iter(BATCHES))
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda m, x, name=name: seen.setdefault(name, []).append(x[0]))
+        for name, module in model.named_modules()
+        if name.endswith(("o_proj", "kv_b_proj", "v_proj", "lm_head", "shared_experts.down_proj", "mlp.experts"))
+    ]
+    with torch.no_grad():
+        for batch in BATCHES:
+            model.logits(model(batch))
+    for handle in handles:
+        handle.remove()
+    assert seen
+    for name, inputs in seen.items():
+        want = torch.cat(inputs).double().square().mean(0).float()
+        names = (
+            [f"{name}.1.{part}_proj.weight" for part in ("gate", "up")]
+            if "experts" in name[-8:]
+            else [f"{name}.weight"]
+        )
+        for each in names:
+            torch.testing.assert_close(moments[each], want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_inputs_of_an_experts_last_matrix_are_those_of_its_tokens_alone():
+    model = uneven(GROUPS)
+    layer = next(m for m in model.modules() if type(m).__name__ == "MoE")
+    found = []
+    handle = layer.experts.register_forward_pre_hook(lambda m, inputs: found.append(inputs[:2]))
+    moments = measure_moments(model, iter(BATCHES))
+    handle.remove()
+    x = torch.cat([x for x, _ in found])
+    ids = torch.cat([ids for _, ids in found])
+    for i in range(4):
+        rows = x[(ids == i).any(-1)]
+        gate, up = layer.experts.gate_up_proj.weight[i].detach()
+        inner = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+        name = f"model.layers.1.mlp.experts.{i}.down_proj.weight"
+        if len(rows):
+            torch.testing.assert_close(moments[name], inner.square().mean(0), rtol=1e-4, atol=1e-6)
+        else:
+            assert name not in moments
+
+
+def weighted_error(model: Transformer, moments, folds, format: str) -> float:
+    """sum E[x_j^2] error_ij^2 over all weights that were met, in float64."""
+    total = 0.0
+    for name, weight in disk_weights(model):
+        if name in moments and FORMATS[format].takes(tuple(weight.shape)):
+            fold = folds.get(name, Fold())
+            scaled = fold.of(weight.detach(), 0)
+            back = FORMATS[format].pack(scaled).dense(torch.float32)
+            undone = Fold(*(None if each is None else 1 / each for each in (fold.rows, fold.columns)))
+            error = (undone.of(back, 0) - weight).double()
+            total += float(error.square().sum(0) @ moments[name].double())
+    return total
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_the_search_lowers_the_error_on_the_calibration_text(config, format):
+    model = uneven(config)
+    moments = measure_moments(model, iter(BATCHES))
+    folds = search_folds(model, moments, format)
+    assert folds
+    plain, folded = (weighted_error(model, moments, each, format) for each in ({}, folds))
+    assert folded < 0.95 * plain
+    for fold in folds.values():
+        for factor in (fold.rows, fold.columns):
+            assert factor is None or bool((torch.frexp(factor).mantissa == 0.5).all())  # powers of two
+
+
+def test_channels_that_an_indexer_reads_stay_as_they_are():
+    readers = {name for channels in channels_of(SPARSE) for name in channels.readers}
+    assert not any(part in name for name in readers for part in ("q_a_proj", "q_b_proj", "kv_a_proj"))
+    assert any("kv_b_proj" in name for name in readers)
+
+
+def test_scales_are_powers_of_two_about_1_and_leave_dead_channels_alone():
+    moment = torch.tensor([4.0, 1.0, 0.25, 0.0, 1e30])
+    assert scales(moment, 0.0).tolist() == [1.0] * 5
+    assert scales(torch.tensor([4.0, 1.0, 0.25]), 1.0).tolist() == [2.0, 1.0, 0.5]
+    assert scales(moment, 1.0)[3] == 1.0
+    assert scales(moment, 1.0).max() == 256.0
+    assert scales(torch.zeros(3), 1.0).tolist() == [1.0] * 3
+
+
+def test_a_folded_and_rounded_checkpoint_is_what_rounding_the_folded_one_gives(tmp_path):
+    model = uneven(GROUPS, torch.bfloat16)
+    source = save_model(model, tmp_path / "source")
+    folds = search_folds(load_model(source, dtype=torch.float32), measure_moments(model, iter(BATCHES)), "int4")
+    at_once = convert(source, tmp_path / "at-once", quantize="int4", folds=folds)
+    folded = convert(source, tmp_path / "folded", folds=folds)
+    assert_same(load_model(at_once, quantize="stored"), load_model(folded, quantize="int4"))
