@@ -40,6 +40,8 @@ def print_examination(found: dict[str, Any]) -> None:
     machine = found["machine"]
     versions = f"Python {machine['python']}, torch {machine['torch']}, triton {machine['triton'] or 'not installed'}"
     print(f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads; {versions}")
+    if machine["instructions"] is not None:
+        print(f"kernels for a CPU: {machine['instructions']}")
     rates = ", ".join(f"{dtype} {rate:,.3g} TFLOP/s" for dtype, rate in found["tflops"].items())
     print(f"{found['free_gib']:,.1f} GiB free; copies {found['copy_gb_per_second']:,.1f} GB/s (read + write); {rates}")
     table = Table(title="implementations of each op, best first")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from kogia.ops.cpu import build
+
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Names and versions that figures depend on."""
@@ -19,7 +21,17 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),
+        "instructions": instruction_set() if device.type == "cpu" else None,
     }
+
+
+def instruction_set() -> str:
+    """What the CPU's kernels are compiled for, or why there are none."""
+    try:
+        build.library()
+    except ImportError as error:
+        return f"none, {error}"
+    return build.level()
 
 
 def _triton_version() -> str | None:

@@ -111,6 +111,7 @@ def paged_attention(
 @op(
     cuda=("kogia.ops.triton.attention", "kogia.ops.triton.kv"),
     invariant=("kogia.ops.invariant.attention",),
+    cpu=("kogia.ops.cpu.attention",),
 )
 def cached_attention(
     q: Float[Tensor, "tokens heads qk"],

@@ -105,7 +105,7 @@ class LayerCache:
     """Called instead of `paged_attention`, with the same arguments: where an option changes or watches attention."""
 
 
-@op(cuda=("kogia.ops.triton.latent",), invariant_cuda=("kogia.ops.triton.latent",))
+@op(cuda=("kogia.ops.triton.latent",), invariant_cuda=("kogia.ops.triton.latent",), cpu=("kogia.ops.cpu.latent",))
 def write_latent(
     kv: Float[Tensor, "tokens latent_rope"],
     cache: LayerCache,

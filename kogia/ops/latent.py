@@ -9,7 +9,7 @@ from kogia.ops.dispatch import op
 from kogia.ops.rope import rotate_interleaved
 
 
-@op(cuda=("kogia.ops.triton.latent",), invariant=("kogia.ops.invariant.latent",))
+@op(cuda=("kogia.ops.triton.latent",), invariant=("kogia.ops.invariant.latent",), cpu=("kogia.ops.cpu.latent",))
 def absorb_query(
     q: Float[Tensor, "tokens heads nope_rope"],
     w_uk: Float[Tensor, "heads nope latent"],
@@ -23,7 +23,7 @@ def absorb_query(
     return torch.cat((q_latent, rotate_interleaved(q_rope, cos, sin)), -1)
 
 
-@op(cuda=("kogia.ops.triton.latent",), invariant=("kogia.ops.invariant.latent",))
+@op(cuda=("kogia.ops.triton.latent",), invariant=("kogia.ops.invariant.latent",), cpu=("kogia.ops.cpu.latent",))
 def project_values(
     mixed: Float[Tensor, "tokens heads latent"], w_uv: Float[Tensor, "heads v latent"]
 ) -> Float[Tensor, "tokens heads v"]:

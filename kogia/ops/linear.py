@@ -11,7 +11,7 @@ from kogia.ops.dispatch import op
 from kogia.ops.packed import Packed
 
 
-@op(invariant=("kogia.ops.invariant.linear",))
+@op(invariant=("kogia.ops.invariant.linear",), cpu=("kogia.ops.cpu.linear",))
 def linear(
     x: Float[Tensor, "... in"], weight: Tensor | Packed, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "... out"]:

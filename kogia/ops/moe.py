@@ -93,7 +93,7 @@ class Routed:
     """All affinities, which the balance loss is of."""
 
 
-@op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",))
+@op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",), cpu=("kogia.ops.cpu.moe",))
 def route(
     x: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "experts dim"],
@@ -282,7 +282,7 @@ SharedExperts = tuple[Tensor | Packed, Tensor | Packed, Tensor | Packed]
 """Gate, up and down matrices of the shared experts, which are one of their total width."""
 
 
-@op(cuda=("kogia.ops.triton.moe",))
+@op(cuda=("kogia.ops.triton.moe",), cpu=("kogia.ops.cpu.moe",))
 def mix_experts(
     x: Float[Tensor, "tokens dim"],
     expert_ids: Int[Tensor, "tokens topk"],

@@ -38,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-@op(cuda=("kogia.ops.triton.norm",), invariant_cuda=("kogia.ops.triton.norm",))
+@op(cuda=("kogia.ops.triton.norm",), invariant_cuda=("kogia.ops.triton.norm",), cpu=("kogia.ops.cpu.norm",))
 def rms_norm(x: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "... dim"]:
     """Normalise the last axis. The product with `weight` is taken in the input's dtype, as the published models do."""
     if not torch.is_grad_enabled():
@@ -46,7 +46,7 @@ def rms_norm(x: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: fl
     return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
-@op(cuda=("kogia.ops.triton.norm",), invariant_cuda=("kogia.ops.triton.norm",))
+@op(cuda=("kogia.ops.triton.norm",), invariant_cuda=("kogia.ops.triton.norm",), cpu=("kogia.ops.cpu.norm",))
 def add_rms_norm(
     x: Float[Tensor, "... dim"], delta: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: float
 ) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from kogia.model.layers import Head
 from kogia.model.linear import Linear
 from kogia.model.moe import Experts
+from kogia.ops.dispatch import use_backend
 
 KINDS = {"fp8": {}, "int8": {}, "int4": {}, "int4 asymmetric": {"asymmetric": True}}
 
@@ -53,7 +54,8 @@ def test_a_packed_weight_moves_and_a_dense_one_is_cast(kind):
 def test_a_packed_layer_computes_with_its_dense_weight_and_comes_back_from_a_state_dict(kind):
     layer = packed(kind)
     x = torch.randn(3, 160)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight(torch.float32)))
+    with use_backend("reference", ["linear"]):  # a CPU's kernel rounds the rows to int16
+        torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight(torch.float32)))
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     fresh = Linear(160, 140)
     fresh.make_packed(kind.split()[0], zeros="asymmetric" in kind)

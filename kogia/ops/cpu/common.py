@@ -1,0 +1,85 @@
+"""What the wrappers share: calling a kernel, describing weights to it, and saying why it cannot take something."""
+
+import ctypes
+import struct
+
+import torch
+from torch import Tensor
+
+from kogia.ops.cpu.build import library
+from kogia.ops.packed import Packed
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""As the kernels know them."""
+DENSE, INT8, INT4 = 0, 1, 2
+WIDTHS = {DENSE: 32, INT8: 32, INT4: 64}
+"""Format -> what rows of a weight must be multiples of, in numbers."""
+NO_WEIGHT = (0, 0, 0, 0, 0)
+
+
+class Kernel:
+    """A function of the library. It takes one struct, whose fields are 8 bytes each: "q" for integers and addresses,
+    "d" for floats."""
+
+    def __init__(self, name: str, fields: str) -> None:
+        self.name = name
+        self.function = getattr(library(), name)
+        self.function.argtypes, self.function.restype = [ctypes.c_char_p], None
+        self._pack = struct.Struct(fields).pack
+
+    def __call__(self, *values: float) -> None:
+        self.function(self._pack(*values))
+
+
+def address(tensor: Tensor | None) -> int:
+    """0 for what is not there."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def weight_fields(weight: Tensor | Packed) -> tuple[int, int, int, int, int]:
+    """A weight as kernels take it: addresses of data, scales and zeros, format, columns that share a scale."""
+    if isinstance(weight, Tensor):
+        return weight.data_ptr(), 0, 0, DENSE, 0
+    data, scale = weight.data, weight.scale
+    if weight.format == "int8":
+        return data.data_ptr(), scale.data_ptr(), 0, INT8, 0
+    return data.data_ptr(), scale.data_ptr(), address(weight.zero), INT4, 2 * data.shape[-1] // scale.shape[-1]
+
+
+def weight_width(weight: Tensor | Packed) -> int:
+    """Numbers of a row."""
+    if isinstance(weight, Tensor):
+        return weight.shape[-1]
+    return weight.data.shape[-1] * (2 if weight.format == "int4" else 1)
+
+
+def weight_refusal(weight: Tensor | Packed, x: Tensor) -> str | None:
+    """Why products of rows like `x` with this weight cannot be taken, or None."""
+    if isinstance(weight, Tensor):
+        if weight.dtype != torch.bfloat16 or x.dtype != torch.bfloat16:
+            return f"it takes dense weights in bfloat16 with rows alike, not {weight.dtype} with {x.dtype}"
+        whole = weight.is_contiguous()
+        kind = DENSE
+    elif weight.format in ("int8", "int4"):
+        whole = weight.data.is_contiguous() and weight.scale.is_contiguous()
+        whole = whole and (weight.zero is None or weight.zero.is_contiguous())
+        kind = INT8 if weight.format == "int8" else INT4
+    else:
+        return f"it takes dense, int8 and int4 weights, not {weight.format}"
+    if not whole:
+        return "it takes contiguous weights"
+    if weight_width(weight) % WIDTHS[kind]:
+        return f"it takes rows of a multiple of {WIDTHS[kind]} numbers, not {weight_width(weight)}"
+    return None
+
+
+def refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> str | None:
+    """Why a kernel cannot take these tensors, or None: of `dtypes`, contiguous, no gradients."""
+    for tensor in tensors:
+        if tensor.dtype not in dtypes:
+            return f"it takes tensors of one of {dtypes}, not {tensor.dtype}"
+        if not tensor.is_contiguous():
+            return f"it takes contiguous tensors, not strides {tensor.stride()} of shape {tuple(tensor.shape)}"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return "it has no backward"
+    return None

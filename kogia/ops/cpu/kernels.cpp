@@ -1,0 +1,827 @@
+// Decoding and prompts on a CPU: products with dense and quantised weights, experts, norms, routing, latent attention.
+//
+// Each function of the last part is called from Python with a pointer to its arguments, 8 bytes each, in the order of
+// its struct. Nothing here allocates what the caller sees, and nothing checks: the modules beside this file do.
+//
+// Products keep one order of summation whatever the number of rows, so that a row's result does not depend on its
+// company. Quantised weights meet rows of int16 with one scale each, of which a sum loses less than bfloat16 does.
+#include "simd.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+namespace {
+
+template <class F> void parallel(int64_t items, int64_t threads, F run) {
+    if (threads <= 1 || items <= 1) {
+        for (int64_t i = 0; i < items; i++) run(i);
+        return;
+    }
+#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 1)
+    for (int64_t i = 0; i < items; i++) run(i);
+}
+
+// Memory that lives until the calling thread's next use of the same tag.
+template <class T, int TAG> T* scratch(int64_t size) {
+    static thread_local std::vector<T> memory;
+    if (int64_t(memory.size()) < size) memory.resize(size_t(size));
+    return memory.data();
+}
+
+// ------------------------------------------------------------------------------------------------ weights and rows
+
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2 };
+
+struct Weight {
+    const char* data;
+    const char* scale;
+    const uint8_t* zero;
+    int64_t format;
+    int64_t group;  // columns that share a scale, of INT4
+
+    // From row `first` of a stack of [.., in] rows on.
+    Weight from(int64_t first, int64_t in) const {
+        if (format == DENSE) return {data + first * in * 2, nullptr, nullptr, format, group};
+        if (format == INT8) return {data + first * in, scale + first * 4, nullptr, format, group};
+        int64_t groups = in / group;
+        return {data + first * in / 2, scale + first * groups * 2, zero ? zero + first * groups : nullptr, format, group};
+    }
+};
+
+// Rows of activations as a format's products take them.
+struct Rows {
+    const char* data;
+    int64_t stride;  // bytes
+    const float* scales;
+};
+
+constexpr int64_t AHEAD = 8192;  // bytes: how long before its use memory is asked for; half of it was slower
+inline void fetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + AHEAD); }
+
+struct Dense {
+    static constexpr int ROWS = ROWS_AT_ONCE;
+    struct Row { const bf16* data; };
+    static Row row(const Weight& w, int64_t n, int64_t in) { return {reinterpret_cast<const bf16*>(w.data) + n * in}; }
+
+    template <int M, int N>
+    static void tile(const char* const* x, const float*, const Row* w, int64_t in, int64_t, float* const* out) {
+        Floats sums[M][N];
+        for (auto& row : sums) for (auto& each : row) each = zeros();
+        for (int64_t i = 0; i < in; i += 2 * LANES) {
+            Halves b[N];
+            for (int n = 0; n < N; n++) b[n] = load_halves(w[n].data + i), fetch(w[n].data + i);
+            for (int m = 0; m < M; m++) {
+                Halves a = load_halves(reinterpret_cast<const bf16*>(x[m]) + i);
+                for (int n = 0; n < N; n++) sums[m][n] = dot(sums[m][n], a, b[n]);
+            }
+        }
+        for (int m = 0; m < M; m++) store_sums(sums[m], out[m]);
+    }
+};
+
+struct Int8 {
+    static constexpr int ROWS = ROWS_AT_ONCE;
+    struct Row { const int8_t* data; float scale; };
+    static Row row(const Weight& w, int64_t n, int64_t in) {
+        return {reinterpret_cast<const int8_t*>(w.data) + n * in, reinterpret_cast<const float*>(w.scale)[n]};
+    }
+
+    template <int M, int N>
+    static void tile(const char* const* x, const float* scales, const Row* w, int64_t in, int64_t, float* const* out) {
+        Ints sums[M][N];
+        for (auto& row : sums) for (auto& each : row) each = no_ints();
+        for (int64_t i = 0; i < in; i += 2 * LANES) {
+            Ints b[N];
+            for (int n = 0; n < N; n++) b[n] = load_bytes(w[n].data + i), fetch(w[n].data + i);
+            for (int m = 0; m < M; m++) {
+                Ints a = load_shorts(reinterpret_cast<const int16_t*>(x[m]) + i);
+                for (int n = 0; n < N; n++) sums[m][n] = dot(sums[m][n], a, b[n]);
+            }
+        }
+        for (int m = 0; m < M; m++) {
+            Floats wide[N];
+            for (int n = 0; n < N; n++) wide[n] = to_floats(sums[m][n]);
+            store_sums(wide, out[m]);
+            for (int n = 0; n < N; n++) out[m][n] *= scales[m] * w[n].scale;
+        }
+    }
+};
+
+constexpr int64_t CHUNK = 64;  // columns of INT4 whose even ones come first in a prepared row, then its odd ones
+
+struct Int4 {
+    static constexpr int ROWS = ROWS_AT_ONCE > 1 ? ROWS_AT_ONCE / 2 : 1;
+    struct Row { const uint8_t* data; const bf16* scale; const uint8_t* zero; };
+    static Row row(const Weight& w, int64_t n, int64_t in) {
+        int64_t groups = in / w.group;
+        return {reinterpret_cast<const uint8_t*>(w.data) + n * in / 2, reinterpret_cast<const bf16*>(w.scale) + n * groups,
+                w.zero ? w.zero + n * groups : nullptr};
+    }
+
+    template <int M, int N>
+    static void tile(const char* const* x, const float* scales, const Row* w, int64_t in, int64_t group, float* const* out) {
+        Floats sums[M][N];
+        for (auto& row : sums) for (auto& each : row) each = zeros();
+        for (int64_t g = 0; g < in / group; g++) {
+            Ints part[M][N], zero[N];
+            for (auto& row : part) for (auto& each : row) each = no_ints();
+            for (int n = 0; n < N; n++) zero[n] = all_shorts(w[n].zero ? w[n].zero[g] : 8);
+            for (int64_t i = g * group; i < (g + 1) * group; i += CHUNK) {
+                for (int64_t j = 0; j < CHUNK / 2; j += 2 * LANES) {
+                    Ints low[N], high[N];
+                    for (int n = 0; n < N; n++) {
+                        Ints pairs = load_bytes(w[n].data + i / 2 + j);
+                        fetch(w[n].data + i / 2 + j);
+                        low[n] = subtract(low_nibbles(pairs), zero[n]);
+                        high[n] = subtract(high_nibbles(pairs), zero[n]);
+                    }
+                    for (int m = 0; m < M; m++) {
+                        const int16_t* row = reinterpret_cast<const int16_t*>(x[m]) + i + j;
+                        Ints even = load_shorts(row), odd = load_shorts(row + CHUNK / 2);
+                        for (int n = 0; n < N; n++) part[m][n] = dot(dot(part[m][n], even, low[n]), odd, high[n]);
+                    }
+                }
+            }
+            for (int n = 0; n < N; n++) {
+                Floats scale = all(widen(w[n].scale[g]));
+                for (int m = 0; m < M; m++) sums[m][n] = multiply_add(to_floats(part[m][n]), scale, sums[m][n]);
+            }
+        }
+        for (int m = 0; m < M; m++) {
+            store_sums(sums[m], out[m]);
+            for (int n = 0; n < N; n++) out[m][n] *= scales[m];
+        }
+    }
+};
+
+// The largest int16 code of a row, such that sums of `in` products with int8 stay within int32 in every lane.
+int largest_code(int64_t in) {
+    return int(std::min<int64_t>(32767, int64_t(std::numeric_limits<int32_t>::max()) * LANES / (127 * in)));
+}
+
+template <class T> void quantise(const T* x, int64_t in, Format format, int16_t* out, float* scale) {
+    float most = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < in; i++) {
+        float size = std::fabs(widen(x[i]));
+        finite &= size <= std::numeric_limits<float>::max();
+        most = std::max(most, size);
+    }
+    float limit = float(largest_code(in));
+    float factor = finite && most > 0 ? limit / most : 0;
+    *scale = finite ? most / limit : std::numeric_limits<float>::quiet_NaN();
+    if (!(factor <= std::numeric_limits<float>::max())) factor = 0, *scale = 0;  // of denormal numbers
+    // adding 1.5 * 2^23 rounds to the nearest whole number, ties to even
+    auto code = [&](float value) { return int16_t((value * factor + 12582912.0f) - 12582912.0f); };
+    if (format == INT8) {
+        for (int64_t i = 0; i < in; i++) out[i] = code(widen(x[i]));
+        return;
+    }
+    for (int64_t c = 0; c < in; c += CHUNK)
+        for (int64_t j = 0; j < CHUNK / 2; j++) {
+            out[c + j] = code(widen(x[c + 2 * j]));
+            out[c + CHUNK / 2 + j] = code(widen(x[c + 2 * j + 1]));
+        }
+}
+
+// What products of a format take for `count` rows of `in` numbers; quantised ones lie in scratch memory of the tag.
+template <int TAG>
+Rows prepared(const char* x, int64_t dtype, int64_t count, int64_t in, int64_t format, int64_t threads) {
+    if (format == DENSE) return {x, in * 2, nullptr};
+    int16_t* codes = scratch<int16_t, TAG>(count * in);
+    float* scales = scratch<float, TAG>(count);
+    parallel(count, count * in < 1 << 15 ? 1 : threads, [&](int64_t r) {
+        if (dtype == BFLOAT16)
+            quantise(reinterpret_cast<const bf16*>(x) + r * in, in, Format(format), codes + r * in, scales + r);
+        else
+            quantise(reinterpret_cast<const float*>(x) + r * in, in, Format(format), codes + r * in, scales + r);
+    });
+    return {reinterpret_cast<const char*>(codes), in * 2, scales};
+}
+
+// out[r][c - first] = x[rows[r]] . w[c], for c of [first, last), with `row_of(c)` the row of the weight.
+template <class F, int N, class RowOf>
+void columns(const Rows& x, const int64_t* rows, int64_t count, int64_t in, int64_t group, int64_t c, RowOf row_of,
+             float* out, int64_t stride) {
+    typename F::Row w[N];
+    for (int n = 0; n < N; n++) w[n] = row_of(c + n);
+    const char* at[F::ROWS];
+    float* to[F::ROWS];
+    float scales[F::ROWS];
+    for (int64_t r = 0; r < count; r += F::ROWS) {
+        int64_t many = std::min<int64_t>(F::ROWS, count - r);
+        for (int64_t m = 0; m < many; m++) {
+            int64_t row = rows ? rows[r + m] : r + m;
+            at[m] = x.data + row * x.stride;
+            to[m] = out + (r + m) * stride;
+            scales[m] = x.scales ? x.scales[row] : 1.0f;
+        }
+        if (many == F::ROWS) F::template tile<F::ROWS, N>(at, scales, w, in, group, to);
+        else if (many == 1) F::template tile<1, N>(at, scales, w, in, group, to);
+        else if constexpr (F::ROWS > 2) {
+            if (many == 2) F::template tile<2, N>(at, scales, w, in, group, to);
+            else F::template tile<3, N>(at, scales, w, in, group, to);
+        }
+    }
+}
+
+template <class F, class RowOf>
+void product(const Rows& x, const int64_t* rows, int64_t count, int64_t in, int64_t group, int64_t first, int64_t last,
+             RowOf row_of, float* out, int64_t stride) {
+    // few enough rows to stay in the first-level cache while all columns pass
+    int64_t block = std::max<int64_t>(16, (1 << 15) / (2 * in) / 4 * 4);
+    for (int64_t r = 0; r < count; r += block) {
+        int64_t many = std::min(block, count - r);
+        const int64_t* some = rows ? rows + r : nullptr;
+        Rows here = rows ? x : Rows{x.data + r * x.stride, x.stride, x.scales ? x.scales + r : nullptr};
+        int64_t c = first;
+        for (; c + COLUMNS_AT_ONCE <= last; c += COLUMNS_AT_ONCE)
+            columns<F, COLUMNS_AT_ONCE>(here, some, many, in, group, c, row_of, out + r * stride + c - first, stride);
+        for (; c < last; c++)
+            columns<F, 1>(here, some, many, in, group, c, row_of, out + r * stride + c - first, stride);
+    }
+}
+
+// The same for consecutive rows of a weight of any format.
+void product(const Rows& x, const int64_t* rows, int64_t count, int64_t in, const Weight& w, int64_t first, int64_t last,
+             float* out, int64_t stride) {
+    auto run = [&](auto format) {
+        using F = decltype(format);
+        product<F>(x, rows, count, in, w.group, first, last, [&](int64_t n) { return F::row(w, n, in); }, out, stride);
+    };
+    if (w.format == DENSE) run(Dense{});
+    else if (w.format == INT8) run(Int8{});
+    else run(Int4{});
+}
+
+// Rows of two weights in turns: out[r][2 * (c - first)] of `one`, the next of `two`.
+void paired_product(const Rows& x, const int64_t* rows, int64_t count, int64_t in, const Weight& one, const Weight& two,
+                    int64_t first, int64_t last, float* out, int64_t stride) {
+    auto run = [&](auto format) {
+        using F = decltype(format);
+        auto row_of = [&](int64_t n) { return F::row(n % 2 ? two : one, n / 2, in); };
+        product<F>(x, rows, count, in, one.group, 2 * first, 2 * last, row_of, out, stride);
+    };
+    if (one.format == DENSE) run(Dense{});
+    else if (one.format == INT8) run(Int8{});
+    else run(Int4{});
+}
+
+int64_t bytes_of(const Weight& w, int64_t out, int64_t in) {
+    return out * in * (w.format == DENSE ? 4 : w.format == INT8 ? 2 : 1) / 2;
+}
+
+constexpr int64_t WORTH_A_THREAD = 1 << 16;  // bytes of weights below which a second thread costs more than it brings
+
+// ---------------------------------------------------------------------------------------------------- linear layers
+
+struct LinearArgs {
+    const char* x;
+    int64_t dtype, rows, out_features, in;
+    Weight w;
+    const char* bias;
+    char* out;
+    int64_t threads;
+};
+
+template <class T> void linear(const LinearArgs& a) {
+    const int64_t width = a.rows > 8 ? 64 : 256;
+    int64_t threads = bytes_of(a.w, a.out_features, a.in) < WORTH_A_THREAD ? 1 : a.threads;
+    Rows x = prepared<0>(a.x, a.dtype, a.rows, a.in, a.w.format, threads);
+    const T* bias = reinterpret_cast<const T*>(a.bias);
+    T* out = reinterpret_cast<T*>(a.out);
+    parallel((a.out_features + width - 1) / width, threads, [&](int64_t item) {
+        int64_t first = item * width, last = std::min(first + width, a.out_features), n = last - first;
+        float* sums = scratch<float, 1>(a.rows * width);
+        product(x, nullptr, a.rows, a.in, a.w, first, last, sums, width);
+        for (int64_t r = 0; r < a.rows; r++) {
+            T* to = out + r * a.out_features + first;
+            const float* from = sums + r * width;
+            if (bias) for (int64_t c = 0; c < n; c++) put(to + c, from[c] + widen(bias[first + c]));
+            else for (int64_t c = 0; c < n; c++) put(to + c, from[c]);
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------- experts
+
+struct ExpertArgs {
+    const char* x;
+    int64_t dtype, tokens, dim, topk, experts, width;
+    const int64_t* ids;
+    const float* weights;
+    Weight gate_up, down;
+    int64_t shared_width;  // 0 without shared experts
+    Weight shared_gate, shared_up, shared_down;
+    const char* residual;
+    char* out;
+    int64_t threads;
+};
+
+// The tokens of one expert, or of the shared ones.
+struct Crowd {
+    Weight gate, up, down;
+    int64_t width, first, count;  // its copies are first .. first + count - 1
+    int64_t hidden;               // where its activations begin, in numbers
+};
+
+void make_crowds(const ExpertArgs& a, std::vector<Crowd>& crowds, std::vector<int64_t>& token_of,
+                 std::vector<int64_t>& copy_of) {
+    std::vector<int64_t> start(size_t(a.experts) + 1, 0);
+    auto real = [&](int64_t e) { return e >= 0 && e < a.experts; };
+    for (int64_t i = 0; i < a.tokens * a.topk; i++) if (real(a.ids[i])) start[size_t(a.ids[i]) + 1]++;
+    for (int64_t e = 0; e < a.experts; e++) start[size_t(e) + 1] += start[size_t(e)];
+    int64_t routed = start[size_t(a.experts)], hidden = 0;
+    token_of.resize(size_t(routed + (a.shared_width ? a.tokens : 0)));
+    copy_of.assign(size_t(a.tokens * a.topk), -1);
+    for (int64_t e = 0; e < a.experts; e++) {
+        int64_t count = start[size_t(e) + 1] - start[size_t(e)];
+        if (!count) continue;
+        Weight gate = a.gate_up.from(2 * e * a.width, a.dim), up = a.gate_up.from((2 * e + 1) * a.width, a.dim);
+        crowds.push_back({gate, up, a.down.from(e * a.dim, a.width), a.width, start[size_t(e)], count, hidden});
+        hidden += count * a.width;
+    }
+    for (int64_t i = 0; i < a.tokens * a.topk; i++) {
+        if (!real(a.ids[i])) continue;
+        int64_t at = start[size_t(a.ids[i])]++;
+        token_of[size_t(at)] = i / a.topk;
+        copy_of[size_t(i)] = at;
+    }
+    if (!a.shared_width) return;
+    crowds.push_back({a.shared_gate, a.shared_up, a.shared_down, a.shared_width, routed, a.tokens, hidden});
+    for (int64_t t = 0; t < a.tokens; t++) token_of[size_t(routed + t)] = t;
+}
+
+// silu(gate) * up of pairs, as activations of the down projection's format.
+void activate(const float* pairs, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i++) {
+        float gate = pairs[2 * i], up = pairs[2 * i + 1];
+        out[i] = gate / (1.0f + exponential(-gate)) * up;
+    }
+}
+
+template <class T> void mix_experts(const ExpertArgs& a) {
+    std::vector<Crowd> crowds;
+    std::vector<int64_t> token_of, copy_of;
+    make_crowds(a, crowds, token_of, copy_of);
+    int64_t copies = int64_t(token_of.size()), total = 0, widest = 0, most = 0;
+    for (const Crowd& each : crowds) {
+        total += each.count * each.width;
+        widest = std::max(widest, each.width);
+        most = std::max(most, each.count);
+    }
+    Rows by_format[3] = {};
+    for (const Crowd& each : crowds)
+        if (!by_format[each.gate.format].data)
+            by_format[each.gate.format] =
+                each.gate.format == INT4 ? prepared<2>(a.x, a.dtype, a.tokens, a.dim, INT4, a.threads)
+                                         : prepared<0>(a.x, a.dtype, a.tokens, a.dim, each.gate.format, a.threads);
+    float* hidden = scratch<float, 3>(total);
+    int16_t* codes = scratch<int16_t, 4>(total);  // of bfloat16 or of int16, by the format of `down`
+    float* code_scales = scratch<float, 4>(copies);
+    float* mixed = scratch<float, 5>(copies * a.dim);
+
+    // gate and up of every copy
+    const int64_t part = most > 8 ? 32 : 64, parts = (widest + part - 1) / part;
+    parallel(int64_t(crowds.size()) * parts, a.threads, [&](int64_t item) {
+        const Crowd& c = crowds[size_t(item / parts)];
+        int64_t first = item % parts * part, last = std::min(first + part, c.width), n = last - first;
+        if (n <= 0) return;
+        float* pairs = scratch<float, 1>(c.count * 2 * part);
+        paired_product(by_format[c.gate.format], token_of.data() + c.first, c.count, a.dim, c.gate, c.up, first, last,
+                       pairs, 2 * part);
+        for (int64_t r = 0; r < c.count; r++)
+            activate(pairs + r * 2 * part, n, hidden + c.hidden + r * c.width + first);
+    });
+    // as the down projections take them
+    parallel(int64_t(crowds.size()), total < 1 << 14 ? 1 : a.threads, [&](int64_t item) {
+        const Crowd& c = crowds[size_t(item)];
+        for (int64_t r = 0; r < c.count; r++) {
+            const float* from = hidden + c.hidden + r * c.width;
+            int16_t* to = codes + c.hidden + r * c.width;
+            if (c.down.format == DENSE)
+                for (int64_t i = 0; i < c.width; i++) to[i] = int16_t(narrow(from[i]));
+            else
+                quantise(from, c.width, Format(c.down.format), to, code_scales + c.first + r);
+        }
+    });
+    const int64_t cut = most > 8 ? 64 : 128, cuts = (a.dim + cut - 1) / cut;
+    parallel(int64_t(crowds.size()) * cuts, a.threads, [&](int64_t item) {
+        const Crowd& c = crowds[size_t(item / cuts)];
+        int64_t first = item % cuts * cut, last = std::min(first + cut, a.dim);
+        Rows rows{reinterpret_cast<const char*>(codes + c.hidden), c.width * 2,
+                  c.down.format == DENSE ? nullptr : code_scales + c.first};
+        product(rows, nullptr, c.count, c.width, c.down, first, last, mixed + c.first * a.dim + first, a.dim);
+    });
+    // the sum of each token's copies
+    parallel(a.tokens, a.tokens < 16 ? 1 : a.threads, [&](int64_t t) {
+        float* sums = scratch<float, 1>(a.dim);
+        std::fill(sums, sums + a.dim, 0.0f);
+        auto add = [&](int64_t copy, float weight) {
+            const float* from = mixed + copy * a.dim;
+            for (int64_t i = 0; i < a.dim; i++) sums[i] += weight * from[i];
+        };
+        for (int64_t j = 0; j < a.topk; j++)
+            if (int64_t copy = copy_of[size_t(t * a.topk + j)]; copy >= 0) add(copy, a.weights[t * a.topk + j]);
+        if (a.shared_width) add(copies - a.tokens + t, 1.0f);
+        T* out = reinterpret_cast<T*>(a.out) + t * a.dim;
+        const T* residual = reinterpret_cast<const T*>(a.residual) + (a.residual ? t * a.dim : 0);
+        for (int64_t i = 0; i < a.dim; i++) put(out + i, a.residual ? widen(residual[i]) + sums[i] : sums[i]);
+    });
+}
+
+// ----------------------------------------------------------------------------------------------------------- router
+
+struct RouteArgs {
+    const char* x;
+    int64_t x_dtype, tokens, dim, experts;
+    const char* weight;
+    int64_t weight_dtype;
+    const float* bias;
+    int64_t softmax, topk, groups, topk_groups, normalize;
+    double scale;
+    const int64_t* given;
+    const int64_t* limits;    // of choices, for each token; null without
+    const float* thresholds;  // shares of the best choice's score below which others are dropped; null without
+    int64_t* ids;
+    float* weights;
+    float* scores;
+    int64_t threads;
+};
+
+template <class X, class W> float inner(const X* x, const W* w, int64_t size) {
+    Floats sums = zeros();
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) sums = multiply_add(load(x + i), load(w + i), sums);
+    float total = sum(sums);
+    for (; i < size; i++) total += widen(x[i]) * widen(w[i]);
+    return total;
+}
+
+// The place of the largest among those not taken; there is one even among NaN.
+int64_t largest(const float* values, const uint8_t* taken, int64_t size) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < size; i++)
+        if (!taken[i] && (best < 0 || values[i] > values[best])) best = i;
+    return best;
+}
+
+void close_groups(const RouteArgs& a, const float* choice, uint8_t* taken) {
+    int64_t size = a.experts / a.groups;
+    float* best = scratch<float, 6>(a.groups);
+    uint8_t* open = scratch<uint8_t, 7>(a.groups);
+    for (int64_t g = 0; g < a.groups; g++) {
+        const float* of = choice + g * size;
+        float first = of[0], second = -std::numeric_limits<float>::infinity();
+        for (int64_t i = 1; i < size; i++) {
+            if (of[i] > first) second = first, first = of[i];
+            else if (of[i] > second) second = of[i];
+        }
+        best[g] = a.bias && size > 1 ? first + second : first;
+        open[g] = 0;
+    }
+    for (int64_t i = 0; i < a.topk_groups; i++) open[largest(best, open, a.groups)] = 1;
+    for (int64_t e = 0; e < a.experts; e++) taken[e] = !open[e / size];
+}
+
+// Leave a token what its limit and its threshold leave of its choices, the best first.
+void drop(const RouteArgs& a, int64_t t, const float* scores, int64_t* ids) {
+    float best = 0;
+    for (int64_t j = 0; j < a.topk; j++) {
+        if (a.limits && j >= a.limits[t]) ids[j] = -1;
+        else best = std::max(best, scores[ids[j]]);
+    }
+    for (int64_t j = 0; j < a.topk; j++)
+        if (a.thresholds && ids[j] >= 0 && scores[ids[j]] < best * a.thresholds[t]) ids[j] = -1;
+}
+
+template <class X, class W> void route_token(const RouteArgs& a, int64_t t) {
+    const X* x = reinterpret_cast<const X*>(a.x) + t * a.dim;
+    const W* weight = reinterpret_cast<const W*>(a.weight);
+    float* scores = a.scores + t * a.experts;
+    int64_t* ids = a.ids + t * a.topk;
+    float* weights = a.weights + t * a.topk;
+    for (int64_t e = 0; e < a.experts; e++) scores[e] = inner(x, weight + e * a.dim, a.dim);
+    if (a.softmax) {
+        float most = *std::max_element(scores, scores + a.experts), total = 0;
+        for (int64_t e = 0; e < a.experts; e++) total += scores[e] = std::exp(scores[e] - most);
+        for (int64_t e = 0; e < a.experts; e++) scores[e] /= total;
+    } else {
+        for (int64_t e = 0; e < a.experts; e++) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
+    }
+    if (a.given) {
+        std::copy(a.given + t * a.topk, a.given + (t + 1) * a.topk, ids);
+    } else {
+        float* choice = scratch<float, 8>(a.experts);
+        uint8_t* taken = scratch<uint8_t, 9>(a.experts);
+        for (int64_t e = 0; e < a.experts; e++) choice[e] = a.bias ? scores[e] + a.bias[e] : scores[e], taken[e] = 0;
+        if (a.groups > 1) close_groups(a, choice, taken);
+        for (int64_t j = 0; j < a.topk; j++) taken[ids[j] = largest(choice, taken, a.experts)] = 1;
+        drop(a, t, scores, ids);
+    }
+    float total = 0;
+    for (int64_t j = 0; j < a.topk; j++) total += weights[j] = ids[j] < 0 ? 0.0f : scores[ids[j]];
+    float factor = a.normalize ? float(a.scale) / (total + 1e-20f) : float(a.scale);
+    for (int64_t j = 0; j < a.topk; j++) weights[j] *= factor;
+}
+
+// ------------------------------------------------------------------------------------------------------------ norms
+
+struct NormArgs {
+    const bf16* x;
+    const bf16* delta;  // added first; null without
+    const bf16* weight;
+    bf16* total;
+    bf16* out;
+    int64_t rows, dim;
+    double eps;
+};
+
+void norm_row(const bf16* x, const bf16* weight, int64_t dim, float eps, bf16* out) {
+    float factor = 1.0f / std::sqrt(inner(x, x, dim) / float(dim) + eps);
+    for (int64_t i = 0; i < dim; i++) out[i] = narrow(widen(narrow(widen(x[i]) * factor)) * widen(weight[i]));
+}
+
+// ------------------------------------------------------------------------------------------------- latent attention
+
+// Neighbours 2i and 2i + 1 turned by the angle of their pair.
+void rotate(const bf16* x, const float* cos, const float* sin, int64_t half, bf16* out) {
+    for (int64_t i = 0; i < half; i++) {
+        float even = widen(x[2 * i]), odd = widen(x[2 * i + 1]);
+        out[2 * i] = narrow(even * cos[i] - odd * sin[i]);
+        out[2 * i + 1] = narrow(even * sin[i] + odd * cos[i]);
+    }
+}
+
+struct WriteArgs {
+    const bf16* kv;
+    int64_t tokens, latent, rope, kept;  // numbers of the latent; of these the row holds the first `kept`
+    const bf16* weight;
+    const float* cos;
+    const float* sin;
+    double eps;
+    bf16* rows;
+    int64_t row_stride;
+    const int64_t* slots;
+};
+
+constexpr int TILE = 8, KEYS = 32, SPAN = 32;  // queries, keys and columns at once
+
+// sums[m][c] += sum_j weights[m][j] * rows[j][c], j < 2 * pairs, bfloat16 weights two by two. The order of the columns
+// of `sums` within each SPAN is `weighted_rows`'s own; `settled` puts them right.
+void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const* weights, int many, int64_t width,
+                   float* sums) {
+#if defined(__AVX512BF16__)
+    for (int64_t c = 0; c < width; c += SPAN) {
+        __m512 low[TILE], high[TILE];
+        for (int m = 0; m < TILE; m++) low[m] = load(sums + m * width + c), high[m] = load(sums + m * width + c + 16);
+        for (int64_t j = 0; j < pairs; j++) {
+            __m512i one = load_halves(rows[2 * j] + c), two = load_halves(rows[2 * j + 1] + c);
+            __m512bh first = (__m512bh)_mm512_unpacklo_epi16(one, two), second = (__m512bh)_mm512_unpackhi_epi16(one, two);
+            for (int m = 0; m < TILE; m++) {
+                __m512bh weight = (__m512bh)_mm512_set1_epi32(int(weights[m][j]));
+                low[m] = _mm512_dpbf16_ps(low[m], first, weight);
+                high[m] = _mm512_dpbf16_ps(high[m], second, weight);
+            }
+        }
+        for (int m = 0; m < TILE; m++) store(sums + m * width + c, low[m]), store(sums + m * width + c + 16, high[m]);
+    }
+    (void)many;
+#else
+    for (int m = 0; m < many; m++)
+        for (int64_t j = 0; j < pairs; j++) {
+            Floats one = all(widen(bf16(weights[m][j]))), two = all(widen(bf16(weights[m][j] >> 16)));
+            for (int64_t c = 0; c < width; c += LANES) {
+                float* at = sums + m * width + c;
+                Floats first = multiply_add(one, load(rows[2 * j] + c), load(at));
+                store(at, multiply_add(two, load(rows[2 * j + 1] + c), first));
+            }
+        }
+#endif
+}
+
+void settled(const float* sums, int64_t width, float factor, bf16* out) {
+#if defined(__AVX512BF16__)
+    for (int64_t c = 0; c < width; c += SPAN)
+        for (int lane = 0; lane < 4; lane++)
+            for (int i = 0; i < 4; i++) {
+                out[c + 8 * lane + i] = narrow(sums[c + 4 * lane + i] * factor);
+                out[c + 8 * lane + 4 + i] = narrow(sums[c + 16 + 4 * lane + i] * factor);
+            }
+#else
+    for (int64_t c = 0; c < width; c++) out[c] = narrow(sums[c] * factor);
+#endif
+}
+
+struct AbsorbArgs {
+    const bf16* q;
+    int64_t q_token, q_head;  // strides
+    int64_t tokens, heads, nope, rope, latent;
+    const bf16* w_uk;
+    int64_t w_head, w_row;  // strides
+    const float* cos;
+    const float* sin;
+    bf16* out;
+    int64_t threads;
+};
+
+void absorb(const AbsorbArgs& a, int64_t head, int64_t first) {
+    int many = int(std::min<int64_t>(TILE, a.tokens - first));
+    float* sums = scratch<float, 1>(TILE * a.latent);
+    std::fill(sums, sums + TILE * a.latent, 0.0f);
+    const uint32_t* weights[TILE];
+    auto query = [&](int m) { return a.q + (first + std::min(m, many - 1)) * a.q_token + head * a.q_head; };
+    for (int64_t j = 0; j < a.nope; j += KEYS) {
+        int64_t count = std::min<int64_t>(KEYS, a.nope - j);
+        const bf16* rows[KEYS];
+        for (int64_t i = 0; i < count; i++) rows[i] = a.w_uk + head * a.w_head + (j + i) * a.w_row;
+        for (int m = 0; m < TILE; m++) weights[m] = reinterpret_cast<const uint32_t*>(query(m) + j);
+        weighted_rows(rows, count / 2, weights, many, a.latent, sums);
+    }
+    for (int m = 0; m < many; m++) {
+        bf16* out = a.out + ((first + m) * a.heads + head) * (a.latent + a.rope);
+        settled(sums + m * a.latent, a.latent, 1.0f, out);
+        int64_t half = a.rope / 2;
+        rotate(query(m) + a.nope, a.cos + (first + m) * half, a.sin + (first + m) * half, half, out + a.latent);
+    }
+}
+
+struct ProjectArgs {
+    const bf16* mixed;
+    int64_t tokens, heads, latent, v;
+    const bf16* w_uv;
+    int64_t w_head, w_row;  // strides
+    bf16* out;
+    int64_t threads;
+};
+
+void project(const ProjectArgs& a, int64_t head) {
+    float* sums = scratch<float, 1>(a.tokens * a.v);
+    Rows rows{reinterpret_cast<const char*>(a.mixed + head * a.latent), a.heads * a.latent * 2, nullptr};
+    auto row_of = [&](int64_t n) { return Dense::Row{a.w_uv + head * a.w_head + n * a.w_row}; };
+    product<Dense>(rows, nullptr, a.tokens, a.latent, 0, 0, a.v, row_of, sums, a.v);
+    for (int64_t t = 0; t < a.tokens; t++)
+        for (int64_t i = 0; i < a.v; i++) a.out[(t * a.heads + head) * a.v + i] = narrow(sums[t * a.v + i]);
+}
+
+struct AttentionArgs {
+    const bf16* q;  // [tokens, heads, key width]
+    int64_t heads, key_heads, key_width, value_width;
+    const bf16* rows;
+    int64_t row_stride, value_offset;  // of the first head's value in a row; the keys of all heads come first
+    int64_t value_stride;              // between the values of neighbouring heads
+    const int64_t* tables;
+    int64_t table_stride, block_size;
+    const int64_t* context_lens;
+    const int64_t* cu_seqlens;
+    int64_t seqs;
+    double scale;
+    bf16* out;  // [tokens, heads, value width]
+    int64_t threads;
+};
+
+// Up to TILE rows of one sequence and key head; row r is head r % group of the group, of query r / group.
+struct Queries {
+    int64_t seq, key_head, first;
+};
+
+void attend(const AttentionArgs& a, const Queries& tile) {
+    int64_t group = a.heads / a.key_heads, begin = a.cu_seqlens[tile.seq];
+    int64_t length = a.cu_seqlens[tile.seq + 1] - begin, context = a.context_lens[tile.seq];
+    int many = int(std::min<int64_t>(TILE, length * group - tile.first));
+    const char* q[TILE];
+    bf16* out[TILE];
+    int64_t seen[TILE], most = 0;  // keys that a row sees
+    for (int m = 0; m < many; m++) {
+        int64_t query = (tile.first + m) / group, head = tile.key_head * group + (tile.first + m) % group;
+        int64_t row = (begin + query) * a.heads + head;
+        q[m] = reinterpret_cast<const char*>(a.q + row * a.key_width);
+        out[m] = a.out + row * a.value_width;
+        seen[m] = context - length + query + 1;
+        most = std::max(most, seen[m]);
+    }
+    float* sums = scratch<float, 1>(TILE * a.value_width);
+    std::fill(sums, sums + TILE * a.value_width, 0.0f);
+    float best[TILE], total[TILE] = {}, scores[TILE][KEYS];
+    bf16 weights[TILE][KEYS] = {};
+    const uint32_t* pairs[TILE];
+    for (int m = 0; m < TILE; m++) {
+        best[m] = -std::numeric_limits<float>::infinity();
+        pairs[m] = reinterpret_cast<const uint32_t*>(weights[m]);
+    }
+    const int64_t* table = a.tables + tile.seq * a.table_stride;
+    float scale = float(a.scale);
+    for (int64_t j = 0; j < most; j += KEYS) {
+        int64_t count = std::min<int64_t>(KEYS, most - j), even = (count + 1) / 2 * 2;
+        Dense::Row keys[KEYS];
+        const bf16* values[KEYS];
+        for (int64_t i = 0; i < KEYS; i++) {
+            int64_t position = j + std::min(i, count - 1);
+            int64_t slot = table[position / a.block_size] * a.block_size + position % a.block_size;
+            keys[i].data = a.rows + slot * a.row_stride + tile.key_head * a.key_width;
+            values[i] = a.rows + slot * a.row_stride + a.value_offset + tile.key_head * a.value_stride;
+        }
+        for (int m = 0; m < many; m += ROWS_AT_ONCE) {
+            int rest = std::min(ROWS_AT_ONCE, many - m);
+            for (int64_t i = 0; i < count; i += COLUMNS_AT_ONCE) {
+                float* to[ROWS_AT_ONCE];
+                for (int r = 0; r < rest; r++) to[r] = scores[m + r] + i;
+                if (rest == ROWS_AT_ONCE)
+                    Dense::tile<ROWS_AT_ONCE, COLUMNS_AT_ONCE>(q + m, nullptr, keys + i, a.key_width, 0, to);
+                else
+                    for (int r = 0; r < rest; r++)
+                        Dense::tile<1, COLUMNS_AT_ONCE>(q + m + r, nullptr, keys + i, a.key_width, 0, to + r);
+            }
+        }
+        for (int m = 0; m < many; m++) {
+            int64_t visible = std::min(count, seen[m] - j);
+            if (visible <= 0) {
+                std::fill(weights[m], weights[m] + KEYS, bf16(0));
+                continue;
+            }
+            float highest = best[m], added = 0;
+            for (int64_t i = 0; i < visible; i++) highest = std::max(highest, scores[m][i] *= scale);
+            float shrink = exponential(best[m] - highest);
+            for (int64_t i = 0; i < visible; i++) scores[m][i] = exponential(scores[m][i] - highest);
+            for (int64_t i = 0; i < visible; i++) added += scores[m][i], weights[m][i] = narrow(scores[m][i]);
+            for (int64_t i = visible; i < KEYS; i++) weights[m][i] = 0;
+            best[m] = highest;
+            total[m] = total[m] * shrink + added;
+            if (shrink != 1.0f)
+                for (int64_t c = 0; c < a.value_width; c++) sums[m * a.value_width + c] *= shrink;
+        }
+        weighted_rows(values, even / 2, pairs, many, a.value_width, sums);
+    }
+    for (int m = 0; m < many; m++) settled(sums + m * a.value_width, a.value_width, 1.0f / total[m], out[m]);
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------ what Python calls
+
+extern "C" {
+
+void kogia_linear(const LinearArgs* a) { a->dtype == BFLOAT16 ? linear<bf16>(*a) : linear<float>(*a); }
+
+void kogia_mix_experts(const ExpertArgs* a) { a->dtype == BFLOAT16 ? mix_experts<bf16>(*a) : mix_experts<float>(*a); }
+
+void kogia_route(const RouteArgs* a) {
+    parallel(a->tokens, a->tokens < 16 ? 1 : a->threads, [&](int64_t t) {
+        if (a->x_dtype == BFLOAT16)
+            a->weight_dtype == BFLOAT16 ? route_token<bf16, bf16>(*a, t) : route_token<bf16, float>(*a, t);
+        else
+            a->weight_dtype == BFLOAT16 ? route_token<float, bf16>(*a, t) : route_token<float, float>(*a, t);
+    });
+}
+
+void kogia_norm(const NormArgs* a) {
+    for (int64_t r = 0; r < a->rows; r++) {
+        const bf16* x = a->x + r * a->dim;
+        if (a->delta) {
+            bf16* total = a->total + r * a->dim;
+            for (int64_t i = 0; i < a->dim; i++) total[i] = narrow(widen(x[i]) + widen(a->delta[r * a->dim + i]));
+            x = total;
+        }
+        norm_row(x, a->weight, a->dim, float(a->eps), a->out + r * a->dim);
+    }
+}
+
+void kogia_write_latent(const WriteArgs* a) {
+    bf16* normed = scratch<bf16, 0>(a->latent);
+    for (int64_t t = 0; t < a->tokens; t++) {
+        const bf16* kv = a->kv + t * (a->latent + a->rope);
+        bf16* row = a->rows + a->slots[t] * a->row_stride;
+        norm_row(kv, a->weight, a->latent, float(a->eps), normed);
+        std::copy(normed, normed + a->kept, row);
+        int64_t half = a->rope / 2;
+        rotate(kv + a->latent, a->cos + t * half, a->sin + t * half, half, row + a->kept);
+    }
+}
+
+void kogia_absorb_query(const AbsorbArgs* a) {
+    int64_t tiles = (a->tokens + TILE - 1) / TILE;
+    bool few = a->tokens * a->heads * a->nope * a->latent < 1 << 18;
+    parallel(a->heads * tiles, few ? 1 : a->threads, [&](int64_t i) { absorb(*a, i / tiles, i % tiles * TILE); });
+}
+
+void kogia_project_values(const ProjectArgs* a) {
+    bool few = a->tokens * a->heads * a->v * a->latent < 1 << 18;
+    parallel(a->heads, few ? 1 : a->threads, [&](int64_t head) { project(*a, head); });
+}
+
+void kogia_cached_attention(const AttentionArgs* a) {
+    std::vector<Queries> tiles;
+    int64_t keys = 0;
+    for (int64_t s = 0; s < a->seqs; s++) {
+        int64_t rows = (a->cu_seqlens[s + 1] - a->cu_seqlens[s]) * (a->heads / a->key_heads);
+        for (int64_t h = 0; h < a->key_heads; h++)
+            for (int64_t first = 0; first < rows; first += TILE) {
+                tiles.push_back({s, h, first});
+                keys += a->context_lens[s];
+            }
+    }
+    parallel(int64_t(tiles.size()), keys < 512 ? 1 : a->threads, [&](int64_t i) { attend(*a, tiles[size_t(i)]); });
+}
+}

@@ -1,0 +1,140 @@
+"""Routing, and experts of which only the chosen ones are read."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kogia.ops.cpu.common import (
+    DTYPES,
+    NO_WEIGHT,
+    Kernel,
+    address,
+    refusal,
+    weight_fields,
+    weight_refusal,
+    weight_width,
+)
+from kogia.ops.moe import Activation, Routed, SharedExperts
+from kogia.ops.packed import Packed
+
+_mix_experts = Kernel("kogia_mix_experts", "7q 2q 5q5q q 5q5q5q 3q")
+_route = Kernel("kogia_route", "5q 3q 5q d 7q")
+
+
+def mix_experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | Packed,
+    down: Tensor | Packed,
+    *,
+    shared: SharedExperts | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Gate and up of all copies of tokens, then down, then the sums; between them numbers stay float32, but for what
+    the products take."""
+    (tokens, dim), topk = x.shape, expert_ids.shape[1]
+    out = torch.empty_like(x)
+    shared_width = 0 if shared is None else len(shared[0])
+    shared_fields = NO_WEIGHT * 3 if shared is None else [each for one in shared for each in weight_fields(one)]
+    _mix_experts(
+        x.data_ptr(), DTYPES[x.dtype], tokens, dim, topk, len(gate_up), weight_width(down),
+        expert_ids.data_ptr(), weights.data_ptr(), *weight_fields(gate_up), *weight_fields(down),
+        shared_width, *shared_fields, address(residual), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def mix_experts_supports(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | Packed,
+    down: Tensor | Packed,
+    *,
+    shared: SharedExperts | None = None,
+    residual: Tensor | None = None,
+) -> str | None:
+    if torch.is_grad_enabled():
+        return "it has no backward"
+    if shared is not None and _form(shared[0]) != _form(shared[1]):
+        return f"shared experts whose gate is {_form(shared[0])} and whose up is {_form(shared[1])}"
+    for each in (gate_up, down, *(shared or ())):
+        if reason := weight_refusal(each, x):
+            return reason
+    if residual is not None and residual.dtype != x.dtype:
+        return f"it adds a residual of the dtype of the rows, not {residual.dtype} to {x.dtype}"
+    others = () if residual is None else (residual,)
+    return (
+        refusal(x, *others, dtypes=tuple(DTYPES))
+        or refusal(weights, dtypes=(torch.float32,))
+        or refusal(expert_ids, dtypes=(torch.int64,))
+    )
+
+
+def _form(weight: Tensor | Packed) -> str:
+    return weight.format if isinstance(weight, Packed) else "dense"
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    score: str,
+    topk: int,
+    num_groups: int,
+    topk_groups: int,
+    normalize: bool,
+    scale: float,
+    given: Tensor | None = None,
+    may_be_nobody: bool = False,
+    activation: Activation | None = None,
+) -> Routed:
+    """One pass; an id of -1 weighs nothing."""
+    (tokens, dim), experts = x.shape, weight.shape[0]
+    limits = thresholds = None
+    if given is None and activation is not None:
+        topk, limits, thresholds = activation.most, activation.limits, activation.thresholds
+    ids = torch.empty(tokens, topk, dtype=torch.int64)
+    weights = torch.empty(tokens, topk, dtype=torch.float32)
+    scores = torch.empty(tokens, experts, dtype=torch.float32)
+    _route(
+        x.data_ptr(), DTYPES[x.dtype], tokens, dim, experts, weight.data_ptr(), DTYPES[weight.dtype], address(bias),
+        score == "softmax", topk, num_groups, topk_groups, normalize, scale,
+        address(given), address(limits), address(thresholds), ids.data_ptr(), weights.data_ptr(), scores.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return Routed(ids if given is None else given, weights, scores)
+
+
+def route_supports(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    topk: int,
+    given: Tensor | None = None,
+    activation: Activation | None = None,
+    **options: Any,
+) -> str | None:
+    if torch.is_grad_enabled():
+        return "it has no backward"
+    if x.dtype != torch.bfloat16:
+        return f"it takes rows in bfloat16, not {x.dtype}"
+    if given is not None and given.shape[1] != topk:
+        return f"{given.shape[1]} given choices are not topk = {topk}"
+    return (
+        refusal(x, weight, dtypes=tuple(DTYPES))
+        or (None if bias is None else refusal(bias, dtypes=(torch.float32,)))
+        or (None if given is None else refusal(given, dtypes=(torch.int64,)))
+        or (None if activation is None else _activation_refusal(activation))
+    )
+
+
+def _activation_refusal(activation: Activation) -> str | None:
+    limits, thresholds = activation.limits, activation.thresholds
+    return (None if limits is None else refusal(limits, dtypes=(torch.int64,))) or (
+        None if thresholds is None else refusal(thresholds, dtypes=(torch.float32,))
+    )

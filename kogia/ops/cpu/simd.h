@@ -1,0 +1,154 @@
+// Vectors of one instruction set, chosen when the file is compiled: AVX-512 (with or without BF16 and VNNI) or AVX2.
+//
+//   Floats   LANES float32                        Ints    2 * LANES int16, or their LANES int32 sums
+//   Halves   2 * LANES bfloat16
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+using bf16 = uint16_t;
+
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline float widen(float x) { return x; }
+
+// To the nearest, ties to even; NaN stays NaN.
+inline bf16 narrow(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return x == x ? bf16(rounded) : bf16(0x7FC0);
+}
+inline void put(bf16* at, float x) { *at = narrow(x); }
+inline void put(float* at, float x) { *at = x; }
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+
+constexpr int LANES = 16, ROWS_AT_ONCE = 4, COLUMNS_AT_ONCE = 4;
+using Floats = __m512;
+using Ints = __m512i;
+using Halves = __m512i;
+
+inline Floats zeros() { return _mm512_setzero_ps(); }
+inline Ints no_ints() { return _mm512_setzero_si512(); }
+inline Floats all(float x) { return _mm512_set1_ps(x); }
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline Floats load(const bf16* p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+inline void store_sums(const Floats (&x)[4], float* out) {
+    __m256 half[4];
+    for (int i = 0; i < 4; i++) half[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(x[i], 1));
+    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+inline Halves load_halves(const bf16* p) { return _mm512_loadu_si512(p); }
+inline Floats dot(Floats sums, Halves a, Halves b) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
+#else
+    const __m512i high = _mm512_set1_epi32(int(0xFFFF0000));
+    auto odd = [&](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, high)); };
+    auto even = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
+    return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sums));
+#endif
+}
+inline Ints load_shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline Ints load_bytes(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Ints load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Ints all_shorts(int x) { return _mm512_set1_epi16(short(x)); }
+inline Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
+inline Ints high_nibbles(Ints x) { return _mm512_srli_epi16(x, 4); }
+inline Ints subtract(Ints a, Ints b) { return _mm512_sub_epi16(a, b); }
+inline Ints dot(Ints sums, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sums, a, b);
+#else
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+#endif
+}
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+constexpr int LANES = 8, ROWS_AT_ONCE = 2, COLUMNS_AT_ONCE = 4;
+using Floats = __m256;
+using Ints = __m256i;
+using Halves = __m256i;
+
+inline Floats zeros() { return _mm256_setzero_ps(); }
+inline Ints no_ints() { return _mm256_setzero_si256(); }
+inline Floats all(float x) { return _mm256_set1_ps(x); }
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline Floats load(const bf16* p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Floats x) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+inline Halves load_halves(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Floats dot(Floats sums, Halves a, Halves b) {
+    const __m256i high = _mm256_set1_epi32(int(0xFFFF0000));
+    auto odd = [&](__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, high)); };
+    auto even = [](__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
+    return _mm256_fmadd_ps(odd(a), odd(b), _mm256_fmadd_ps(even(a), even(b), sums));
+}
+inline Ints load_shorts(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Ints load_bytes(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints load_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints all_shorts(int x) { return _mm256_set1_epi16(short(x)); }
+inline Ints low_nibbles(Ints x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
+inline Ints high_nibbles(Ints x) { return _mm256_srli_epi16(x, 4); }
+inline Ints subtract(Ints a, Ints b) { return _mm256_sub_epi16(a, b); }
+inline Ints dot(Ints sums, Ints a, Ints b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+
+#else
+#error "these kernels are for AVX2 and AVX-512"
+#endif
+
+template <int N> inline void store_sums(const Floats (&x)[N], float* out) {
+    for (int i = 0; i < N; i++) out[i] = sum(x[i]);
+}
+
+// e^x to float32's precision, without branches, so that loops over it become vectors; 0 below -87, NaN stays NaN.
+inline float exponential(float x) {
+    float clipped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float whole = (clipped * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float rest = clipped - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * rest + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * rest * rest + rest + 1.0f;
+    uint32_t bits = uint32_t(int32_t(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return x < -87.0f ? 0.0f : y * power;
+}

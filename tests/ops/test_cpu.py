@@ -1,0 +1,410 @@
+"""Every C++ kernel against its reference in float64, for each instruction set that this processor has.
+
+Inputs are random, sizes odd and single, and what a kernel writes into is poisoned.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kogia.ops import attention, cache, latent, linear, moe, norm
+from kogia.ops.cache import KVRow, LatentRow, LayerCache
+from kogia.ops.cpu import build
+from kogia.ops.packed import FORMATS, Packed
+from kogia.ops.segments import segments_of
+
+try:
+    build.library()
+except ImportError as error:
+    pytest.skip(f"no kernels here: {error}", allow_module_level=True)
+
+from kogia.ops.cpu import attention as cpu_attention
+from kogia.ops.cpu import common
+from kogia.ops.cpu import latent as cpu_latent
+from kogia.ops.cpu import linear as cpu_linear
+from kogia.ops.cpu import moe as cpu_moe
+from kogia.ops.cpu import norm as cpu_norm
+
+BF16 = torch.bfloat16
+LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.level()) :]
+PACKINGS = [None, "int8", "int4", "int4 asymmetric"]
+
+
+@pytest.fixture(autouse=True, params=LEVELS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as compiled for an instruction set; memory that is not initialised holds NaN."""
+    compiled = build.load(request.param)
+    for module in (cpu_attention, cpu_latent, cpu_linear, cpu_moe, cpu_norm):
+        for kernel in vars(module).values():
+            if isinstance(kernel, common.Kernel):
+                function = getattr(compiled, kernel.name)
+                function.argtypes, function.restype = kernel.function.argtypes, None
+                monkeypatch.setattr(kernel, "function", function)
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        made = allocate(*args, **kwargs)
+        return made.fill_(torch.nan if made.is_floating_point() else -77)
+
+    return poisoned
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + 1000 * seed)).to(dtype)
+
+
+def pack(weight: Tensor, packing: str | None) -> Tensor | Packed:
+    if packing is None:
+        return weight
+    name, *options = packing.split()
+    return FORMATS[name].pack(weight, **dict.fromkeys(options, True))
+
+
+def wide(weight: Tensor | Packed) -> Tensor:
+    return weight.double() if isinstance(weight, Tensor) else weight.dense(torch.float32).double()
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape and torch.isfinite(got).all()
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+ROUNDED = 3e-3
+"""What rounding a result once to bfloat16 may cost, over the whole."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 50])
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(("features", "width"), [(1, 64), (7, 128), (130, 320)])
+def test_products_with_weights_of_every_format_equal_those_in_float64(rows, packing, features, width):
+    x, weight, bias = draw(rows, width), pack(draw(features, width, seed=1), packing), draw(features, seed=2)
+    assert cpu_linear.linear_supports(x, weight, bias) is None
+    want = x.double() @ wide(weight).T
+    assert distance(cpu_linear.linear(x, weight, bias), want + bias.double()) < ROUNDED
+    assert distance(cpu_linear.linear(x[None], weight)[0], want) < ROUNDED
+    if packing is not None:  # rows of int16 are all that is lost
+        got = cpu_linear.linear(x.float(), weight, bias.float())
+        assert got.dtype == torch.float32 and distance(got, want + bias.double()) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_row_has_the_same_product_in_any_company(packing):
+    x, weight = draw(23, 192), pack(draw(37, 192, seed=1), packing)
+    whole = cpu_linear.linear(x, weight)
+    for rows in ([3], [0, 22], [5, 4, 3, 2, 1]):
+        assert torch.equal(cpu_linear.linear(x[rows], weight), whole[rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packing", ["int8", "int4"])
+def test_rows_of_zeros_tiny_huge_and_of_no_number_meet_packed_weights(packing):
+    x, weight = draw(6, 128, dtype=torch.float32), pack(draw(9, 128, seed=1), packing)
+    x[0] = 0
+    x[1] *= 1e-30
+    x[2] *= 1e30
+    x[3, 5], x[4, 6] = torch.nan, torch.inf
+    got = cpu_linear.linear(x, weight)
+    assert not got[0].any() and got[3:5].isnan().all()
+    for row in (1, 2, 5):
+        assert distance(got[row] / x[row].abs().amax(), x[row].double() / x[row].abs().amax() @ wide(weight).T) < 1e-4
+    x[0, 0] = 1e-42
+    assert cpu_linear.linear(x[:1], weight).abs().max() < 1e-38
+
+
+@torch.no_grad()
+def test_the_widest_rows_of_int8_do_not_overflow():
+    width = 1 << 16
+    x, weight = (
+        torch.ones(1, width, dtype=BF16),
+        Packed(torch.full((4, width), 127, dtype=torch.int8), torch.ones(4, 1), None, "int8"),
+    )
+    assert distance(cpu_linear.linear(x.float(), weight), torch.full((1, 4), 127.0 * width)) < 1e-3
+
+
+def test_what_products_cannot_take_is_refused_with_the_reason():
+    x, weight = draw(2, 64), draw(8, 64, seed=1)
+    supports = cpu_linear.linear_supports
+    with torch.no_grad():
+        assert "multiple of 32 numbers, not 48" in str(supports(x[:, :48].contiguous(), weight[:, :48].contiguous()))
+        assert "rows of 64 numbers do not fit a weight of 32" in str(supports(x, weight[:, :32].contiguous()))
+        assert "dense weights in bfloat16" in str(supports(x.float(), weight))
+        assert "not fp8" in str(supports(x, FORMATS["fp8"].pack(weight)))
+        assert "multiple of 64 numbers, not 96" in str(supports(draw(2, 96), FORMATS["int4"].pack(draw(8, 96))))
+        assert "contiguous" in str(supports(draw(64, 2).T, weight))
+        assert "bias in the dtype" in str(supports(x, weight, torch.zeros(8)))
+    assert "no backward" in str(supports(x, weight.requires_grad_()))
+    assert "no backward" in str(supports(x.requires_grad_(), weight.detach()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (2, 5, 33)])
+def test_norms_are_those_of_the_reference(shape):
+    x, delta, weight = draw(*shape), draw(*shape, seed=1), draw(shape[-1], seed=2)
+    assert cpu_norm.rms_norm_supports(x, weight, 1e-3) is None
+    assert cpu_norm.add_rms_norm_supports(x, delta, weight, 1e-3) is None
+    torch.testing.assert_close(cpu_norm.rms_norm(x, weight, 1e-3), norm.rms_norm.reference(x, weight, 1e-3))
+    total, normed = cpu_norm.add_rms_norm(x, delta, weight, 1e-3)
+    assert torch.equal(total, x + delta)
+    torch.testing.assert_close(normed, norm.rms_norm.reference(total, weight, 1e-3))
+
+
+ROUTERS = [
+    {"score": "sigmoid", "num_groups": 1, "topk_groups": 1},
+    {"score": "softmax", "num_groups": 1, "topk_groups": 1},
+    {"score": "sigmoid", "num_groups": 4, "topk_groups": 2},
+    {"score": "softmax", "num_groups": 8, "topk_groups": 3},
+]
+
+
+def routed_alike(got: moe.Routed, want: moe.Routed) -> None:
+    """Whatever the order within a row."""
+    (ids, order), (wanted, its_order) = got.expert_ids.sort(-1), want.expert_ids.sort(-1)
+    assert torch.equal(ids, wanted)
+    torch.testing.assert_close(got.scores, want.scores)
+    real = ids >= 0
+    torch.testing.assert_close(got.weights.gather(1, order)[real], want.weights.gather(1, its_order)[real])
+    assert not got.weights.gather(1, order)[~real].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3, 33])
+@pytest.mark.parametrize("options", ROUTERS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_routers_choose_and_weigh_as_the_reference(tokens, options, normalize, dtype):
+    x, weight = draw(tokens, 72), draw(16, 72, seed=1, dtype=dtype) / 8
+    bias = draw(16, seed=2, dtype=torch.float32) / 8 if options["score"] == "sigmoid" else None
+    options = {**options, "topk": 5, "normalize": normalize, "scale": 2.5}
+    assert cpu_moe.route_supports(x, weight, bias, **options) is None
+    want = moe.route.reference(x, weight, bias, **options)
+    routed_alike(cpu_moe.route(x, weight, bias, **options), want)
+    for activation in (
+        moe.Activation(3),
+        moe.Activation(4, torch.arange(tokens) % 4 + 1),
+        moe.Activation(4, None, torch.full((tokens,), 0.9)),
+        moe.Activation(5, torch.full((tokens,), 4), torch.full((tokens,), 0.8)),
+    ):
+        assert cpu_moe.route_supports(x, weight, bias, **options, activation=activation) is None
+        want = moe.route.reference(x, weight, bias, **options, activation=activation)
+        routed_alike(cpu_moe.route(x, weight, bias, **options, activation=activation), want)
+    ids = torch.where(torch.arange(5) == 2, -1, want.expert_ids[:, :1].clamp_min(0) + torch.zeros(5, dtype=torch.long))
+    replayed = {**options, "given": ids, "may_be_nobody": True}
+    assert cpu_moe.route_supports(x, weight, bias, **replayed) is None
+    routed_alike(cpu_moe.route(x, weight, bias, **replayed), moe.route.reference(x, weight, bias, **replayed))
+
+
+@torch.no_grad()
+def test_routers_of_no_numbers_choose_experts_that_exist():
+    x, weight = torch.full((2, 64), torch.nan, dtype=BF16), draw(8, 64)
+    routed = cpu_moe.route(
+        x, weight, None, score="softmax", topk=3, num_groups=4, topk_groups=2, normalize=True, scale=1.0
+    )
+    assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 8 for row in routed.expert_ids.tolist())
+
+
+def mixed_in_float64(x, ids, weights, gate_up, down, shared, residual) -> Tensor:
+    def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    (gate_up, down), x = map(wide, (gate_up, down)), x.double()
+    total = torch.zeros_like(x) if residual is None else residual.double()
+    for t, row in enumerate(ids.tolist()):
+        for j, e in enumerate(row):
+            if e >= 0:
+                total[t] += weights[t, j].double() * feed_forward(x[t], *gate_up[e], down[e])
+    return total if shared is None else total + feed_forward(x, *map(wide, shared))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 2, 9, 40])
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("alone", [False, True])
+def test_experts_equal_a_loop_over_tokens(tokens, packing, alone):
+    experts, topk, dim, width = 7, 3, 192, 64
+    x, weights = draw(tokens, dim), torch.rand(tokens, topk)
+    ids = torch.stack([torch.randperm(experts)[:topk] for _ in range(tokens)])
+    ids[-1, 1] = -1
+    gate_up, down = pack(draw(experts, 2, width, dim) / 8, packing), pack(draw(experts, dim, width) / 8, packing)
+    shared, residual = None, None
+    if not alone:
+        shared = tuple(pack(draw(*shape, seed=3) / 8, packing) for shape in ((128, dim), (128, dim), (dim, 128)))
+        residual = draw(tokens, dim, seed=4)
+    args, options = (x, ids, weights, gate_up, down), {"shared": shared, "residual": residual}
+    assert cpu_moe.mix_experts_supports(*args, **options) is None
+    want = mixed_in_float64(*args, **options)
+    got = cpu_moe.mix_experts(*args, **options)
+    assert distance(got, want) < 2 * ROUNDED
+    some = [0, tokens // 2, tokens - 1]
+    for t in some:  # in any company
+        one = {name: None if each is None else each[t : t + 1] for name, each in (("residual", residual),)}
+        alone_got = cpu_moe.mix_experts(
+            x[t : t + 1], ids[t : t + 1], weights[t : t + 1], gate_up, down, shared=shared, **one
+        )
+        assert torch.equal(alone_got[0], got[t])
+    if packing is not None:
+        got = cpu_moe.mix_experts(
+            x.float(), *args[1:], shared=shared, residual=None if residual is None else residual.float()
+        )
+        assert got.dtype == torch.float32 and distance(got, want) < 3e-4
+
+
+def test_experts_refuse_what_has_no_kernel():
+    x, ids, weights = draw(2, 64), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    gate_up, down = draw(3, 2, 32, 64), draw(3, 64, 32)
+    supports = cpu_moe.mix_experts_supports
+    assert "no backward" in str(supports(x, ids, weights, gate_up, down))
+    with torch.no_grad():
+        assert supports(x, ids, weights, gate_up, down) is None
+        assert "bfloat16" in str(supports(x.float(), ids, weights, gate_up.float(), down.float()))
+        mixed = (draw(32, 64), FORMATS["int8"].pack(draw(32, 64)), draw(64, 32))
+        assert "gate is dense and whose up is int8" in str(supports(x, ids, weights, gate_up, down, shared=mixed))
+        assert "residual" in str(supports(x, ids, weights, gate_up, down, residual=x.float()))
+
+
+def angles(tokens: int, half: int) -> tuple[Tensor, Tensor]:
+    angle = draw(tokens, half, dtype=torch.float32) * 3
+    return angle.cos(), angle.sin()
+
+
+def paged(lengths: list[int], contexts: list[int], row: LatentRow | KVRow, block: int = 4) -> LayerCache:
+    """A cache of random rows in blocks out of order; what belongs to nobody is NaN."""
+    needs = [-(-context // block) for context in contexts]
+    order = torch.randperm(sum(needs) + 2, generator=torch.Generator().manual_seed(0)).tolist()
+    tables, slots = torch.zeros(len(contexts), max(needs), dtype=torch.long), []
+    rows = torch.full((len(order) * block, row.width), torch.nan, dtype=BF16)
+    for s, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
+        own = [order.pop() for _ in range(needs[s])]
+        tables[s] = torch.tensor(own + own[:1] * (max(needs) - len(own)))
+        for b in own:
+            rows[b * block : (b + 1) * block] = draw(block, row.width, seed=b)
+        slots += [own[p // block] * block + p % block for p in range(context - length, context)]
+    lens = torch.tensor(contexts)
+    return LayerCache(rows, torch.tensor(slots), tables, lens, np.array(contexts), block, row)
+
+
+STEPS = [([1], [1]), ([1, 1], [70, 33]), ([3, 1], [9, 64]), ([40, 2, 1], [40, 100, 7])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("lengths", "contexts"), STEPS)
+@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize("row", [LatentRow(64, 32), LatentRow(32, 32, index=16), KVRow(2, 32)])
+def test_attention_over_the_cache_equals_the_reference_in_float64(lengths, contexts, heads, row):
+    heads *= 2 if isinstance(row, KVRow) else 1
+    view, segments = paged(lengths, contexts, row), segments_of(lengths)
+    width = row.latent + row.rope if isinstance(row, LatentRow) else row.head_dim
+    q = draw(sum(lengths), heads, width)
+    assert cpu_attention.cached_attention_supports(q, view, segments, scale=0.2) is None
+    exact = LayerCache(
+        view.rows.double(), view.slots, view.block_tables, view.context_lens, view.contexts, view.block_size, row
+    )
+    want = attention.cached_attention.reference(q.double(), exact, segments, scale=0.2)
+    assert distance(cpu_attention.cached_attention(q, view, segments, scale=0.2), want) < 2 * ROUNDED
+
+
+def test_attention_refuses_what_has_no_kernel():
+    q, segments = draw(1, 2, 48), segments_of([1])
+    supports = cpu_attention.cached_attention_supports
+    assert "multiple of 32 numbers, not 48 and 32" in str(
+        supports(q, paged([1], [3], LatentRow(32, 16)), segments, scale=1.0)
+    )
+    view = paged([1], [3], LatentRow(128, 32))
+    q = draw(1, 2, 160)
+    assert supports(q, view, segments, scale=1.0) is None
+    assert "bfloat16" in str(supports(q.float(), view, segments, scale=1.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 5, 19])
+@pytest.mark.parametrize("kept", [96, 64])
+def test_rows_are_normed_turned_and_written_as_the_reference_does(tokens, kept):
+    row, weight = LatentRow(kept, 32), draw(96, seed=1)
+    kv, (cos, sin) = draw(tokens, 128, seed=2), angles(tokens, 16)
+    views = [paged([tokens], [tokens + 3], row) for _ in range(2)]
+    assert cpu_latent.write_latent_supports(kv, views[0], weight, cos, sin, eps=1e-6) is None
+    cpu_latent.write_latent(kv, views[0], weight, cos, sin, eps=1e-6)
+    cache.write_latent.reference(kv, views[1], weight, cos, sin, eps=1e-6)
+    torch.testing.assert_close(views[0].rows, views[1].rows, equal_nan=True)
+    assert "index keys" in str(
+        cpu_latent.write_latent_supports(kv, views[0], weight, cos, sin, eps=1e-6, index_key=draw(tokens, 8))
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 8, 21])
+@pytest.mark.parametrize(("nope", "taken"), [(16, 96), (40, 96), (64, 64)])
+def test_queries_and_values_move_between_heads_and_latents_as_in_float64(tokens, nope, taken):
+    heads, v, rope = 3, 24, 16
+    up = draw(heads, nope + v, 96) / 8  # the matrices are views of one projection, and may be cut to a narrower rank
+    w_uk, w_uv = up[:, :nope, :taken], up[:, nope:, :taken]
+    q, (cos, sin) = draw(tokens, heads, nope + rope), angles(tokens, rope // 2)
+    assert cpu_latent.absorb_query_supports(q, w_uk, cos, sin) is None
+    want = latent.absorb_query.reference(q.double(), w_uk.double(), cos.double(), sin.double())
+    assert distance(cpu_latent.absorb_query(q, w_uk, cos, sin), want) < ROUNDED
+    mixed = draw(tokens, heads, taken)
+    assert cpu_latent.project_values_supports(mixed, w_uv) is None
+    want = latent.project_values.reference(mixed.double(), w_uv.double())
+    assert distance(cpu_latent.project_values(mixed, w_uv), want) < ROUNDED
+
+
+@torch.no_grad()
+@given(st.integers(1, 12), st.integers(1, 80), st.integers(1, 4), st.sampled_from(PACKINGS))
+def test_any_shape_that_products_take_they_get_right(rows, features, blocks, packing):
+    x, weight = draw(rows, 64 * blocks), pack(draw(features, 64 * blocks, seed=1), packing)
+    assert distance(cpu_linear.linear(x, weight), x.double() @ wide(weight).T) < 2 * ROUNDED
+
+
+@torch.no_grad()
+def test_ops_call_the_kernels_by_themselves_and_threads_change_nothing():
+    x, weight = draw(5, 512), draw(640, 512, seed=1)
+    assert linear.linear.refusals([x, weight], {}) == {"cpu": None}
+    before, one = torch.get_num_threads(), linear.linear(x, weight)
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(linear.linear(x, weight), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_machine_without_a_compiler_or_the_instructions_says_so_and_one_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ImportError, match=r"there is no C\+\+ compiler: install one of g\+\+"):
+        build.load("AVX2")
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\necho 'kernels.cpp:1: error: what is this' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(ImportError, match="cannot compile the kernels: kernels.cpp:1: error: what is this"):
+        build.load("AVX2")
+    assert list((tmp_path / "kogia").iterdir()) == []
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    with pytest.raises(ImportError, match="the kernels cannot be compiled"):
+        build.load("AVX2")
+    monkeypatch.setattr(build, "_processor_flags", lambda: {"sse2"})
+    with pytest.raises(ImportError, match="no AVX2"):
+        build.level.__wrapped__()
+
+
+def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "kogia" / f"cpu-{build._key('AVX2')}.so"
+    path.parent.mkdir()
+    path.write_text("not a library")
+    with pytest.raises(ImportError, match="do not load: .*delete .*cpu-"):
+        build.load("AVX2")
