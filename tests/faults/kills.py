@@ -176,6 +176,12 @@ SCENARIOS = (
         whole="made/copy",
     ),
     Scenario(
+        "convert-gguf",
+        ("convert", "model", "made/model.gguf", "--quantize", "f16", "--overwrite"),
+        before=(("convert", "model", "made/model.gguf"),),
+        whole="made/model.gguf",
+    ),
+    Scenario(
         "report", ("report", "runs/run", "--out", "made/page.html"), before=(OVERWRITTEN,), whole="made/page.html"
     ),
     Scenario("demo", tuple(DEMONSTRATION)),
