@@ -141,3 +141,29 @@ def test_threads_are_as_before_when_a_step_is_over():
     before = torch.get_num_threads()
     engine(build_model(LATENT)).generate([PROMPT], replace(PARAMS, max_tokens=2))
     assert torch.get_num_threads() == before
+
+
+def test_a_measurement_is_deterministic_where_that_was_left_open():
+    model = build_model(LATENT, seed=2)
+    open_engine = engine(model, deterministic=None)
+    open_engine.generate([PROMPT], PARAMS)
+    with open_engine.deterministic():
+        assert open_engine.is_deterministic
+        measured = open_engine.generate([PROMPT], PARAMS)[0][0]
+    assert measured.num_cached_tokens == 0, "what was cached before had other bits"
+    assert bits(measured) == bits(engine(model).generate([PROMPT], PARAMS)[0][0])
+    assert not open_engine.is_deterministic
+    assert open_engine.generate([PROMPT], PARAMS)[0][0].num_cached_tokens == 0
+    with pytest.raises(KeyboardInterrupt), open_engine.deterministic():
+        raise KeyboardInterrupt
+    assert not open_engine.is_deterministic
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_what_the_settings_say_holds_in_a_measurement_too(said):
+    decided = engine(build_model(LATENT), deterministic=said)
+    decided.generate([PROMPT], PARAMS)
+    with decided.deterministic():
+        assert decided.is_deterministic is said
+        assert decided.generate([PROMPT], PARAMS)[0][0].num_cached_tokens == 20
+    assert decided.is_deterministic is said

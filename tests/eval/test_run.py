@@ -66,6 +66,7 @@ def test_every_sample_is_on_disk_once(written):
     places = Counter((row["problem_id"], row["sample"]) for row in rows)
     assert places == Counter({(f"test/{i}", s): 1 for i in range(12) for s in (-1, *range(8))})
     assert set(KEYS) <= summary.keys()
+    assert summary["deterministic"] is True
     assert (summary["num_questions"], summary["num_samples"], summary["split"]) == (12, 8, "test")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.ops.cache import KVRow, LayerCache
@@ -34,24 +35,25 @@ def cached_attention(
 ) -> Float[Tensor, "tokens heads value"]:
     """In float32."""
     visible = cache.context_lens[segments.owner] - segments.device_lengths[segments.owner] + segments.offsets + 1
-    lengths = segments.lengths
-    is_few = np.repeat(lengths <= FEW, lengths)
-    if is_few.all():
+    parts = _parts(segments.lengths)
+    if len(parts) == 1 and len(parts[0][1]) == segments.num_tokens:
         return _attend(q, cache, segments.owner, visible, int(cache.contexts.max()), scale)
-    ends = np.cumsum(lengths)
-    parts = [(np.arange(ends[each] - lengths[each], ends[each]), [each]) for each in np.flatnonzero(lengths > FEW)]
-    if is_few.any():
-        rows = np.flatnonzero(is_few)
-        parts.append((rows, np.searchsorted(ends, rows, side="right")))
-    out = None
+    mixed, order = [], []
     for rows, owner in parts:
-        rows, owner = (torch.as_tensor(each, device=q.device) for each in (rows, np.asarray(owner)))
-        longest = int(cache.contexts[owner.cpu().numpy()].max())
-        mixed = _attend(q[rows], cache, owner, visible[rows], longest, scale)
-        out = q.new_empty(q.shape[0], *mixed.shape[1:]) if out is None else out
-        out.index_copy_(0, rows, mixed)
-    assert out is not None
-    return out
+        at, whose = torch.from_numpy(rows).to(q.device), torch.from_numpy(owner).to(q.device)
+        mixed.append(_attend(q[at], cache, whose, visible[at], int(cache.contexts[owner].max()), scale))
+        order.append(at)
+    out = torch.cat(mixed)
+    return torch.empty_like(out).index_copy_(0, torch.cat(order), out)
+
+
+def _parts(lengths: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(packed rows, their sequences): those of all short sequences, then of every long one, which is named once."""
+    ends, is_short = np.cumsum(lengths), lengths <= FEW
+    rows = np.flatnonzero(np.repeat(is_short, lengths))
+    parts = [(rows, np.searchsorted(ends, rows, side="right"))] if len(rows) else []
+    long = np.flatnonzero(~is_short)
+    return [*parts, *((np.arange(ends[s] - lengths[s], ends[s]), np.array([s])) for s in long)]
 
 
 def cached_attention_supports(
@@ -108,8 +110,8 @@ def _piece(
     if not isinstance(row, KVRow):
         wide = _widened(row.unpack(rows, dtype).float()[..., : row.latent + row.rope])[:, None]
         return wide, wide  # the value is the beginning of the key
-    keys, values = rows.float().chunk(2, dim=-1)
-    return tuple(_widened(x.unflatten(-1, (row.num_heads, -1)).transpose(1, 2)) for x in (keys, values))
+    keys, values = rows.float().unflatten(-1, (2, row.num_heads, -1)).transpose(1, 3).unbind(2)
+    return _widened(keys), _widened(values)
 
 
 def _widened(x: Float[Tensor, "... width"]) -> Float[Tensor, "... wider"]:
