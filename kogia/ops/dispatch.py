@@ -194,12 +194,14 @@ def batch_invariant() -> Iterator[None]:
     out, rows near the border of a share are summed in another order.
     """
     token, threads = _is_invariant.set(True), torch.get_num_threads()
-    torch.set_num_threads(1)
+    if threads > 1:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
         _is_invariant.reset(token)
-        torch.set_num_threads(threads)
+        if threads > 1:
+            torch.set_num_threads(threads)
 
 
 def is_batch_invariant() -> bool:

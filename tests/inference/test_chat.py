@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -24,6 +25,7 @@ from kogia.engine.request import SamplingParams
 from kogia.inference import chat as chat_command
 from kogia.inference.chat import ThoughtStyle
 from kogia.inference.config import ChatConfig
+from kogia.inference.conversation import Conversation
 from kogia.inference.llm import LLM
 from kogia.text.chat import Message, Prompt
 from kogia.text.tokenizer import Tokenizer
@@ -39,6 +41,14 @@ def test_chat_command_answers_lines_of_stdin_and_keeps_the_conversation(director
     params = SamplingParams(max_tokens=9, seed=4, temperature=0.6, top_p=0.95)
     (first,) = llm.chat([Message("user", "hello")], params)
     assert out.count(first.text.split("</think>")[0]) >= 2  # the same answer again after /reset
+
+
+def test_a_loaded_model_begins_to_answer_within_a_second(directory):
+    loaded = LLM(directory, device="cpu", num_draft_tokens=None, max_sequences=1)
+    conversation = Conversation(loaded, SamplingParams(max_tokens=50), turns=[Message("user", "hello")])
+    started = time.process_time()  # of this process alone: the machine may have other things to do
+    next(loaded.stream(conversation.prompt(), conversation.params))
+    assert time.process_time() - started < 1
 
 
 def test_chat_command_samples_with_every_filter(directory, monkeypatch, capsys, llm):
