@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from result import row, write_result
 
+from kogia.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from kogia.checkpoint.open import Opened, open_model
 from kogia.engine.request import SamplingParams
 from kogia.inference.llm import LLM
 from kogia.model.packed import pack
@@ -38,6 +40,7 @@ FORMATS = {
     "int4": {"dtype": "bfloat16", "quantize": "int4"},
 }
 """How the weights are held -> options of `LLM`."""
+OPTIONS = {"device": "cpu", "cache_memory_bytes": 2**28}
 QUESTIONS = (
     "What is the capital of France?",
     "Name three colours.",
@@ -110,7 +113,7 @@ def beside_transformers(file: Path, texts: list[str]) -> list[dict[str, Any]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     theirs_seconds = time.process_time() - begun
     begun = time.process_time()
-    llm = LLM(file, device="cpu", dtype="float32")
+    llm = LLM(file, **OPTIONS, **FORMATS["float32"])
     ours_seconds = time.process_time() - begun
     same_texts = sum(llm.tokenizer.encode(text) == tokenizer(text)["input_ids"] for text in texts)
     params, same_prompts, same_tokens, count = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0), 0, 0, 0
@@ -135,7 +138,7 @@ def beside_transformers(file: Path, texts: list[str]) -> list[dict[str, Any]]:
 
 
 def perplexities(file: Path, texts: list[str]) -> list[dict[str, Any]]:
-    losses = {name: window_losses(LLM(file, device="cpu", **options), texts) for name, options in FORMATS.items()}
+    losses = {name: window_losses(open_model(file, device="cpu", **each), texts) for name, each in FORMATS.items()}
     rows = []
     for name, found in losses.items():
         differences = [a - b for a, b in zip(found, losses["float32"], strict=True)]
@@ -146,11 +149,11 @@ def perplexities(file: Path, texts: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def window_losses(llm: LLM, texts: list[str]) -> list[float]:
+def window_losses(opened: Opened, texts: list[str]) -> list[float]:
     """Mean nats per token of each window."""
     with torch.inference_mode():
-        windows = (llm.tokenizer.encode(text)[:WINDOW] for text in texts)
-        return [-float(llm.model.logprobs(pack([ids])).double().sum()) / (len(ids) - 1) for ids in windows]
+        windows = (opened.tokenizer.encode(text)[:WINDOW] for text in texts)
+        return [-float(opened.model.logprobs(pack([ids])).double().sum()) / (len(ids) - 1) for ids in windows]
 
 
 # Rates ----------------------------------------------------------------------------------------------------------------
@@ -158,7 +161,7 @@ def window_losses(llm: LLM, texts: list[str]) -> list[float]:
 
 def rates(file: Path, llama: str | None, repeats: int) -> list[dict[str, Any]]:
     """Each format in turn, and llama.cpp with it; in processes of their own."""
-    prompt = json.dumps(render_prompt((Message("user", QUESTIONS[2]),), LLM(file, device="cpu").tokenizer).token_ids)
+    prompt = json.dumps(render_prompt((Message("user", QUESTIONS[2]),), tokenizer_from_gguf(file)).token_ids)
     commands = {name: [sys.executable, __file__, "--model", file, "--text", "-", "--rate", name] for name in FORMATS}
     if llama is not None:
         commands["llama.cpp"] = [llama, "-c", LLAMA, file, prompt]
@@ -175,7 +178,7 @@ def rates(file: Path, llama: str | None, repeats: int) -> list[dict[str, Any]]:
 
 def rate(file: Path, name: str) -> float:
     """Tokens per second of processor time, after a first run."""
-    llm = LLM(file, device="cpu", **FORMATS[name])
+    llm = LLM(file, **OPTIONS, **FORMATS[name])
     prompt = render_prompt((Message("user", QUESTIONS[2]),), llm.tokenizer).token_ids
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
     for _ in range(2):
