@@ -37,7 +37,6 @@ from kogia.checkpoint.tensorfile import (
     has_nonfinite,
     in_parallel,
     populate,
-    read,
     row_ranges,
     write,
 )
@@ -227,7 +226,7 @@ def _copy(source: StoredTensor, start: int, target: Tensor, columns: Part | None
     if target.is_cpu and target.is_contiguous() and CODES[target.dtype] == source.dtype and columns is None:
         rows = target
         populate(as_bytes(rows))
-        read(source, start, as_bytes(rows))
+        source.read_into(start, as_bytes(rows))
     else:
         rows = _cut(read_rows(source, start, start + len(target)), columns)
         if target.dtype == torch.float16:  # which may overflow, to see that

@@ -21,7 +21,7 @@ from kogia.checkpoint.directory import read_config
 from kogia.checkpoint.fit import LAYER, misfit
 from kogia.checkpoint.quantisation import SCALE_DTYPES, SCALES, SHAPE, ZERO, Weight, weights_of
 from kogia.checkpoint.stored import same_samples, unused_mtp
-from kogia.checkpoint.tensorfile import StoredTensor, read, row_ranges
+from kogia.checkpoint.tensorfile import StoredTensor, row_ranges
 from kogia.checkpoint.weights import DTYPES, dense_shape, parts_on_disk, zeros_shape
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import left_out
@@ -209,7 +209,7 @@ def _same_values(a: StoredTensor, b: StoredTensor) -> bool:
 
 def _rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     data = bytearray((stop - start) * tensor.row_bytes)
-    read(tensor, start, memoryview(data))
+    tensor.read_into(start, memoryview(data))
     return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).double()
 
 

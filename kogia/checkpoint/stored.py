@@ -1,7 +1,7 @@
 """What the stored tensors of a model directory say by themselves. Torch-free."""
 
 from kogia.checkpoint.fit import LAYER, Stored
-from kogia.checkpoint.tensorfile import StoredTensor, read
+from kogia.checkpoint.tensorfile import StoredTensor
 from kogia.model.config import ModelConfig
 
 _SAMPLE = 1 << 16
@@ -33,7 +33,7 @@ def same_samples(a: StoredTensor, b: StoredTensor) -> bool:
 
 def _sample(tensor: StoredTensor, row: int) -> bytearray:
     data = bytearray(min(_SAMPLE, (tensor.num_rows - row) * tensor.row_bytes))
-    read(tensor, row, memoryview(data))
+    tensor.read_into(row, memoryview(data))
     return data
 
 

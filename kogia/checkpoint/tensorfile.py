@@ -91,7 +91,7 @@ class StoredTensor:
         return self.nbytes
 
     def read_into(self, row: int, into: memoryview) -> None:
-        """Fill `into` with the numbers from `row` on."""
+        """Fill `into` with the numbers from `row` on. Other threads run meanwhile."""
         self.read_bytes(row * self.row_bytes, into)
 
     def read_bytes(self, place: int, into: memoryview) -> None:
@@ -167,11 +167,6 @@ def _parse(name: str, entry: Any, file: Path, data: int) -> StoredTensor:
 
 def _damaged(file: Path, reason: object) -> ValueError:
     return ValueError(f"{file}: damaged or truncated ({reason}); copy or download it again")
-
-
-def read(tensor: StoredTensor, row: int, into: memoryview) -> None:
-    """Fill `into` with the numbers of the tensor from `row` on. Other threads run meanwhile."""
-    tensor.read_into(row, into)
 
 
 def populate(memory: memoryview) -> None:

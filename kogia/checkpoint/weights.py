@@ -7,7 +7,7 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from kogia.checkpoint.quantisation import CODES_PER_WORD, PACKED, SCALES, SHAPE, ZERO, Weight
-from kogia.checkpoint.tensorfile import FP8, StoredTensor, read
+from kogia.checkpoint.tensorfile import FP8, StoredTensor
 from kogia.ops.packed import FORMATS, Packed
 
 DTYPES = {
@@ -30,7 +30,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     """Rows start:stop of a stored tensor as they are, on the CPU."""
     rows = torch.empty((stop - start, *tensor.shape[1:]), dtype=(DTYPES | _INTEGERS)[tensor.dtype])
-    read(tensor, start, as_bytes(rows))
+    tensor.read_into(start, as_bytes(rows))
     return rows
 
 
