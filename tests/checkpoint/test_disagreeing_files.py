@@ -189,7 +189,7 @@ def test_a_header_that_no_such_model_can_need_is_refused_unread(saved):
 def test_an_index_that_no_such_model_can_need_is_refused_unread(saved):
     index = shard(saved)
     os.truncate(index, max_header(CONFIG) + 1)
-    with pytest.raises(ValueError, match=r"index\.json: 1 MB, over the limit of"):
+    with pytest.raises(ValueError, match=r"index\.json: 2 MB, over the limit of"):
         load_model(saved)
 
 

@@ -353,7 +353,8 @@ def _changed_metadata(metadata: dict[str, Any], draw: random.Random) -> dict[str
             del changed[name]
         elif isinstance(changed[name], list) and draw.random() < 0.7:
             items = list(changed[name])
-            items[draw.randrange(len(items))] = draw.choice([item for item in odd if type(item) is type(items[0])])
+            alike = [item for item in odd if type(item) is type(items[0]) and item != 2**32 - 1]  # int32 in lists
+            items[draw.randrange(len(items))] = draw.choice(alike)
             changed[name] = draw.choice((items, items[1:], items + items))
         else:
             changed[name] = draw.choice((*odd, *lists))
