@@ -443,6 +443,7 @@ struct RouteArgs {
     int64_t softmax, topk, groups, topk_groups, normalize;
     double scale;
     const int64_t* given;
+    int64_t trained;          // choices by whose scores the gates are divided, were nothing given
     const int64_t* limits;    // of choices, for each token; null without
     const float* thresholds;  // shares of the best choice's score below which others are dropped; null without
     int64_t* ids;
@@ -511,20 +512,25 @@ template <class X, class W> void route_token(const RouteArgs& a, int64_t t) {
     } else {
         for (int64_t e = 0; e < a.experts; e++) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
     }
+    float total = 0;
     if (a.given) {
         std::copy(a.given + t * a.topk, a.given + (t + 1) * a.topk, ids);
+        for (int64_t j = 0; j < a.topk; j++) total += ids[j] < 0 ? 0.0f : scores[ids[j]];
     } else {
         float* choice = scratch<float, 8>(a.experts);
         uint8_t* taken = scratch<uint8_t, 9>(a.experts);
         for (int64_t e = 0; e < a.experts; e++) choice[e] = a.bias ? scores[e] + a.bias[e] : scores[e], taken[e] = 0;
         if (a.groups > 1) close_groups(a, choice, taken);
-        for (int64_t j = 0; j < a.topk; j++) taken[ids[j] = largest(choice, taken, a.experts)] = 1;
+        for (int64_t j = 0; j < std::max(a.topk, a.trained); j++) {
+            int64_t e = largest(choice, taken, a.experts);
+            taken[e] = 1;
+            if (j < a.topk) ids[j] = e;
+            if (j < a.trained) total += scores[e];
+        }
         drop(a, t, scores, ids);
     }
-    float total = 0;
-    for (int64_t j = 0; j < a.topk; j++) total += weights[j] = ids[j] < 0 ? 0.0f : scores[ids[j]];
     float factor = a.normalize ? float(a.scale) / (total + 1e-20f) : float(a.scale);
-    for (int64_t j = 0; j < a.topk; j++) weights[j] *= factor;
+    for (int64_t j = 0; j < a.topk; j++) weights[j] = ids[j] < 0 ? 0.0f : scores[ids[j]] * factor;
 }
 
 // ------------------------------------------------------------------------------------------------------------ norms

@@ -19,7 +19,7 @@ from kogia.ops.moe import Activation, Routed, SharedExperts
 from kogia.ops.packed import Packed
 
 _mix_experts = Kernel("kogia_mix_experts", "7q 2q 5q5q q 5q5q5q 3q")
-_route = Kernel("kogia_route", "5q 3q 5q d 7q")
+_route = Kernel("kogia_route", "5q 3q 5q d 8q")
 
 
 def mix_experts(
@@ -94,8 +94,8 @@ def route(
 ) -> Routed:
     """One pass; an id of -1 weighs nothing."""
     (tokens, dim), experts = x.shape, weight.shape[0]
-    limits = thresholds = None
-    if given is None and activation is not None:
+    trained, limits, thresholds = topk, None, None
+    if activation is not None:
         topk, limits, thresholds = activation.most, activation.limits, activation.thresholds
     ids = torch.empty(tokens, topk, dtype=torch.int64)
     weights = torch.empty(tokens, topk, dtype=torch.float32)
@@ -103,8 +103,8 @@ def route(
     _route(
         x.data_ptr(), DTYPES[x.dtype], tokens, dim, experts, weight.data_ptr(), DTYPES[weight.dtype], address(bias),
         score == "softmax", topk, num_groups, topk_groups, normalize, scale,
-        address(given), address(limits), address(thresholds), ids.data_ptr(), weights.data_ptr(), scores.data_ptr(),
-        torch.get_num_threads(),
+        address(given), trained, address(limits), address(thresholds),
+        ids.data_ptr(), weights.data_ptr(), scores.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return Routed(ids if given is None else given, weights, scores)
 
@@ -123,6 +123,8 @@ def route_supports(
         return "it has no backward"
     if x.dtype != torch.bfloat16:
         return f"it takes rows in bfloat16, not {x.dtype}"
+    if given is not None and activation is not None:
+        return "given choices of other numbers than the trained one are for the reference"
     if given is not None and given.shape[1] != topk:
         return f"{given.shape[1]} given choices are not topk = {topk}"
     return (
