@@ -1,0 +1,185 @@
+"""What rounding the weights costs a trained model: perplexity of held-out books, and a task.
+
+    python benchmarks/quantisation.py --text books1.jsonl.gz --heldout books2.jsonl.gz [--checkpoint NAME=DIR]
+
+A small mixture of experts is trained on books, arithmetic and countdown traces, all with `kogia pretrain`; more models
+come as checkpoints. Each is converted to every format with `kogia convert`, and read back dense, in float32: figures
+are those of the rounded weights, not of a kernel. A ratio is exp(mean difference of the nats per token) over sequences
+of one book each, with the 95% interval of that mean. The task is countdown, one greedy answer per problem.
+
+Interrupted, it goes on where it stopped; what is in --runs is taken as it is.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from result import row, write_result
+
+from kogia.checkpoint.config import ConvertConfig
+from kogia.checkpoint.directory import stored_tensors
+from kogia.checkpoint.hf import load_model
+from kogia.checkpoint.open import find_model
+from kogia.data.config import DataConfig, SourceConfig
+from kogia.data.sources import read_source
+from kogia.eval.config import EvalConfig
+from kogia.eval.run import evaluate_tasks
+from kogia.files import write_json
+from kogia.inference import convert
+from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
+from kogia.model.packed import pack
+from kogia.train import supervised
+from kogia.train.config import OptimConfig, SupervisedConfig
+
+MODEL = ModelConfig(
+    vocab_size=1024, dim=128, num_layers=4, ffn_dim=384, max_position=512,
+    attention=MLAConfig(num_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+    moe=MoEConfig(num_experts=8, num_shared_experts=1, topk=2, expert_dim=128, num_dense_layers=1),
+)  # fmt: skip
+SMALL = "small"
+"""The model trained here."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {"dtype": "bfloat16"},
+    "fp8": {"quantize": "fp8"},
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4"},
+    "int4-calibrated": {"quantize": "int4", "calibration": True},
+    "int4-asymmetric": {"quantize": "int4", "asymmetric": True},
+    "int4-asymmetric-calibrated": {"quantize": "int4", "asymmetric": True, "calibration": True},
+}
+LENGTH = 256
+BEGIN, END = "<!-- figures: benchmarks/results/quantisation.json -->", "<!-- end of figures -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="books to train and calibrate on")
+    parser.add_argument("--heldout", required=True, help="other books")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR", help="measured as well")
+    parser.add_argument("--only", help="measure this model alone and write no result")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quantisation"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantisation.json"))
+    parser.add_argument("--sequences", type=int, default=64, help="held-out books, of one sequence each")
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--docs", type=Path, help="page to write the figures into")
+    args = parser.parse_args()
+    sources = dict(each.split("=", 1) for each in args.checkpoint)
+    names = [SMALL, *sources] if args.only is None else [args.only]
+    measured = {name: measure(name, sources.get(name), args) for name in names}
+    if args.only is None:
+        write_result(args.out, "quantisation", [each for name in names for each in rows(name, measured[name])])
+        if args.docs:
+            write_docs(args.docs, json.loads(args.out.read_text()))
+
+
+def measure(name: str, source: str | None, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Variant -> what came out, kept in a file each."""
+    directory = trained(args) if source is None else Path(source)
+    found = {}
+    for variant, options in VARIANTS.items():
+        file = args.runs / f"{name}-{variant}.json"
+        if not file.exists():
+            target = converted(directory, args.runs / f"{name}-{variant}", options, args.text)
+            result = {
+                "bytes": sum(tensor.nbytes for tensor in stored_tensors(target).values()),
+                "nats": nats_per_token(target, args.heldout, args.sequences),
+            }
+            if source is None:
+                result["accuracy"] = accuracy(target, args.questions, args.runs / "evals")
+            write_json(file, result)
+        found[variant] = json.loads(file.read_text())
+    return found
+
+
+def trained(args: argparse.Namespace) -> Path:
+    """The run directory of the small model, trained where it is not complete."""
+    out, steps = args.runs / "model", 1600
+    countdown = {"max_target": 50, "max_intermediate": 60}
+    sources = (
+        SourceConfig(args.text, num=24),
+        SourceConfig("kogia.tasks.synthetic:base_corpus", num=20000, options=countdown),
+        SourceConfig("kogia.tasks.synthetic:cold_start_traces", num=12000, weight=2.0, options=countdown),
+    )
+    config = SupervisedConfig(
+        str(out), model=MODEL, steps=steps, mtp_weight=0.0, mtp_weight_late=0.0, threads=1, quiet=True, save_every=400,
+        data=DataConfig(sources, batch_tokens=4096, max_seqlen=256), optim=OptimConfig(lr=3e-3, warmup_steps=50),
+    )  # fmt: skip
+    if not (out / "checkpoints" / f"step-{steps:06d}").is_dir():
+        supervised.main(replace(config, resume=out.exists()))
+    return out
+
+
+def converted(source: Path, target: Path, options: dict[str, Any], text: str) -> Path:
+    options = {**options, "calibration": text} if "calibration" in options else options
+    convert.main(ConvertConfig(str(source), str(target), overwrite=True, **options))
+    return target
+
+
+@torch.no_grad()
+def nats_per_token(directory: Path, heldout: str, num_sequences: int) -> list[float]:
+    """Of the first sequence of each book behind its beginning."""
+    tokenizer, model = find_model(directory).tokenizer, load_model(directory, dtype=torch.float32)
+    found = []
+    for document in read_source(SourceConfig(heldout, num=num_sequences)):
+        ids = tokenizer.encode_raw(document.text[20000 : 20000 + 16 * LENGTH])[:LENGTH]
+        found.append(-float(model.logprobs(pack([ids])).sum()) / (len(ids) - 1))
+    return found
+
+
+def accuracy(directory: Path, questions: int, out: Path) -> list[float]:
+    """[share, low, high] of right greedy answers."""
+    config = EvalConfig(
+        str(directory), tasks=("countdown",), task_options={"countdown": {"max_target": 50}}, num_questions=questions,
+        num_samples=0, greedy=True, max_tokens=192, name=directory.name, out=str(out), quantize="none", quiet=True,
+    )  # fmt: skip
+    return evaluate_tasks(config)[0]["greedy"]
+
+
+def rows(name: str, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    base, found = measured["bf16"], []
+    for variant, result in measured.items():
+        differences = [a - b for a, b in zip(result["nats"], base["nats"], strict=True)]
+        half = 1.96 * stdev(differences) / math.sqrt(len(differences))
+        ratio, low, high = (math.exp(fmean(differences) + end) for end in (0.0, -half, half))
+        size = {"megabytes": round(result["bytes"] / 1e6, 3), "perplexity": round(math.exp(fmean(result["nats"])), 3)}
+        bar = {"limit": 1.03} if variant == "int4" else {}
+        id = "int4-quality" if (name, variant) == (SMALL, "int4") else f"quantisation-{name}-{variant}"
+        found.append(
+            row(id, ratio, "perplexity over bf16's", low=low, high=high, model=name, variant=variant, **size, **bar)
+        )
+        if "accuracy" in result:
+            share, low, high = result["accuracy"]
+            found.append(
+                row(f"quantisation-{name}-{variant}-accuracy", share, "share of countdown", low=low, high=high)
+            )
+    return found
+
+
+def write_docs(page: Path, result: dict[str, Any]) -> None:
+    """Put the figures between the marks of docs/quantisation.md."""
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    _, tail = rest.split(END)
+    page.write_text(head + BEGIN + "\n" + figures(result) + "\n" + END + tail, encoding="utf-8")
+
+
+def figures(result: dict[str, Any]) -> str:
+    found = {each["id"]: each for each in result["rows"]}
+    lines = ["| model | weights | MB | perplexity over bf16's | countdown solved |", "|---|---|---|---|---|"]
+    for each in result["rows"]:
+        if "variant" not in each:
+            continue
+        name, variant = each["model"], each["variant"]
+        spread = "1" if variant == "bf16" else f"{each['value']:.4f} ({each['low']:.4f} to {each['high']:.4f})"
+        solved = found.get(f"quantisation-{name}-{variant}-accuracy")
+        share = "" if solved is None else f"{solved['value']:.0%} ({solved['low']:.0%} to {solved['high']:.0%})"
+        lines.append(f"| {name} | {variant} | {each['megabytes']:,.1f} | {spread} | {share} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
