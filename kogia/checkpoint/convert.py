@@ -276,7 +276,9 @@ def _pack(step: Step, start: int, stop: int, planned: Mapping[str, StoredTensor]
     rows = read_dense(step.source, start, stop, torch.float32)
     rows = rows if step.fold is None else step.fold.of(rows, start)
     check_packable(step.source, rows, step.format)
-    options = {"asymmetric": True} if step.asymmetric else {}
+    options: dict[str, Any] = {"asymmetric": True} if step.asymmetric else {}
+    if step.fold is not None and step.fold.importance is not None and step.format == "int4":
+        options["importance"] = step.fold.importance
     done = 0
     for name, part in parts_on_disk(step.source.name, FORMATS[step.format].pack(rows, **options)):
         if name.endswith(SHAPE):

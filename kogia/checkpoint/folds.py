@@ -11,7 +11,8 @@ channels; 0 changes nothing. Where an indexer reads the same channels, they stay
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,12 +33,14 @@ Moments = Mapping[str, Float[Tensor, " in"]]
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What a stored tensor is multiplied by. Both are powers of two."""
+    """What a stored tensor is multiplied by, in powers of two, and what its columns count for when it is rounded."""
 
     rows: Tensor | None = None
     """[out]; of a vector its numbers."""
     columns: Tensor | None = None
     """[in]"""
+    importance: Tensor | None = None
+    """[in]: E[x_j^2] of what the multiplied weight meets; int4 scales are chosen by it."""
 
     def of(self, part: Tensor, start: int) -> Tensor:
         """Rows of the tensor, from `start` on, multiplied."""
@@ -48,7 +51,7 @@ class Fold:
 
     def then(self, rows: Tensor | None, columns: Tensor | None) -> "Fold":
         """This one and another."""
-        return Fold(_product(self.rows, rows), _product(self.columns, columns))
+        return Fold(_product(self.rows, rows), _product(self.columns, columns), self.importance)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -138,7 +141,15 @@ def search_folds(model: Transformer, moments: Moments, format: str, *, asymmetri
             columns = scale if channels.shared is None else scale[channels.shared]
             losses[alpha] = sum(_loss(weights[name], moments[name], columns, format, options) for name in rounded)
         _fold(folds, channels, scales(_per_channel(moment, channels.shared), min(losses, key=lambda a: losses[a])))
+    if format == "int4":
+        for name in moments:
+            fold = folds.get(name, Fold())
+            folds[name] = replace(fold, importance=_importance(moments[name], fold.columns))
     return folds
+
+
+def _importance(moment: Tensor, columns: Tensor | None) -> Tensor:
+    return moment if columns is None else moment / columns**2
 
 
 def _shape(weights: Mapping[str, object], name: str) -> tuple[int, ...]:
@@ -164,12 +175,14 @@ def scales(moment: Float[Tensor, " channels"], alpha: float) -> Float[Tensor, " 
     return torch.where(seen, torch.exp2(powers), 1.0).float()
 
 
-def _loss(weight: object, moment: Tensor, columns: Tensor, format: str, options: Mapping[str, bool]) -> float:
+def _loss(weight: object, moment: Tensor, columns: Tensor, format: str, options: Mapping[str, Any]) -> float:
     """sum_j E[x_j^2] * sum_i error_ij^2 over some of the rows."""
     assert isinstance(weight, Tensor), "the model is dense"
     step = -(-len(weight) // _SEARCH_ROWS)
     rows = weight[::step].float()
     columns, moment = columns.to(rows.device), moment.to(rows.device)
+    if format == "int4":
+        options = {**options, "importance": _importance(moment, columns)}
     back = FORMATS[format].pack(rows * columns, **options).dense(torch.float32) / columns
     return step * float((back - rows).square_().sum(0) @ moment)
 

@@ -46,11 +46,12 @@ def dequantize_rows(
 
 
 def quantize_nibbles(
-    weight: Float[Tensor, "*stack out in"], *, asymmetric: bool = False
+    weight: Float[Tensor, "*stack out in"], *, asymmetric: bool = False, importance: Float[Tensor, " in"] | None = None
 ) -> tuple[UInt8[Tensor, "*stack out half"], Float[Tensor, "*stack out groups"], Tensor | None]:
     """(pairs of int4 codes, bfloat16 scales, zeros 0..15 where `asymmetric`).
 
-    Of the scales in `_SHRINKS` each group has the one with the least squared error, after its rounding to bfloat16.
+    Of the scales in `_SHRINKS` each group has the one with the least squared error, after its rounding to bfloat16;
+    errors of column j count `importance[j]` times.
     Raises ValueError for rows that no group divides.
     """
     group = group_size(weight.shape[-1])
@@ -63,7 +64,7 @@ def quantize_nibbles(
     rows, codes, scales = (each.view(-1, each.shape[-1]) for each in (weight.contiguous(), data, scale))
     for part in _parts(rows):
         groups = rows[part].float().unflatten(-1, (-1, group))
-        best, at = _best_scales(groups, asymmetric)
+        best, at = _best_scales(groups, asymmetric, None if importance is None else importance.view(-1, group))
         u = _codes(groups, best, at).flatten(-2).to(torch.uint8)
         codes[part] = u[:, ::2] | u[:, 1::2] << 4
         scales[part] = best
@@ -90,14 +91,17 @@ def _parts(rows: Float[Tensor, "rows in"]) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
-def _best_scales(groups: Float[Tensor, "rows groups g"], asymmetric: bool) -> tuple[Tensor, Tensor]:
+def _best_scales(
+    groups: Float[Tensor, "rows groups g"], asymmetric: bool, importance: Float[Tensor, "groups g"] | None
+) -> tuple[Tensor, Tensor]:
     """(bfloat16 scale, zero as float32) of every group, [rows, groups]."""
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     least, best, best_zero = torch.full_like(low, torch.inf), torch.ones_like(low), torch.zeros_like(low)
     for shrink in _SHRINKS:
         scale, zero = _scale_and_zero(low * shrink, high * shrink, asymmetric)
         error = _codes(groups, scale, zero).sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups)
-        error = error.square_().sum(-1)
+        error = error.square_() if importance is None else error.square_().mul_(importance)
+        error = error.sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)

@@ -89,8 +89,8 @@ def _unpack_int8(packed: Packed, dtype: torch.dtype) -> Tensor:
     return integers.dequantize_rows(packed.data, packed.scale, dtype)
 
 
-def _pack_int4(weight: Tensor, *, asymmetric: bool = False) -> Packed:
-    data, scale, zero = integers.quantize_nibbles(weight, asymmetric=asymmetric)
+def _pack_int4(weight: Tensor, *, asymmetric: bool = False, importance: Tensor | None = None) -> Packed:
+    data, scale, zero = integers.quantize_nibbles(weight, asymmetric=asymmetric, importance=importance)
     return Packed(data, scale, zero, "int4")
 
 

@@ -138,7 +138,8 @@ def weighted_error(model: Transformer, moments, folds, format: str) -> float:
         if name in moments and FORMATS[format].takes(tuple(weight.shape)):
             fold = folds.get(name, Fold())
             scaled = fold.of(weight.detach(), 0)
-            back = FORMATS[format].pack(scaled).dense(torch.float32)
+            options = {} if fold.importance is None else {"importance": fold.importance}
+            back = FORMATS[format].pack(scaled, **options).dense(torch.float32)
             undone = Fold(*(None if each is None else 1 / each for each in (fold.rows, fold.columns)))
             error = (undone.of(back, 0) - weight).double()
             total += float(error.square().sum(0) @ moments[name].double())
@@ -179,4 +180,6 @@ def test_a_folded_and_rounded_checkpoint_is_what_rounding_the_folded_one_gives(t
     folds = search_folds(load_model(source, dtype=torch.float32), measure_moments(model, iter(BATCHES)), "int4")
     at_once = convert(source, tmp_path / "at-once", quantize="int4", folds=folds)
     folded = convert(source, tmp_path / "folded", folds=folds)
-    assert_same(load_model(at_once, quantize="stored"), load_model(folded, quantize="int4"))
+    importance = {name: Fold(importance=fold.importance) for name, fold in folds.items()}
+    again = convert(folded, tmp_path / "again", quantize="int4", folds=importance)
+    assert_same(load_model(at_once, quantize="stored"), load_model(again, quantize="stored"))

@@ -85,6 +85,22 @@ def test_int4_errs_no_more_than_the_scale_that_spans_each_group(asymmetric, rows
     assert (errors <= (spanned - groups).square().sum(-1) * (1 + 1e-5) + 1e-12).all()
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_columns_that_count_for_more_have_smaller_errors(asymmetric):
+    weight = drawn(200, 128)
+    importance = torch.ones(128)
+    importance[:8] = 1000.0
+    weight[:, 8:10] *= 3  # large numbers in columns that hardly count
+    plain, weighted = (
+        (FORMATS["int4"].pack(weight, asymmetric=asymmetric, importance=each).dense(torch.float32) - weight).square()
+        for each in (None, importance)
+    )
+    assert (weighted @ importance).sum() < 0.8 * (plain @ importance).sum()
+    assert plain.sum() < weighted.sum()
+    ones = FORMATS["int4"].pack(weight, asymmetric=asymmetric, importance=torch.ones(128))
+    assert torch.equal(ones.data, FORMATS["int4"].pack(weight, asymmetric=asymmetric).data)
+
+
 def test_zeros_save_numbers_of_one_sign_a_bit():
     weight = drawn(16, 128).abs() + 1
     errors = [
