@@ -26,7 +26,6 @@ from kogia.model.cache import PagedCache, StepCache
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
-from kogia.ops.dispatch import is_batch_invariant
 from kogia.ops.moe import Activation
 from kogia.ops.sample import counter_uniforms, sample, token_logprobs
 from kogia.ops.segments import Segments
@@ -123,7 +122,7 @@ class Runner:
         return self.experts.are_own(table, rows)
 
     def _is_recorded(self, plan: StepPlan, graphs: DecodeGraphs) -> bool:
-        fits = plan.only_decodes and plan.num_tokens <= graphs.most and not is_batch_invariant()
+        fits = plan.only_decodes and plan.num_tokens <= graphs.most
         return fits and self.experts.are_own(self.table, plan.rows)
 
     def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:
