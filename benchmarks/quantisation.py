@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4-asymmetric": {"quantize": "int4", "asymmetric": True},
     "int4-asymmetric-calibrated": {"quantize": "int4", "asymmetric": True, "calibration": True},
 }
+STEPS, SAVED = 1600, 400
 LENGTH = 256
 BEGIN, END = "<!-- figures: benchmarks/results/quantisation.json -->", "<!-- end of figures -->"
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/quantisation"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantisation.json"))
     parser.add_argument("--sequences", type=int, default=64, help="held-out books, of one sequence each")
+    parser.add_argument("--step", type=int, default=STEPS, help=f"take the model at this one, a multiple of {SAVED}")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--docs", type=Path, help="page to write the figures into")
     args = parser.parse_args()
@@ -72,7 +74,9 @@ def main() -> None:
     names = [SMALL, *sources] if args.only is None else [args.only]
     measured = {name: measure(name, sources.get(name), args) for name in names}
     if args.only is None:
-        write_result(args.out, "quantisation", [each for name in names for each in rows(name, measured[name])])
+        write_result(
+            args.out, "quantisation", [each for name in names for each in rows(name, measured[name], args.step)]
+        )
         if args.docs:
             write_docs(args.docs, json.loads(args.out.read_text()))
 
@@ -97,8 +101,9 @@ def measure(name: str, source: str | None, args: argparse.Namespace) -> dict[str
 
 
 def trained(args: argparse.Namespace) -> Path:
-    """The run directory of the small model, trained where it is not complete."""
-    out, steps = args.runs / "model", 1600
+    """The checkpoint of the small model, trained where it is not there."""
+    out = args.runs / "model"
+    directory = out / "checkpoints" / f"step-{args.step:06d}"
     countdown = {"max_target": 50, "max_intermediate": 60}
     sources = (
         SourceConfig(args.text, num=24),
@@ -106,12 +111,13 @@ def trained(args: argparse.Namespace) -> Path:
         SourceConfig("kogia.tasks.synthetic:cold_start_traces", num=12000, weight=2.0, options=countdown),
     )
     config = SupervisedConfig(
-        str(out), model=MODEL, steps=steps, mtp_weight=0.0, mtp_weight_late=0.0, threads=1, quiet=True, save_every=400,
-        data=DataConfig(sources, batch_tokens=4096, max_seqlen=256), optim=OptimConfig(lr=3e-3, warmup_steps=50),
+        str(out), model=MODEL, steps=STEPS, mtp_weight=0.0, mtp_weight_late=0.0, threads=1, quiet=True,
+        save_every=SAVED, keep_checkpoints=STEPS // SAVED, optim=OptimConfig(lr=3e-3, warmup_steps=50),
+        data=DataConfig(sources, batch_tokens=4096, max_seqlen=256),
     )  # fmt: skip
-    if not (out / "checkpoints" / f"step-{steps:06d}").is_dir():
+    if not directory.is_dir():
         supervised.main(replace(config, resume=out.exists()))
-    return out
+    return directory
 
 
 def converted(source: Path, target: Path, options: dict[str, Any], text: str) -> Path:
@@ -140,17 +146,18 @@ def accuracy(directory: Path, questions: int, out: Path) -> list[float]:
     return evaluate_tasks(config)[0]["greedy"]
 
 
-def rows(name: str, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def rows(name: str, measured: dict[str, dict[str, Any]], step: int) -> list[dict[str, Any]]:
     base, found = measured["bf16"], []
     for variant, result in measured.items():
         differences = [a - b for a, b in zip(result["nats"], base["nats"], strict=True)]
         half = 1.96 * stdev(differences) / math.sqrt(len(differences))
         ratio, low, high = (math.exp(fmean(differences) + end) for end in (0.0, -half, half))
         size = {"megabytes": round(result["bytes"] / 1e6, 3), "perplexity": round(math.exp(fmean(result["nats"])), 3)}
-        bar = {"limit": 1.03} if variant == "int4" else {}
         id = "int4-quality" if (name, variant) == (SMALL, "int4") else f"quantisation-{name}-{variant}"
+        more = {"step": step, "of_steps": STEPS} if name == SMALL else {}
+        more |= {"limit": 1.03} if id == "int4-quality" else {}
         found.append(
-            row(id, ratio, "perplexity over bf16's", low=low, high=high, model=name, variant=variant, **size, **bar)
+            row(id, ratio, "perplexity over bf16's", low=low, high=high, model=name, variant=variant, **size, **more)
         )
         if "accuracy" in result:
             share, low, high = result["accuracy"]

@@ -16,10 +16,12 @@ from tokenizer_families import QWEN3, write_llama2
 import kogia
 from kogia.checkpoint.convert import convert
 from kogia.checkpoint.hf import load_model, save_model
+from kogia.cli import main
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
 from kogia.inference.llm import LLM
 from kogia.model.config import ModelConfig
+from kogia.model.linear import Linear
 from kogia.model.transformer import build_model
 from kogia.text.chat import Message, render_prompt
 from kogia.text.tokenizer import Tokenizer
@@ -39,6 +41,28 @@ def test_the_front_end_is_the_engine_over_the_loaded_model(llm, directory):
     ids = [0, 11, 12]
     engine = Engine(load_model(directory), llm.tokenizer)
     assert llm.generate([ids], PARAMS)[0][0].token_ids == engine.generate([ids], PARAMS)[0][0].token_ids
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_weights_may_be_rounded_while_they_are_loaded(llm, directory, format):
+    packed = LLM(directory, device="cpu", quantize=format)
+    formats = {module.format for module in packed.model.modules() if isinstance(module, Linear)}
+    assert format in formats <= {format, None}
+    ids = [0, 11, 12]
+    engine = Engine(load_model(directory, quantize=format), llm.tokenizer)
+    assert packed.generate([ids], PARAMS)[0][0].token_ids == engine.generate([ids], PARAMS)[0][0].token_ids
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_commands_take_the_format_that_weights_are_rounded_to(directory, command, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("kogia.checkpoint.hf.make_packed", lambda model, format: seen.append(format))
+    words = {
+        "generate": ["--prompt", "hi"],
+        "eval": ["--num-questions", "1", "--num-samples", "1", "--k", "1", "--out", str(tmp_path)],
+    }
+    assert main([command, str(directory), *words[command], "--max-tokens", "2", "--quantize", "int8"]) == 0
+    assert seen == ["int8"]
 
 
 def test_chat_answers_the_rendered_conversation_and_streams_the_same_text(llm):
