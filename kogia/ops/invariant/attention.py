@@ -17,11 +17,11 @@ from kogia.ops.cache import KVRow, LayerCache
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
 
-KEYS = 128
+KEYS = 64
 """Keys of a piece."""
-WIDTHS = 32
+WIDTHS = 16
 """Vectors are padded with zeros to a multiple of this: products of equal shapes then are aligned alike as well."""
-FEW = 8
+FEW = 32
 """Sequences that run more queries than this share the copy of their context; others take one for each query."""
 
 
@@ -115,4 +115,5 @@ def _piece(
 
 
 def _widened(x: Float[Tensor, "... width"]) -> Float[Tensor, "... wider"]:
-    return F.pad(x, (0, -x.shape[-1] % WIDTHS)).contiguous()
+    missing = -x.shape[-1] % WIDTHS
+    return (F.pad(x, (0, missing)) if missing else x).contiguous()
