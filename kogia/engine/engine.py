@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kogia import log
 from kogia.engine.activation import ActiveExperts
+from kogia.engine.blocks import hash_block
 from kogia.engine.config import EngineConfig
 from kogia.engine.draft_switch import DraftSwitch
 from kogia.engine.drafting import why_not_drafts
@@ -210,7 +211,7 @@ class Engine:
         ]
         for request in requests:
             request.active_experts, request.expert_threshold = experts = self.experts.of(params)
-            request.salt = self.experts.salt(*experts)
+            request.salt = self._salt(*experts)
             request.stream = stream
             request.rules = rules_of(params, prompt, self.tokenizer, self.scheduler.eos_ids, vocab)
             if self.tokenizer is not None and (stream or params.stop):
@@ -303,24 +304,31 @@ class Engine:
     @contextmanager
     def deterministic(self) -> Iterator[None]:
         """For measurements: within the block, steps are batch-invariant where the configuration leaves that open and it
-        costs little, on a CPU. The prefixes that were cached otherwise are forgotten before it, and after it."""
+        costs little, on a CPU. Prefixes that were cached otherwise are not found.
+
+        Raises ValueError where requests are under way.
+        """
         config, model = self.config, self.model
         is_open = config.deterministic is None and config.prune is None
         if not is_open or model.device.type != "cpu" or has_sparse_attention(model.config):
             yield
             return
-        self._switch(deterministic=True)
+        if self.num_unfinished:
+            raise ValueError(
+                f"a measurement begins when the engine is idle: {self.num_unfinished} requests are not done"
+            )
+        self.is_deterministic = True
         try:
             yield
         finally:
-            self._switch(deterministic=False)
+            self.is_deterministic = False
 
-    def _switch(self, *, deterministic: bool) -> None:
-        with self.loop.paused():
-            with self._whole():
-                self._land_all()
-            self.scheduler.recompute_all()
-            self.is_deterministic = deterministic
+    def _salt(self, number: int, threshold: float) -> bytes:
+        """Of the prefixes of a request with so many experts, which depend on how steps are computed, too."""
+        salt = self.experts.salt(number, threshold)
+        if self.is_deterministic == bool(self.config.deterministic):
+            return salt
+        return hash_block(b"deterministic" + salt, np.empty(0))
 
     @contextmanager
     def _whole(self) -> Iterator[None]:

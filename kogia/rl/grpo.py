@@ -106,8 +106,7 @@ def run_planned(plan: Plan) -> Run:
             log.info(f"{run.out} is complete: {run.rollouts} of {config.steps} steps are done")
             return run
         if config.signal_check and run.rollouts == 0:
-            with run.engine.deterministic():
-                measure_signal(run.state.model, run.engine, run.tokenizer, run.sources, config, run.out)
+            measure_signal(run.state.model, run.engine, run.tokenizer, run.sources, config, run.out)
         train(run)
         return run
 

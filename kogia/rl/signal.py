@@ -59,7 +59,8 @@ def measure_signal(
     """
     drawn = draw_problems(sources, 0, config.signal_prompts, config.seed + 104_729)
     params = SamplingParams.of(config, n=config.signal_samples, logprobs=True)
-    rollout = collect(engine, tokenizer, drawn, params, thinking=config.thinking)
+    with engine.deterministic():
+        rollout = collect(engine, tokenizer, drawn, params, thinking=config.thinking)
     signal = summarize(rollout, tokenizer, max_logprob_difference(model, rollout, config.temperature))
     log.check_in_place(out)
     write_json(out / "signal.json", asdict(signal))

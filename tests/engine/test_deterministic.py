@@ -153,7 +153,14 @@ def test_a_measurement_is_deterministic_where_that_was_left_open():
     assert measured.num_cached_tokens == 0, "what was cached before had other bits"
     assert bits(measured) == bits(engine(model).generate([PROMPT], PARAMS)[0][0])
     assert not open_engine.is_deterministic
-    assert open_engine.generate([PROMPT], PARAMS)[0][0].num_cached_tokens == 0
+    assert open_engine.generate([PROMPT], PARAMS)[0][0].num_cached_tokens == 20
+    with open_engine.deterministic():
+        assert open_engine.generate([PROMPT], PARAMS)[0][0].num_cached_tokens == 20
+    open_engine.add(PROMPT, PARAMS)
+    with pytest.raises(ValueError, match="when the engine is idle: 1 requests are left"):
+        open_engine.deterministic().__enter__()
+    while open_engine.num_unfinished:
+        open_engine.step()
     with pytest.raises(KeyboardInterrupt), open_engine.deterministic():
         raise KeyboardInterrupt
     assert not open_engine.is_deterministic

@@ -29,6 +29,22 @@ def check(run: Run, **changes):
     return measure_signal(run.state.model, run.engine, run.tokenizer, run.sources, config, run.out)
 
 
+def test_its_samples_are_deterministic_unless_settings_say_no(checkpoint, tmp_path, stack, monkeypatch):
+    seen = []
+
+    def recorded(engine, *rest, **options):
+        seen.append(engine.is_deterministic)
+        return collect(engine, *rest, **options)
+
+    monkeypatch.setattr("kogia.rl.signal.collect", recorded)
+    run = build_run(rl_settings(checkpoint, tmp_path / "open", signal_prompts=8, signal_samples=5), stack)
+    check(run)
+    assert not run.engine.is_deterministic
+    settings = rl_settings(checkpoint, tmp_path / "no", signal_prompts=8, signal_samples=5)
+    check(build_run(replace(settings, engine=replace(settings.engine, deterministic=False)), stack))
+    assert seen == [True, False]
+
+
 def test_the_signal_is_what_the_samples_of_training_prompts_say(checkpoint, tmp_path, stack, capsys):
     run = build_run(rl_settings(checkpoint, tmp_path / "run", signal_prompts=8, signal_samples=5), stack)
     signal = check(run)
