@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.activation import ActiveExperts
-from kogia.engine.graphs import CONTEXTS, SIZES, Graph, capture
+from kogia.engine.graphs import CONTEXTS, Graph, capture, recorded_sizes
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.speculative import num_accepted
 from kogia.engine.step import StepPlan
@@ -161,8 +161,7 @@ class DraftGraphs:
         """Of up to `most` sequences of up to `longest` tokens, with the engine's own number of experts."""
         self.model, self.cache, self.state, self.experts = model, cache, state, experts
         self.width = 1 + state.drafts.shape[1]
-        most = min(most, SIZES[-1] // self.width)
-        self.sizes = sorted({size for size in SIZES if size < most} | {most})
+        self.sizes = recorded_sizes(most, model.device, self.width)
         ahead = self.width + cache.lookahead
         """Positions past the known tokens that a step looks at."""
         self.contexts = [length for length in CONTEXTS if length < longest + ahead] + [longest + ahead]
@@ -181,7 +180,10 @@ class DraftGraphs:
 
     @property
     def kinds(self) -> list[tuple[int, int]]:
-        """Sequences and longest context of every step, the largest first, whose memory the smaller ones share."""
+        """Sequences and longest context of every step, the largest first, whose memory the smaller ones share. None on
+        a CPU; see `DecodeGraphs`."""
+        if self.model.device.type == "cpu":
+            return []
         return [(size, context) for context in reversed(self.contexts) for size in reversed(self.sizes)]
 
     def record(self, size: int, context: int) -> None:

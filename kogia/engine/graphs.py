@@ -1,4 +1,4 @@
-"""Decode steps as recorded graphs: one launch instead of hundreds, which is what small batches on a GPU wait for.
+"""Decode steps as recorded graphs: one launch instead of hundreds, which is what small batches wait for.
 
 A graph is recorded once for each size of batch and class of context, and reads its step from one buffer of fixed
 layout. Batches between two sizes are filled up with tokens of nobody: they write to the cache's spare block and what
@@ -26,6 +26,7 @@ from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
 from kogia.ops.attention import cached_attention
 from kogia.ops.cache import LatentRow
+from kogia.ops.cpu.record import Recording, recording
 from kogia.ops.dispatch import Op
 from kogia.ops.moe import Activation, mix_experts
 from kogia.ops.segments import Segments
@@ -60,7 +61,7 @@ SIZES = (
     448,
     512,
 )
-Graph = torch.cuda.CUDAGraph
+Graph = torch.cuda.CUDAGraph | Recording
 CONTEXTS = (2048, 16384, 131072)
 """Longest contexts of the classes: each has its own width of block tables and its own split of the attention."""
 
@@ -77,6 +78,18 @@ class _Recorded:
     logits: Float[Tensor, "size vocab"]
 
 
+def recorded_sizes(most: int, device: torch.device, width: int = 1) -> list[int]:
+    """Numbers of sequences of recorded steps, up to `most` of `width` tokens each. On a CPU, where nobody's sequences
+    take time and many tokens hide what stands between the kernels, all of up to 16 tokens."""
+    if device.type == "cpu":
+        return list(range(1, min(most, max(1, _TOKENS_ON_CPU // width)) + 1))
+    most = min(most, SIZES[-1] // width)
+    return sorted({size for size in SIZES if size < most} | {most})
+
+
+_TOKENS_ON_CPU = 16
+
+
 class DecodeGraphs:
     """Records and replays steps in which every sequence runs one token and samples the next."""
 
@@ -85,7 +98,7 @@ class DecodeGraphs:
     ) -> None:
         """Of up to `most` sequences, 512 at most, with contexts of up to `longest` tokens; `newest` is the runner's."""
         self.model, self.cache, self.newest, self.experts = model, cache, newest, experts
-        self.sizes = sorted({size for size in SIZES if size < most} | {min(most, SIZES[-1])})
+        self.sizes = recorded_sizes(most, model.device)
         self.contexts = [length for length in CONTEXTS if length < longest] + [longest]
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._pool: Any = None
@@ -98,7 +111,10 @@ class DecodeGraphs:
 
     @property
     def kinds(self) -> list[tuple[int, int]]:
-        """Sequences and longest context of every step, the largest first, whose memory the smaller ones share."""
+        """Sequences and longest context of every step, the largest first, whose memory the smaller ones share. None on
+        a CPU, where recording takes no longer than the step itself."""
+        if self.model.device.type == "cpu":
+            return []
         return [(size, context) for context in reversed(self.contexts) for size in reversed(self.sizes)]
 
     def record(self, size: int, context: int) -> None:
@@ -168,12 +184,17 @@ def capture(work: Callable[[], object], device: torch.device, pool: Any) -> Grap
 
     It runs twice: what it leaves is valid, and made anew in the same place, whenever the graph has been replayed.
     """
+    if device.type == "cpu":
+        work()
+        with recording() as made:
+            work()
+        return made
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         work()
     torch.cuda.current_stream(device).wait_stream(side)
-    graph = Graph()
+    graph = torch.cuda.CUDAGraph()
     with _without_collection(), torch.cuda.graph(graph, pool=pool):
         work()
     return graph
@@ -194,14 +215,16 @@ def _without_collection() -> Iterator[None]:
 def why_not(model: Transformer, cache: PagedCache) -> str | None:
     """Why steps of this model cannot be recorded, or None: what has no kernel waits for the device, or reads as much of
     the cache as there could be."""
-    if model.device.type != "cuda":
-        return "graphs are a GPU's"
+    if model.device.type not in ("cuda", "cpu"):
+        return f"graphs are for a GPU and a CPU, not {model.device}"
     return attention_refusal(model, cache) or experts_refusal(model)
 
 
 def attention_refusal(model: Transformer, cache: PagedCache) -> str | None:
-    """Why a GPU has no kernel for this model's attention, or None."""
+    """Why the device has no kernel for this model's attention, or None."""
     row, heads = cache.row, model.config.attention.num_heads
+    if isinstance(row, LatentRow) and row.index:
+        return "the lightning indexer has no kernel"
     width = row.latent + row.rope if isinstance(row, LatentRow) else row.head_dim
     q = torch.empty(1, heads, width, dtype=model.dtype, device=model.device)
     one = torch.ones(1, dtype=torch.int64, device=model.device)
@@ -212,7 +235,7 @@ def attention_refusal(model: Transformer, cache: PagedCache) -> str | None:
 
 @torch.no_grad()
 def experts_refusal(model: Transformer) -> str | None:
-    """Why a GPU has no kernel for this model's experts, or None: their reference asks the host how many each has."""
+    """Why the device has no kernel for this model's experts, or None: the reference asks the host how many each has."""
     mixture = next((module for module in model.modules() if isinstance(module, MoE)), None)
     if mixture is None:
         return None
@@ -227,6 +250,6 @@ def experts_refusal(model: Transformer) -> str | None:
 
 
 def _refusal(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why no GPU backend of an op takes a call, or None where one does."""
-    reasons = [backend.refusal(args, kwargs) for backend in op.backends("cuda")]
+    """Why no backend of an op takes a call, or None where one does."""
+    reasons = [backend.refusal(args, kwargs) for backend in op.backends(args[0].device.type)]
     return None if None in reasons else "; ".join(reason for reason in reasons if reason is not None)

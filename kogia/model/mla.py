@@ -60,6 +60,8 @@ class MLA(nn.Module):
             assert q_rank is not None, "ModelConfig checks this"
             self.indexer = Indexer(dim, q_rank, config.qk_rope_head_dim, config.indexer)
         self._up: tuple[int, Tensor, Tensor] | None = None
+        self._copy: Tensor | None = None
+        """W_UK and W_UV made dense, where they are packed."""
         self._joint: Tensor | None = None
         """The projections that read x, below each other: on a GPU one product is faster than two small ones."""
 
@@ -157,8 +159,18 @@ class MLA(nn.Module):
         self._join()
         c, weight = self.config, self.kv_b_proj.weight
         up = self.kv_b_proj.dense_weight(self.kv_a_layernorm.weight.dtype).detach()
+        if self.kv_b_proj.format is not None:
+            up = self._copied(up)
         w_uk, w_uv = up.view(c.num_heads, -1, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         self._up = weight.data_ptr(), w_uk, w_uv
+
+    def _copied(self, up: Tensor) -> Tensor:
+        """`up` where the last copy was: recorded graphs read it."""
+        last = self._copy
+        if last is None or last.shape != up.shape or last.dtype != up.dtype or last.device != up.device:
+            self._copy = up
+            return up
+        return last.copy_(up)
 
     def _join(self) -> None:
         """Make or renew `_joint`, in place: recorded graphs read it."""

@@ -307,7 +307,7 @@ def mix_experts(
     return combine(y, weights.masked_fill(expert_ids < 0, 0.0), order, *added)
 
 
-@op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",))
+@op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",), cpu=("kogia.ops.cpu.moe",))
 def silu_mul(gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
     """silu(gate) * up, the inside of SwiGLU."""
     return F.silu(gate) * up

@@ -60,7 +60,7 @@ def filter_logits(
     return scaled
 
 
-@op(cuda=("kogia.ops.triton.sample",), invariant_cuda=("kogia.ops.triton.sample",))
+@op(cuda=("kogia.ops.triton.sample",), invariant_cuda=("kogia.ops.triton.sample",), cpu=("kogia.ops.cpu.sample",))
 def sample(
     logits: Float[Tensor, "rows vocab"],
     temperature: Float[Tensor, " rows"],

@@ -8,10 +8,11 @@ import torch
 
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
-from kogia.engine.graphs import SIZES, DecodeGraphs, experts_refusal
+from kogia.engine.graphs import SIZES, experts_refusal, recorded_sizes
 from kogia.engine.request import SamplingParams
 from kogia.engine.views import WholeCache
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
+from kogia.model.linear import Linear
 from kogia.model.mla import MLA
 from kogia.model.moe import MoE
 from kogia.model.packed import pack
@@ -54,6 +55,19 @@ def tiny(device: str = "cuda", seed: int = 1, dtype: torch.dtype = torch.bfloat1
     return model
 
 
+def wide(seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Transformer:
+    """A model of widths that a CPU's kernels take, with a module for drafts."""
+    mla = MLAConfig(
+        num_heads=4, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=32, v_head_dim=16
+    )
+    moe = MoEConfig(num_experts=8, num_shared_experts=1, topk=2, expert_dim=64)
+    config = ModelConfig(
+        vocab_size=61, dim=64, num_layers=3, ffn_dim=64, attention=mla, max_position=256, init_std=0.2, moe=moe,
+        num_mtp_layers=1,
+    )  # fmt: skip
+    return build_model(config, dtype=dtype, seed=seed)
+
+
 def engine_of(model: Transformer, **options) -> Engine:
     settings = {"block_size": 4, "num_blocks": 300, "max_sequences": 16, "prefix_cache": False}
     return Engine(model, None, EngineConfig(**{**settings, **options}))
@@ -64,9 +78,9 @@ def outputs(engine: Engine, params: SamplingParams, prompts=PROMPTS) -> list[tup
 
 
 def test_graphs_asked_for_where_there_can_be_none_are_refused():
-    with pytest.raises(ValueError, match=r"engine.graphs = true: graphs are a GPU's"):
-        engine_of(tiny("cpu"), graphs=True)
-    assert engine_of(tiny("cpu")).runner.graphs is None
+    with pytest.raises(ValueError, match=r"engine.graphs = true: .*; leave it out, or set it to false"):
+        engine_of(wide(dtype=torch.float32), graphs=True)
+    assert engine_of(wide(dtype=torch.float32)).runner.graphs is None
 
 
 def test_experts_without_a_kernel_are_no_reason_to_fail_but_for_steps_that_are_not_recorded():
@@ -81,11 +95,32 @@ def test_experts_without_a_kernel_are_no_reason_to_fail_but_for_steps_that_are_n
 
 
 def test_no_step_of_more_sequences_than_the_kernels_take_is_recorded():
-    model = tiny("cpu", dtype=torch.float32)
-    engine = engine_of(model, max_sequences=600)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for most, sizes in ((1, [1]), (5, [1, 2, 3, 4, 5]), (600, [*SIZES])):
-        graphs = DecodeGraphs(model, engine.runner.cache, torch.zeros(1), engine.experts, most, 256)
-        assert graphs.sizes == sizes and graphs.most == min(most, 512)
+        assert recorded_sizes(most, gpu) == sizes
+    assert recorded_sizes(600, gpu, 3)[-2:] == [160, 170]
+    assert recorded_sizes(5, cpu) == [1, 2, 3, 4, 5] and recorded_sizes(600, cpu) == [*range(1, 17)]
+    assert recorded_sizes(600, cpu, 3) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, replace(SAMPLED, top_p=0.9, top_k=20)])
+def test_recorded_steps_on_a_cpu_give_the_tokens_of_steps_that_are_not(quantize, params):
+    model, other = wide(), wide(seed=2)
+    for each in (model, other):
+        for module in each.modules() if quantize else ():
+            if isinstance(module, Linear):
+                module.pack(quantize)
+    want = outputs(engine_of(model, graphs=False), params)
+    engine = engine_of(model)
+    if engine.runner.graphs is None:
+        pytest.skip("no kernels here")
+    assert outputs(engine, params) == want
+    assert outputs(engine, params) == want, "the second run replays"
+    assert outputs(engine_of(model, num_draft_tokens=2, graphs=False), params) == want
+    assert outputs(engine_of(model, num_draft_tokens=2), params) == want
+    engine.update_weights(other)
+    assert outputs(engine, params) == outputs(engine_of(other, graphs=False), params) != want
 
 
 @pytest.mark.parametrize(

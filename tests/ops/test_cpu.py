@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kogia.ops import attention, cache, latent, linear, moe, norm
+from kogia.ops import attention, cache, latent, linear, moe, norm, sample
 from kogia.ops.cache import KVRow, LatentRow, LayerCache
 from kogia.ops.cpu import build
+from kogia.ops.cpu.record import recording
 from kogia.ops.packed import FORMATS, Packed
 from kogia.ops.segments import segments_of
 
@@ -31,6 +32,7 @@ from kogia.ops.cpu import latent as cpu_latent
 from kogia.ops.cpu import linear as cpu_linear
 from kogia.ops.cpu import moe as cpu_moe
 from kogia.ops.cpu import norm as cpu_norm
+from kogia.ops.cpu import sample as cpu_sample
 
 BF16 = torch.bfloat16
 LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.level()) :]
@@ -41,7 +43,7 @@ PACKINGS = [None, "int8", "int4", "int4 asymmetric"]
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as compiled for an instruction set; memory that is not initialised holds NaN."""
     compiled = build.load(request.param)
-    for module in (cpu_attention, cpu_latent, cpu_linear, cpu_moe, cpu_norm):
+    for module in (cpu_attention, cpu_latent, cpu_linear, cpu_moe, cpu_norm, cpu_sample):
         for kernel in vars(module).values():
             if isinstance(kernel, common.Kernel):
                 function = getattr(compiled, kernel.name)
@@ -131,6 +133,39 @@ def test_the_widest_rows_of_int8_do_not_overflow():
         Packed(torch.full((4, width), 127, dtype=torch.int8), torch.ones(4, 1), None, "int8"),
     )
     assert distance(cpu_linear.linear(x.float(), weight), torch.full((1, 4), 127.0 * width)) < 1e-3
+
+
+@torch.no_grad()
+def test_the_inside_of_a_feed_forward_part_is_the_references():
+    gate, up = draw(3, 77), draw(3, 77, seed=1)
+    assert cpu_moe.silu_mul_supports(gate, up) is None
+    torch.testing.assert_close(cpu_moe.silu_mul(gate, up), moe.silu_mul.reference(gate, up))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vocab", [3, 64, 1001])
+def test_samples_and_log_probabilities_are_those_of_the_reference(vocab):
+    logits, rows = draw(40, vocab) * 3, 40
+    uniforms = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(vocab))
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+    temperature = torch.tensor([0.0, 1.0, 0.5, 3.0]).repeat(10)
+    assert cpu_sample.sample_supports(logits, temperature, uniforms) is None
+    for drawn in (uniforms, None):
+        tokens, logprobs = cpu_sample.sample(logits, temperature, drawn)
+        wanted, its_logprobs = sample.sample.reference(logits.double(), temperature, drawn)
+        same = tokens == wanted
+        assert same.sum() >= rows - 1, "a uniform may fall on an edge"
+        torch.testing.assert_close(logprobs[same], its_logprobs[same].float(), rtol=1e-5, atol=1e-5)
+    assert "without filters" in str(cpu_sample.sample_supports(logits, temperature, uniforms, top_p=temperature))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_show_in_the_log_probability_and_tokens_exist(value):
+    logits, temperature = draw(2, 50), torch.tensor([0.0, 1.0])
+    logits[:, 7] = value
+    tokens, logprobs = cpu_sample.sample(logits, temperature, torch.tensor([0.1, 0.9]))
+    assert logprobs.isnan().all() and tokens.min() >= 0 and tokens.max() < 50
 
 
 def test_what_products_cannot_take_is_refused_with_the_reason():
@@ -376,6 +411,34 @@ def test_ops_call_the_kernels_by_themselves_and_threads_change_nothing():
         assert torch.equal(linear.linear(x, weight), one)
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_a_recording_does_again_what_was_done_with_what_its_inputs_hold_now():
+    x, weight, scale = draw(3, 64), draw(64, 64, seed=1), draw(64, seed=2)
+    rows = torch.zeros(2, 64, dtype=BF16)
+
+    def step() -> Tensor:
+        hidden = linear.linear(norm.rms_norm(x, scale, 1e-6), weight)
+        hidden = torch.tanh(hidden).view(3, 2, 32).flatten(1) + 1  # of PyTorch's own
+        rows.index_copy_(0, torch.tensor([1]), hidden[:1])
+        return linear.linear(hidden, weight)
+
+    with recording() as made:
+        result = step()
+    first = result.clone()
+    assert torch.equal(first, step())
+    x.copy_(draw(3, 64, seed=9))
+    made.replay()
+    replayed, written = result.clone(), rows.clone()
+    assert torch.equal(replayed, step()) and torch.equal(written, rows) and not torch.equal(replayed, first)
+
+
+def test_a_step_that_asks_for_a_number_is_not_recorded():
+    with pytest.raises(RuntimeError, match="asks for a number"), recording():
+        draw(3).sum().item()
+    with recording():
+        pass
 
 
 def test_a_machine_without_a_compiler_or_the_instructions_says_so_and_one_that_fails_leaves_nothing(

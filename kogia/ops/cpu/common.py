@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kogia.ops.cpu.build import library
+from kogia.ops.cpu.record import active
 from kogia.ops.packed import Packed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -28,7 +29,10 @@ class Kernel:
         self._pack = struct.Struct(fields).pack
 
     def __call__(self, *values: float) -> None:
-        self.function(self._pack(*values))
+        arguments = self._pack(*values)
+        self.function(arguments)
+        if active:
+            active[0].add_kernel(self.function, arguments)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -577,26 +577,25 @@ constexpr int TILE = 8, KEYS = 32, SPAN = 32;  // queries, keys and columns at o
 
 // sums[m][c] += sum_j weights[m][j] * rows[j][c], j < 2 * pairs, bfloat16 weights two by two. The order of the columns
 // of `sums` within each SPAN is `weighted_rows`'s own; `settled` puts them right.
-void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const* weights, int many, int64_t width,
-                   float* sums) {
+template <int M>
+void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const* weights, int64_t width, float* sums) {
 #if defined(__AVX512BF16__)
     for (int64_t c = 0; c < width; c += SPAN) {
-        __m512 low[TILE], high[TILE];
-        for (int m = 0; m < TILE; m++) low[m] = load(sums + m * width + c), high[m] = load(sums + m * width + c + 16);
+        __m512 low[M], high[M];
+        for (int m = 0; m < M; m++) low[m] = load(sums + m * width + c), high[m] = load(sums + m * width + c + 16);
         for (int64_t j = 0; j < pairs; j++) {
             __m512i one = load_halves(rows[2 * j] + c), two = load_halves(rows[2 * j + 1] + c);
             __m512bh first = (__m512bh)_mm512_unpacklo_epi16(one, two), second = (__m512bh)_mm512_unpackhi_epi16(one, two);
-            for (int m = 0; m < TILE; m++) {
+            for (int m = 0; m < M; m++) {
                 __m512bh weight = (__m512bh)_mm512_set1_epi32(int(weights[m][j]));
                 low[m] = _mm512_dpbf16_ps(low[m], first, weight);
                 high[m] = _mm512_dpbf16_ps(high[m], second, weight);
             }
         }
-        for (int m = 0; m < TILE; m++) store(sums + m * width + c, low[m]), store(sums + m * width + c + 16, high[m]);
+        for (int m = 0; m < M; m++) store(sums + m * width + c, low[m]), store(sums + m * width + c + 16, high[m]);
     }
-    (void)many;
 #else
-    for (int m = 0; m < many; m++)
+    for (int m = 0; m < M; m++)
         for (int64_t j = 0; j < pairs; j++) {
             Floats one = all(widen(bf16(weights[m][j]))), two = all(widen(bf16(weights[m][j] >> 16)));
             for (int64_t c = 0; c < width; c += LANES) {
@@ -606,6 +605,14 @@ void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const
             }
         }
 #endif
+}
+
+// Of the first `many` of TILE rows; more may be computed.
+void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const* weights, int many, int64_t width,
+                   float* sums) {
+    if (many == 1) weighted_rows<1>(rows, pairs, weights, width, sums);
+    else if (many <= TILE / 2) weighted_rows<TILE / 2>(rows, pairs, weights, width, sums);
+    else weighted_rows<TILE>(rows, pairs, weights, width, sums);
 }
 
 void settled(const float* sums, int64_t width, float factor, bf16* out) {
@@ -763,11 +770,72 @@ void attend(const AttentionArgs& a, const Queries& tile) {
     for (int m = 0; m < many; m++) settled(sums + m * a.value_width, a.value_width, 1.0f / total[m], out[m]);
 }
 
+// --------------------------------------------------------------------------------------------------------- sampling
+
+struct SampleArgs {
+    const bf16* logits;
+    int64_t rows, vocab;
+    const float* temperature;
+    const double* uniforms;  // null: all rows are greedy
+    int64_t* tokens;
+    float* logprobs;
+    int64_t threads;
+};
+
+constexpr int64_t STRIPE = 32;  // sums and largest numbers that are kept side by side
+
+void sample_row(const SampleArgs& a, int64_t r) {
+    const bf16* logits = a.logits + r * a.vocab;
+    bool greedy = a.temperature[r] == 0 || !a.uniforms;
+    float temperature = a.temperature[r] == 0 ? 1.0f : a.temperature[r];
+    float* scaled = scratch<float, 1>(a.vocab + STRIPE);
+    float* powers = scratch<float, 10>(a.vocab + STRIPE);
+    float most[STRIPE], part[STRIPE] = {};
+    for (int64_t i = 0; i < a.vocab; i++) scaled[i] = widen(logits[i]) / temperature;
+    std::fill(scaled + a.vocab, scaled + a.vocab + STRIPE, -std::numeric_limits<float>::infinity());
+    std::copy(scaled, scaled + STRIPE, most);
+    for (int64_t i = 0; i < a.vocab; i += STRIPE)
+        for (int64_t j = 0; j < STRIPE; j++) most[j] = scaled[i + j] > most[j] ? scaled[i + j] : most[j];
+    float top = *std::max_element(most, most + STRIPE);
+    for (int64_t i = 0; i < a.vocab; i += STRIPE)
+        for (int64_t j = 0; j < STRIPE; j++) part[j] += powers[i + j] = exponential(scaled[i + j] - top);
+    double total = 0;
+    for (float each : part) total += each;
+    int64_t token = a.vocab - 1;
+    if (greedy) {
+        int64_t first = std::find(scaled, scaled + a.vocab, top) - scaled;
+        token = std::min(token, first);
+    } else {
+        double whole = 0, seen = 0;
+        for (int64_t i = 0; i < a.vocab; i++) whole += powers[i];
+        double point = a.uniforms[r] * whole;
+        for (int64_t i = 0; i < a.vocab; i++)
+            if ((seen += powers[i]) > point) {
+                token = i;
+                break;
+            }
+    }
+    a.tokens[r] = token;
+    a.logprobs[r] = float(double(scaled[token] - top) - std::log(total));
+}
+
+struct SiluArgs {
+    const bf16* gate;
+    const bf16* up;
+    bf16* out;
+    int64_t size;
+};
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------ what Python calls
 
 extern "C" {
+
+// Calls of the functions below one after the other: each entry of the table is a function and its arguments.
+void kogia_replay(void* const* table, int64_t count) {
+    for (int64_t i = 0; i < count; i++) reinterpret_cast<void (*)(const void*)>(table[2 * i])(table[2 * i + 1]);
+}
 
 void kogia_linear(const LinearArgs* a) { a->dtype == BFLOAT16 ? linear<bf16>(*a) : linear<float>(*a); }
 
@@ -815,6 +883,17 @@ void kogia_absorb_query(const AbsorbArgs* a) {
 void kogia_project_values(const ProjectArgs* a) {
     bool few = a->tokens * a->heads * a->v * a->latent < 1 << 18;
     parallel(a->heads, few ? 1 : a->threads, [&](int64_t head) { project(*a, head); });
+}
+
+void kogia_silu_mul(const SiluArgs* a) {
+    for (int64_t i = 0; i < a->size; i++) {
+        float gate = widen(a->gate[i]);
+        a->out[i] = narrow(widen(narrow(gate / (1.0f + exponential(-gate)))) * widen(a->up[i]));
+    }
+}
+
+void kogia_sample(const SampleArgs* a) {
+    parallel(a->rows, a->threads, [&](int64_t r) { sample_row(*a, r); });
 }
 
 void kogia_cached_attention(const AttentionArgs* a) {

@@ -19,6 +19,7 @@ from kogia.ops.moe import Activation, Routed, SharedExperts
 from kogia.ops.packed import Packed
 
 _mix_experts = Kernel("kogia_mix_experts", "7q 2q 5q5q q 5q5q5q 3q")
+_silu_mul = Kernel("kogia_silu_mul", "4q")
 _route = Kernel("kogia_route", "5q 3q 5q d 8q")
 
 
@@ -133,6 +134,17 @@ def route_supports(
         or (None if given is None else refusal(given, dtypes=(torch.int64,)))
         or (None if activation is None else _activation_refusal(activation))
     )
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Rounded where the reference is."""
+    out = torch.empty_like(gate)
+    _silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    return out
+
+
+def silu_mul_supports(gate: Tensor, up: Tensor) -> str | None:
+    return refusal(gate, up)
 
 
 def _activation_refusal(activation: Activation) -> str | None:

@@ -1,0 +1,47 @@
+"""Choosing tokens where no filter is on."""
+
+import torch
+from torch import Tensor
+
+from kogia.ops.cpu.common import Kernel, address, refusal
+
+_sample = Kernel("kogia_sample", "8q")
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    uniforms: Tensor | None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    filtered: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A pass for the largest logit, one for the sum of powers, and of those that are drawn one for the place."""
+    rows, vocab = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    logprobs = torch.empty(rows, dtype=torch.float32)
+    uniforms = None if uniforms is None else uniforms.double()
+    _sample(
+        logits.data_ptr(), rows, vocab, temperature.data_ptr(), address(uniforms), tokens.data_ptr(),
+        logprobs.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens, logprobs
+
+
+def sample_supports(
+    logits: Tensor,
+    temperature: Tensor,
+    uniforms: Tensor | None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    filtered: Tensor | None = None,
+) -> str | None:
+    if any(each is not None for each in (top_k, top_p, min_p)):
+        return "it draws without filters"
+    return (
+        refusal(logits)
+        or refusal(temperature, dtypes=(torch.float32,))
+        or (None if uniforms is None else refusal(uniforms, dtypes=(torch.float32, torch.float64)))
+    )
