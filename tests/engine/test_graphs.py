@@ -84,10 +84,10 @@ def test_graphs_asked_for_where_there_can_be_none_are_refused():
 
 
 def test_experts_without_a_kernel_are_no_reason_to_fail_but_for_steps_that_are_not_recorded():
-    pytest.importorskip("triton", reason="the kernels say what they take")
-    model = tiny("cpu", dtype=torch.float32)
-    if not torch.cuda.is_available():  # in the interpreter kernels take float32
-        assert experts_refusal(model) is None
+    model = wide()
+    if engine_of(model).runner.graphs is None:
+        pytest.skip("no kernels here")
+    assert experts_refusal(model) is None
     for mixture in (module for module in model.modules() if isinstance(module, MoE)):
         mixture.experts.gate_up_proj.pack("fp8")
         mixture.experts.down_proj.pack("fp8")
