@@ -140,19 +140,22 @@ def choose_and_weigh(
     ordered: bool = False,
 ) -> Routed:
     """`route` from the affinities on; `ordered` chooses the best first."""
-
-    @torch.no_grad()
-    def select(count: int) -> Int[Tensor, "tokens count"]:
-        order = ordered or activation is not None
-        return select_experts(scores, bias, topk=count, num_groups=num_groups, topk_groups=topk_groups, ordered=order)
-
+    best = given
+    if given is None or activation is not None:
+        with torch.no_grad():
+            best = select_experts(
+                scores,
+                bias,
+                topk=topk if activation is None else max(topk, activation.most),
+                num_groups=num_groups,
+                topk_groups=topk_groups,
+                ordered=ordered or activation is not None,
+            )
+    assert best is not None, "what is not given is chosen"
     if activation is None and not may_be_nobody:
-        ids = select(topk) if given is None else given
-        return Routed(ids, gate_weights(scores, ids, normalize=normalize, scale=scale), scores)
+        return Routed(best, gate_weights(scores, best, normalize=normalize, scale=scale), scores)
     if activation is None:
-        assert given is not None, "nobody is chosen by none"
-        return Routed(given, _weigh(_affinity_of(scores, given), normalize, scale), scores)
-    best = select(max(topk, activation.most))
+        return Routed(best, _weigh(_affinity_of(scores, best), normalize, scale), scores)
     ids = _activated(best[:, : activation.most], scores, activation) if given is None else given
     weights = _affinity_of(scores, ids)
     if normalize:
