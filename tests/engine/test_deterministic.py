@@ -96,6 +96,17 @@ def test_a_request_gives_the_same_bits_in_any_company_and_cut_in_any_way(device,
     check()
 
 
+@pytest.mark.parametrize("chunk", [7, 200])
+def test_likeliest_tokens_prompts_and_penalties_have_the_same_bits_too(chunk):
+    model = build_model(LATENT, seed=2)
+    asked = replace(PARAMS, logprobs=3, prompt_logprobs=3, presence_penalty=0.5, repetition_penalty=1.2)
+    alone = engine(model).generate([PROMPT], asked)[0][0]
+    busy = engine(model, max_batch_tokens=chunk)
+    found = busy.generate([[1] * 130, PROMPT, [2, 3]], [PARAMS, asked, PARAMS])[1][0]
+    for name in ("token_ids", "logprobs", "prompt_logprobs", "top_logprobs", "prompt_top_logprobs"):
+        assert getattr(alone, name) is not None and getattr(found, name) == getattr(alone, name)
+
+
 def test_without_it_company_does_change_bits():
     model = build_model(LATENT, seed=2)
     plain = [engine(model, deterministic=False, max_batch_tokens=n).generate([PROMPT], PARAMS)[0][0] for n in (1, 300)]
