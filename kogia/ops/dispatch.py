@@ -107,7 +107,7 @@ class Op(Generic[P, R]):
 
     def _pick(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[P, R]:
         chosen, reasons = self.chosen, []
-        if chosen == INVARIANT or _is_invariant.get():
+        if chosen == INVARIANT or is_batch_invariant():
             return self._pick_invariant(args, kwargs)
         for backend in self.backends(args[0].device.type):
             if chosen is not None and chosen != backend.name:
@@ -184,6 +184,9 @@ def use_backend(name: str, ops: Sequence[str] | None = None) -> Iterator[None]:
 
 
 _is_invariant: ContextVar[bool] = ContextVar("_is_invariant", default=False)
+_blocks: list[None] = []
+"""One entry for each block of `batch_invariant` that any thread is in: torch.compile cannot trace the variable, and
+need not where there is none."""
 
 
 @contextmanager
@@ -194,11 +197,13 @@ def batch_invariant() -> Iterator[None]:
     out, rows near the border of a share are summed in another order.
     """
     token, threads = _is_invariant.set(True), torch.get_num_threads()
+    _blocks.append(None)
     if threads > 1:
         torch.set_num_threads(1)
     try:
         yield
     finally:
+        _blocks.pop()
         _is_invariant.reset(token)
         if threads > 1:
             torch.set_num_threads(threads)
@@ -206,7 +211,7 @@ def batch_invariant() -> Iterator[None]:
 
 def is_batch_invariant() -> bool:
     """Whether this thread is within `batch_invariant`."""
-    return _is_invariant.get()
+    return bool(_blocks) and _is_invariant.get()
 
 
 def which(device: torch.device | str) -> dict[str, dict[str, str | None]]:
