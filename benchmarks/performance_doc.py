@@ -36,6 +36,7 @@ def main() -> None:
 def written(text: str) -> str:
     """`text` with each table as the results have it now."""
     tables = {"h200": engine_table("engine_gpu"), "h100": engine_table("engine_gpu_h100"), "kernels": kernel_table()}
+    tables["two"] = two_gpu_table()
     for name, table in tables.items():
         begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
         head, rest = text.split(begin)
@@ -74,6 +75,17 @@ def engine_table(name: str) -> list[str]:
             cells += [f"{row['peer']:,.0f}", f"{ratio['value']:.2f}", f"{ratio['limit']:.2f}"]
             cells.append(f"{row['value'] / LIMITS[id]:.0%}")
         lines.append(_line(*cells))
+    return lines
+
+
+def two_gpu_table() -> list[str]:
+    found = results("engine_gpu_tp")
+    lines = [*_measured("engine_gpu_tp"), "| work | one GPU (tokens/s) | two | ratio |", "|---|---|---|---|"]
+    for work, name in (("decode, batch 1", "b1"), ("decode, batch 64", "b64"), ("prefill, 32 x 512", "")):
+        kind = f"decode-{{}}-{name}" if name else "prefill-{}"
+        one, two = (found[kind.format(gpus)] for gpus in ("1gpu", "2gpu-tensor"))
+        speeds = " | ".join(f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})" for row in (one, two))
+        lines.append(f"| {work} | {speeds} | {two['value'] / one['value']:.2f} |")
     return lines
 
 
