@@ -235,6 +235,8 @@ def open_parallel(
     """
     place = pick_device(device)
     _check(place, config, size)
+    if place.type == "cpu":
+        config = replace(config, graphs=False)
     setup = Setup(source, config, place.type, whole_experts)
     team = Team(__name__, size)
     try:
@@ -258,6 +260,8 @@ def _check(device: torch.device, config: EngineConfig, size: int) -> None:
             f"tensor_parallel = {size} on device {str(device)!r}: takes the first {size} GPUs, of which there are "
             f"{torch.cuda.device_count()}; choose fewer, and say which with CUDA_VISIBLE_DEVICES"
         )
+    if device.type == "cpu" and config.graphs:
+        raise ValueError("engine.graphs = true: sums over processes are not recorded on a CPU; leave it out")
     if config.prune is not None:
         raise ValueError(
             "engine.prune: what to drop is decided by the attention of all heads, of which a rank has some; leave it "

@@ -175,6 +175,7 @@ def test_fp8_weights_stay_fp8_on_every_rank(tmp_path):
     [
         (EngineConfig(), 3, MLA, "tensor_parallel = 3: does not divide attention.num_heads = 2"),
         (EngineConfig(), 1, MLA, "tensor_parallel = 1: must be at least 2"),
+        (EngineConfig(graphs=True), 2, MLA, "engine.graphs = true: sums over processes are not recorded on a CPU"),
         (EngineConfig(num_draft_tokens=1), 2, GQA, "the model has no MTP module"),
         (EngineConfig(prefix_cache=False, prune=PruneConfig(8, 8, 4)), 2, MLA, "engine.prune"),
     ],
