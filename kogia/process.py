@@ -16,8 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 KEPT_VARIABLES = ("LD_LIBRARY_PATH", "TZ")
 """All of the environment that a child sees: by the first an interpreter may find its own library."""
@@ -87,6 +89,50 @@ class Child:
             return f"exit code {code}"
         names = {number.value: number.name for number in signal.Signals}  # some of the real-time ones have none
         return f"signal {names.get(-code, -code)}"
+
+
+class WorkerLost(Exception):
+    """A process did not answer. The text says why, and follows the name of what it worked on."""
+
+
+class LineWorker:
+    """A child that is asked in JSON lines and answers each with one. The first line it gets is `setup`."""
+
+    def __init__(self, module: str, setup: Any, *, cpu_seconds: float, wall_seconds: float) -> None:
+        """The child itself sees to it that no answer takes more than `cpu_seconds`, by a timer whose signal is SIGPROF;
+        `wall_seconds` only end the wait for one that does not run at all."""
+        self._cpu_seconds, self._wall_seconds = cpu_seconds, wall_seconds
+        self._child = Child(module, stdout=subprocess.DEVNULL)
+        self.close = weakref.finalize(self, self._child.end)
+        self._child.channel.settimeout(wall_seconds)
+        self._replies = self._child.channel.makefile("rb")
+        self._unsent = json.dumps(setup).encode() + b"\n"
+
+    def ask(self, question: Any) -> dict[str, Any]:
+        """The answer, an object. Raises WorkerLost; the worker is then of no more use."""
+        request, self._unsent = self._unsent + json.dumps(question).encode() + b"\n", b""
+        line = b""
+        try:
+            self._child.channel.sendall(request)
+            line = self._replies.readline()
+        except TimeoutError:
+            raise WorkerLost(f"gave no answer within {self._wall_seconds:g} s") from None
+        except OSError:  # its end: the exit code below says why
+            pass
+        if not line.endswith(b"\n"):
+            raise WorkerLost(self._ending())
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(reply := json.loads(line), dict):
+                return reply
+        raise WorkerLost("did not answer in JSON")
+
+    def _ending(self) -> str:
+        process = self._child.process
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1.0)
+        if process.returncode == -signal.SIGPROF:
+            return f"takes more than {self._cpu_seconds:g} s of CPU time"
+        return f"ended its process (exit code {process.returncode})"
 
 
 def import_path() -> list[str]:

@@ -86,6 +86,10 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "a tuple of at least one token id, whole and at least 0; None allows all",
     ),
     "bad_words": (_is_texts, "a tuple of non-empty strings"),
+    "thinking_token_budget": (
+        lambda value: _is_whole(value) and value >= 1,
+        "at least 1, a whole number; for no thought at all turn thinking off, where the model's chat template can",
+    ),
 }
 """By field name: whether a value will do, and what it must be."""
 

@@ -26,7 +26,7 @@ from kogia.engine.config import EngineConfig
 from kogia.engine.draft_switch import DraftSwitch
 from kogia.engine.drafting import why_not_drafts
 from kogia.engine.graphs import why_not
-from kogia.engine.intake import check_params, rules_of
+from kogia.engine.intake import Intake
 from kogia.engine.limits import (
     block_bytes,
     cache_layout,
@@ -41,9 +41,11 @@ from kogia.engine.output import TextStream
 from kogia.engine.pruning import Pruner
 from kogia.engine.ranks import RankByContext
 from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent, derive_seed, num_top
+from kogia.engine.rules import TokenRules
 from kogia.engine.runner import Flight, Runner
 from kogia.engine.scheduler import Outcome, Scheduler
 from kogia.engine.step import StepPlan
+from kogia.engine.thinking import Thought
 from kogia.engine.views import CacheView, WholeCache
 from kogia.model.cache import PagedCache, build_cache
 from kogia.model.config import ModelConfig
@@ -115,6 +117,7 @@ class Engine:
             tokenizer.eos_ids if tokenizer else (model.config.eos_id,),
             **({} if self.pruner is None else self.pruner.limits()),
         )
+        self.intake = Intake(tokenizer, self.scheduler.eos_ids, model.config.vocab_size)
         self.experts = ActiveExperts(model.config, config)
         view: CacheView = self.pruner or WholeCache(cache, self.scheduler.lookahead)
         if len(config.rank_by_context) > 1:  # one rank for all: the rows are that narrow, nothing is left to choose
@@ -203,7 +206,7 @@ class Engine:
                 "model's own tokenizer"
             )
         check_activation(self.model.config, params.active_experts, params.expert_threshold)
-        check_params(params, self.tokenizer, vocab)
+        self.intake.check(params)
         max_length = self._max_length(len(ids), params.max_tokens)
         requests = [
             Request(next(self._ids), ids, params, derive_seed(params.seed, prompt, index), max_length)
@@ -213,7 +216,7 @@ class Engine:
             request.active_experts, request.expert_threshold = experts = self.experts.of(params)
             request.salt = self._salt(*experts)
             request.stream = stream
-            request.rules = rules_of(params, prompt, self.tokenizer, self.scheduler.eos_ids, vocab)
+            request.rules = self.intake.rules(params, prompt)
             if self.tokenizer is not None and (stream or params.stop):
                 request.output = TextStream(
                     self.tokenizer,
@@ -275,6 +278,22 @@ class Engine:
             if not self.num_unfinished:
                 self._land_all()  # its row and blocks are free when nothing in flight runs it
         return None if request is None else self._complete(Outcome(request, [], [], "abort"))
+
+    def stop_thinking(self, request_id: int) -> bool:
+        """Close the thought of an unfinished request from its next token on, as a budget does; nothing where none is
+        open. False if there is no such request. For the one thread that steps; see `Stream.stop_thinking`."""
+        request = self.scheduler.find(request_id)
+        if request is None:
+            return False
+        if request.rules is None:
+            request.rules = TokenRules([])
+        thought = next((rule for rule in request.rules.rules if isinstance(rule, Thought)), None)
+        if thought is None:
+            thought = self.intake.thought(request.prompt.tolist())
+            request.rules.add(thought, self.scheduler.generated(request))
+        thought.stop()
+        self.scheduler.table.note_rules(request)
+        return True
 
     def update_weights(self, source: Transformer | Mapping[str, Tensor], version: int | None = None) -> None:
         """Use new weights from the next step on: copied into the model in place, so whoever shares it sees them too.
@@ -427,6 +446,7 @@ class Engine:
             num_accepted=request.num_accepted,
             opens_thought=self._opens_thought(request.prompt),
             top_logprobs=request.top_logprobs[: len(token_ids)] if num_top(request.params.logprobs) else None,
+            error=None if request.rules is None else request.rules.error,
             **request.prompt_scores(),
         )
 

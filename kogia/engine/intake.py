@@ -1,54 +1,81 @@
 """What a request says, checked against the model and turned into what the scheduler and the runner work with."""
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
+from kogia.engine.grammar import Grammar, Grammars
 from kogia.engine.request import SamplingParams
 from kogia.engine.rules import Allowed, BadWords, Biases, NoStopBefore, Penalised, Rule, TokenRules
+from kogia.engine.thinking import Thought
 from kogia.text.tokenizer import Tokenizer
 
-
-def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab: int) -> None:
-    """Raise ValueError for what an engine with this tokenizer and a model of `vocab` tokens cannot do."""
-    for name, value, instead in (
-        ("stop", params.stop, "stop_token_ids"),
-        ("bad_words", params.bad_words, "logit_bias"),
-    ):
-        if value and tokenizer is None:
-            kind = "stop strings" if name == "stop" else "words"
-            raise ValueError(f"SamplingParams.{name} = {value}: {kind} need a tokenizer; use {instead}")
-    for name, token_ids in (("logit_bias", params.logit_bias), ("allowed_token_ids", params.allowed_token_ids or ())):
-        beyond = [token for token in token_ids if token >= vocab]
-        if beyond:
-            raise ValueError(
-                f"SamplingParams.{name} names token {beyond[0]}: the model knows 0..{vocab - 1}; leave it out"
-            )
+NEEDS_TOKENIZER = {
+    "stop": "stop strings need a tokenizer; use stop_token_ids",
+    "bad_words": "words need a tokenizer; use logit_bias",
+    "response_format": "formats need a tokenizer; leave it out",
+    "thinking_token_budget": "the tags of a thought need a tokenizer; leave it out",
+}
 
 
-def rules_of(
-    params: SamplingParams, prompt: Sequence[int], tokenizer: Tokenizer | None, eos_ids: Collection[int], vocab: int
-) -> TokenRules | None:
-    """The rules of one request, whose parameters are checked; None where its tokens may be any."""
-    rules: list[Rule] = []
-    if params.allowed_token_ids is not None:
-        rules.append(Allowed(params.allowed_token_ids, vocab))
-    if params.bad_words:
-        assert tokenizer is not None, "bad words are checked to have a tokenizer"
-        rules.append(BadWords(_spellings(params.bad_words, tokenizer)))
-    if params.min_tokens:
-        rules.append(NoStopBefore(params.min_tokens, [i for i in params.stop_ids(eos_ids) if i < vocab]))
-    if params.logit_bias:
-        rules.append(Biases(params.logit_bias))
-    repetition, frequency, presence = (
-        params.repetition_penalty,
-        params.frequency_penalty,
-        params.presence_penalty,
-    )
-    if (repetition, frequency, presence) != (1, 0, 0):
-        rules.append(Penalised(prompt if repetition != 1 else ()))
-    return TokenRules(rules, (repetition, frequency, presence)) if rules else None
+class Intake:
+    """For the requests of one engine."""
 
+    def __init__(self, tokenizer: Tokenizer | None, eos_ids: Collection[int], vocab: int) -> None:
+        """`vocab` is the model's number of tokens; `eos_ids` are its end tokens."""
+        self.tokenizer, self.eos_ids, self.vocab = tokenizer, eos_ids, vocab
 
-def _spellings(words: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    """The tokens of each word at the beginning of a text and behind a space."""
-    texts = [text for word in words for text in (word.lstrip() or word, f" {word.lstrip()}")]
-    return list(dict.fromkeys(tuple(ids) for text in texts if (ids := tokenizer.encode(text))))
+    @cached_property
+    def _grammars(self) -> Grammars:
+        assert self.tokenizer is not None, "formats are checked to have a tokenizer"
+        return Grammars(self.tokenizer, self.vocab)
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise ValueError for what this engine cannot do."""
+        for name, rule in NEEDS_TOKENIZER.items():
+            if self.tokenizer is None and (value := getattr(params, name)):
+                raise ValueError(f"SamplingParams.{name} = {value}: {rule}")
+        for name in ("logit_bias", "allowed_token_ids"):
+            beyond = [token for token in getattr(params, name) or () if token >= self.vocab]
+            if beyond:
+                raise ValueError(
+                    f"SamplingParams.{name} names token {beyond[0]}: the model knows 0..{self.vocab - 1}; leave it out"
+                )
+
+    def rules(self, params: SamplingParams, prompt: Sequence[int]) -> TokenRules | None:
+        """The rules of one request, whose parameters are checked; None where its tokens may be any. Raises ValueError
+        for a format that cannot be compiled."""
+        rules: list[Rule] = []
+        thought = None
+        if params.response_format is not None or params.thinking_token_budget is not None:
+            thought = self.thought(prompt, params.thinking_token_budget)
+        if params.response_format is not None:
+            assert thought is not None and self.tokenizer is not None
+            compiler, matcher = self._grammars.start(params.response_format)
+            rules.append(Grammar(compiler, matcher, self.tokenizer.eos_ids, thought))
+        if params.allowed_token_ids is not None:
+            rules.append(Allowed(params.allowed_token_ids, self.vocab))
+        if params.bad_words:
+            rules.append(BadWords(self._spellings(params.bad_words)))
+        if params.min_tokens:
+            stop_ids = [token for token in params.stop_ids(self.eos_ids) if token < self.vocab]
+            rules.append(NoStopBefore(params.min_tokens, stop_ids))
+        if params.logit_bias:
+            rules.append(Biases(params.logit_bias))
+        penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        if penalties != (1, 0, 0):
+            rules.append(Penalised(prompt if params.repetition_penalty != 1 else ()))
+        if thought is not None:
+            rules.append(thought)  # the last: what it forces is more than what others allow
+        return TokenRules(rules, penalties) if rules else None
+
+    def thought(self, prompt: Sequence[int], budget: int | None = None) -> Thought:
+        """The rule that bounds the thought of a request. Raises ValueError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("the tags of a thought need a tokenizer: build the engine with one")
+        return Thought(self.tokenizer, prompt, self.vocab, budget)
+
+    def _spellings(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """The tokens of each word at the beginning of a text and behind a space."""
+        assert self.tokenizer is not None, "words are checked to have a tokenizer"
+        texts = [text for word in words for text in (word.lstrip() or word, f" {word.lstrip()}")]
+        return list(dict.fromkeys(tuple(ids) for text in texts if (ids := self.tokenizer.encode(text))))

@@ -34,6 +34,7 @@ class Steps(Protocol):
     def queue(self, requests: Sequence[Request]) -> None: ...
     def step(self) -> list[TokenEvent]: ...
     def abort(self, request_id: int) -> Completion | None: ...
+    def stop_thinking(self, request_id: int) -> bool: ...
 
 
 class Stream:
@@ -77,6 +78,10 @@ class Stream:
     def cancel(self) -> None:
         """Give up what is unfinished: it ends with reason "abort". Does nothing to what has ended."""
         self._loop.cancel(self)
+
+    def stop_thinking(self) -> None:
+        """Close the thoughts that are open: each answer follows. Takes effect with the next step."""
+        self._loop.stop_thinking(self)
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         try:
@@ -152,6 +157,8 @@ class StreamLoop:
         """Request id -> who hears of it."""
         self._arrivals: list[Request] = []
         self._departures: list[int] = []
+        self._to_answer: list[int] = []
+        """Whose thoughts are to be closed."""
         self._turn: object | None = None
         """Of whoever has the engine, for steps or a pause."""
         self._thread: threading.Thread | None = None
@@ -186,6 +193,13 @@ class StreamLoop:
         """See `Stream.cancel`. While a step is under way it takes effect after it."""
         with self._lock:
             self._departures += [each for each in stream.request_ids if each not in stream.completions]
+            if self._turn is None:
+                self._exchange()
+
+    def stop_thinking(self, stream: Stream) -> None:
+        """See `Stream.stop_thinking`. While a step is under way it takes effect after it."""
+        with self._lock:
+            self._to_answer += [each for each in stream.request_ids if each not in stream.completions]
             if self._turn is None:
                 self._exchange()
 
@@ -335,7 +349,10 @@ class StreamLoop:
         """Bring the engine what has arrived and take out what was cancelled, while nothing steps."""
         arrivals, self._arrivals = self._arrivals, []
         departures, self._departures = self._departures, []
+        to_answer, self._to_answer = self._to_answer, []
         self._engine.queue(arrivals)
+        for request_id in to_answer:
+            self._engine.stop_thinking(request_id)
         for request_id in departures:
             completion = self._engine.abort(request_id)
             if completion is not None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kogia import log
 from kogia.engine.config import FilteredSamplingConfig, SamplingConfig
+from kogia.engine.grammar import ResponseFormat
 from kogia.engine.output import TextStream
 from kogia.engine.rules import TokenRules
 from kogia.engine.step import TopTokens
@@ -67,12 +68,21 @@ class SamplingParams(FilteredSamplingConfig):
     bad_words: tuple[str, ...] = ()
     """The last token of each word, as the tokenizer splits it with and without a space before it, is not drawn where
     those before it stand. A word that the model spells in other tokens is not found."""
+    response_format: ResponseFormat | None = None
+    """What the completion must be, behind its thought if it has one; the end token is drawn where it is complete."""
+    thinking_token_budget: int | None = None
+    """Tokens after which an open thought is closed by force; None leaves it open."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens = {self.min_tokens}: is more than max_tokens = {self.max_tokens}; lower it, or raise that"
+            )
+
+        if self.response_format is not None and self.ignore_eos:
+            raise ValueError(
+                "ignore_eos with response_format: an answer in a format ends with the end token; leave it out"
             )
 
     def stop_ids(self, eos_ids: Iterable[int]) -> list[int]:
@@ -102,7 +112,7 @@ class Completion:
     """One per token of `token_ids`, if asked for."""
     finish_reason: FinishReason
     """"stop": a stop token or string; "length": max_tokens, or context or cache are full; "abort": the caller gave up;
-    "error": the model's logits were not finite, by weights or a dtype that overflow."""
+    "error": the model's logits were not finite, by weights or a dtype that overflow, or what `error` says."""
     weights_version: int
     """Version of the weights that sampled the first token."""
     num_cached_tokens: int
@@ -116,6 +126,8 @@ class Completion:
     prompt_logprobs: list[float | None] | None = None
     """One per token of the prompt, if asked for; None for the first, which nothing stands before."""
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
+    error: str | None = None
+    """Why its `response_format` could not be followed any further."""
 
     @property
     def thinking(self) -> str | None:
@@ -261,7 +273,8 @@ def _shortened(text: str) -> str:
 def report_errors(completions: Sequence[Completion]) -> None:
     """Warn of completions that ended in "error". Raises FloatingPointError when all of them did."""
     failed = sum(completion.finish_reason == "error" for completion in completions)
+    reason = next((completion.error for completion in completions if completion.error), NOT_FINITE)
     if failed and failed == len(completions):
-        raise FloatingPointError(NOT_FINITE)
+        raise FloatingPointError(reason)
     if failed:
-        log.warn(f"{failed} of {len(completions)} completions ended early: {NOT_FINITE}")
+        log.warn(f"{failed} of {len(completions)} completions ended early: {reason}")

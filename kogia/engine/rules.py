@@ -31,6 +31,15 @@ class Edit:
         """Only what these bits allow as well."""
         self.mask = words if self.mask is None else self.mask & words
 
+    def permit(self, token_ids: Sequence[int]) -> None:
+        """These tokens too, where only some are allowed."""
+        if self.mask is not None:
+            self.mask = self.mask | pack_bits(token_ids, 64 * len(self.mask))
+
+    def force(self, words: Words) -> None:
+        """Only what these bits allow, whatever else was said."""
+        self.mask, self.bans = words, []
+
 
 @runtime_checkable
 class Rule(Protocol):
@@ -48,6 +57,13 @@ class Rule(Protocol):
         ...
 
 
+@runtime_checkable
+class MayFail(Protocol):
+    """A rule that may come to know no answer any more."""
+
+    error: str | None
+
+
 class TokenRules:
     """The rules of one request, and how far they have been told of its tokens."""
 
@@ -60,6 +76,16 @@ class TokenRules:
     def needs_tokens(self) -> bool:
         """Whether a step must wait until the tokens before it are known."""
         return any(rule.needs_tokens for rule in self.rules)
+
+    @property
+    def error(self) -> str | None:
+        """Why the request cannot go on, in words for the user."""
+        return next((rule.error for rule in self.rules if isinstance(rule, MayFail) and rule.error), None)
+
+    def add(self, rule: Rule, known: NDArray[np.int64]) -> None:
+        """One more, which comes last, for a completion that has `known` tokens at least."""
+        rule.learn(known[: self._num_learnt].tolist())
+        self.rules.append(rule)
 
     def edits(self, known: NDArray[np.int64], drafts: NDArray[np.int64], num_pending: int) -> list[Edit]:
         """One for each of the next 1 + len(drafts) tokens of a completion with `known` tokens. `num_pending` more have

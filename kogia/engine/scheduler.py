@@ -313,6 +313,9 @@ class Scheduler:
         num_new, stopped = count_new(tokens, self._drafts(rows, column), samples, table.stop_ids[rows])
         logprobs = plan.grid(result.logprobs, fill=0)
         failed = live & (~np.isfinite(logprobs) & (column < num_new[:, None])).any(axis=1)
+        for index in np.flatnonzero(live & table.is_ruled[rows] & (samples > 0)).tolist():
+            rules = self._request(int(rows[index])).rules
+            failed[index] |= rules is not None and rules.error is not None
         num_new = np.where(live & ~failed, num_new, 0)
         self._note_scores(plan, result, num_new)
         entry, offset = np.nonzero(column < num_new[:, None])
@@ -425,6 +428,18 @@ class Scheduler:
                 self._end(row)
                 return request
         return None
+
+    def find(self, request_id: int) -> Request | None:
+        """The waiting or running request of that id."""
+        running = [self._request(row) for row in self.running.tolist()]
+        return next((request for request in (*running, *self.waiting) if request.id == request_id), None)
+
+    def generated(self, request: Request) -> NDArray[np.int64]:
+        """The tokens of its completion that are known."""
+        for row in self.running.tolist():
+            if self.table.requests[row] is request:
+                return self.table.token_ids[row, len(request.prompt) : self.table.num_known[row]]
+        return request.token_ids[len(request.prompt) :]
 
     def recompute_all(self) -> None:
         """Send every running sequence back to the queue and forget all prefixes: no cache row is valid any more.

@@ -91,13 +91,18 @@ class SequenceTable:
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
         self.top_p[row], self.min_p[row] = params.top_p, params.min_p
         self.active_experts[row], self.expert_threshold[row] = request.active_experts, request.expert_threshold
-        self.is_ruled[row] = request.rules is not None
-        self.needs_tokens[row] = request.rules is not None and request.rules.needs_tokens
         self.num_top[row] = num_top(params.logprobs)
         self.num_scored[row] = len(request.prompt) - 1 if params.prompt_logprobs else 0
         self.watched[row] = request.stream or request.output is not None
         self.requests[row] = request
+        self.note_rules(request)
         return self._free.pop()
+
+    def note_rules(self, request: Request) -> None:
+        """Take in that a request's rules have changed; nothing where it has no row."""
+        rows = [row for row, each in enumerate(self.requests) if each is request]
+        self.is_ruled[rows] = request.rules is not None
+        self.needs_tokens[rows] = request.rules is not None and request.rules.needs_tokens
 
     def scored(self, plan: StepPlan) -> NDArray[np.int64]:
         """Per entry of a plan, how many of the tokens that run are followed by one whose log-probability is wanted."""

@@ -5,16 +5,11 @@ for ever; only a process can be stopped inside one long operation. It starts wit
 owner; a prompt then costs about 0.1 ms.
 """
 
-import contextlib
-import json
-import signal
-import subprocess
 import threading
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from kogia.process import Child
+from kogia.process import LineWorker, WorkerLost
 
 CPU_SECONDS = 2.0
 """For one rendering, and for compiling the template before the first."""
@@ -31,17 +26,19 @@ class ChatTemplate:
     def __init__(self, source: str, name: str = "chat template") -> None:
         self.source, self.name = source, name
         self._lock = threading.Lock()
-        self._worker: _Worker | None = None
+        self._worker: LineWorker | None = None
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text for JSON-able `variables`; ValueError for a template that is wrong, refuses or takes too much."""
         with self._lock:
             try:
-                worker = self._worker = self._worker or _Worker(self.source)
-                reply = worker.ask(variables)
+                worker = self._worker = self._worker or LineWorker(
+                    "kogia.text.template_worker", self.source, cpu_seconds=CPU_SECONDS, wall_seconds=WALL_SECONDS
+                )
+                reply = _checked(worker.ask(variables))
             except BaseException as error:  # Ctrl-C too: an answer still on its way must not meet the next question
                 self._drop()
-                if isinstance(error, _WorkerLost):
+                if isinstance(error, WorkerLost):
                     raise ValueError(f"{self.name}: the chat template {error}; do not use this template") from None
                 raise
         if "error" in reply:
@@ -54,47 +51,8 @@ class ChatTemplate:
             worker.close()
 
 
-class _WorkerLost(Exception):
-    """The process did not answer; the text says why and follows "the chat template"."""
-
-
-class _Worker:
-    """The process of one template and this side of its socket."""
-
-    def __init__(self, source: str) -> None:
-        self._child = Child("kogia.text.template_worker", stdout=subprocess.DEVNULL)
-        self.close = weakref.finalize(self, self._child.end)
-        self._child.channel.settimeout(WALL_SECONDS)
-        self._replies = self._child.channel.makefile("rb")
-        self._unsent = json.dumps(source).encode() + b"\n"
-
-    def ask(self, variables: Mapping[str, Any]) -> dict[str, str]:
-        """{"text": ...} or {"error": ...}."""
-        request, self._unsent = self._unsent + json.dumps(variables).encode() + b"\n", b""
-        line = b""
-        try:
-            self._child.channel.sendall(request)
-            line = self._replies.readline()
-        except TimeoutError:
-            raise _WorkerLost(f"gave no answer within {WALL_SECONDS:g} s") from None
-        except OSError:  # its end: the exit code below says why
-            pass
-        if not line.endswith(b"\n"):
-            raise _WorkerLost(self._ending())
-        return _read_reply(line)
-
-    def _ending(self) -> str:
-        process = self._child.process
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=1.0)
-        if process.returncode == -signal.SIGPROF:
-            return f"takes more than {CPU_SECONDS:g} s of CPU time"
-        return f"ended its process (exit code {process.returncode})"
-
-
-def _read_reply(line: bytes) -> dict[str, str]:
-    with contextlib.suppress(ValueError, RecursionError):
-        match json.loads(line):
-            case {"text": str()} | {"error": str()} as reply:
-                return reply
-    raise _WorkerLost("did not answer with a text")
+def _checked(reply: dict[str, Any]) -> dict[str, str]:
+    match reply:
+        case {"text": str()} | {"error": str()}:
+            return reply
+    raise WorkerLost("did not answer with a text")

@@ -15,6 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
 
 
 def test_every_block_of_the_page_runs(llm, monkeypatch, tmp_path):
+    pytest.importorskip("llguidance", reason="formats take llguidance: pip install 'kogia[grammars]'")
     monkeypatch.setattr(kogia, "LLM", lambda _: llm, raising=False)
     script = tmp_path / "page.py"
     script.write_text("\n".join(BLOCKS), encoding="utf-8")

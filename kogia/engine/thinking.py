@@ -1,0 +1,100 @@
+"""Where the thought of a completion is: open, closed, or closed by force, with a budget or on demand. Torch-free.
+
+A thought is open where the prompt ends in "<think>", and from that token on where the model writes it itself. It ends
+with "</think>", which is one token or several.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kogia.engine.rules import Edit, Words, pack_bits
+from kogia.text.chat import Prompt, has_thinking_switch
+from kogia.text.tokenizer import END_THINK, THINK, Tokenizer
+
+_LONGEST_TAG = 16
+"""Tokens in which a tag is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtState:
+    """After some tokens of a completion."""
+
+    is_open: bool
+    may_open: bool = False
+    """Nothing but blanks so far: the model may open a thought."""
+    num_tokens: int = 0
+    """Of the thought."""
+    num_closing: int = 0
+    """Tokens of the closing tag that stand at its end by force."""
+    recent: tuple[int, ...] = ()
+    """The last tokens of an open thought, where its closing tag is several."""
+
+    def is_answer(self, token: int, thought: "Thought") -> bool:
+        """Whether the next token, if it is this one, belongs to the answer."""
+        return not self.is_open and not (self.may_open and token in thought.opening_ids)
+
+
+class Thought:
+    """The rule that a thought ends after `budget` tokens, or as soon as `stop` is called."""
+
+    needs_tokens = True
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], vocab: int, budget: int | None = None) -> None:
+        self._tokenizer, self._vocab, self._budget = tokenizer, vocab, budget
+        self._is_stopped = False
+        self._closing = tokenizer.encode(END_THINK)
+        opening = tokenizer.encode(THINK)
+        opens = Prompt.of(prompt, tokenizer).opens_thought
+        # a template with a switch leaves the tag to the model, unless it has written an empty thought
+        leaves = (
+            not opens and len(opening) == 1 and has_thinking_switch(tokenizer) and not _is_closed(prompt, tokenizer)
+        )
+        self.opening_ids = tuple(opening) if leaves else ()
+        """The tokens by one of which the model may open a thought."""
+        self.beginning = ThoughtState(is_open=opens, may_open=leaves)
+        self._state = self.beginning
+
+    def stop(self) -> None:
+        """Close the thought as soon as may be."""
+        self._is_stopped = True
+
+    def after(self, state: ThoughtState, token: int) -> ThoughtState:
+        """The state when one more token stands."""
+        if state.may_open:
+            stays = not self._tokenizer.decode([token]).strip()
+            return replace(state, is_open=token in self.opening_ids, may_open=stays)
+        if not state.is_open:
+            return state
+        num_closing = state.num_closing + 1 if token == self._forced(state) else 0
+        recent = (*state.recent, token)[-_LONGEST_TAG:] if len(self._closing) > 1 else ()
+        is_open = num_closing < len(self._closing) and not self._closes(token, recent)
+        return ThoughtState(is_open, False, state.num_tokens + 1, num_closing, recent)
+
+    def learn(self, token_ids: list[int]) -> None:
+        for token in token_ids:
+            self._state = self.after(self._state, token)
+
+    def apply(self, edit: Edit, num_tokens: int, drafts: list[int]) -> None:
+        state = self._state
+        for token in drafts:
+            state = self.after(state, token)
+        forced = self._forced(state)
+        if forced is not None:
+            edit.force(self._only(forced))
+
+    def _forced(self, state: ThoughtState) -> int | None:
+        """The token that must be next."""
+        is_due = self._is_stopped or (self._budget is not None and state.num_tokens >= self._budget)
+        return self._closing[state.num_closing] if state.is_open and is_due else None
+
+    def _closes(self, token: int, recent: tuple[int, ...]) -> bool:
+        if len(self._closing) == 1:
+            return token == self._closing[0]
+        return END_THINK in self._tokenizer.decode(recent)
+
+    def _only(self, token: int) -> Words:
+        return pack_bits([token], self._vocab)
+
+
+def _is_closed(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
+    return tokenizer.decode(prompt[-_LONGEST_TAG:]).rstrip().endswith(END_THINK)

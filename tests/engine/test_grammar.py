@@ -1,0 +1,334 @@
+"""Formats and thoughts: what comes out matches, drafts leave no trace, what cannot be compiled is refused in time."""
+
+import json
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
+from kogia.engine.grammar import MOST_BYTES, Grammars, ResponseFormat
+from kogia.engine.request import Completion, SamplingParams, report_errors
+from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
+from kogia.model.transformer import Transformer, build_model
+from kogia.text.chat import Message, render_prompt
+from kogia.text.tokenizer import END_THINK, THINK, Tokenizer, train_bpe
+
+CONFIG = ModelConfig(
+    vocab_size=330,
+    dim=32,
+    num_layers=2,
+    ffn_dim=64,
+    attention=MLAConfig(num_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
+    moe=MoEConfig(num_experts=4, topk=2, expert_dim=16),
+    num_mtp_layers=1,
+    max_position=256,
+    init_std=0.2,
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "ok": {"type": "boolean"},
+        "kind": {"enum": ["red", "green"]},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "ok", "kind", "sizes"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+FORMATS = {
+    "json": ResponseFormat(json=SCHEMA),
+    "regex": ResponseFormat(regex=r"[a-c]{3,9}(-[0-9]{2}){2}"),
+    "choice": ResponseFormat(choice=("yes", "no", 'a "third" way', "naïve")),
+    "grammar": ResponseFormat(grammar='start: "(" NUM ("+" NUM)* ")"\nNUM: /[1-9][0-9]{0,3}/'),
+}
+CUTS = {
+    "one_draft": {"num_draft_tokens": 1},
+    "two_drafts_chunked": {"num_draft_tokens": 2, "max_batch_tokens": 7},
+    "preempted_with_drafts": {"num_blocks": 36, "num_draft_tokens": 1},
+    "overlapped": {"overlap": True},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_llguidance() -> None:
+    pytest.importorskip("llguidance", reason="formats take llguidance: pip install 'kogia[grammars]'")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(['{"name": "the answer", "ok": true, "kind": "red", "sizes": [42, 7]} no yes ' * 20], 320)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    model = build_model(CONFIG, seed=6)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    return model
+
+
+def engine(model: Transformer, tokenizer: Tokenizer | None, **options) -> Engine:
+    return Engine(model, tokenizer, EngineConfig(**{"block_size": 4, "num_blocks": 400, **options}))
+
+
+def asked(name: str, **options) -> SamplingParams:
+    return SamplingParams(**{"response_format": FORMATS[name], "max_tokens": 120, "seed": 7, **options})
+
+
+def assert_matches(name: str, text: str) -> None:
+    match name:
+        case "json":
+            value = json.loads(text)
+            assert list(value) == ["name", "ok", "kind", "sizes"]
+            assert isinstance(value["ok"], bool)
+            assert value["kind"] in ("red", "green")
+            assert len(value["name"]) <= 6
+            assert all(isinstance(size, int) and 0 <= size <= 99 for size in value["sizes"])
+        case "regex":
+            assert re.fullmatch(r"[a-c]{3,9}(-[0-9]{2}){2}", text)
+        case "choice":
+            assert text in ("yes", "no", 'a "third" way', "naïve")
+        case "grammar":
+            assert re.fullmatch(r"\([1-9][0-9]{0,3}(\+[1-9][0-9]{0,3})*\)", text)
+
+
+PROMPTS = [[0, 15, 9, 11, 3], [0, 17], list(range(10, 48))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_comes_out_has_the_format(model, tokenizer, name, temperature):
+    for group in engine(model, tokenizer).generate(PROMPTS, asked(name, temperature=temperature, n=3)):
+        for completion in group:
+            if completion.finish_reason == "stop":
+                assert_matches(name, completion.text)
+                assert completion.token_ids[-1] == tokenizer.eos_id
+            else:
+                assert name == "grammar" or temperature == 0.0, completion  # which may go on for ever
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_tokens_do_not_depend_on_how_the_work_is_cut(model, tokenizer, name, cut):
+    params = asked(name, n=2, presence_penalty=0.3, logprobs=True, max_tokens=60)
+    whole = engine(model, tokenizer).generate(PROMPTS, params)
+    other = engine(model, tokenizer, **CUTS[cut])
+    got = other.generate(PROMPTS, params)
+    assert [[c.token_ids for c in group] for group in got] == [[c.token_ids for c in group] for group in whole]
+    if "draft" in cut:
+        assert other.stats.num_drafted > 30
+    if "preempted" in cut and name == "json":
+        assert other.stats.num_preemptions > 0
+
+
+def test_a_thought_comes_first_and_the_grammar_waits_for_its_end(model, tokenizer):
+    prompt = render_prompt([Message("user", "numbers")], tokenizer).token_ids
+    params = asked("json", thinking_token_budget=9, n=2)
+    for drafts in (0, 2):
+        (group,) = engine(model, tokenizer, num_draft_tokens=drafts).generate([prompt], params)
+        for completion in group:
+            assert completion.token_ids.index(tokenizer.token_id(END_THINK)) <= 9
+            assert completion.text.count(END_THINK) == 1
+            assert_matches("json", completion.answer)
+    free = asked("json", max_tokens=30)  # this model does not close it by itself
+    (open_one,) = engine(model, tokenizer).generate([prompt], free)[0]
+    assert tokenizer.eos_id not in open_one.token_ids
+    assert open_one.finish_reason == "length"
+
+
+@pytest.mark.parametrize("cut", ["", *CUTS])
+def test_a_budget_closes_the_thought_after_so_many_tokens_and_the_answer_follows(model, tokenizer, cut):
+    prompts = [render_prompt([Message("user", text)], tokenizer).token_ids for text in ("one", "numbers 4 6 15")]
+    params = SamplingParams(max_tokens=25, seed=3, ignore_eos=True, thinking_token_budget=6)
+    free = engine(model, tokenizer).generate(prompts, replace(params, thinking_token_budget=None))
+    got = engine(model, tokenizer, **CUTS.get(cut, {})).generate(prompts, params)
+    whole = engine(model, tokenizer).generate(prompts, params)
+    closing = tokenizer.token_id(END_THINK)
+    for (mine,), (same,), (unbound,) in zip(got, whole, free, strict=True):
+        assert mine.token_ids == same.token_ids
+        assert mine.token_ids[:7] == [*unbound.token_ids[:6], closing]
+        assert len(mine.token_ids) == 25
+        assert mine.answer
+
+
+def test_a_tag_of_several_tokens_is_found_and_forced(model):
+    """A tokenizer without the tag among its special tokens."""
+    plain = train_bpe(["the answer is 42. " * 20], 280)
+    backend = json.loads(plain.backend.to_str())
+    for token in backend["added_tokens"]:
+        if token["content"] in (THINK, END_THINK):
+            token["content"] = token["content"].upper()
+    backend["model"]["vocab"] = {
+        name.upper() if name in (THINK, END_THINK) else name: i for name, i in backend["model"]["vocab"].items()
+    }
+    tokenizer = Tokenizer(type(plain.backend).from_str(json.dumps(backend)), plain.config)
+    assert len(tokenizer.encode(END_THINK)) > 1
+    prompt = tokenizer.encode(f"Question.{THINK}\n")
+    for drafts in (0, 2):
+        params = SamplingParams(max_tokens=30, seed=3, ignore_eos=True, thinking_token_budget=5)
+        bound = engine(model, tokenizer, num_draft_tokens=drafts)
+        (completion,) = bound.generate([prompt], params)[0]
+        assert tokenizer.decode(completion.token_ids[5:]).startswith(END_THINK)
+        assert completion.answer
+        (choice,) = bound.generate([prompt], replace(asked("choice"), thinking_token_budget=5))[0]
+        assert_matches("choice", choice.answer)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_draft_tokens": 2}, {"overlap": True}], ids=str)
+@pytest.mark.parametrize("bound", [False, True])
+def test_thinking_is_stopped_on_a_running_request(model, tokenizer, options, bound):
+    prompt = render_prompt([Message("user", "numbers")], tokenizer).token_ids
+    params = SamplingParams(max_tokens=40, seed=3, ignore_eos=True, presence_penalty=0.5 if bound else 0.0)
+    running = engine(model, tokenizer, **options)
+    (free,) = running.generate([prompt], params)[0]
+    stream = running.submit(prompt, params)
+    seen = [token for _, event in zip(range(6), stream) for token in event.token_ids]
+    stream.stop_thinking()
+    (completion,) = stream.result()
+    at = completion.token_ids.index(tokenizer.token_id(END_THINK))
+    assert len(seen) <= at <= len(seen) + 3
+    assert completion.token_ids[:at] == free.token_ids[:at]
+    assert len(completion.token_ids) == 40
+    stream.stop_thinking()  # nothing happens to what has ended
+    assert running.num_unfinished == 0
+
+
+def test_stopping_a_thought_that_is_closed_changes_nothing(model, tokenizer):
+    running = engine(model, tokenizer)
+    params = SamplingParams(max_tokens=20, seed=3, ignore_eos=True)
+    (free,) = running.generate([[0, 9]], params)[0]
+    (request_id,) = running.add([0, 9], params)
+    running.step()
+    assert running.stop_thinking(request_id)
+    events = []
+    while running.num_unfinished:
+        events += running.step()
+    assert events[-1].completion.token_ids == free.token_ids
+    assert not running.stop_thinking(request_id)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "response_format has nothing: give one of json, regex, choice, grammar, and no other"),
+        ({"regex": "a", "choice": ("b",)}, "response_format has regex, choice: give one of"),
+        ({"json": '{"type":'}, "response_format.json is no JSON"),
+        ({"json": {"type": "integer", "x": float}}, "response_format.json is no JSON"),
+        ({"choice": ()}, r"choice = \(\): must be at least one text, and none empty"),
+        ({"choice": ("a", "")}, "none empty"),
+        ({"regex": "a" * (MOST_BYTES + 1)}, r"response_format.regex has 1,048,577 bytes: must have at most 1,048,576"),
+    ],
+)
+def test_a_format_that_is_none_is_refused_where_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        ResponseFormat(**options)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_schema_that_is_too_deep_is_refused_however_deep_it_is(as_text):
+    for levels in (60, 100_000):
+        schema: dict = {"type": "integer"}
+        text = '{"items":' * (2 * levels) + "1" + "}" * (2 * levels)
+        for _ in range(levels):
+            schema = {"type": "array", "items": {"anyOf": [schema]}}
+        with pytest.raises(ValueError, match="nested too deep: at most 100 objects and lists"):
+            ResponseFormat(json=text if as_text else schema)
+        while isinstance(schema, dict) and "items" in schema:  # else freeing it recurses as deep
+            schema = schema["items"]["anyOf"][0]
+
+
+@pytest.mark.parametrize(
+    "form, message",
+    [
+        (ResponseFormat(json={"type": 5}), "response_format.json: .*type.*; correct it"),
+        (ResponseFormat(json={"$ref": "#/nowhere"}), "response_format.json: .*nowhere"),
+        (ResponseFormat(regex="(a|b"), "response_format.regex: .*unclosed group"),
+        (ResponseFormat(grammar="start: foo"), "response_format.grammar: .*unknown name"),
+        (
+            ResponseFormat(json={"type": "integer", "multipleOf": 62_615_533}),
+            "response_format.json: compiling it .*; simplify",
+        ),
+    ],
+)
+def test_a_grammar_that_is_wrong_or_a_bomb_is_refused_in_time_and_leaves_nothing_behind(
+    model, tokenizer, form, message
+):
+    started = time.monotonic()
+    small = engine(model, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        small.generate([[9], [10]], [SamplingParams(), SamplingParams(response_format=form)])
+    assert time.monotonic() - started < 60
+    assert small.num_unfinished == 0
+    assert small.generate([[9]], asked("choice"))[0][0].finish_reason == "stop"
+
+
+def test_a_grammar_that_takes_too_long_ends_its_process_alone(tokenizer, monkeypatch):
+    grammars = Grammars(tokenizer, 330)
+    grammars.start(FORMATS["choice"])
+    worker = grammars._worker
+    worker._child.process.kill()
+    with pytest.raises(ValueError, match=r"response_format.regex: compiling it ended its process .*; simplify it"):
+        grammars.start(FORMATS["regex"])
+    grammars.start(FORMATS["regex"])
+    assert grammars._worker is not worker
+
+
+def test_formats_need_a_tokenizer_and_the_end_token(model, tokenizer):
+    with pytest.raises(ValueError, match="response_format = .*: formats need a tokenizer; leave it out"):
+        engine(model, None).add([5], asked("choice"))
+    with pytest.raises(ValueError, match="thinking_token_budget = 5: the tags of a thought need a tokenizer"):
+        engine(model, None).add([5], SamplingParams(thinking_token_budget=5))
+    with pytest.raises(ValueError, match="ignore_eos with response_format"):
+        asked("choice", ignore_eos=True)
+    with pytest.raises(ValueError, match="thinking_token_budget = 0: must be at least 1.* turn thinking off"):
+        SamplingParams(thinking_token_budget=0)
+
+
+def test_a_grammar_beyond_its_limits_in_a_step_ends_its_request_alone(model, tokenizer, monkeypatch):
+    busy = engine(model, tokenizer)
+    (bad,) = busy.add([0, 9], asked("regex"))
+    (good,) = busy.add([0, 9], asked("json"))
+    busy.step()
+    rule = busy.scheduler.find(bad).rules.rules[0]
+    monkeypatch.setattr(rule, "_matcher", Broken())
+    done: dict[int, Completion] = {}
+    while busy.num_unfinished:
+        done |= {event.request_id: event.completion for event in busy.step()}
+    assert (done[bad].finish_reason, done[bad].error) == ("error", "too complex")
+    assert done[good].finish_reason == "stop"
+    with pytest.raises(FloatingPointError, match="too complex"):
+        report_errors([done[bad]])
+
+
+class Broken:
+    """A matcher that has met a limit."""
+
+    def is_stopped(self) -> bool:
+        return False
+
+    def consume_token(self, _: int) -> bool:
+        return False
+
+    def get_error(self) -> str:
+        return "too\ncomplex"
+
+
+def test_a_model_may_think_before_its_answer_where_its_template_leaves_the_tag_to_it(model, tokenizer):
+    template = "{% if enable_thinking is false %}{{ '</think>' }}{% endif %}"
+    switched = Tokenizer(tokenizer.backend, {**tokenizer.config, "chat_template": template})
+    think = switched.token_id(THINK)
+    thinking = engine(model, switched)
+    likes = asked("choice", logit_bias={think: 100.0}, thinking_token_budget=4)
+    (completion,) = thinking.generate([[0, 9]], likes)[0]
+    assert completion.token_ids[0] == think
+    assert completion.token_ids.index(switched.token_id(END_THINK)) <= 5
+    assert_matches("choice", completion.answer)
+    (closed,) = thinking.generate([[0, 9, switched.token_id(END_THINK)]], likes)[0]
+    assert_matches("choice", closed.text)
+    (plain,) = engine(model, tokenizer).generate([[0, 9]], likes)[0]
+    assert_matches("choice", plain.text)
