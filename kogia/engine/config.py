@@ -86,6 +86,9 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "a tuple of at least one token id, whole and at least 0; None allows all",
     ),
     "bad_words": (_is_texts, "a tuple of non-empty strings"),
+    "priority": (lambda value: _is_whole(value) and abs(value) < 2**31, "a whole number; lower ones come first"),
+    "cache_salt": (lambda value: isinstance(value, str) and value != "", "a text that is not empty; None for no salt"),
+    "return_routed_experts": (lambda value: isinstance(value, bool), "true or false"),
     "thinking_token_budget": (
         lambda value: _is_whole(value) and value >= 1,
         "at least 1, a whole number; for no thought at all turn thinking off, where the model's chat template can",

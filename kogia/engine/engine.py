@@ -117,7 +117,7 @@ class Engine:
             tokenizer.eos_ids if tokenizer else (model.config.eos_id,),
             **({} if self.pruner is None else self.pruner.limits()),
         )
-        self.intake = Intake(tokenizer, self.scheduler.eos_ids, model.config.vocab_size)
+        self.intake = Intake(tokenizer, self.scheduler.eos_ids, model.config)
         self.experts = ActiveExperts(model.config, config)
         view: CacheView = self.pruner or WholeCache(cache, self.scheduler.lookahead)
         if len(config.rank_by_context) > 1:  # one rank for all: the rows are that narrow, nothing is left to choose
@@ -214,7 +214,7 @@ class Engine:
         ]
         for request in requests:
             request.active_experts, request.expert_threshold = experts = self.experts.of(params)
-            request.salt = self._salt(*experts)
+            request.salt = self.intake.salt(params, self._salt(*experts))
             request.stream = stream
             request.rules = self.intake.rules(params, prompt)
             if self.tokenizer is not None and (stream or params.stop):
@@ -446,9 +446,17 @@ class Engine:
             num_accepted=request.num_accepted,
             opens_thought=self._opens_thought(request.prompt),
             top_logprobs=request.top_logprobs[: len(token_ids)] if num_top(request.params.logprobs) else None,
+            routed_experts=self._routed_experts(request),
             error=None if request.rules is None else request.rules.error,
             **request.prompt_scores(),
         )
+
+    def _routed_experts(self, request: Request) -> NDArray[np.int16] | None:
+        """Of what it has so far but the last token; that of nothing where it was given up before its first step."""
+        if not request.params.return_routed_experts:
+            return None
+        count, found = len(request.token_ids) - 1, request.routed_experts
+        return np.empty((0, 0, 0), dtype=np.int16) if found is None else found[:count].copy()
 
     def _opens_thought(self, prompt: NDArray[np.int64]) -> bool:
         return self.tokenizer is not None and Prompt.of(prompt.tolist(), self.tokenizer).opens_thought

@@ -3,10 +3,14 @@
 from collections.abc import Collection, Sequence
 from functools import cached_property
 
+import numpy as np
+
+from kogia.engine.blocks import hash_block
 from kogia.engine.grammar import Grammar, Grammars
 from kogia.engine.request import SamplingParams
 from kogia.engine.rules import Allowed, BadWords, Biases, NoStopBefore, Penalised, Rule, TokenRules
 from kogia.engine.thinking import Thought
+from kogia.model.config import ModelConfig
 from kogia.text.tokenizer import Tokenizer
 
 NEEDS_TOKENIZER = {
@@ -20,9 +24,10 @@ NEEDS_TOKENIZER = {
 class Intake:
     """For the requests of one engine."""
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_ids: Collection[int], vocab: int) -> None:
-        """`vocab` is the model's number of tokens; `eos_ids` are its end tokens."""
-        self.tokenizer, self.eos_ids, self.vocab = tokenizer, eos_ids, vocab
+    def __init__(self, tokenizer: Tokenizer | None, eos_ids: Collection[int], model: ModelConfig) -> None:
+        """`eos_ids` are the model's end tokens."""
+        self.tokenizer, self.eos_ids, self.vocab = tokenizer, eos_ids, model.vocab_size
+        self._has_experts = model.moe is not None
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -34,12 +39,21 @@ class Intake:
         for name, rule in NEEDS_TOKENIZER.items():
             if self.tokenizer is None and (value := getattr(params, name)):
                 raise ValueError(f"SamplingParams.{name} = {value}: {rule}")
+        if params.return_routed_experts and not self._has_experts:
+            raise ValueError("SamplingParams.return_routed_experts = True: the model has no experts; leave it out")
         for name in ("logit_bias", "allowed_token_ids"):
             beyond = [token for token in getattr(params, name) or () if token >= self.vocab]
             if beyond:
                 raise ValueError(
                     f"SamplingParams.{name} names token {beyond[0]}: the model knows 0..{self.vocab - 1}; leave it out"
                 )
+
+    def salt(self, params: SamplingParams, own: bytes) -> bytes:
+        """What goes before the name of the first block: `own`, with the salt that the request names."""
+        if params.cache_salt is None:
+            return own
+        named = hash_block(b"cache salt", np.frombuffer(params.cache_salt.encode(), dtype=np.uint8))
+        return hash_block(own, np.frombuffer(named, dtype=np.uint8))
 
     def rules(self, params: SamplingParams, prompt: Sequence[int]) -> TokenRules | None:
         """The rules of one request, whose parameters are checked; None where its tokens may be any. Raises ValueError

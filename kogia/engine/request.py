@@ -72,6 +72,13 @@ class SamplingParams(FilteredSamplingConfig):
     """What the completion must be, behind its thought if it has one; the end token is drawn where it is complete."""
     thinking_token_budget: int | None = None
     """Tokens after which an open thought is closed by force; None leaves it open."""
+    priority: int = 0
+    """Requests with a lower number are started first, get their tokens first and give way last."""
+    cache_salt: str | None = None
+    """Only requests with the same salt share cached prefixes with this one, so that nobody else can find out by the
+    time it takes what was asked."""
+    return_routed_experts: bool = False
+    """Return which experts each token was sent to. Nothing of the prompt is then taken from the prefix cache."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +133,9 @@ class Completion:
     prompt_logprobs: list[float | None] | None = None
     """One per token of the prompt, if asked for; None for the first, which nothing stands before."""
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
+    routed_experts: NDArray[np.int16] | None = field(default=None, compare=False)
+    """[tokens, mixtures, topk] experts of each token of prompt and completion but the last, which is not run, in each
+    mixture layer of the main model, if asked for; -1 is nobody, or a token that had not run when it was given up."""
     error: str | None = None
     """Why its `response_format` could not be followed any further."""
 
@@ -206,6 +216,8 @@ class Request:
     """NaN where they are not known yet; None where they are not asked for."""
     prompt_top_logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
     """By position."""
+    routed_experts: NDArray[np.int16] | None = None
+    """[max_length, mixtures, topk] as far as they are known, where asked for."""
 
     def __post_init__(self) -> None:
         wanted = self.params.prompt_logprobs
@@ -234,6 +246,13 @@ class Request:
         if count and top is not None:
             for offset in range(len(logprobs)):
                 self.prompt_top_logprobs[position + offset] = top.table(first + offset, count)
+
+    def note_routes(self, position: int, experts: NDArray[np.int64]) -> None:
+        """Experts of the tokens from `position` on, [tokens, mixtures, topk]."""
+        if self.routed_experts is None:
+            self.routed_experts = np.full((self.max_length, *experts.shape[1:]), -1, dtype=np.int16)
+        count = min(len(experts), self.max_length - position)
+        self.routed_experts[position : position + count] = experts[:count]
 
     def prompt_scores(self) -> dict[str, Any]:
         """Fields of a `Completion`; what has not run before the request was given up is None."""

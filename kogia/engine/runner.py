@@ -16,7 +16,15 @@ from kogia.engine.activation import ActiveExperts
 from kogia.engine.drafting import DraftGraphs, DraftState
 from kogia.engine.graphs import DecodeGraphs
 from kogia.engine.inputs import Download, Staging, Upload
-from kogia.engine.scoring import prompt_scores, put_prompt_scoring, put_scoring, top_tokens, wants_prompt_top
+from kogia.engine.scoring import (
+    prompt_scores,
+    put_prompt_scoring,
+    put_scoring,
+    put_tracing,
+    routes,
+    top_tokens,
+    wants_prompt_top,
+)
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.speculative import num_accepted
 from kogia.engine.steering import put_rules, steer
@@ -25,6 +33,7 @@ from kogia.engine.views import CacheView, TokenRuns, WholeCache, token_runs
 from kogia.model.cache import PagedCache, StepCache
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
+from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
 from kogia.ops.moe import Activation
 from kogia.ops.sample import counter_uniforms, sample, token_logprobs
@@ -54,7 +63,8 @@ class Flight:
         if self._width:
             is_asked = (np.arange(self._width) < self.plan.num_samples[:, None]).ravel()
             tokens, logprobs = tokens[is_asked], logprobs[is_asked]
-        return StepResult(tokens, logprobs, drafts, prompt_logprobs=arrays.get("prompt_logprobs"), **tops)
+        beside = {name: arrays.get(name) for name in ("prompt_logprobs", "routes")}
+        return StepResult(tokens, logprobs, drafts, **beside, **tops)
 
 
 class Runner:
@@ -103,9 +113,10 @@ class Runner:
         upload = self._upload(plan, runs, num_drafts)
         batch = self._batch(plan, upload)
         activation = self.experts.of_step(upload, self.table, plan.rows)
-        step = self.model.step(batch, self.view.step_cache(upload, runs), activation=activation)
+        routing = Routing() if "traced_rows" in upload else None
+        step = self.model.step(batch, self.view.step_cache(upload, runs), routing, activation=activation)
         hidden = self.model(batch, step=step)
-        found = self._sample(plan, upload, hidden)
+        found = self._sample(plan, upload, hidden) | routes(upload, routing)
         found |= prompt_scores(self.model, upload, hidden, has_top=wants_prompt_top(self.table, plan))
         if num_drafts:
             found["drafts"] = self._draft(plan, upload, batch, step, hidden, found["tokens"], num_drafts)
@@ -117,12 +128,13 @@ class Runner:
         """Whether steps of these sequences are recorded, when each runs its newest token and drafts alone: not with
         rules or likeliest tokens, which ask for the exact samples of each."""
         graphs, table = self.draft_graphs, self.table
-        if graphs is None or len(rows) > graphs.most or table.is_ruled[rows].any() or table.num_top[rows].any():
+        if graphs is None or len(rows) > graphs.most or _asks(table, rows):
             return False
         return self.experts.are_own(table, rows)
 
     def _is_recorded(self, plan: StepPlan, graphs: DecodeGraphs) -> bool:
         fits = plan.only_decodes and plan.num_tokens <= graphs.most
+        fits = fits and not self.table.is_traced[plan.rows].any()
         return fits and self.experts.are_own(self.table, plan.rows)
 
     def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:
@@ -168,6 +180,7 @@ class Runner:
         self.experts.put(upload, table, runs)
         self._put_sampling(upload, plan, ends)
         put_prompt_scoring(upload, table, plan)
+        put_tracing(upload, table, plan)
         if num_drafts:
             self._put_drafting(upload, plan, runs)
         upload.send()
@@ -289,3 +302,8 @@ class Runner:
         count = len(token_ids)
         segments = Segments(torch.arange(count + 1, device=self.device), np.ones(count, dtype=np.int64))
         return self.model.step(PackedTokens(token_ids, positions, segments), cache, activation=activation)
+
+
+def _asks(table: SequenceTable, rows: NDArray[np.int64]) -> bool:
+    """Whether any of these sequences has rules, or wants to be told what no recorded step tells."""
+    return bool((table.is_ruled[rows] | table.is_traced[rows] | (table.num_top[rows] > 0)).any())

@@ -1,8 +1,9 @@
 """Which tokens run in the next step, and what a step that has run did to its sequences.
 
 One budget of tokens per step covers prefill chunks, decodes and draft verification alike: each is a run of tokens after
-the computed ones of a sequence. Running sequences come first, oldest first, then waiting ones in order of arrival. When
-blocks run out, the youngest running sequence gives its blocks back and is recomputed later; it keeps its tokens.
+the computed ones of a sequence. Running sequences come first, oldest first, then waiting ones in order of arrival; of
+both, those of a lower `priority` go before all others. When blocks run out, the last running sequence gives its blocks
+back and is recomputed later; it keeps its tokens.
 
 A full block of known tokens enters the prefix index as soon as the chunk that fills it is scheduled, not when it has
 run: every layer writes all new rows of a step before its attention reads any, so a sibling may read them in that step.
@@ -19,6 +20,7 @@ row is given up only when nothing in flight runs it; and with drafts whatever is
 """
 
 import sys
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,7 +73,7 @@ class Scheduler:
         self.table = SequenceTable(config.max_sequences, config.block_size, most_cache_rows)
         self.waiting: deque[Request] = deque()
         self.running = np.empty(0, dtype=np.int64)
-        """Table rows in order of admission."""
+        """Table rows in order of priority, then of admission."""
         self.num_flights = 0
         """Steps planned and not yet settled."""
         self.num_preemptions = 0
@@ -113,7 +115,14 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if the whole pool could not hold it."""
         self.check(request)
-        self.waiting.append(request)
+        self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        """Queue behind those of its priority that came earlier, and before those of a later one."""
+        if not self.waiting or _turn(self.waiting[-1]) < _turn(request):
+            self.waiting.append(request)
+        else:
+            self.waiting.insert(bisect_left(self.waiting, _turn(request), key=_turn), request)
 
     # planning ---------------------------------------------------------------------------------------------------------
 
@@ -121,6 +130,7 @@ class Scheduler:
         """Choose the next step's tokens and give them blocks; None when there is nothing to run, or not yet."""
         if self.num_flights and (self._waits_for_tokens() or (self.num_drafts and not self._can_draft_ahead())):
             return None
+        self.running = self.running[np.argsort(self.table.priority[self.running], kind="stable")]
         preemptions, self._num_admitted = self.num_preemptions, 0
         granted = self._grant_running()
         if granted is None:
@@ -197,7 +207,7 @@ class Scheduler:
 
     def _preempt_last(self) -> None:
         row = int(self.running[-1])
-        self.waiting.appendleft(self.table.write_back(row))
+        self._wait(self.table.write_back(row))
         self.running = self.running[:-1]
         self._free(row)
 
@@ -249,7 +259,7 @@ class Scheduler:
     def _acquire_prefix(self, request: Request) -> list[int]:
         """Shares of the cached blocks that the request starts with, never all its tokens: the last one must run."""
         shared: list[int] = []
-        if not self.config.prefix_cache or request.params.prompt_logprobs:  # which need every token to run
+        if not self.config.prefix_cache or _runs_whole(request):
             return shared
         for index in range((len(request.token_ids) - 1) // self.config.block_size):
             block = self.pool.acquire(self._block_name(request, request.token_ids, index))
@@ -318,6 +328,8 @@ class Scheduler:
             failed[index] |= rules is not None and rules.error is not None
         num_new = np.where(live & ~failed, num_new, 0)
         self._note_scores(plan, result, num_new)
+        if result.routes is not None:
+            self._note_routes(plan, result.routes)
         entry, offset = np.nonzero(column < num_new[:, None])
         table.token_ids[rows[entry], table.num_known[rows[entry]] + offset] = tokens[entry, offset]
         table.logprobs[rows[entry], table.num_known[rows[entry]] + offset] = logprobs[entry, offset]
@@ -351,6 +363,14 @@ class Scheduler:
                 request = self._request(int(plan.rows[index]))
                 request.note_prompt(start, result.prompt_logprobs[first:last], result.prompt_top, first)
                 first = last
+
+    def _note_routes(self, plan: StepPlan, routes: NDArray[np.int64]) -> None:
+        """Hand experts to the requests that want them. Those of drafts that are not accepted are overwritten later."""
+        counts, first = np.where(self.table.is_traced[plan.rows], plan.counts, 0), 0
+        for index in np.flatnonzero(counts).tolist():
+            last = first + int(counts[index])
+            self._request(int(plan.rows[index])).note_routes(int(plan.starts[index]), routes[first:last])
+            first = last
 
     def _request(self, row: int) -> Request:
         request = self.table.requests[row]
@@ -453,7 +473,7 @@ class Scheduler:
             if not table.is_proved[row]:
                 self.pool.taint(table.row_blocks(row))
         going = [row for row in dict.fromkeys([*self.running.tolist(), *taken]) if not table.has_ended[row]]
-        self.waiting = deque(dict.fromkeys([*map(table.write_back, going), *self.waiting]))
+        self.waiting = deque(sorted(dict.fromkeys([*map(table.write_back, going), *self.waiting]), key=_turn))
         self.running, self.num_flights = self.running[:0], 0
         table.clear()
         self.pool = self.pool.renewed()
@@ -486,3 +506,13 @@ class Scheduler:
         if not self.table.is_proved[row]:
             self.pool.taint(blocks)
         self.pool.release(blocks)
+
+
+def _turn(request: Request) -> tuple[int, int]:
+    """What requests wait in order of. Ids count up as requests arrive."""
+    return request.params.priority, request.id
+
+
+def _runs_whole(request: Request) -> bool:
+    """Whether all its tokens must run, since something is told of each."""
+    return bool(request.params.prompt_logprobs) or request.params.return_routed_experts

@@ -1,4 +1,4 @@
-"""Log-probabilities beside those of the samples: of the tokens of a prompt, and of the likeliest tokens anywhere."""
+"""What comes back beside samples: log-probabilities of a prompt's tokens and of the likeliest ones, and experts."""
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from kogia.engine.inputs import Upload
 from kogia.engine.request import num_top
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.step import StepPlan
+from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
 from kogia.ops.sample import most_likely, token_logprobs
 
@@ -72,3 +73,17 @@ def wants_prompt_top(table: SequenceTable, plan: StepPlan) -> bool:
     """Whether a prompt in the plan is to be scored with the likeliest tokens."""
     requests = [table.requests[row] for row in plan.rows[table.num_scored[plan.rows] > 0]]
     return any(request is not None and num_top(request.params.prompt_logprobs) for request in requests)
+
+
+def put_tracing(upload: Upload, table: SequenceTable, plan: StepPlan) -> None:
+    """Add to a step's upload which of its tokens have their experts reported; nothing where none has."""
+    if table.is_traced[plan.rows].any():
+        upload.put("traced_rows", np.flatnonzero(np.repeat(table.is_traced[plan.rows], plan.counts)))
+
+
+def routes(upload: Upload, routing: Routing | None) -> dict[str, Tensor]:
+    """Experts of these tokens in the mixtures that have run so far: the main model's."""
+    if routing is None or not routing.chosen:
+        return {}
+    chosen = torch.stack([routing.chosen[mixture] for mixture in sorted(routing.chosen)], 1)
+    return {"routes": chosen[upload["traced_rows"]]}

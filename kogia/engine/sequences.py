@@ -61,6 +61,9 @@ class SequenceTable:
         """Likeliest tokens that come with each sample."""
         self.num_scored = np.zeros(max_sequences, dtype=np.int64)
         """Tokens of the prompt that the next one's log-probability is wanted of; 0 for none."""
+        self.is_traced = np.zeros(max_sequences, dtype=bool)
+        """The experts of its tokens are wanted."""
+        self.priority = np.zeros(max_sequences, dtype=np.int64)
         self.watched = np.zeros(max_sequences, dtype=bool)
         """Text is wanted at every step: stop strings, or a listener."""
 
@@ -92,6 +95,7 @@ class SequenceTable:
         self.top_p[row], self.min_p[row] = params.top_p, params.min_p
         self.active_experts[row], self.expert_threshold[row] = request.active_experts, request.expert_threshold
         self.num_top[row] = num_top(params.logprobs)
+        self.is_traced[row], self.priority[row] = params.return_routed_experts, params.priority
         self.num_scored[row] = len(request.prompt) - 1 if params.prompt_logprobs else 0
         self.watched[row] = request.stream or request.output is not None
         self.requests[row] = request

@@ -81,3 +81,5 @@ class StepResult:
     """Of the tokens behind those that `SequenceTable.scored` counts; None where there is none."""
     prompt_top: TopTokens | None = None
     """In place of these tokens."""
+    routes: NDArray[np.int64] | None = None
+    """[tokens, mixtures, topk] experts of the tokens that ran, of sequences that ask for them; None where none does."""

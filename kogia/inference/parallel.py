@@ -204,6 +204,11 @@ class ParallelEngine(ShareEngine):
             self.team.tell("abort", request_id)
             return super().abort(request_id)
 
+    def stop_thinking(self, request_id: int) -> bool:
+        with self._together():
+            self.team.tell("stop_thinking", request_id)
+            return super().stop_thinking(request_id)
+
     def _take_weights(self, source: Transformer | Mapping[str, Tensor]) -> None:
         """`source` is the whole model: none that this one is a share of."""
         new = source.state_dict() if isinstance(source, Transformer) else source
@@ -302,6 +307,8 @@ def _obey(engine: ShareEngine, command: str, *values: Any) -> None:
             engine.follow_step(num_drafts, digest)
         case "abort", request_id:
             engine.abort(request_id)
+        case "stop_thinking", request_id:
+            engine.stop_thinking(request_id)
         case ("update_weights",):
             engine.update_weights({})
         case _:
