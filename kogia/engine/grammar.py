@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kogia.engine.rules import Edit, Words
+from kogia.engine.rules import Edit, Rule, Words
 from kogia.engine.thinking import Thought
 from kogia.process import LineWorker, WorkerLost
 from kogia.text.tokenizer import Tokenizer
@@ -104,7 +104,9 @@ class Compiler:
     def __init__(self, tokenizer: str, vocab: int, eos_ids: Sequence[int]) -> None:
         """`tokenizer` is the text of a tokenizer.json. Raises ValueError where llguidance is missing or refuses it."""
         self._library = _library()
-        self._vocab = vocab
+        self._words = np.zeros(-(-vocab // 64), dtype=np.int64)
+        # the library wants its own size exactly
+        self._place = self._words.ctypes.data, 4 * -(-vocab // 32)
         try:
             self._tokenizer = self._library.LLTokenizer(tokenizer, n_vocab=vocab, eos_token=list(eos_ids))
         except Exception as error:
@@ -126,11 +128,10 @@ class Compiler:
     def next_words(self, matcher: Any) -> Words:
         """The tokens that may be next, the end token among them where the text may end. Raises ValueError where that
         goes beyond llguidance's limits."""
-        words = np.zeros(-(-self._vocab // 64), dtype=np.int64)
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, 4 * -(-self._vocab // 32))  # it wants its own size exactly
+        matcher.unsafe_compute_mask_ptr(*self._place)
         if matcher.is_error():
             raise ValueError(_one_line(matcher.get_error()))
-        return words
+        return self._words.copy()
 
 
 def _library() -> Any:
@@ -185,14 +186,10 @@ class Grammars:
             raise ValueError(f"response_format.{kind}: {error}; correct it")
 
 
-class Grammar:
+class Grammar(Rule):
     """The rule that a completion, behind its thought if it has one, matches a grammar and ends with it."""
 
-    needs_tokens = True
-
     def __init__(self, compiler: Compiler, matcher: Any, eos_ids: Sequence[int], thought: Thought) -> None:
-        self.error: str | None = None
-        """Why no more can be said; the request cannot go on."""
         self._compiler, self._matcher = compiler, matcher
         self._eos_ids, self._thought = list(eos_ids), thought
         self._state = thought.beginning

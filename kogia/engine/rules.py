@@ -7,7 +7,6 @@ behind them are part of the question, so a draft that is rejected leaves nothing
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,27 +40,23 @@ class Edit:
         self.mask, self.bans = words, []
 
 
-@runtime_checkable
-class Rule(Protocol):
+class Rule:
+    """One thing that a request says of its tokens."""
+
+    error: str | None = None
+    """Why it knows no answer any more; the request cannot go on."""
+
     @property
     def needs_tokens(self) -> bool:
         """Whether the answer depends on which tokens there are, not only on how many."""
-        ...
+        return True
 
     def learn(self, token_ids: list[int]) -> None:
         """Take note of the next tokens of the completion that stand."""
-        ...
 
     def apply(self, edit: Edit, num_tokens: int, drafts: list[int]) -> None:
         """Say what follows `num_tokens` tokens of the completion, of which the last are `drafts`, the others learnt."""
-        ...
-
-
-@runtime_checkable
-class MayFail(Protocol):
-    """A rule that may come to know no answer any more."""
-
-    error: str | None
+        raise NotImplementedError
 
 
 class TokenRules:
@@ -80,7 +75,7 @@ class TokenRules:
     @property
     def error(self) -> str | None:
         """Why the request cannot go on, in words for the user."""
-        return next((rule.error for rule in self.rules if isinstance(rule, MayFail) and rule.error), None)
+        return next((rule.error for rule in self.rules if rule.error), None)
 
     def add(self, rule: Rule, known: NDArray[np.int64]) -> None:
         """One more, which comes last, for a completion that has `known` tokens at least."""
@@ -106,53 +101,46 @@ class TokenRules:
         return edit
 
 
-class Biases:
-    """`logit_bias`."""
+class Counted(Rule):
+    """A rule that need not know the tokens, only their number."""
 
-    needs_tokens = False
+    @property
+    def needs_tokens(self) -> bool:
+        return False
+
+
+class Biases(Counted):
+    """`logit_bias`."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
         self._bias = bias
-
-    def learn(self, token_ids: list[int]) -> None:
-        pass
 
     def apply(self, edit: Edit, num_tokens: int, drafts: list[int]) -> None:
         edit.bias = self._bias
 
 
-class Allowed:
+class Allowed(Counted):
     """`allowed_token_ids`."""
-
-    needs_tokens = False
 
     def __init__(self, token_ids: Sequence[int], vocab: int) -> None:
         self._words = pack_bits(token_ids, vocab)
-
-    def learn(self, token_ids: list[int]) -> None:
-        pass
 
     def apply(self, edit: Edit, num_tokens: int, drafts: list[int]) -> None:
         edit.allow(self._words)
 
 
-class NoStopBefore:
+class NoStopBefore(Counted):
     """`min_tokens`."""
-
-    needs_tokens = False
 
     def __init__(self, min_tokens: int, stop_ids: Sequence[int]) -> None:
         self._min_tokens, self._stop_ids = min_tokens, list(stop_ids)
-
-    def learn(self, token_ids: list[int]) -> None:
-        pass
 
     def apply(self, edit: Edit, num_tokens: int, drafts: list[int]) -> None:
         if num_tokens < self._min_tokens:
             edit.bans += self._stop_ids
 
 
-class BadWords:
+class BadWords(Rule):
     """`bad_words`: the last token of a sequence is banned where the others stand before it."""
 
     def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
@@ -172,10 +160,8 @@ class BadWords:
         edit.bans += [last for before, last in self._endings if not before or tuple(recent[-len(before) :]) == before]
 
 
-class Penalised:
+class Penalised(Rule):
     """The tokens that penalties apply to: those of the completion, and where repetition counts those of the prompt."""
-
-    needs_tokens = True
 
     def __init__(self, prompt: Sequence[int] = ()) -> None:
         self._counts = Counter(dict.fromkeys(prompt, 0))

@@ -7,7 +7,7 @@ with "</think>", which is one token or several.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kogia.engine.rules import Edit, Words, pack_bits
+from kogia.engine.rules import Edit, Rule, Words, pack_bits
 from kogia.text.chat import Prompt, has_thinking_switch
 from kogia.text.tokenizer import END_THINK, THINK, Tokenizer
 
@@ -34,10 +34,8 @@ class ThoughtState:
         return not self.is_open and not (self.may_open and token in thought.opening_ids)
 
 
-class Thought:
+class Thought(Rule):
     """The rule that a thought ends after `budget` tokens, or as soon as `stop` is called."""
-
-    needs_tokens = True
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], vocab: int, budget: int | None = None) -> None:
         self._tokenizer, self._vocab, self._budget = tokenizer, vocab, budget
