@@ -144,8 +144,9 @@ class ShareEngine(Engine):
 
     def _take_weights(self, source: Transformer | Mapping[str, Tensor]) -> None:
         """Every rank's part of the first one's `source`, which holds the whole model."""
+        shapes = self.whole_shapes
         for name, tensor in self.model.state_dict().items():
-            new = torch.empty(self.whole_shapes[name], dtype=tensor.dtype, device=tensor.device)
+            new = torch.empty(shapes[name], dtype=tensor.dtype, device=tensor.device)
             if self.group.rank == 0:
                 assert isinstance(source, Mapping), "see ParallelEngine"
                 new.copy_(source[name])
