@@ -10,6 +10,7 @@ an interpreter that has llama-cpp-python, and each format of ours in turn, so th
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import math
@@ -19,14 +20,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median, stdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from result import row, write_result
 
+from kogia import cli
 from kogia.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from kogia.checkpoint.open import Opened, open_model
 from kogia.engine.request import SamplingParams
+from kogia.files import json_line
 from kogia.inference.llm import LLM
 from kogia.model.packed import pack
 from kogia.text.chat import Message, render_prompt
@@ -40,6 +44,9 @@ FORMATS = {
     "int4": {"dtype": "bfloat16", "quantize": "int4"},
 }
 """How the weights are held -> options of `LLM`."""
+CONVERTED = {"int4-zeros": ("--asymmetric",), "int4-zeros-calibrated": ("--asymmetric", "--calibration", "text.jsonl")}
+"""Weights that `kogia convert --quantize int4` rounds with more care -> its other words."""
+CALIBRATION_TEXTS, CALIBRATION_CHARS = 32, 2_000
 OPTIONS = {"device": "cpu", "cache_memory_bytes": 2**28}
 QUESTIONS = (
     "What is the capital of France?",
@@ -77,13 +84,15 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=None, help="page to write the figures into")
     parser.add_argument("--rate", choices=list(FORMATS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.model = args.model.resolve()
     torch.set_num_threads(1)
     if args.rate:
         print(json.dumps(rate(args.model, args.rate)))
         return
-    texts = list(read_texts(args.text, args.windows))
+    read = list(read_texts(args.text, args.windows + CALIBRATION_TEXTS))
+    texts, others = read[: args.windows], read[args.windows :]
     rows = beside_transformers(args.model, texts)
-    rows += perplexities(args.model, texts)
+    rows += perplexities(args.model, texts, others)
     rows += rates(args.model, args.llama, args.repeats)
     write_result(args.out, "gguf_cpu", rows)
     print(json.dumps(rows, indent=1))
@@ -137,8 +146,14 @@ def beside_transformers(file: Path, texts: list[str]) -> list[dict[str, Any]]:
 # Perplexity -----------------------------------------------------------------------------------------------------------
 
 
-def perplexities(file: Path, texts: list[str]) -> list[dict[str, Any]]:
+def perplexities(file: Path, texts: list[str], others: list[str]) -> list[dict[str, Any]]:
     losses = {name: window_losses(open_model(file, device="cpu", **each), texts) for name, each in FORMATS.items()}
+    for name, words in CONVERTED.items():
+        with TemporaryDirectory() as place, contextlib.chdir(place):
+            rows = "".join(json_line({"text": text[:CALIBRATION_CHARS]}) for text in others)
+            Path("text.jsonl").write_text(rows, encoding="utf-8")
+            assert cli.main(["convert", str(file), "model", "--quantize", "int4", *words]) == 0
+            losses[name] = window_losses(open_model("model", device="cpu", dtype="bfloat16"), texts)
     rows = []
     for name, found in losses.items():
         differences = [a - b for a, b in zip(found, losses["float32"], strict=True)]
@@ -213,7 +228,7 @@ def table(result: dict[str, Any]) -> str:
     for name, label in words.items():
         each = rows[f"gguf-{name}"]
         lines.append(f"| {label} | {each['value']:.0f} of {each['limit']} | |")
-    for name in FORMATS:
+    for name in (*FORMATS, *CONVERTED):
         each, ratio = rows[f"gguf-perplexity-{name}"], rows[f"gguf-perplexity-ratio-{name}"]
         interval = (
             "" if name == "float32" else f"{ratio['value']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}) times"
