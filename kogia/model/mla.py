@@ -25,6 +25,7 @@ from kogia.ops.attention import paged_attention, varlen_attention
 from kogia.ops.cache import LatentRow, LayerCache, write_latent
 from kogia.ops.latent import absorb_query, join_rope, project_values
 from kogia.ops.linear import linear
+from kogia.ops.packed import Packed, joined
 from kogia.ops.prefill import Prefill, absorbed_part, prefill_of
 from kogia.ops.rope import rotate_interleaved, yarn_mscale
 from kogia.ops.segments import Segments
@@ -62,7 +63,7 @@ class MLA(nn.Module):
         self._up: tuple[int, Tensor, Tensor] | None = None
         self._copy: Tensor | None = None
         """W_UK and W_UV made dense, where they are packed."""
-        self._joint: Tensor | None = None
+        self._joint: Tensor | Packed | None = None
         """The projections that read x, below each other: on a GPU one product is faster than two small ones."""
 
     def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
@@ -154,7 +155,8 @@ class MLA(nn.Module):
     def absorb(self) -> None:
         """Make W_UK and W_UV, [heads, nope or v, latent], ready for the absorbed form.
 
-        Of a dense weight they are views, which follow it; of a packed one copies, to be made again when it changes.
+        Of a dense weight they are views, which follow it; of a packed one copies, to be made again when it changes,
+        where they are: recorded graphs read them.
         """
         self._join()
         c, weight = self.config, self.kv_b_proj.weight
@@ -174,14 +176,9 @@ class MLA(nn.Module):
 
     def _join(self) -> None:
         """Make or renew `_joint`, in place: recorded graphs read it."""
-        parts = (self.q_proj if self.q_rank is None else self.q_a_proj).operand(), self.kv_a_proj_with_mqa.operand()
-        first, second = parts
-        if not (isinstance(first, Tensor) and isinstance(second, Tensor) and first.device.type == "cuda"):
-            self._joint = None
-        elif self._joint is None or self._joint.device != first.device or self._joint.dtype != first.dtype:
-            self._joint = torch.cat((first, second))
-        else:
-            torch.cat((first, second), out=self._joint)
+        first = (self.q_proj if self.q_rank is None else self.q_a_proj).operand()
+        second = self.kv_a_proj_with_mqa.operand()
+        self._joint = joined(first, second, self._joint) if first.device.type == "cuda" else None
 
     def _up_matrices(self) -> tuple[Tensor, Tensor]:
         if self._up is None or self._up[0] != self.kv_b_proj.weight.data_ptr():  # moved to another device, say

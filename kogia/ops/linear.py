@@ -11,11 +11,17 @@ from kogia.ops.dispatch import op
 from kogia.ops.packed import Packed
 
 
-@op(invariant=("kogia.ops.invariant.linear",), cpu=("kogia.ops.cpu.linear",))
+@op(cuda=("kogia.ops.triton.packed",))
+def dequantize(weight: Packed, dtype: torch.dtype) -> Float[Tensor, "*stack out in"]:
+    """The dense weight that a packed one stands for, rounded once to `dtype`."""
+    return weight.dense(dtype)
+
+
+@op(invariant=("kogia.ops.invariant.linear",), cuda=("kogia.ops.triton.linear",), cpu=("kogia.ops.cpu.linear",))
 def linear(
     x: Float[Tensor, "... in"], weight: Tensor | Packed, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "... out"]:
-    """x W^T + b. A packed weight is made dense in the dtype of `x`, and takes no gradient."""
+    """x W^T + b. The reference makes a packed weight dense in the dtype of `x`; it takes no gradient."""
     return F.linear(x, _dense(weight, x.dtype), bias)
 
 
@@ -39,4 +45,4 @@ def grouped_linear(
 
 
 def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    return weight.dense(dtype) if isinstance(weight, Packed) else weight
+    return dequantize(weight, dtype) if isinstance(weight, Packed) else weight

@@ -32,6 +32,10 @@ class Packed:
         """The weight it stands for, rounded once to `dtype`."""
         return FORMATS[self.format].unpack(self, dtype)
 
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
     def __len__(self) -> int:
         return len(self.data)
 
@@ -144,6 +148,34 @@ _INT4 = Format(
 FORMATS = {each.name: each for each in (_FP8, _INT8, _INT4)}
 """Name -> format. "fp8" is E4M3 in 128 x 128 blocks, as DeepSeek-V3 publishes it; "int8" has a scale per row,
 "int4" one per group of a row, and zeros where it is asymmetric (ops/integers.py)."""
+
+
+def joined(
+    first: Tensor | Packed, second: Tensor | Packed, into: Tensor | Packed | None = None
+) -> Tensor | Packed | None:
+    """The rows of two matrices below each other, written to `into` where that is such a matrix; None where the two are
+    stored differently, or where the first ends within a block of rows."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return (
+            _below(first, second, into if isinstance(into, Tensor) else None) if first.dtype == second.dtype else None
+        )
+    if not (isinstance(first, Packed) and isinstance(second, Packed) and first.format == second.format):
+        return None
+    if len(first) % FORMATS[first.format].row_block or (first.zero is None) != (second.zero is None):
+        return None
+    old = (into.data, into.scale, into.zero) if isinstance(into, Packed) else (None, None, None)
+    zero = None if first.zero is None or second.zero is None else _below(first.zero, second.zero, old[2])
+    data, scale = _below(first.data, second.data, old[0]), _below(first.scale, second.scale, old[1])
+    return Packed(data, scale, zero, first.format)
+
+
+def _below(first: Tensor, second: Tensor, into: Tensor | None) -> Tensor:
+    shape = (len(first) + len(second), *first.shape[1:])
+    if into is None or (into.shape, into.dtype, into.device) != (shape, first.dtype, first.device):
+        into = first.new_empty(shape)
+    into[: len(first)].copy_(first)
+    into[len(first) :].copy_(second)
+    return into
 
 
 def format_of(dtype: torch.dtype) -> str | None:

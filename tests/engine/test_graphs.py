@@ -16,6 +16,7 @@ from kogia.model.linear import Linear
 from kogia.model.mla import MLA
 from kogia.model.moe import MoE
 from kogia.model.packed import pack
+from kogia.model.quantised import packable
 from kogia.model.transformer import Transformer, build_model
 from kogia.ops.dispatch import use_backend
 
@@ -35,7 +36,7 @@ def equal_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention, "num_parts", lambda *_: 3)
 
 
-def tiny(device: str = "cuda", seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Transformer:
+def tiny(device: str = "cuda", seed: int = 1, dtype: torch.dtype = torch.bfloat16, expert_dim: int = 32) -> Transformer:
     mla = MLAConfig(
         num_heads=4, q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
     )
@@ -47,7 +48,7 @@ def tiny(device: str = "cuda", seed: int = 1, dtype: torch.dtype = torch.bfloat1
         attention=mla,
         max_position=256,
         init_std=0.2,
-        moe=MoEConfig(num_experts=8, num_shared_experts=1, topk=2, expert_dim=32),
+        moe=MoEConfig(num_experts=8, num_shared_experts=1, topk=2, expert_dim=expert_dim),
     )
     model = build_model(config, device=device, dtype=dtype, seed=seed)
     with torch.no_grad():
@@ -66,6 +67,15 @@ def wide(seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Transformer:
         num_mtp_layers=1,
     )  # fmt: skip
     return build_model(config, dtype=dtype, seed=seed)
+
+
+def packed(model: Transformer, format: str) -> Transformer:
+    """The model itself, with all weights packed that the format is for."""
+    for _, layer in packable(model, format):
+        if layer.format is None:
+            layer.pack(format)
+    model.absorb()
+    return model
 
 
 def engine_of(model: Transformer, **options) -> Engine:
@@ -182,6 +192,17 @@ def test_graphs_outlive_new_weights():
     engine.update_weights(other)
     after = outputs(engine, GREEDY)
     assert after == outputs(engine_of(other, graphs=True), GREEDY) != before
+
+
+@gpu
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+def test_packed_models_run_in_graphs_which_outlive_new_weights(format):
+    model, other = (packed(tiny(seed=seed, expert_dim=128), format) for seed in (1, 2))
+    engine = engine_of(model, graphs=True)
+    before = outputs(engine, GREEDY)
+    assert before == outputs(engine_of(model, graphs=False), GREEDY)
+    engine.update_weights(other)
+    assert outputs(engine, GREEDY) == outputs(engine_of(other, graphs=True), GREEDY) != before
 
 
 @gpu

@@ -14,11 +14,14 @@ triton = pytest.importorskip("triton", reason="kernels need Triton")
 
 from kogia.ops import attention, cache, latent, moe, norm, sample  # noqa: E402
 from kogia.ops.cache import LatentRow, LayerCache  # noqa: E402
+from kogia.ops.packed import Packed  # noqa: E402
 from kogia.ops.segments import segments_of  # noqa: E402
 from kogia.ops.triton import attention as triton_attention  # noqa: E402
 from kogia.ops.triton import latent as triton_latent  # noqa: E402
+from kogia.ops.triton import linear as triton_linear  # noqa: E402
 from kogia.ops.triton import moe as triton_moe  # noqa: E402
 from kogia.ops.triton import norm as triton_norm  # noqa: E402
+from kogia.ops.triton import packed as triton_packed  # noqa: E402
 from kogia.ops.triton import prefill as triton_prefill  # noqa: E402
 from kogia.ops.triton import sample as triton_sample  # noqa: E402
 from kogia.ops.triton.common import INTERPRETED  # noqa: E402
@@ -126,11 +129,54 @@ def clean(at: LayerCache) -> LayerCache:
     )
 
 
+def in_fp8(at: LayerCache) -> LayerCache:
+    """The same rows, rounded; unused ones are bytes that stand for NaN."""
+    row = LatentRow(at.row.latent, at.row.rope, fp8=True)
+    numbers = at.rows.nan_to_num().split([row.latent, row.rope], -1)
+    rows = torch.where(at.rows.isnan().any(1, keepdim=True), 0xFF, row.pack(*numbers, None))
+    return LayerCache(rows, at.slots, at.block_tables, at.context_lens, at.contexts, at.block_size, row)
+
+
+@pytest.mark.parametrize(("contexts", "queries", "heads"), [([3, 70, 33], 1, 5), ([4, 9, 41], 4, 16)])
+def test_attention_over_fp8_rows_equals_the_reference(contexts, queries, heads):
+    q, dense, segments = paged(contexts, queries, heads, 512, 16, 4, poison=float("nan"))
+    at = in_fp8(dense)
+    numbers = LayerCache(
+        at.row.unpack(at.rows, DTYPE), at.slots, at.block_tables, at.context_lens, at.contexts, 4, dense.row
+    )
+    want = attention.cached_attention.reference(q.double(), clean(numbers), segments, scale=0.1)
+    assert triton_attention.cached_attention_supports(q, at, segments, scale=0.1) is None
+    close(triton_attention.cached_attention(q, at, segments, scale=0.1), want)
+
+
+@pytest.mark.parametrize(("full", "latent"), [(16, 16), (512, 512), (512, 200)])
+def test_fp8_rows_are_written_as_the_reference_writes_them(full, latent):
+    _, dense, _ = paged([8, 9], 1, 2, latent, 8, 4)
+    at = in_fp8(dense)
+    kv, weight = draw(3, full + 8, seed=3), draw(full, seed=4)
+    kv[2, :full] = 0  # a block of zeros has scale 1
+    cos, sin = angles(3, 4)
+    object.__setattr__(at, "slots", torch.tensor([5, 2, 7], device=DEVICE))
+    before = at.rows.clone()
+    cache.write_latent.reference(kv, at, weight, cos, sin, eps=1e-6)
+    want = at.rows.clone()
+    at.rows.copy_(before)
+    assert triton_latent.write_latent_supports(kv, at, weight, cos, sin, eps=1e-6) is None
+    triton_latent.write_latent(kv, at, weight, cos, sin, eps=1e-6)
+    others = [i for i in range(len(want)) if i not in (5, 2, 7)]
+    assert torch.equal(at.rows[others], before[others])
+    got, want = (at.row.unpack(rows[[5, 2, 7]], torch.float32) for rows in (at.rows, want))
+    allowed = 0.1 if INTERPRETED else 0.003  # the interpreter cuts bfloat16 off, and halves some E4M3 numbers
+    assert (got - want).norm() <= allowed * want.norm()
+
+
 def test_attention_says_what_it_cannot_take():
     q, at, segments = paged([8, 9], 1, 2, 16, 16, 4)
     assert "power" in str(triton_attention.cached_attention_supports(q, odd(at, 24), segments, scale=1.0))
     assert "4" in str(triton_attention.cached_attention_supports(q, at, segments_of([1, 9], DEVICE), scale=1.0))
     assert "strides" in str(triton_attention.cached_attention_supports(q.transpose(0, 1), at, segments, scale=1.0))
+    fp8 = in_fp8(at)
+    assert "16 bytes" in str(triton_attention.cached_attention_supports(q, fp8, segments, scale=1.0))
     if not INTERPRETED:
         assert "float32" in str(triton_attention.cached_attention_supports(q.float(), at, segments, scale=1.0))
 
@@ -272,6 +318,110 @@ def test_mixed_experts_equal_the_reference_with_nobody_shared_and_residual(token
             x.double(), ids, weights.double(), *doubles, shared=more, residual=None if add is None else add.double()
         )
         close(got, want)
+
+
+def packed(*shape: int, format: str, group: int = 0, zeros: bool = False, seed: int = 0) -> tuple[Packed, Tensor]:
+    """A random packed weight of [*shape], and the numbers that it stands for in double precision."""
+    generator = torch.Generator().manual_seed(hash((shape, format, seed)) % 2**31)
+    *stack, rows, columns = shape
+
+    def scales(*of: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.rand(*stack, *of, generator=generator) * 0.1 + 0.02).to(dtype)
+
+    if format == "fp8":
+        data = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+        scale = scales(-(-rows // 128), -(-columns // 128))
+        spread = scale.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+        dense, zero = data.double() * spread, None
+    elif format == "int8":
+        data = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
+        scale, zero = scales(rows, 1) / 50, None
+        dense = data.double() * scale
+    else:
+        codes = torch.randint(0, 16, shape, generator=generator).to(torch.uint8)
+        data = codes[..., 0::2] | codes[..., 1::2] << 4
+        scale = scales(rows, columns // group, dtype=torch.bfloat16)
+        zero = torch.randint(0, 16, scale.shape, generator=generator).to(torch.uint8) if zeros else None
+        base = torch.tensor(8.0) if zero is None else zero.repeat_interleave(group, -1).double()
+        dense = (codes.double() - base) * scale.double().repeat_interleave(group, -1)
+    zero = None if zero is None else zero.to(DEVICE)
+    return Packed(data.to(DEVICE), scale.to(DEVICE), zero, format), dense.to(DEVICE)
+
+
+PACKED: list[dict[str, Any]] = [
+    {"format": "fp8"},
+    {"format": "int8"},
+    {"format": "int4", "group": 32},
+    {"format": "int4", "group": 64},
+    {"format": "int4", "group": 128, "zeros": True},
+]
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=str)
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_mixed_packed_experts_equal_the_reference_with_the_numbers_they_stand_for(tokens, kind):
+    experts, topk, dim, width, num_shared = 4, 2, 256, 128, 2
+    x, residual = draw(tokens, dim), draw(tokens, dim, seed=1)
+    ids = torch.rand(tokens, experts).topk(topk).indices.to(DEVICE)
+    ids[tokens // 2, 1] = -1
+    weights = torch.rand(tokens, topk).to(DEVICE)
+    wide = num_shared * width
+    shapes = ((experts, 2, width, dim), (experts, dim, width), (wide, dim), (wide, dim), (dim, wide))
+    made = [packed(*shape, seed=i, **kind) for i, shape in enumerate(shapes)]
+    routed, shared = [m[0] for m in made[:2]], tuple(m[0] for m in made[2:])
+    doubles, more = [m[1] for m in made[:2]], tuple(m[1] for m in made[2:])
+    for given, wanted in ((None, None), (shared, more)):
+        assert triton_moe.mix_experts_supports(x, ids, weights, *routed, shared=given, residual=residual) is None
+        got = triton_moe.mix_experts(x, ids, weights, *routed, shared=given, residual=residual)
+        want = moe.mix_experts.reference(
+            x.double(), ids, weights.double(), *doubles, shared=wanted, residual=residual.double()
+        )
+        close(got, want)
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [((1,), 48), ((3, 7), 33), ((70,), 130)])
+def test_products_with_packed_weights_equal_those_with_the_numbers_they_stand_for(rows, width, kind):
+    weight, dense = packed(width, 256, **kind)
+    wide = draw(*rows, 256 + 6)  # a view of a wider product
+    x, bias = wide[..., 4:-2], draw(width, seed=1)
+    for b in (None, bias):
+        assert triton_linear.linear_supports(x, weight, b) is None
+        want = torch.nn.functional.linear(x.double(), dense, None if b is None else b.double())
+        close(triton_linear.linear(x, weight, b), want)
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=str)
+@pytest.mark.parametrize("shape", [(33, 256), (2, 3, 130, 128)])
+def test_packed_weights_are_made_dense_to_the_last_bit(shape, kind):
+    weight, dense = packed(*shape, **kind)
+    assert triton_packed.dequantize_supports(weight, DTYPE) is None
+    assert torch.equal(triton_packed.dequantize(weight, DTYPE), dense.to(torch.float32).to(DTYPE))
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_packed_products_take_depths_that_end_within_a_block(format):
+    weight, dense = packed(20, 200, format=format)
+    x = draw(5, 200)
+    close(triton_linear.linear(x, weight), x.double() @ dense.T)
+    close(triton_packed.dequantize(weight, DTYPE), dense)
+
+
+def test_packed_products_say_what_they_cannot_take():
+    weight, _ = packed(16, 64, format="int4", group=64)
+    x = draw(3, 66)
+    assert "dense" in str(triton_linear.linear_supports(x, draw(16, 66)))
+    assert "two numbers" in str(triton_linear.linear_supports(x[:, 1:65], weight))
+    assert "512" in str(triton_linear.linear_supports(draw(513, 64), weight))
+    assert "stack" in str(triton_linear.linear_supports(x[:, :64], packed(2, 8, 64, format="int8")[0]))
+    assert "16" in str(triton_linear.linear_supports(x[:, :64], packed(8, 64, format="int4", group=16)[0]))
+    ids, weights = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE), torch.ones(3, 1, device=DEVICE)
+    x, routed = draw(3, 64), (packed(2, 2, 32, 64, format="int8")[0], packed(2, 64, 32, format="int8")[0])
+    shared = draw(32, 64), draw(32, 64), draw(64, 32)
+    assert "routed ones" in str(triton_moe.mix_experts_supports(x, ids, weights, *routed, shared=shared))
+    fp8 = [packed(*shape, format="fp8")[0] for shape in ((2, 2, 32, 64), (2, 64, 32), (32, 64), (32, 64), (64, 32))]
+    reason = triton_moe.mix_experts_supports(x, ids, weights, fp8[0], fp8[1], shared=tuple(fp8[2:]))
+    assert "32 wide" in str(reason)
 
 
 def test_every_token_may_choose_the_same_expert():

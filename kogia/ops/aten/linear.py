@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kogia.ops.linear import dequantize
 from kogia.ops.packed import Packed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,19 +18,23 @@ def grouped_linear(
     x: Float[Tensor, "routed in"], weight: Tensor | Packed, counts: Int[Tensor, " experts"]
 ) -> Float[Tensor, "routed out"]:
     """One `grouped_mm` over all experts. Rows that are nobody's go to the last expert: the kernel would leave theirs
-    uninitialised, forward and backward."""
-    assert isinstance(weight, Tensor), "see grouped_linear_supports"
+    uninitialised, forward and backward. Packed weights are made dense first, all experts at once: to make only those
+    in use dense, the host would have to wait for `counts`."""
+    if isinstance(weight, Packed):
+        weight = dequantize(weight, x.dtype)
     ends = counts.cumsum(0).int()
     ends[-1:].fill_(x.shape[0])  # an assignment would copy the number from the host and wait for it
     return F.grouped_mm(x, weight.flatten(1, -2).transpose(1, 2), offs=ends)
 
 
 def grouped_linear_supports(x: Tensor, weight: Tensor | Packed, counts: Tensor) -> str | None:
-    if isinstance(weight, Packed):
-        return f"grouped_mm takes dense weights, not {weight.format}"
-    if x.dtype not in _DTYPES or weight.dtype != x.dtype:
-        return f"grouped_mm takes rows and weights of one of {_DTYPES}, not {x.dtype} and {weight.dtype}"
-    for name, width in (("input", x.shape[1]), ("output", math.prod(weight.shape[1:-1]))):
+    if isinstance(weight, Packed) and x.device.type != "cuda":
+        return "of packed weights only those in use are made dense, where waiting for their counts costs nothing"
+    dtype = x.dtype if isinstance(weight, Packed) else weight.dtype
+    if x.dtype not in _DTYPES or dtype != x.dtype:
+        return f"grouped_mm takes rows and weights of one of {_DTYPES}, not {x.dtype} and {dtype}"
+    shape = weight.data.shape
+    for name, width in (("input", x.shape[1]), ("output", math.prod(shape[1:-1]))):
         if width * x.element_size() % _ALIGNMENT:
             return f"grouped_mm wants rows of a multiple of {_ALIGNMENT} bytes; {width} {name} numbers are not"
     return None

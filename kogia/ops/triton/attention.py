@@ -19,17 +19,35 @@ from kogia.ops.cache import LatentRow, LayerCache
 from kogia.ops.prefill import FEW
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, let_next_start, odd_width, refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, odd_width, refusal, wait_for_inputs
+
+
+@kernel
+def _latents(row, there, first, like, LATENT: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr):
+    """[rows, WIDTH] numbers of rows' latents, from the `first` on, in the dtype of `like`."""
+    lat = first + tl.arange(0, WIDTH)
+    if FP8:  # one scale for 128 numbers, behind them
+        GROUP: tl.constexpr = WIDTH if WIDTH < 128 else 128
+        codes = tl.load(row[:, None] + lat[None, :], there[:, None], 0)
+        group = first // 128 + tl.arange(0, WIDTH // GROUP)
+        scales = (row + LATENT).to(tl.pointer_type(tl.float32))[:, None] + group[None, :]
+        factor = tl.load(scales, there[:, None], 0.0)
+        grouped = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        grouped = tl.reshape(grouped, (row.shape[0], WIDTH // GROUP, GROUP))
+        numbers = tl.reshape(grouped * factor[:, :, None], (row.shape[0], WIDTH)).to(like.dtype)
+    else:
+        numbers = tl.load(row[:, None] + lat[None, :], there[:, None], 0.0)
+    return numbers
 
 
 @kernel
 def _parts(
     q, rows, tables, context_lens, cu_seqlens, part, part_lse, scale, table_width, PARTS,
     ROW: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, QUERIES: tl.constexpr,
-    TILE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax numerators of one part: part[token, head, p] = sum_j p_j c_j / sum_j p_j, and its log2-sum."""
-    let_next_start(PDL)
     seq, p, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wait_for_inputs(PDL)
     length = tl.load(context_lens + seq).to(tl.int32)
@@ -61,10 +79,13 @@ def _parts(
         there = pos < stop
         page = tl.load(tables + seq.to(tl.int64) * table_width + pos // PAGE, there, 0)
         row = rows + (page.to(tl.int64) * PAGE + pos % PAGE) * ROW
-        kv = tl.load(row[:, None] + lat[None, :], there[:, None], 0.0)
+        kv = _latents(row, there, 0, q_lat, LATENT, WIDTH, FP8)
         if HALVES:
-            far = tl.load(row[:, None] + WIDTH + lat[None, :], there[:, None], 0.0)
-        kr = tl.load(row[:, None] + LATENT + rot[None, :], there[:, None], 0.0)
+            far = _latents(row, there, WIDTH, q_lat, LATENT, WIDTH, FP8)
+        turned = row + LATENT
+        if FP8:
+            turned = (turned + 4 * ((LATENT + 127) // 128)).to(tl.pointer_type(tl.bfloat16))
+        kr = tl.load(turned[:, None] + rot[None, :], there[:, None], 0.0).to(q_rot.dtype)
         s = tl.dot(q_lat, tl.trans(kv))
         if HALVES:
             s += tl.dot(q_rot, tl.trans(kr), tl.dot(q_far, tl.trans(far)))
@@ -96,7 +117,6 @@ def _merge(
     LATENT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = the parts' mean, weighted by their sums; a row is one head of one token."""
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     p, lat = tl.arange(0, PADDED), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -164,7 +184,8 @@ def attention_parts(
         q, cache.rows, cache.block_tables, cache.context_lens, segments.cu_seqlens, part, lse,
         scale * _LOG2_E, cache.block_tables.stride(0), parts,
         ROW=cache.rows.stride(0), HEADS=heads, LATENT=row.latent, ROPE=row.rope, QUERIES=queries, TILE=tile,
-        PAGE=cache.block_size, BLOCK=block, HALVES=row.latent >= 32, PDL=PDL, num_warps=warps, num_stages=stages,
+        PAGE=cache.block_size, BLOCK=block, HALVES=row.latent >= 32, FP8=row.fp8, PDL=PDL, num_warps=warps,
+        num_stages=stages,
         **LAUNCH,
     )  # fmt: skip
     return part, lse
@@ -177,10 +198,13 @@ def cached_attention_supports(
     q: Tensor, cache: LayerCache, segments: Segments, *, scale: float, index: IndexVectors | None = None
 ) -> str | None:
     row = cache.row
-    if not isinstance(row, LatentRow) or row.fp8 or index is not None or row.index:
-        return "it attends to dense latent rows, without an indexer"
+    if not isinstance(row, LatentRow) or index is not None or row.index:
+        return "it attends to latent rows, without an indexer"
     if segments.longest > FEW or segments.num_tokens != segments.num_seqs * segments.longest:
         return f"it takes the same number of queries of every sequence, at most {FEW}"
     if row.latent > 512:
         return f"latents of {row.latent} numbers do not fit into a multiprocessor; it takes 512 at most"
-    return odd_width(16, latent=row.latent, rope=row.rope) or refusal(q, cache.rows)
+    if row.fp8 and row.width % 16:
+        return f"it reads FP8 rows 16 bytes at a time; these have {row.width}"
+    stored = torch.uint8 if row.fp8 else q.dtype
+    return odd_width(16, latent=row.latent, rope=row.rope) or refusal(q) or refusal(cache.rows, dtypes=(stored,))

@@ -30,18 +30,16 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 @kernel
-def let_next_start(PDL: tl.constexpr):
-    """The next kernel may be put on the device as soon as there is room."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@kernel
 def wait_for_inputs(PDL: tl.constexpr):
-    """Until the kernel before this one is done. Before it nothing may be read or written: even a weight may just have
-    been computed, as the dense form of a packed one is."""
+    """Until the kernel before this one is done; then the next may be put on the device. Before it nothing may be read
+    or written: even a weight may just have been computed, as the dense form of a packed one is.
+
+    Were the next one let on before the wait, a row of kernels would stand waiting there, and their programs would take
+    the places among which those of the kernel that runs should be spread. With int4 weights at batch 1 an H200 gave 350
+    tokens/s so, and 467 where one kernel at a time waits."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:

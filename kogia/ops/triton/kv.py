@@ -22,7 +22,6 @@ from kogia.ops.triton.common import (
     LAUNCH,
     PDL,
     kernel,
-    let_next_start,
     odd_width,
     refusal,
     rows_refusal,
@@ -37,7 +36,6 @@ def _kv_parts(
     TILE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """part[token, head, p] = sum_j p_j v_j / sum_j p_j over one part of the rows, and its log2-sum."""
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     seq, kv, p, tile = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1), tl.program_id(2)
     length = tl.load(context_lens + seq).to(tl.int32)
@@ -131,7 +129,6 @@ def _write_kv(
     k, v, slots, rows, k_row, v_row,
     ROW: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(slots + token).to(tl.int64) * ROW

@@ -10,7 +10,6 @@ from kogia.ops.triton.common import (
     LAUNCH,
     PDL,
     kernel,
-    let_next_start,
     odd_width,
     refusal,
     rows_refusal,
@@ -19,11 +18,27 @@ from kogia.ops.triton.common import (
 
 
 @kernel
+def _write_codes(row, latent, FULL: tl.constexpr, LATENT: tl.constexpr):
+    """E4M3 numbers of a latent and a scale for each 128 of them; returns where the rotary key follows. The arithmetic
+    is `quantize_groups`', but for scales below float32's normal numbers."""
+    GROUP: tl.constexpr = FULL if FULL < 128 else 128
+    GROUPS: tl.constexpr = (LATENT + GROUP - 1) // GROUP
+    grouped = tl.reshape(latent, (FULL // GROUP, GROUP))
+    top = tl.max(tl.abs(grouped), 1)
+    scale = tl.where(top > 0, tl.maximum(tl.div_rn(top, tl.full(top.shape, 448.0, tl.float32)), 2.0**-126), 1.0)
+    codes = tl.div_rn(grouped, tl.broadcast_to(scale[:, None], grouped.shape)).to(tl.float8e4nv)
+    lat, group = tl.arange(0, FULL), tl.arange(0, FULL // GROUP)
+    tl.store(row + lat, tl.reshape(codes, (FULL,)).to(tl.uint8, bitcast=True), lat < LATENT)
+    tl.store((row + LATENT).to(tl.pointer_type(tl.float32)) + group, scale, group < GROUPS)
+    return (row + LATENT + 4 * GROUPS).to(tl.pointer_type(tl.bfloat16))
+
+
+@kernel
 def _write(
     kv, slots, rows, weight, cos, sin, eps, kv_stride,
-    ROW: tl.constexpr, FULL: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
+    ROW: tl.constexpr, FULL: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(slots + token).to(tl.int64) * ROW
@@ -33,13 +48,17 @@ def _write(
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / FULL + eps)
     normed = (wide * scale).to(value.dtype) * tl.load(weight + lat)
-    tl.store(row + lat, normed, lat < LATENT)
+    turned = row + LATENT
+    if FP8:
+        turned = _write_codes(row, tl.where(lat < LATENT, normed.to(tl.float32), 0.0), FULL, LATENT)
+    else:
+        tl.store(row + lat, normed, lat < LATENT)
     half = tl.arange(0, ROPE // 2)
     c, s = tl.load(cos + token * (ROPE // 2) + half), tl.load(sin + token * (ROPE // 2) + half)
     even = tl.load(at + FULL + 2 * half).to(tl.float32)
     odd = tl.load(at + FULL + 2 * half + 1).to(tl.float32)
-    tl.store(row + LATENT + 2 * half, (even * c - odd * s).to(value.dtype))
-    tl.store(row + LATENT + 2 * half + 1, (even * s + odd * c).to(value.dtype))
+    tl.store(turned + 2 * half, (even * c - odd * s).to(value.dtype).to(turned.dtype.element_ty))
+    tl.store(turned + 2 * half + 1, (even * s + odd * c).to(value.dtype).to(turned.dtype.element_ty))
 
 
 def write_latent(
@@ -58,7 +77,8 @@ def write_latent(
     full = norm_weight.shape[0]
     _write[(kv.shape[0],)](
         kv, cache.slots, cache.rows, norm_weight, cos, sin, eps, kv.stride(0),
-        ROW=cache.rows.stride(0), FULL=full, LATENT=row.latent, ROPE=row.rope, PDL=PDL, num_warps=1, **LAUNCH,
+        ROW=cache.rows.stride(0), FULL=full, LATENT=row.latent, ROPE=row.rope, FP8=row.fp8, PDL=PDL,
+        num_warps=1, **LAUNCH,
     )  # fmt: skip
 
 
@@ -73,12 +93,13 @@ def write_latent_supports(
     index_key: Tensor | None = None,
 ) -> str | None:
     row = cache.row
-    if not isinstance(row, LatentRow) or row.fp8 or index_key is not None:
-        return "it writes dense latent rows without index keys"
+    if not isinstance(row, LatentRow) or index_key is not None:
+        return "it writes latent rows without index keys"
     return (
         odd_width(2, latent=norm_weight.shape[0], rope=row.rope)
         or refusal(cos, sin, dtypes=(torch.float32,))
-        or rows_refusal(kv, norm_weight, cache.rows)
+        or rows_refusal(kv, norm_weight)
+        or rows_refusal(cache.rows, dtypes=(torch.uint8 if row.fp8 else kv.dtype,))
     )
 
 
@@ -89,7 +110,6 @@ def _absorb(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = [W_UK_h^T q_nope ; RoPE(q_rope)]; the last column of programs rotates."""
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     head, block = tl.program_id(0), tl.program_id(1)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -147,7 +167,6 @@ def _values(
     BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = W_UV_h mixed[t, h]."""
-    let_next_start(PDL)
     head = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -171,9 +190,10 @@ def project_values(mixed: Tensor, w_uv: Tensor) -> Tensor:
     out = torch.empty(tokens, heads, width, dtype=mixed.dtype, device=mixed.device)
     block_t = 16 if tokens <= 16 else 64
     block_v = min(width, 16 if tokens <= 16 else 64)
+    block_k = min(latent, 512 if tokens <= 16 else 256)
     _values[(heads, width // block_v, triton.cdiv(tokens, block_t))](
         mixed, w_uv, out, tokens, w_uv.stride(0), w_uv.stride(1),
-        HEADS=heads, LATENT=latent, V=width, BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_K=min(latent, 256), PDL=PDL,
+        HEADS=heads, LATENT=latent, V=width, BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_K=block_k, PDL=PDL,
         num_warps=4, **LAUNCH,
     )  # fmt: skip
     return out
@@ -191,7 +211,6 @@ def _join(
     NOPE: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows are the heads of the tokens, one after the other."""
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = (row < tokens * heads)[:, None]

@@ -20,17 +20,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.moe import Activation, Routed
+from kogia.ops import fp8
+from kogia.ops.moe import Activation, Routed, SharedExperts
 from kogia.ops.packed import Packed
 from kogia.ops.triton.common import (
     LAUNCH,
     PDL,
     counters,
     kernel,
-    let_next_start,
     refusal,
     rows_refusal,
     wait_for_inputs,
+)
+from kogia.ops.triton.packed import (
+    add_product,
+    columns,
+    either,
+    kind,
+    layout,
+    load_rows,
+    matrix,
+    operand,
+    rows_of,
+    scaled,
+    weight_refusal,
 )
 
 MOST_TOKENS = 512
@@ -49,7 +62,6 @@ def _route(
     BIASED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     tb, eb = tl.program_id(0), tl.program_id(1)
     t = tb * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -207,7 +219,6 @@ def _order(
     EXPERTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program e finds the copies of expert e. A copy is token * (K + SHARED) + choice; -1 fills a block up."""
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     e = tl.program_id(0)
     p = tl.arange(0, PADDED)
@@ -246,13 +257,12 @@ def _expert_of(ids, copy, K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr
 def _gate_up(
     x, ids, rows, block_expert, num_blocks, gate_up, shared_gate, shared_up, hidden, dim, width,
     K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr, ZEROS: tl.constexpr, INTERPRET: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """hidden[copy] = silu(gate) * up of its expert."""
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     block = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.arange(0, BLOCK_M)
     if PAIRS:  # the block is one copy
         copy = tl.where(slot == 0, block, -1)
@@ -265,35 +275,37 @@ def _gate_up(
         expert = tl.load(block_expert + block)
         copy = tl.load(rows + block * BLOCK_M + slot)
     token = (copy // (K + SHARED)).to(tl.int64)
-    size = width.to(tl.int64) * dim
-    gate = gate_up + expert.to(tl.int64) * 2 * size
-    up = gate + size
-    if expert >= E:
-        gate = shared_gate + (expert - E).to(tl.int64) * size
-        up = shared_up + (expert - E).to(tl.int64) * size
+    shared = expert >= E
+    gate = matrix(either(gate_up, shared_gate, shared), tl.where(shared, expert - E, 2 * expert), width, FORMAT)
+    up = matrix(either(gate_up, shared_up, shared), tl.where(shared, expert - E, 2 * expert + 1), width, FORMAT)
+    both = tl.arange(0, 2 * BLOCK_N)  # rows of the gate, then the same of up
+    n = tl.program_id(0) * BLOCK_N + both % BLOCK_N
     inside = n < width
-    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    of_gate, of_up = rows_of(gate, n, FORMAT), rows_of(up, n, FORMAT)
+    is_up = both >= BLOCK_N
+    data, scale = tl.where(is_up, of_up[0], of_gate[0]), tl.where(is_up, of_up[1], of_gate[1])
+    weight = data, scale, tl.where(is_up, of_up[2], of_gate[2])
+    acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, dim, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(x + token[:, None] * dim + k[None, :], (copy >= 0)[:, None] & (k < dim)[None, :], 0.0)
-        at, mask = n[None, :] * dim + k[:, None], inside[None, :] & (k < dim)[:, None]
-        g = tl.dot(a, tl.load(gate + at, mask, 0.0), g)
-        u = tl.dot(a, tl.load(up + at, mask, 0.0), u)
+        even, odd = load_rows(x + token * dim, copy >= 0, start, dim, FORMAT, BLOCK_K, 1, INTERPRET)
+        acc = add_product(acc, even, odd, weight, inside, start, dim, FORMAT, ZEROS, BLOCK_K, 1, INTERPRET)
+    acc = tl.reshape(scaled(acc, weight, inside, FORMAT), (2, BLOCK_N, BLOCK_M))
+    g, u = tl.split(tl.permute(acc, (1, 2, 0)))
     g = g.to(hidden.dtype.element_ty).to(tl.float32)
     value = (g / (1.0 + tl.exp(-g))).to(hidden.dtype.element_ty) * u.to(hidden.dtype.element_ty)
-    to = hidden + copy[:, None].to(tl.int64) * width + n[None, :]
-    tl.store(to, value, (copy >= 0)[:, None] & inside[None, :])
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    to = hidden + copy[None, :].to(tl.int64) * width + n[:, None]
+    tl.store(to, value, (copy >= 0)[None, :] & (n < width)[:, None])
 
 
 @kernel
 def _down(
-    hidden, ids, rows, block_expert, num_blocks, down, shared_down, y, dim, width, shared_row,
+    hidden, ids, rows, block_expert, num_blocks, down, shared_down, y, dim, width,
     K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr, ZEROS: tl.constexpr, INTERPRET: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[copy] = down(hidden[copy]), not yet weighted."""
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     block = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -308,21 +320,19 @@ def _down(
             return
         expert = tl.load(block_expert + block)
         copy = tl.load(rows + block * BLOCK_M + slot)
-    row_width = width
-    matrix = down + expert.to(tl.int64) * dim * width
-    if expert >= E:
-        row_width = shared_row
-        matrix = shared_down + (expert - E) * width
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    shared = expert >= E
+    weight = matrix(either(down, shared_down, shared), tl.where(shared, 0, expert), dim, FORMAT)
+    weight = columns(weight, tl.where(shared, expert - E, 0), down, FORMAT)
     inside = n < dim
+    weight = rows_of(weight, n, FORMAT)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, width, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        at = copy[:, None].to(tl.int64) * width + k[None, :]
-        h = tl.load(hidden + at, (copy >= 0)[:, None] & (k < width)[None, :], 0.0)
-        w = tl.load(matrix + n[None, :] * row_width + k[:, None], inside[None, :] & (k < width)[:, None], 0.0)
-        acc = tl.dot(h, w, acc)
-    to = y + copy[:, None].to(tl.int64) * dim + n[None, :]
-    tl.store(to, acc.to(y.dtype.element_ty), (copy >= 0)[:, None] & inside[None, :])
+        at = hidden + copy.to(tl.int64) * width
+        even, odd = load_rows(at, copy >= 0, start, width, FORMAT, BLOCK_K, 1, INTERPRET)
+        acc = add_product(acc, even, odd, weight, inside, start, width, FORMAT, ZEROS, BLOCK_K, 1, INTERPRET)
+    acc = scaled(acc, weight, inside, FORMAT)
+    to = y + copy[None, :].to(tl.int64) * dim + n[:, None]
+    tl.store(to, acc.to(y.dtype.element_ty), (copy >= 0)[None, :] & inside[:, None])
 
 
 @kernel
@@ -330,7 +340,6 @@ def _sum(
     y, ids, weights, residual, out, dim,
     K: tl.constexpr, SHARED: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -355,24 +364,22 @@ def mix_experts(
     gate_up: Tensor | Packed,
     down: Tensor | Packed,
     *,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    shared: SharedExperts | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """Four launches; for a few tokens three."""
-    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     tokens, dim = x.shape
-    topk, (experts, _, width, _) = expert_ids.shape[1], gate_up.shape
-    num_shared = 0 if shared is None else shared[0].shape[0] // width
+    topk, (experts, _, width) = expert_ids.shape[1], _data(gate_up).shape[:3]
+    num_shared = 0 if shared is None else len(shared[0]) // width
     pairs, total = tokens * (topk + num_shared), experts + num_shared
     sg, su, sd = (gate_up, gate_up, down) if shared is None else shared
     hidden = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
     add, other = residual is not None, x if residual is None else residual
     out = torch.empty_like(x)
     pairwise = tokens <= PAIRWISE
-    mean = pairs / total
-    bm = 16 if mean <= 16 else 32 if mean <= 32 else 64
-    columns, warps, stages = (32, 2, 4) if pairwise else (64, 4, 3)  # few programs: smaller ones fill the chip
-    tiles = {"BLOCK_M": bm, "BLOCK_N": columns, "BLOCK_K": 128, "PDL": PDL, "num_warps": warps, **LAUNCH}
+    mean = 1.0 if pairwise else pairs / total
+    bm = _block_rows(mean)
+    shapes = {"K": topk, "E": experts, "SHARED": num_shared, "PAIRS": pairwise, "BLOCK_M": bm, "PDL": PDL, **LAUNCH}
     most = pairs if pairwise else min(total, pairs) + pairs // bm
     rows = block_expert = num_blocks = expert_ids
     if not pairwise:
@@ -384,20 +391,41 @@ def mix_experts(
             PADDED=triton.next_power_of_2(pairs), EXPERTS=triton.next_power_of_2(total),
             PDL=PDL, num_warps=4 if pairs <= 1024 else 8, **LAUNCH,
         )  # fmt: skip
-    _gate_up[(triton.cdiv(width, columns), most)](
-        x, expert_ids, rows, block_expert, num_blocks, gate_up, sg, su, hidden, dim, width,
-        K=topk, E=experts, SHARED=num_shared, PAIRS=pairwise, num_stages=stages, **tiles,
+    tile = _tile(gate_up, bm, pairwise)
+    _gate_up[(triton.cdiv(width, tile["BLOCK_N"]), most)](
+        x, expert_ids, rows, block_expert, num_blocks, operand(gate_up), operand(sg), operand(su), hidden, dim, width,
+        **layout(gate_up), **tile, **shapes,
     )  # fmt: skip
     y = torch.empty(pairs, dim, dtype=x.dtype, device=x.device)
-    _down[(triton.cdiv(dim, columns), most)](
-        hidden, expert_ids, rows, block_expert, num_blocks, down, sd, y, dim, width, sd.stride(-2),
-        K=topk, E=experts, SHARED=num_shared, PAIRS=pairwise, num_stages=stages + pairwise, **tiles,
+    tile = _tile(down, bm, pairwise)
+    _down[(triton.cdiv(dim, tile["BLOCK_N"]), most)](
+        hidden, expert_ids, rows, block_expert, num_blocks, operand(down), operand(sd), y, dim, width,
+        **layout(down), **tile, **shapes,
     )  # fmt: skip
     _sum[(tokens, triton.cdiv(dim, 1024))](
         y, expert_ids, weights, other, out, dim, K=topk, SHARED=num_shared, ADD=add, BLOCK=1024, PDL=PDL,
         num_warps=4, **LAUNCH,
     )  # fmt: skip
     return out
+
+
+def _block_rows(mean: float) -> int:
+    """Copies in a block, where an expert has so many on average."""
+    return 8 if mean <= 4 else 16 if mean <= 16 else 32 if mean <= 32 else 64
+
+
+def _tile(weight: Tensor | Packed, block_rows: int, pairwise: bool) -> dict[str, int]:
+    """Output columns of a program, its warps, and the loads that run ahead: the fastest of those that were tried.
+
+    Codes become operands in registers while a warp has no part in a product of four warps: two do it.
+    """
+    if isinstance(weight, Tensor):
+        columns, warps, stages = (32, 2, 3) if pairwise else (64, 4, 3)
+    elif block_rows <= 16:
+        columns, warps, stages = 32, 2, 4 if pairwise else 3
+    else:
+        columns, warps, stages = 64, 2 if block_rows == 32 else 4, 3
+    return {"BLOCK_N": columns, "num_warps": warps, "num_stages": stages}
 
 
 def mix_experts_supports(
@@ -407,24 +435,33 @@ def mix_experts_supports(
     gate_up: Tensor | Packed,
     down: Tensor | Packed,
     *,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    shared: SharedExperts | None = None,
     residual: Tensor | None = None,
 ) -> str | None:
-    if isinstance(gate_up, Packed) or isinstance(down, Packed):
-        return "it takes dense weights"
     if x.shape[0] > MOST_TOKENS:
         return f"it is made for at most {MOST_TOKENS} tokens; grouped_mm takes more"
-    rest = () if shared is None else shared
-    if any(isinstance(each, Packed) for each in rest):
-        return "it takes dense weights"
-    if rest and rest[0].shape[0] % gate_up.shape[2]:
-        return f"shared experts {rest[0].shape[0]} wide are no whole number of experts of {gate_up.shape[2]}"
-    return refusal(x, gate_up, down, *rest) or refusal(expert_ids, dtypes=(torch.int64,))
+    width = _data(gate_up).shape[2]
+    reason = refusal(x) or refusal(expert_ids, dtypes=(torch.int64,))
+    reason = reason or weight_refusal(gate_up, x.dtype) or weight_refusal(down, x.dtype)
+    if shared is None or reason:
+        return reason
+    gate, up, back = shared
+    if len(gate) % width:
+        return f"shared experts {len(gate)} wide are no whole number of experts of {width}"
+    for name, own, other in (("gate", gate_up, gate), ("up", gate_up, up), ("down", down, back)):
+        if (reason := weight_refusal(other, x.dtype)) or kind(own) != kind(other):
+            return reason or f"it takes shared experts stored as the routed ones are; their {name} is {kind(other)}"
+    if "fp8" in (kind(gate_up)[0], kind(down)[0]) and width % fp8.BLOCK:
+        return f"FP8 blocks of experts {width} wide do not end where an expert of the shared ones does"
+    return None
+
+
+def _data(weight: Tensor | Packed) -> Tensor:
+    return weight.data if isinstance(weight, Packed) else weight
 
 
 @kernel
 def _silu_mul(gate, up, out, width, gate_row, up_row, PDL: tl.constexpr, BLOCK: tl.constexpr):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -454,7 +491,6 @@ def _gathered_sum(
     y, inverse, weights, first, second, out, dim,
     K: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, let_next_start, refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, refusal, wait_for_inputs
 
 
 @kernel
 def _norm(x, delta, weight, total, out, eps, dim, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < dim

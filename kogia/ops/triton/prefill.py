@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, let_next_start, rows_refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, rows_refusal, wait_for_inputs
 
 
 @kernel
@@ -54,7 +54,6 @@ def _varlen(
     SHARE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     head, seq = tl.program_id(1), tl.program_id(2)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first

@@ -9,7 +9,6 @@ from kogia.ops.triton.common import (
     LAUNCH,
     PDL,
     kernel,
-    let_next_start,
     odd_width,
     refusal,
     rows_refusal,
@@ -23,7 +22,6 @@ def _rotate(
     HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows are the heads of the tokens, one after the other."""
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = (row < tokens * heads)[:, None]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, kernel, let_next_start, rows_refusal, wait_for_inputs
+from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, kernel, rows_refusal, wait_for_inputs
 
 
 @kernel
@@ -22,7 +22,6 @@ def _sample(
     logits, temperature, uniforms, tokens, logprobs, vocab, row_stride,
     DRAW: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * row_stride
@@ -154,7 +153,6 @@ def _sample_filtered(
     logits, temperature, uniforms, top_k, top_p, min_p, tokens, logprobs, vocab, row_stride,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * row_stride
