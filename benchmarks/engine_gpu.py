@@ -122,16 +122,20 @@ def copy_rate() -> float:
     return 2 * a.numel() / median(times) / 1e9
 
 
-def v2_lite(layers: int = 27, mtp_layers: int = 0) -> Any:
+def v2_lite_config(layers: int = 27, mtp_layers: int = 0) -> Any:
     from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
-    from kogia.model.transformer import build_model
 
     mla = MLAConfig(num_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
                     v_head_dim=128)  # fmt: skip
     moe = MoEConfig(num_experts=64, num_shared_experts=2, topk=6, expert_dim=1408, num_dense_layers=1)
-    config = ModelConfig(vocab_size=32000, dim=2048, num_layers=layers, ffn_dim=10944, attention=mla, moe=moe,
-                         max_position=16384, init_std=0.02, num_mtp_layers=mtp_layers)  # fmt: skip
-    return build_model(config, device="cuda", dtype=torch.bfloat16)
+    return ModelConfig(vocab_size=32000, dim=2048, num_layers=layers, ffn_dim=10944, attention=mla, moe=moe,
+                       max_position=16384, init_std=0.02, num_mtp_layers=mtp_layers)  # fmt: skip
+
+
+def v2_lite(layers: int = 27, mtp_layers: int = 0) -> Any:
+    from kogia.model.transformer import build_model
+
+    return build_model(v2_lite_config(layers, mtp_layers), device="cuda", dtype=torch.bfloat16)
 
 
 def build_engine(model: Any, **options: Any) -> Any:

@@ -254,23 +254,64 @@ def experts(limits: dict[str, float], sweep: bool) -> None:
     mixtures(limits, "e128-k8", 128, 8, 768, 0, (1, 8, 64))
 
 
-def mixtures(limits: dict[str, float], name: str, num: int, topk: int, width: int, num_shared: int, sizes: Any) -> None:
+def packed(limits: dict[str, float], sweep: bool) -> None:
+    for format in ("int4", "int8", "fp8"):
+        mixtures(limits, f"v2-lite-{format}", EXPERTS, TOPK, WIDTH, SHARED, (1, 8, 64, 256), format)
+        for tokens in (1, 16, 64, 256):
+            for width, depth in ((2048, 2048), (3648, 2048), (32000, 2048), (24576, 1536), (7168, 16384)):
+                products(limits, tokens, width, depth, format)
+
+
+def products(limits: dict[str, float], rows: int, width: int, depth: int, format: str) -> None:
+    from kogia.ops.linear import dequantize
+    from kogia.ops.triton import linear as kernels
+
+    copies = max(2, 300_000_000 // (width * depth))  # together no part of the cache
+    weights = [weight(width, depth, format=format) for _ in range(copies)]
+    x = randn(rows, depth)
+    want = torch.nn.functional.linear(x.float(), weights[0].dense(torch.float32))
+    out = kernels.linear(x, weights[0])
+    made = dequantize(weights[0], torch.bfloat16)
+    equal = bool((made == weights[0].dense(torch.bfloat16)).all())
+    ms = graph_ms([lambda w=w: kernels.linear(x, w) for w in weights[:20]], 20)
+    read = weights[0].data.nbytes + weights[0].scale.nbytes
+    say(op="linear", shape=f"{width}x{depth}-{format}", tokens=rows, error=error(out, want), equal=equal,
+        us=round(ms * 1e3, 2), tbps=round(read / ms / 1e9, 3))  # fmt: skip
+
+
+def weight(*shape: int, format: str) -> Any:
+    """A random weight, dense in bf16 or packed."""
+    from kogia.ops.packed import FORMATS
+
+    dense = randn(*shape, std=0.02)
+    return dense if format == "bf16" else FORMATS[format].pack(dense)
+
+
+def mixtures(
+    limits: dict[str, float], name: str, num: int, topk: int, width: int, num_shared: int, sizes: Any,
+    format: str = "bf16",
+) -> None:  # fmt: skip
     from kogia.ops.moe import mix_experts
     from kogia.ops.triton import moe as kernels
 
     layers = 4
-    gate_up = [randn(num, 2, width, DIM, std=0.02) for _ in range(layers)]
-    down = [randn(num, DIM, width, std=0.02) for _ in range(layers)]
+    gate_up = [weight(num, 2, width, DIM, format=format) for _ in range(layers)]
+    down = [weight(num, DIM, width, format=format) for _ in range(layers)]
     wide = num_shared * width
     shared: list[Any] = [None] * layers
     if num_shared:
-        shared = [(randn(wide, DIM, std=0.02), randn(wide, DIM, std=0.02), randn(DIM, wide, std=0.02))
+        shared = [tuple(weight(*shape, format=format) for shape in ((wide, DIM), (wide, DIM), (DIM, wide)))
                   for _ in range(layers)]  # fmt: skip
+
+    def numbers(each: Any) -> Any:
+        return each.float() if format == "bf16" else each.dense(torch.float32)
+
+    bytes_per_number = 2.0 if format == "bf16" else (down[0].data.nbytes + down[0].scale.nbytes) / num / DIM / width
     for tokens in sizes:
         x, residual, weights = randn(tokens, DIM), randn(tokens, DIM), torch.rand(tokens, topk, device=DEVICE)
         ids = [torch.rand(tokens, num, device=DEVICE).topk(topk).indices for _ in range(8)]
-        wides = None if shared[0] is None else tuple(each.float() for each in shared[0])
-        want = mix_experts.reference(x.float(), ids[0], weights, gate_up[0].float(), down[0].float(), shared=wides,
+        wides = None if shared[0] is None else tuple(map(numbers, shared[0]))
+        want = mix_experts.reference(x.float(), ids[0], weights, numbers(gate_up[0]), numbers(down[0]), shared=wides,
                                      residual=residual.float())  # fmt: skip
         out = kernels.mix_experts(x, ids[0], weights, gate_up[0], down[0], shared=shared[0], residual=residual)
 
@@ -280,12 +321,12 @@ def mixtures(limits: dict[str, float], name: str, num: int, topk: int, width: in
                                                residual=residual)  # fmt: skip
 
         ms = graph_ms([call(i) for i in range(8)], 20)
-        read = (float(np.mean([len(each.unique()) for each in ids])) + num_shared) * 3 * DIM * width * 2
+        read = (float(np.mean([len(each.unique()) for each in ids])) + num_shared) * 3 * DIM * width * bytes_per_number
         say(op="experts", shape=name, tokens=tokens, error=error(out, want), us=round(ms * 1e3, 2),
             tbps=round(read / ms / 1e9, 3), share=round(read / ms / 1e9 / limits["copy"], 3))  # fmt: skip
 
 
-PARTS = {each.__name__: each for each in (prefill, norm, latent, router, attention, experts)}
+PARTS = {each.__name__: each for each in (prefill, norm, latent, router, attention, experts, packed)}
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def written(text: str) -> str:
     """`text` with each table as the results have it now."""
     tables = {"h200": engine_table("engine_gpu"), "h100": engine_table("engine_gpu_h100"), "kernels": kernel_table()}
     tables["two"] = two_gpu_table()
+    tables["packed"] = packed_table()
     for name, table in tables.items():
         begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
         head, rest = text.split(begin)
@@ -98,6 +99,20 @@ def kernel_table() -> list[str]:
             lines.append(
                 _line(name, case, f"{row['value']:.1f}", *rates, f"{row['error']:.4f}" if "error" in row else "")
             )
+    return lines
+
+
+def packed_table() -> list[str]:
+    """Batches of each form of the weights, beside bf16 in the same run."""
+    rows = results("engine_gpu_packed")
+    lines = _measured("engine_gpu_packed") + _head("weights", "batch", "tokens/s (spread)", "of bf16")
+    for id, row in rows.items():
+        if not id.startswith("decode-"):
+            continue
+        _, name, batch = id.split("-")
+        ratio = row["value"] / rows[f"decode-bf16-{batch}"]["value"]
+        speed = f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"
+        lines.append(_line(name, batch.removeprefix("b"), speed, f"{ratio:.2f}"))
     return lines
 
 
