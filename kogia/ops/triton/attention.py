@@ -7,8 +7,8 @@ the keys as the M side of the tensor cores, was slower in Triton at every shape 
 """
 
 # Inside kernels, types are Triton's:
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 import torch
 import triton

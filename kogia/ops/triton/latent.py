@@ -1,5 +1,9 @@
 """What stands around latent attention: the cache row, the query in the latents' space, the values out of it."""
 
+# Inside kernels, types are Triton's:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -9,8 +9,8 @@ So a product is rounded less than one with the dense weight that `Packed.dense` 
 """
 
 # Inside kernels, types are Triton's:
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from typing import Any
 
