@@ -241,8 +241,8 @@ def open_parallel(
     """
     place = pick_device(device)
     _check(place, config, size)
-    if place.type == "cpu":
-        config = replace(config, graphs=False)
+    if place.type == "cpu":  # `Engine.deterministic` would ask only the first rank
+        config = replace(config, graphs=False, deterministic=bool(config.deterministic))
     setup = Setup(source, config, place.type, whole_experts)
     team = Team(__name__, size)
     try:

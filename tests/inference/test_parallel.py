@@ -61,15 +61,16 @@ def assert_same(found: Engine, want: Engine, params: SamplingParams = SAMPLED) -
         (MLA, {}, SMALL),
         (MLA, {}, replace(SMALL, num_draft_tokens=2)),
         (MLA, {"whole_experts": True}, replace(SMALL, num_draft_tokens=1)),
-        (GQA, {"size": 4}, replace(SMALL, overlap=True)),
+        (GQA, {"size": 4}, replace(SMALL, overlap=True, deterministic=True)),
         (replace(GQA, tie_embeddings=True), {}, SMALL),
     ],
 )
 def test_several_processes_give_the_tokens_of_one(config, options, engine):
     found, want = opened(config, engine, **options), Engine(build_model(config, seed=1), None, engine)
     try:
-        for params in (SAMPLED, GREEDY):
-            assert_same(found, want, params)  # the second time over cached prefixes
+        with found.deterministic():
+            assert_same(found, want, SAMPLED)
+        assert_same(found, want, GREEDY)  # over cached prefixes
         assert found.stats.num_prefix_hit_tokens == want.stats.num_prefix_hit_tokens > 0
         assert found.stats.num_preemptions == want.stats.num_preemptions
         assert found.stats.num_accepted == want.stats.num_accepted
