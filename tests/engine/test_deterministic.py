@@ -168,7 +168,7 @@ def test_a_measurement_is_deterministic_where_that_was_left_open():
     with open_engine.deterministic():
         assert open_engine.generate([PROMPT], PARAMS)[0][0].num_cached_tokens == 20
     open_engine.add(PROMPT, PARAMS)
-    with pytest.raises(ValueError, match="when the engine is idle: 1 requests are left"):
+    with pytest.raises(ValueError, match="when the engine is idle: 1 requests are not done"):
         open_engine.deterministic().__enter__()
     while open_engine.num_unfinished:
         open_engine.step()
