@@ -54,6 +54,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 STEPS, SAVED = 1600, 400
 LENGTH = 256
+BEHIND = 20_000
+"""Characters that are passed over in each held-out or calibration book."""
+CALIBRATION = 16, 1200
+"""Books, and characters of each."""
 BEGIN, END = "<!-- figures: benchmarks/results/quantisation.json -->", "<!-- end of figures -->"
 
 
@@ -88,7 +92,7 @@ def measure(name: str, source: str | None, args: argparse.Namespace) -> dict[str
     for variant, options in VARIANTS.items():
         file = args.runs / f"{name}-{variant}.json"
         if not file.exists():
-            target = converted(directory, args.runs / f"{name}-{variant}", options, args.text)
+            target = converted(directory, args.runs / f"{name}-{variant}", options, calibration_text(args))
             result = {
                 "bytes": sum(tensor.nbytes for tensor in stored_tensors(target).values()),
                 "nats": nats_per_token(target, args.heldout, args.sequences),
@@ -120,8 +124,19 @@ def trained(args: argparse.Namespace) -> Path:
     return directory
 
 
-def converted(source: Path, target: Path, options: dict[str, Any], text: str) -> Path:
-    options = {**options, "calibration": text} if "calibration" in options else options
+def calibration_text(args: argparse.Namespace) -> Path:
+    """A file with pieces of the books that are trained on."""
+    file, (books, length) = args.runs / "calibration.jsonl", CALIBRATION
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        documents = read_source(SourceConfig(args.text, num=books))
+        pieces = [{"text": document.text[BEHIND : BEHIND + length]} for document in documents]
+        file.write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
+    return file
+
+
+def converted(source: Path, target: Path, options: dict[str, Any], text: Path) -> Path:
+    options = {**options, "calibration": str(text)} if "calibration" in options else options
     convert.main(ConvertConfig(str(source), str(target), overwrite=True, **options))
     return target
 
@@ -130,10 +145,13 @@ def converted(source: Path, target: Path, options: dict[str, Any], text: str) ->
 def nats_per_token(directory: Path, heldout: str, num_sequences: int) -> list[float]:
     """Of the first sequence of each book behind its beginning."""
     tokenizer, model = find_model(directory).tokenizer, load_model(directory, dtype=torch.float32)
+    documents = read_source(SourceConfig(heldout, num=num_sequences))
+    ids = [tokenizer.encode_raw(each.text[BEHIND : BEHIND + 16 * LENGTH])[:LENGTH] for each in documents]
     found = []
-    for document in read_source(SourceConfig(heldout, num=num_sequences)):
-        ids = tokenizer.encode_raw(document.text[20000 : 20000 + 16 * LENGTH])[:LENGTH]
-        found.append(-float(model.logprobs(pack([ids])).sum()) / (len(ids) - 1))
+    for start in range(0, len(ids), 8):
+        part = ids[start : start + 8]
+        each = model.logprobs(pack(part)).split([len(sequence) for sequence in part])
+        found += [-float(values.sum()) / (len(values) - 1) for values in each]
     return found
 
 
@@ -154,6 +172,7 @@ def rows(name: str, measured: dict[str, dict[str, Any]], step: int) -> list[dict
         ratio, low, high = (math.exp(fmean(differences) + end) for end in (0.0, -half, half))
         size = {"megabytes": round(result["bytes"] / 1e6, 3), "perplexity": round(math.exp(fmean(result["nats"])), 3)}
         id = "int4-quality" if (name, variant) == (SMALL, "int4") else f"quantisation-{name}-{variant}"
+        size["books"] = len(result["nats"])
         more = {"step": step, "of_steps": STEPS} if name == SMALL else {}
         more |= {"limit": 1.03} if id == "int4-quality" else {}
         found.append(
