@@ -197,11 +197,14 @@ class Runner:
         put_rules(upload, self.table, plan, self.model.config.vocab_size)
         put_scoring(upload, self.table, plan)
         table, samples = self.table, plan.num_samples
-        rows = np.repeat(plan.rows, samples)
-        offsets = np.arange(len(rows)) - np.repeat(np.cumsum(samples) - samples, samples)
+        if plan.only_decodes:
+            rows, offsets = plan.rows, np.zeros_like(samples)
+        else:
+            rows = np.repeat(plan.rows, samples)
+            offsets = np.arange(len(rows)) - np.repeat(np.cumsum(samples) - samples, samples)
         upload.put("sampled_rows", plan.rows[plan.sampled])
         # sample j of a sequence comes from row count - num_samples + j of its run
-        upload.put("sample_rows", np.repeat(ends - samples, samples) + offsets)
+        upload.put("sample_rows", ends - samples if plan.only_decodes else np.repeat(ends - samples, samples) + offsets)
         temperature = table.temperature[rows]
         upload.put("temperature", temperature)
         if not temperature.any():

@@ -187,9 +187,9 @@ class Scheduler:
             want = np.where(least < table.max_length[rows], want, 0)
             if self._run_limit is not None:
                 want = np.minimum(want, self._run_limit(table.num_computed[rows]))
-            granted = np.clip(self.budget - (np.cumsum(want) - want), 0, want)
+            granted = np.minimum(np.maximum(self.budget - (np.cumsum(want) - want), 0), want)
             missing = self._blocks_to_cover(rows, granted) - table.num_blocks[rows]
-            if int(missing.clip(0).sum()) <= self.pool.num_free:
+            if int(np.maximum(missing, 0).sum()) <= self.pool.num_free:
                 break
             if self.num_flights:
                 return None
@@ -202,8 +202,9 @@ class Scheduler:
     def _blocks_to_cover(self, rows: NDArray[np.int64], granted: NDArray[np.int64]) -> NDArray[np.int64]:
         table = self.table
         ends = table.num_computed[rows] + granted
-        ahead = np.where((granted > 0) & (ends >= table.num_known[rows]), self.lookahead, 0)
-        return -(-np.minimum(ends + ahead, table.max_cache_rows[rows]) // self.config.block_size)
+        if self.lookahead:
+            ends += np.where((granted > 0) & (ends >= table.num_known[rows]), self.lookahead, 0)
+        return -(-np.minimum(ends, table.max_cache_rows[rows]) // self.config.block_size)
 
     def _preempt_last(self) -> None:
         row = int(self.running[-1])
@@ -320,9 +321,11 @@ class Scheduler:
         live = ~table.has_ended[rows]
         tokens = plan.grid(result.tokens)
         column = np.arange(tokens.shape[1])
-        num_new, stopped = count_new(tokens, self._drafts(rows, column), samples, table.stop_ids[rows])
+        drafts = tokens if len(column) == 1 else self._drafts(rows, column)
+        num_new, stopped = count_new(tokens, drafts, samples, table.stop_ids[rows])
         logprobs = plan.grid(result.logprobs, fill=0)
-        failed = live & (~np.isfinite(logprobs) & (column < num_new[:, None])).any(axis=1)
+        is_finite = np.isfinite(logprobs)
+        failed = live & (~is_finite & (column < num_new[:, None])).any(axis=1)
         for index in np.flatnonzero(live & table.is_ruled[rows] & (samples > 0)).tolist():
             rules = self._request(int(rows[index])).rules
             failed[index] |= rules is not None and rules.error is not None
@@ -331,9 +334,10 @@ class Scheduler:
         if result.routes is not None:
             self._note_routes(plan, result.routes)
         entry, offset = np.nonzero(column < num_new[:, None])
-        table.token_ids[rows[entry], table.num_known[rows[entry]] + offset] = tokens[entry, offset]
-        table.logprobs[rows[entry], table.num_known[rows[entry]] + offset] = logprobs[entry, offset]
-        self._advance(plan, num_new, np.all(np.isfinite(logprobs), axis=1))
+        gained = rows[entry]
+        place = gained, table.num_known[gained] + offset
+        table.token_ids[place], table.logprobs[place] = tokens[entry, offset], logprobs[entry, offset]
+        self._advance(plan, num_new, is_finite.all(axis=1))
         full = table.num_known[rows] >= table.max_length[rows]
         done = failed | (live & (num_new > 0) & (stopped | full))
         outcomes = []
@@ -380,7 +384,10 @@ class Scheduler:
     def num_verified(self, plan: StepPlan) -> NDArray[np.int64]:
         """Samples that count, per entry of a plan that settles next: none past the greatest length, which a step that
         was planned ahead could not know."""
-        return np.clip(self.table.max_length[plan.rows] - self.table.num_known[plan.rows], 0, plan.num_samples)
+        if not self.config.num_draft_tokens:
+            return plan.num_samples
+        room = self.table.max_length[plan.rows] - self.table.num_known[plan.rows]
+        return np.minimum(np.maximum(room, 0), plan.num_samples)
 
     def _drafts(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
         """[rows, columns] what stands behind the known tokens of each row."""
@@ -391,18 +398,25 @@ class Scheduler:
         """Move the counters, and each block tail back to what the known tokens need."""
         table, rows, samples = self.table, plan.rows, plan.num_samples
         sampled = samples > 0
-        table.num_drafted[rows] += np.maximum(self.num_verified(plan) - 1, 0)
-        table.num_accepted[rows] += np.maximum(num_new - 1, 0)
+        if self.config.num_draft_tokens:
+            table.num_drafted[rows] += np.maximum(self.num_verified(plan) - 1, 0)
+            table.num_accepted[rows] += np.maximum(num_new - 1, 0)
+            table.num_drafts[rows[sampled]] = 0
         table.num_known[rows] += num_new
         table.num_pending[rows] -= sampled
         table.num_computed[rows] -= np.where(sampled, samples - num_new, 0)
-        table.num_drafts[rows[sampled]] = 0
         table.num_flights[rows] -= 1
         table.is_proved[rows] = sampled & is_finite & (table.num_flights[rows] == 0)
         self.num_flights -= 1
+        if self.config.num_draft_tokens:
+            self._trim(rows[sampled])
+
+    def _trim(self, rows: NDArray[np.int64]) -> None:
+        """Give back the blocks that only rejected drafts needed."""
+        table = self.table
         ends = np.maximum(table.num_known[rows] + table.num_pending[rows], table.num_computed[rows]) + self.lookahead
         needed = -(-np.minimum(ends, table.max_cache_rows[rows]) // table.block_size)
-        for where in np.flatnonzero(sampled & (table.num_blocks[rows] > needed)).tolist():
+        for where in np.flatnonzero(table.num_blocks[rows] > needed).tolist():
             row, keep = int(rows[where]), int(needed[where])
             self._release(row, table.row_blocks(row)[keep:])
             table.num_blocks[row] = keep
@@ -429,7 +443,7 @@ class Scheduler:
         lives = ~table.has_ended[rows]
         rows, drafts = rows[lives], drafts[lives]
         room = table.max_length[rows] - table.num_known[rows] - 1
-        table.num_drafts[rows] = np.clip(room, 0, drafts.shape[1])
+        table.num_drafts[rows] = np.minimum(np.maximum(room, 0), drafts.shape[1])
         for column in range(drafts.shape[1]):
             fits = rows[column < table.num_drafts[rows]]
             table.token_ids[fits, table.num_known[fits] + column] = drafts[column < table.num_drafts[rows], column]

@@ -20,9 +20,8 @@ PROMPT_LOGITS_BYTES = 64 << 20
 
 def put_scoring(upload: Upload, table: SequenceTable, plan: StepPlan) -> None:
     """Add to a step's upload which samples bring their likeliest tokens; nothing where none does."""
-    rows = np.repeat(plan.rows, plan.num_samples)
-    if table.num_top[rows].any():
-        upload.put("top_rows", np.flatnonzero(table.num_top[rows]))
+    if table.num_top[plan.rows].any():
+        upload.put("top_rows", np.flatnonzero(table.num_top[np.repeat(plan.rows, plan.num_samples)]))
 
 
 def top_tokens(upload: Upload, logits: Float[Tensor, "samples vocab"]) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ class TokenRuns:
 
 
 def token_runs(plan: StepPlan) -> TokenRuns:
+    if plan.only_decodes:
+        return TokenRuns(plan.rows, plan.starts, plan.counts, plan.rows, plan.starts)
     first = np.cumsum(plan.counts) - plan.counts
     positions = np.arange(plan.num_tokens) + np.repeat(plan.starts - first, plan.counts)
     return TokenRuns(plan.rows, plan.starts, plan.counts, np.repeat(plan.rows, plan.counts), positions)

@@ -127,6 +127,8 @@ def _draw_filtered(
         weight, seen = _kept(at, n, vocab, inverse, best, low, high, ties, seen, floor)
         kept += tl.sum(weight, 0)
         last = tl.maximum(last, tl.max(tl.where(weight > 0, n, 0), 0))
+    is_filtered = ((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0)
+    kept = tl.where(is_filtered, kept, total)  # a row without filters has the bits that it has where no row has any
     before, drawn, seen = tl.full((), 0, tl.float64), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for start in range(0, vocab, BLOCK):
         n = start + tl.arange(0, BLOCK)
