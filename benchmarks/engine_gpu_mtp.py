@@ -109,7 +109,7 @@ def replay(engine: Any, prompt: list[int], truth: list[int], acceptance: float, 
 
     graphs = engine.runner.draft_graphs
     graphs.make = Replayed
-    graphs._recorded.clear()
+    graphs._recorded, graphs._pool = {}, None
 
 
 def lucky_places(count: int, acceptance: float, num_drafts: int) -> np.ndarray:

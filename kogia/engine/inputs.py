@@ -35,41 +35,54 @@ class Upload:
     def __init__(self, staging: Staging) -> None:
         self._staging = staging
         self._arrays: dict[str, NDArray] = {}
+        self._sent: tuple[Tensor, Tensor] | None = None
+        """All integers, and all floats, on the device."""
+        self._starts: dict[str, int] = {}
         self._tensors: dict[str, Tensor] = {}
+        """Those that were asked for."""
 
     def put(self, name: str, array: NDArray) -> None:
         """Integers arrive as int64, floats as float32. Empty arrays travel as well."""
         self._arrays[name] = array
 
     def send(self) -> None:
-        """Start the copy. Floats travel behind the integers, as the bits of float64, which an int64 buffer holds."""
-        floats = {name: array for name, array in self._arrays.items() if array.dtype.kind == "f"}
-        integers = {name: array for name, array in self._arrays.items() if name not in floats}
-        num_integers = sum(array.size for array in integers.values())
-        num_floats = sum(array.size for array in floats.values())
-        buffer, host = self._staging.next_buffer(num_integers + num_floats)
-        _fill(host[:num_integers], integers)
-        _fill(host[num_integers : num_integers + num_floats].view(np.float64), floats)
-        sent = buffer[: num_integers + num_floats].to(self._staging.device, non_blocking=True)
-        self._tensors = _unpack(sent[:num_integers], integers)
-        if floats:
-            self._tensors |= _unpack(sent[num_integers:].view(torch.float64).float(), floats)
+        """Start the copy. Floats travel behind the integers, two in the place of one; each array begins at a multiple
+        of 16 bytes, which kernels are compiled for."""
+        ends = {False: 0, True: 0}
+        for name, array in self._arrays.items():
+            is_float = array.dtype.kind == "f"
+            self._starts[name] = ends[is_float]
+            per_line = 4 if is_float else 2
+            ends[is_float] += -(-array.size // per_line) * per_line
+        num_integers, size = ends[False], ends[False] + ends[True] // 2
+        buffer, host = self._staging.next_buffer(size)
+        floats = host[num_integers:size].view(np.float32)
+        for name, array in self._arrays.items():
+            start = self._starts[name]
+            (floats if array.dtype.kind == "f" else host)[start : start + array.size] = array.ravel()
+        sent = buffer[:size].to(self._staging.device, non_blocking=True)
+        self._sent = sent[:num_integers], sent[num_integers:].view(torch.float32)
 
     def replace(self, name: str, tensor: Tensor) -> None:
         """Let a name of what was sent stand for what the device has computed instead."""
-        if name in self._tensors:
+        if name in self._arrays:
             self._tensors[name] = tensor
 
     def __getitem__(self, name: str) -> Tensor:
         """The array on the device."""
+        if name not in self._tensors:
+            assert self._sent is not None, "nothing was sent yet"
+            array, start = self._arrays[name], self._starts[name]
+            part = self._sent[array.dtype.kind == "f"][start : start + array.size]
+            self._tensors[name] = part if array.ndim == 1 else part.view(array.shape)
         return self._tensors[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._arrays
 
     def get(self, name: str) -> Tensor | None:
         """The same, or None where there is no such array."""
-        return self._tensors.get(name)
+        return self[name] if name in self._arrays else None
 
 
 class Download:
@@ -99,15 +112,3 @@ class Download:
 
 def _as_integers(tensor: Tensor) -> Tensor:
     return (tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor).flatten()
-
-
-def _fill(host: NDArray, arrays: dict[str, NDArray]) -> None:
-    start = 0
-    for array in arrays.values():
-        host[start : start + array.size] = array.ravel()
-        start += array.size
-
-
-def _unpack(numbers: Tensor, arrays: dict[str, NDArray]) -> dict[str, Tensor]:
-    parts = numbers.split([array.size for array in arrays.values()])
-    return {n: part if a.ndim == 1 else part.view(a.shape) for (n, a), part in zip(arrays.items(), parts, strict=True)}

@@ -18,7 +18,7 @@ from rich.table import Table
 from kogia import log
 from kogia.checkpoint.directory import load_config, resolve_model_dir
 from kogia.checkpoint.open import open_model, pick_device, pick_dtype
-from kogia.engine.engine import Engine
+from kogia.engine.engine import Engine, EngineStats
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.engine.traffic import cache_bytes, weight_bytes
@@ -26,6 +26,7 @@ from kogia.files import check_target, write_json
 from kogia.inference.config import BenchConfig
 from kogia.inference.machine import copy_rate, describe
 from kogia.inference.parallel import DrawnModel, Source, StoredModel, open_parallel
+from kogia.inference.readiness import Readiness
 from kogia.model.config import ModelConfig
 from kogia.model.costs import num_params
 from kogia.model.presets import PRESETS, preset
@@ -44,6 +45,8 @@ class Speed:
     gigabytes: float | None = None
     """What a step reads of the memory at least, in 10^9 bytes: weights and cache."""
     step_seconds: float | None = None
+    acceptance: float | None = None
+    """Share of the drafts that were right; None where nothing was drafted."""
 
     @property
     def middle(self) -> float:
@@ -58,14 +61,16 @@ class Speed:
     def to_json(self, copy_bytes: float) -> dict[str, Any]:
         least, most = min(self.values), max(self.values)
         found = {"name": self.name, "tokens_per_second": self.middle, "low": least, "high": most}
-        return found | {"gigabytes_per_step": self.gigabytes, "share_of_copy_rate": self.share(copy_bytes)}
+        found |= {"gigabytes_per_step": self.gigabytes, "share_of_copy_rate": self.share(copy_bytes)}
+        return found | ({} if self.acceptance is None else {"acceptance": self.acceptance})
 
 
 def main(config: BenchConfig) -> None:
     """Raises ValueError for a model that is not there or a context that is too short."""
     if config.out is not None:
         check_target(config.out)
-    engine = engine_for_bench(config)
+    readiness = Readiness()
+    engine = engine_for_bench(config, readiness)
     model = engine.model
     room = model.config.max_position - config.prompt_tokens
     if room < config.max_tokens:
@@ -74,10 +79,12 @@ def main(config: BenchConfig) -> None:
             f"{model.config.max_position}; lower them"
         )
     with generation_threads(None, num_params(model.config)):
+        with readiness.stage("graphs"):
+            engine.warm_up()
+        with readiness.stage("first token"):
+            engine.generate([[0]], SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+        log.info(str(readiness))
         copy_bytes = copy_rate(model.device)
-        started = time.perf_counter()
-        engine.warm_up(lambda done, of: log.info(f"recorded graph {done} of {of}") if done == of else None)
-        log.info(f"the engine was ready after {time.perf_counter() - started:.1f} s")
         speeds = [speed for batch in config.batches for speed in batch_speeds(engine, config, batch)]
         load = under_load(engine, config) if config.rate else None
     figures = {
@@ -89,6 +96,7 @@ def main(config: BenchConfig) -> None:
         "expert_parallel": config.expert_parallel,
         "machine": describe(model.device),
         "copy_gb_per_second": copy_bytes / 1e9,
+        "ready_seconds": readiness.seconds,
         "speeds": [speed.to_json(copy_bytes) for speed in speeds],
         "load": load,
     }
@@ -97,10 +105,13 @@ def main(config: BenchConfig) -> None:
         write_json(config.out, figures)
 
 
-def engine_for_bench(config: BenchConfig) -> Engine:
+def engine_for_bench(config: BenchConfig, readiness: Readiness) -> Engine:
     """In this process, or over several. Raises ValueError as `open_model` and `Engine` do."""
     if config.tensor_parallel == 1 and not config.expert_parallel:
-        return Engine(open_for_bench(config), None, config.engine)
+        with readiness.stage("weights"):
+            model = open_for_bench(config)
+        with readiness.stage("engine"):
+            return Engine(model, None, config.engine)
     device = pick_device(config.device)
     source: Source = StoredModel(config.model, config.dtype, config.quantize)
     if config.random_weights:
@@ -112,9 +123,10 @@ def engine_for_bench(config: BenchConfig) -> Engine:
         source = DrawnModel(_config_of(config.model), drawn_dtype(config, device), config.seed)
     else:
         _check_has_weights(config.model)
-    return open_parallel(
-        source, config.engine, config.tensor_parallel, device=device, whole_experts=config.expert_parallel
-    )
+    with readiness.stage("weights and engines"):
+        return open_parallel(
+            source, config.engine, config.tensor_parallel, device=device, whole_experts=config.expert_parallel
+        )
 
 
 def open_for_bench(config: BenchConfig) -> Transformer:
@@ -150,29 +162,33 @@ def batch_speeds(engine: Engine, config: BenchConfig, batch: int) -> list[Speed]
     generator = np.random.default_rng(config.seed)
     vocab = engine.model.config.vocab_size
 
-    def timed(num_tokens: int) -> float:
+    def timed(num_tokens: int) -> tuple[float, int]:
+        """(seconds, steps)"""
         prompts = generator.integers(0, vocab, (batch, config.prompt_tokens)).tolist()
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        started = time.perf_counter()
+        started, steps = time.perf_counter(), engine.stats.num_steps
         engine.generate(prompts, params)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, engine.stats.num_steps - steps
 
     timed(2)
+    engine.stats = EngineStats()
     ones, rates, steps = [], [], []
     for _ in range(config.rounds):
-        one, whole = timed(1), timed(config.max_tokens)
+        (one, first), (whole, all_steps) = timed(1), timed(config.max_tokens)
         ones.append(batch * config.prompt_tokens / one)
-        steps.append(max(whole - one, 1e-9) / (config.max_tokens - 1))
-        rates.append(batch / steps[-1])
+        seconds = max(whole - one, 1e-9)
+        steps.append(seconds / max(1, all_steps - first))
+        rates.append(batch * (config.max_tokens - 1) / seconds)
     context = config.prompt_tokens + config.max_tokens / 2
     gigabytes = step_bytes(engine, batch, context) / 1e9
-    decode = Speed(f"decode, batch {batch}", tuple(rates), gigabytes, median(steps))
+    acceptance = engine.stats.acceptance if engine.stats.num_drafted else None
+    decode = Speed(f"decode, batch {batch}", tuple(rates), gigabytes, median(steps), acceptance)
     return [decode, Speed(f"prefill, {batch} x {config.prompt_tokens}", tuple(ones))]
 
 
 def step_bytes(engine: Engine, batch: int, context: float) -> float:
     """What a decode step reads at least: weights, of the experts those that are used, and the cache."""
-    weights = weight_bytes(engine.model, batch, engine.experts.number, engine.config.num_draft_tokens)
+    weights = weight_bytes(engine.model, batch, engine.experts.number, engine.num_draft_tokens)
     return weights + cache_bytes(engine.runner.cache, batch, context)
 
 
@@ -235,6 +251,9 @@ def print_figures(figures: dict[str, Any]) -> None:
         table.add_row(speed["name"], f"{speed['tokens_per_second']:,.0f}", spread, *cells)
     console = Console()
     console.print(table)
+    for speed in figures["speeds"]:
+        if "acceptance" in speed:
+            print(f"{speed['name']}: {speed['acceptance']:.0%} of drafts accepted")
     print(
         f"{figures['machine']['device']}: memory is copied at {figures['copy_gb_per_second']:,.1f} GB/s (read + write)"
     )

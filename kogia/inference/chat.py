@@ -64,6 +64,7 @@ def converse(llm: LLM, config: ChatConfig, params: SamplingParams) -> int:
     conversation = Conversation(llm, params, config.system, config.thinking)
     if sys.stdin.isatty():
         sampling = ", ".join(f"{name} {getattr(params, name):g}" for name in FILTERS)
+        console.print(f"{llm.readiness}", style="dim")
         console.print(f"{sampling}. /help says what else there is.", style="dim")
     for line, is_command in _questions(console, config.history):
         if is_command and line in ("/exit", "/quit"):

@@ -15,6 +15,7 @@ from kogia.engine.limits import check_engine
 from kogia.engine.request import Completion, SamplingParams, TokenEvent
 from kogia.engine.threads import generation_threads
 from kogia.inference.parallel import StoredModel, open_parallel
+from kogia.inference.readiness import Readiness
 from kogia.model.costs import num_params
 from kogia.text.chat import Message, Prompt, render_prompt
 
@@ -56,13 +57,19 @@ class LLM:
         config = from_dict(EngineConfig, {**engine_options, "num_draft_tokens": num_draft_tokens}, "engine")
         check_engine(found.config, config, found.dtype)
         self.tokenizer = found.tokenizer
+        self.readiness = Readiness()
+        """What it took, stage by stage."""
         if tensor_parallel == 1 and not expert_parallel:
-            self.engine = Engine(found.open().model, self.tokenizer, config)
+            with self.readiness.stage("weights"):
+                model = found.open().model
+            with self.readiness.stage("engine"):
+                self.engine = Engine(model, self.tokenizer, config)
         else:
             source = StoredModel(found.directory, dtype, quantize)
-            self.engine = open_parallel(
-                source, config, tensor_parallel, device=found.device, whole_experts=expert_parallel
-            )
+            with self.readiness.stage("weights and engines"):
+                self.engine = open_parallel(
+                    source, config, tensor_parallel, device=found.device, whole_experts=expert_parallel
+                )
         self.model = self.engine.model
         """With `tensor_parallel`, this process's share."""
 

@@ -28,6 +28,7 @@ def test_a_preset_with_drawn_weights_is_measured_and_written(tmp_path, capsys):
     for speed in found["speeds"]:
         assert 0 < speed["low"] <= speed["tokens_per_second"] <= speed["high"]
     assert found["speeds"][0]["gigabytes_per_step"] < found["speeds"][2]["gigabytes_per_step"]
+    assert list(found["ready_seconds"]) == ["weights", "engine", "graphs", "first token"]
     load = found["load"]
     assert load["requests"] == 5 and load["tokens_per_second"] > 0
     for times in (load["first_token_seconds"], load["between_tokens_seconds"]):
@@ -35,6 +36,16 @@ def test_a_preset_with_drawn_weights_is_measured_and_written(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "decode, batch 3" in shown and "first token" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_acceptance_is_told_where_there_are_drafts(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    words = ["bench", "kogia-demo", "--random-weights", *QUICK, "--batches", "1", "--engine.num-draft-tokens", "1"]
+    assert main([*words, "--out", str(out)]) == 0
+    decode, prefill = json.loads(out.read_text())["speeds"]
+    assert 0 <= decode["acceptance"] <= 1 and "acceptance" not in prefill
+    shown = capsys.readouterr()
+    assert "of drafts accepted" in shown.out and "ready after" in shown.err
 
 
 def test_fewer_active_experts_are_fewer_bytes():

@@ -69,33 +69,34 @@ def _ordered(z):
 
 
 @kernel
-def _above(at, vocab, inverse, best, bar, BLOCK: tl.constexpr):
-    """(how many tokens' bits reach `bar`, their mass relative to the best)."""
-    count, mass = tl.full((), 0, tl.int32), tl.full((), 0, tl.float64)
+def _above(at, vocab, inverse, best, bar, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """(how many tokens' bits reach `bar`, and with MASS their mass relative to the best)."""
+    count, mass = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         n = start + tl.arange(0, BLOCK)
         z = _scaled(at, n, vocab, inverse)
         reached = (_ordered(z) >= bar) & (n < vocab)
-        count += tl.sum(reached.to(tl.int32), 0)
-        mass += tl.sum(tl.where(reached, tl.exp(z - best), 0.0).to(tl.float64), 0)
-    return count, mass
+        count += reached.to(tl.int32)
+        if MASS:
+            mass += tl.where(reached, tl.exp(z - best), 0.0)
+    return tl.sum(count, 0), tl.sum(mass.to(tl.float64), 0)
 
 
 @kernel
-def _threshold(at, vocab, inverse, best, low, reached, mass, most, target, BLOCK: tl.constexpr):
-    """Narrow the bits of the token that completes the first `most`, or those whose mass reaches `target`, whichever
-    comes first, to low <= bits < high, where one token is left or all are alike. `reached` tokens reach `low`, their
-    mass is `mass`. Returns (low, high, how many tokens reach high, their mass, of each one between the mass)."""
+def _threshold(at, vocab, inverse, best, low, reached, most, target, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Narrow the bits of the token that completes the first `most`, or with MASS those whose mass reaches `target`, to
+    low <= bits < high, where one token is left or all are alike. `reached` tokens reach `low`.
+    Returns (low, high, how many tokens reach high, their mass, of each one between the mass)."""
     high = _ordered(best).to(tl.int64) + 1
-    above, mass_above = tl.full((), 0, tl.int32), tl.full((), 0, tl.float64)
+    above = tl.full((), 0, tl.int32)
     while (high - low > 1) & (reached - above > 1):
         middle = low + (high - low) // 2
-        count, weight = _above(at, vocab, inverse, best, middle, BLOCK)
-        enough = (count >= most) | (weight >= target)
+        count, mass = _above(at, vocab, inverse, best, middle, MASS, BLOCK)
+        enough = (mass >= target) if MASS else (count >= most)
         low, reached = tl.where(enough, middle, low), tl.where(enough, count, reached)
-        mass = tl.where(enough, weight, mass)
         high, above = tl.where(enough, high, middle), tl.where(enough, above, count)
-        mass_above = tl.where(enough, mass_above, weight)
+    above, mass_above = _above(at, vocab, inverse, best, high, True, BLOCK)
+    reached, mass = _above(at, vocab, inverse, best, low, True, BLOCK)
     return low, high, above, mass_above, (mass - mass_above) / tl.maximum(reached - above, 1)
 
 
@@ -109,17 +110,17 @@ def _draw_filtered(
     mass = total
     if (top_k > 0) & (top_k < vocab):
         low, high, above, mass, between = _threshold(
-            at, vocab, inverse, best, low, vocab, total, top_k, total * 2, BLOCK
+            at, vocab, inverse, best, low, vocab, top_k, total, False, BLOCK
         )  # fmt: skip
         ties = top_k - above
     if top_p < 1:
         target = top_p * (mass + ties * between)
         if mass >= target:
             low, high, above, mass, between = _threshold(
-                at, vocab, inverse, best, high, above, mass, vocab + 1, target, BLOCK
+                at, vocab, inverse, best, high, above, top_k, target, True, BLOCK
             )  # fmt: skip
         ties = tl.maximum(tl.ceil((target - mass) / tl.maximum(between, 1e-300)).to(tl.int32), 1)
-    floor = best + tl.log(min_p)
+    floor = tl.where(min_p > 0, best + tl.log(tl.maximum(min_p, 1e-38)), float("-inf"))
     kept = tl.full((), 0, tl.float64)
     last, seen = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for start in range(0, vocab, BLOCK):
