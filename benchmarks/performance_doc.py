@@ -35,7 +35,12 @@ def main() -> None:
 
 def written(text: str) -> str:
     """`text` with each table as the results have it now."""
-    tables = {"h200": engine_table("engine_gpu"), "h100": engine_table("engine_gpu_h100"), "kernels": kernel_table()}
+    tables = {
+        "h200": engine_table("engine_gpu"),
+        "h100": engine_table("engine_gpu_h100"),
+        "mtp": mtp_table(),
+        "kernels": kernel_table(),
+    }
     tables["two"] = two_gpu_table()
     tables["packed"] = packed_table()
     for name, table in tables.items():
@@ -87,6 +92,20 @@ def two_gpu_table() -> list[str]:
         one, two = (found[kind.format(gpus)] for gpus in ("1gpu", "2gpu-tensor"))
         speeds = " | ".join(f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})" for row in (one, two))
         lines.append(f"| {work} | {speeds} | {two['value'] / one['value']:.2f} |")
+    return lines
+
+
+def mtp_table() -> list[str]:
+    rows = results("engine_gpu_mtp")
+    lines = _measured("engine_gpu_mtp") + _head(
+        "drafts", "tokens/s without", "with (spread)", "gain (spread)", "accepted", "tokens/step", "ms/step", "GB/step"
+    )
+    for drafts in (1, 2):
+        plain, row, gain = (rows[f"{name}-b1-k{drafts}"] for name in ("decode-bf16", "mtp-bf16", "mtp-speedup"))
+        spread, gains = (f"({each['low']:,.{n}f} to {each['high']:,.{n}f})" for each, n in ((row, 0), (gain, 2)))
+        cells = [f"{row['acceptance']:.0%}", f"{row['tokens_per_step']:.2f}", f"{row['step_ms']:.2f}"]
+        cells = [f"{row['value']:,.0f} {spread}", f"{gain['value']:.2f} {gains}", *cells]
+        lines.append(_line(str(drafts), f"{plain['value']:,.0f}", *cells, f"{row['gigabytes_per_step']:.1f}"))
     return lines
 
 

@@ -337,6 +337,21 @@ def test_a_request_that_cannot_even_be_opened_takes_nobody_along(model, overlap)
     assert_empty(busy)
 
 
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_prompts_that_come_in_let_every_running_sequence_have_a_token_in_every_step(model, drafts):
+    """However long they are: the budget of a step bounds the time between tokens, and decodes come first in it."""
+    busy = engine(model, max_batch_tokens=12, num_draft_tokens=drafts, adaptive_drafts=False)
+    params = SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
+    running = [busy.add([5 + i], params, stream=True)[0] for i in range(3)]
+    busy.step()
+    for _ in range(8):
+        busy.add(list(range(50)), params)
+        before = busy.stats.num_run_tokens
+        heard = {event.request_id for event in busy.step() if event.token_ids}
+        assert heard >= set(running)
+        assert busy.stats.num_run_tokens - before <= 12
+
+
 def short_of_memory(engine: Engine, most: int) -> list[int]:
     """Let steps of more than `most` tokens fail; returns the sizes of those that do not, as they run."""
     launch, sizes = engine.runner.launch, []
