@@ -1,8 +1,9 @@
 """State of the running sequences as numpy columns, one row each, so that a step costs no Python per token.
 
 Counters of a row, all in tokens: `num_known` are prompt or sampled and read back from the device; `num_pending` more
-have been sampled there, or will be by steps in flight, and their values are not known here yet; `num_computed` have
-valid cache rows once those steps have run. `num_drafts` guesses stand in `token_ids` behind the known tokens.
+have been sampled there, or will be by steps in flight, and their values are not known here yet (with drafts that is the
+least number, one for each step); `num_computed` have valid cache rows once those steps have run (with drafts that is
+the most). `num_drafts` guesses stand in `token_ids` behind the known tokens.
 With no step in flight num_pending = 0 and num_computed < num_known: at least the last known token is still to be run.
 
 The scheduler is the only one that writes here.
