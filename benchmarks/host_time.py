@@ -1,6 +1,6 @@
 """Host time of a decode step: planning, packing, launching and settling, with a device that costs nothing.
 
-    python benchmarks/host_time.py [--batches 1 64 256] [--drafts 0 1] [--profile]
+    python benchmarks/host_time.py [--batches 1 64 256] [--profile]
 
 The model's part is replaced by logits that stand ready, so that what is left is the host's. On a CPU each small tensor
 op costs about what its launch costs beside a GPU. Microseconds per step, medians; with --profile, what takes them.
@@ -73,9 +73,10 @@ def idle_engine(batch: int) -> Any:
 
     def recorded(self: Any, size: int, num_blocks: int) -> Any:
         numbers = torch.zeros(size, 4 + num_blocks, dtype=torch.int64)
-        return graphs._Recorded(Nothing(), numbers, None, torch.zeros(size, config.vocab_size))
+        return graphs._Recorded(Nothing(), numbers, None, None, torch.zeros(size, config.vocab_size))
 
     graphs.DecodeGraphs._record = recorded
+    graphs.recorded_sizes = lambda most, *_: list(range(1, most + 1))
     engine_module.why_not = lambda *_: None
     settings = EngineConfig(block_size=64, num_blocks=5000, max_sequences=256, max_batch_tokens=16384, overlap=True)
     engine = engine_module.Engine(build_model(config), None, settings)

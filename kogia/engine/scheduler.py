@@ -337,7 +337,7 @@ class Scheduler:
         gained = rows[entry]
         place = gained, table.num_known[gained] + offset
         table.token_ids[place], table.logprobs[place] = tokens[entry, offset], logprobs[entry, offset]
-        self._advance(plan, num_new, is_finite.all(axis=1))
+        self._advance(plan, num_new, np.all(is_finite, axis=1))
         full = table.num_known[rows] >= table.max_length[rows]
         done = failed | (live & (num_new > 0) & (stopped | full))
         outcomes = []

@@ -226,13 +226,13 @@ def test_logits_that_are_not_finite_end_their_request_alone(model, build):
     with torch.no_grad():
         model.model.embed_tokens.weight[60] = float("nan")
         model.lm_head.weight[60] = 0  # so that nobody else drafts it
+    want = [group[0] for group in ids(plain(model), GREEDY, PROMPTS[:3])]
     engine = build(model, num_draft_tokens=2, num_blocks=40)
     for _ in range(2):
-        found = engine.generate([*PROMPTS[:3], [4, 60, 5]], GREEDY)
-        assert [group[0].finish_reason for group in found] == ["length"] * 3 + ["error"]
+        found = [group[0] for group in engine.generate([*PROMPTS[:3], [4, 60, 5]], GREEDY)]
+        assert [completion.finish_reason for completion in found] == ["length"] * 3 + ["error"]
+        assert DEVICE == "cuda" or [completion.token_ids for completion in found[:3]] == want
         assert_empty(engine)
-    if DEVICE == "cpu":
-        assert [group[0].token_ids for group in found[:3]] == [g[0] for g in ids(plain(model), GREEDY, PROMPTS[:3])]
 
 
 def test_new_weights_between_steps_keep_the_graphs_valid(build):
