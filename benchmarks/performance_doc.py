@@ -40,9 +40,9 @@ def written(text: str) -> str:
         "h100": engine_table("engine_gpu_h100"),
         "mtp": mtp_table(),
         "kernels": kernel_table(),
+        "two": two_gpu_table(),
+        "packed": packed_table(),
     }
-    tables["two"] = two_gpu_table()
-    tables["packed"] = packed_table()
     for name, table in tables.items():
         begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
         head, rest = text.split(begin)
