@@ -8,7 +8,7 @@ import numpy as np
 from kogia.engine.blocks import hash_block
 from kogia.engine.grammar import Grammar, Grammars
 from kogia.engine.request import SamplingParams
-from kogia.engine.rules import Allowed, BadWords, Biases, NoStopBefore, Penalised, Rule, TokenRules
+from kogia.engine.rules import NO_PENALTIES, Allowed, BadWords, Biases, NoStopBefore, Penalised, Rule, TokenRules
 from kogia.engine.thinking import Thought
 from kogia.model.config import ModelConfig
 from kogia.text.tokenizer import Tokenizer
@@ -76,11 +76,11 @@ class Intake:
         if params.logit_bias:
             rules.append(Biases(params.logit_bias))
         penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-        if penalties != (1, 0, 0):
-            rules.append(Penalised(prompt if params.repetition_penalty != 1 else ()))
+        if penalties != NO_PENALTIES:
+            rules.append(Penalised(penalties, prompt if params.repetition_penalty != 1 else ()))
         if thought is not None:
             rules.append(thought)  # the last: what it forces is more than what others allow
-        return TokenRules(rules, penalties) if rules else None
+        return TokenRules(rules) if rules else None
 
     def thought(self, prompt: Sequence[int], budget: int | None = None) -> Thought:
         """The rule that bounds the thought of a request. Raises ValueError without a tokenizer."""

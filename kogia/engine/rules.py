@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 Words = NDArray[np.int64]
 """[words] one bit per token of the vocabulary, 64 a word, the lowest first."""
 
+Penalties = tuple[float, float, float]
+"""Those of repetition, frequency and presence."""
+NO_PENALTIES: Penalties = (1.0, 0.0, 0.0)
+
 
 @dataclass(slots=True)
 class Edit:
@@ -22,6 +26,8 @@ class Edit:
     bias: Mapping[int, float] = field(default_factory=dict)
     counts: Mapping[int, int] = field(default_factory=dict)
     """Of the tokens that penalties apply to: times in the completion."""
+    penalties: Penalties = NO_PENALTIES
+    """Of these tokens."""
     bans: list[int] = field(default_factory=list)
     mask: Words | None = None
     """None allows all."""
@@ -62,9 +68,8 @@ class Rule:
 class TokenRules:
     """The rules of one request, and how far they have been told of its tokens."""
 
-    def __init__(self, rules: Sequence[Rule], penalties: tuple[float, float, float] = (1.0, 0.0, 0.0)) -> None:
-        """`penalties` are those of repetition, frequency and presence, for the counts of the edits."""
-        self.rules, self.penalties = list(rules), penalties
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = list(rules)
         self._num_learnt = 0
 
     @property
@@ -163,14 +168,14 @@ class BadWords(Rule):
 class Penalised(Rule):
     """The tokens that penalties apply to: those of the completion, and where repetition counts those of the prompt."""
 
-    def __init__(self, prompt: Sequence[int] = ()) -> None:
-        self._counts = Counter(dict.fromkeys(prompt, 0))
+    def __init__(self, penalties: Penalties, prompt: Sequence[int] = ()) -> None:
+        self._penalties, self._counts = penalties, Counter(dict.fromkeys(prompt, 0))
 
     def learn(self, token_ids: list[int]) -> None:
         self._counts.update(token_ids)
 
     def apply(self, edit: Edit, num_tokens: int, drafts: list[int]) -> None:
-        edit.counts = self._counts
+        edit.counts, edit.penalties = self._counts, self._penalties
         if drafts:
             edit.counts = self._counts.copy()
             edit.counts.update(drafts)

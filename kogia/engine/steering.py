@@ -5,29 +5,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kogia.engine.inputs import Upload
-from kogia.engine.rules import Edit
+from kogia.engine.rules import NO_PENALTIES, Edit
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.step import StepPlan
 from kogia.ops.adjust import Bias, Masks, Penalties, adjust_logits
 
-NO_PENALTIES = (1.0, 0.0, 0.0)
-
 
 def put_rules(upload: Upload, table: SequenceTable, plan: StepPlan, vocab: int) -> None:
     """Add to a step's upload what `steer` needs; nothing where no request has rules."""
-    ruled = table.is_ruled[plan.rows] & (plan.num_samples > 0)
+    ruled = table.is_ruled[plan.rows]
     if not ruled.any():
         return
     firsts = np.cumsum(plan.num_samples) - plan.num_samples
-    penalties = np.tile(np.array(NO_PENALTIES, dtype=np.float32), (int(plan.num_samples.sum()), 1))
     edits: dict[int, Edit] = {}
-    for index in np.flatnonzero(ruled).tolist():
-        first, count = int(firsts[index]), int(plan.num_samples[index])
-        edits |= enumerate(_edits(table, int(plan.rows[index]), count), first)
-        request = table.requests[plan.rows[index]]
-        assert request is not None and request.rules is not None
-        penalties[first : first + count] = request.rules.penalties
-    _put_entries(upload, edits, penalties, vocab)
+    for index in np.flatnonzero(ruled & (plan.num_samples > 0)).tolist():
+        edits.update(enumerate(_edits(table, int(plan.rows[index]), int(plan.num_samples[index])), int(firsts[index])))
+    _put_penalties(upload, edits, int(plan.num_samples.sum()), vocab)
+    bias = [(row * vocab + token, value) for row, edit in edits.items() for token, value in edit.bias.items()]
+    if bias:
+        upload.put("bias_at", np.array([at for at, _ in bias]))
+        upload.put("bias", np.array([value for _, value in bias], dtype=np.float32))
+    masks = {row: edit.mask for row, edit in edits.items() if edit.mask is not None}
+    if masks:
+        upload.put("mask_rows", np.array(list(masks)))
+        upload.put("masks", np.stack(list(masks.values())))
+    bans = [row * vocab + token for row, edit in edits.items() for token in edit.bans]
+    if bans:
+        upload.put("bans", np.array(bans))
 
 
 def _edits(table: SequenceTable, row: int, num_samples: int) -> list[Edit]:
@@ -39,25 +43,17 @@ def _edits(table: SequenceTable, row: int, num_samples: int) -> list[Edit]:
     return request.rules.edits(table.token_ids[row, start:known], drafts, pending)
 
 
-def _put_entries(upload: Upload, edits: dict[int, Edit], penalties: np.ndarray, vocab: int) -> None:
-    """Entries of all edits, by the row of logits that each is of; lists that are empty everywhere do not travel."""
-    bias = [(row * vocab + token, value) for row, edit in edits.items() for token, value in edit.bias.items()]
-    if bias:
-        upload.put("bias_at", np.array([at for at, _ in bias]))
-        upload.put("bias", np.array([value for _, value in bias], dtype=np.float32))
-    seen = [(row, edit.counts) for row, edit in edits.items() if edit.counts]
-    if seen:
-        upload.put("seen_at", np.concatenate([row * vocab + np.fromiter(counts.keys(), int) for row, counts in seen]))
-        upload.put("seen_counts", np.concatenate([np.fromiter(counts.values(), int) for _, counts in seen]))
-        for column, name in enumerate(("repetition", "frequency", "presence")):
-            upload.put(name, penalties[:, column])
-    masks = {row: edit.mask for row, edit in edits.items() if edit.mask is not None}
-    if masks:
-        upload.put("mask_rows", np.array(list(masks)))
-        upload.put("masks", np.stack(list(masks.values())))
-    bans = [row * vocab + token for row, edit in edits.items() for token in edit.bans]
-    if bans:
-        upload.put("bans", np.array(bans))
+def _put_penalties(upload: Upload, edits: dict[int, Edit], num_samples: int, vocab: int) -> None:
+    seen = {row: edit for row, edit in edits.items() if edit.counts}
+    if not seen:
+        return
+    counts = [edit.counts for edit in seen.values()]
+    upload.put("seen_at", np.concatenate([row * vocab + np.fromiter(each, int) for row, each in zip(seen, counts)]))
+    upload.put("seen_counts", np.concatenate([np.fromiter(each.values(), int) for each in counts]))
+    for column, name in enumerate(("repetition", "frequency", "presence")):
+        values = np.full(num_samples, NO_PENALTIES[column], dtype=np.float32)
+        values[list(seen)] = [edit.penalties[column] for edit in seen.values()]
+        upload.put(name, values)
 
 
 def steer(upload: Upload, logits: Float[Tensor, "samples vocab"]) -> Float[Tensor, "samples vocab"]:

@@ -38,6 +38,7 @@ class Penalties:
 @dataclass(frozen=True, slots=True, eq=False)
 class Masks:
     rows: Int[Tensor, " masked"]
+    """Rising."""
     bits: Int[Tensor, "masked words"]
     """64 tokens a word, the lowest bit first."""
 
@@ -58,8 +59,11 @@ def adjust_logits(
         z = _penalised(z, penalties, vocab)
     z = z.view(-1, vocab)
     if masks is not None:
-        allowed = _unpacked(masks.bits, vocab)
-        z = z.index_copy(0, masks.rows, z[masks.rows].masked_fill(~allowed, float("-inf")))
+        refused = _unset(masks.bits, vocab)
+        if len(masks.rows) == len(z):  # all of them, which stand in order
+            z = z.masked_fill(refused, float("-inf"))
+        else:
+            z = z.index_copy(0, masks.rows, z[masks.rows].masked_fill(refused, float("-inf")))
     if bans is not None:
         rest = z.flatten().index_fill(0, bans, float("-inf")).view(-1, vocab)
         z = torch.where(rest.amax(-1, keepdim=True) == float("-inf"), z, rest)
@@ -74,8 +78,8 @@ def _penalised(z: Float[Tensor, " all"], penalties: Penalties, vocab: int) -> Fl
     return z.index_copy(0, penalties.at, seen)
 
 
-def _unpacked(words: Int[Tensor, "masked words"], vocab: int) -> Tensor:
-    """[masked, vocab] whether each token's bit is set."""
+def _unset(words: Int[Tensor, "masked words"], vocab: int) -> Tensor:
+    """[masked, vocab] whether each token's bit is not set."""
     octets = words.view(torch.uint8)  # the lowest first, on every machine that torch runs on
-    bits = torch.arange(8, dtype=torch.uint8, device=words.device)
-    return ((octets[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab]
+    powers = 1 << torch.arange(8, dtype=torch.uint8, device=words.device)
+    return (octets[:, :, None] & powers).eq(0).flatten(1)[:, :vocab]

@@ -124,7 +124,9 @@ def test_min_tokens_give_way_where_nothing_else_is_allowed(model, tokenizer):
 
 def test_rules_answer_alike_for_tokens_that_stand_and_for_drafts():
     def rules() -> TokenRules:
-        return TokenRules([Penalised([1, 2]), BadWords([[7], [3, 4, 5]]), Allowed([1, 3, 4, 5, 70], 100)])
+        return TokenRules(
+            [Penalised((1.5, 0.0, 0.0), [1, 2]), BadWords([[7], [3, 4, 5]]), Allowed([1, 3, 4, 5, 70], 100)]
+        )
 
     told, asked = rules(), rules()
     tokens = np.array([3, 4, 3, 4, 1])
