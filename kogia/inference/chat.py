@@ -21,6 +21,7 @@ from kogia.engine.request import Completion, SamplingParams
 from kogia.engine.threads import generation_threads
 from kogia.inference.config import FILTERS, ChatConfig
 from kogia.inference.conversation import Conversation
+from kogia.inference.formats import read_format
 from kogia.inference.history import History
 from kogia.inference.llm import LLM
 from kogia.model.costs import num_params
@@ -35,7 +36,11 @@ ReadLine = Callable[[str], str | None]
 
 def main(config: ChatConfig) -> int:
     directory = resolve_model_dir(config.path)
-    params = SamplingParams.of(config.sampling(read_generation(directory)))
+    params = SamplingParams.of(
+        config.sampling(read_generation(directory)),
+        thinking_token_budget=config.thinking_token_budget,
+        response_format=read_format(config.json_schema),
+    )
     _check_model(config, directory)
     llm = LLM(
         directory,

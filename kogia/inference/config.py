@@ -38,12 +38,18 @@ class GenerateConfig(FilteredSamplingConfig):
     """System message put before every prompt that has none."""
     thinking: bool | None = None
     """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
+    thinking_token_budget: int | None = None
+    """Tokens after which a thought is closed by force, so that the answer follows; None leaves it open."""
+    json_schema: str | None = None
+    """File with a JSON schema that answers match, behind their thoughts."""
     n: int = 1
     """Completions per prompt."""
     temperature: float = 0.6
     top_p: float = 0.95
     stop: tuple[str, ...] = ()
     """Texts that end a completion; they are cut off."""
+    logprobs: bool = False
+    """Write the log-probability of each token as a column."""
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
@@ -73,6 +79,10 @@ class ChatConfig:
     """System message of the conversation."""
     thinking: bool | None = None
     """Turns thoughts on or off in models whose chat template has that switch; None leaves the template's default."""
+    thinking_token_budget: int | None = None
+    """Tokens after which a thought is closed by force, so that the answer follows; None leaves it open."""
+    json_schema: str | None = None
+    """File with a JSON schema that answers match, behind their thoughts."""
     max_tokens: int = 2048
     """Longest answer; one that has not ended by then is cut off."""
     temperature: float | None = None

@@ -18,6 +18,7 @@ from kogia.engine.request import Completion, SamplingParams, report_errors
 from kogia.engine.threads import generation_threads
 from kogia.files import check_target
 from kogia.inference.config import GenerateConfig
+from kogia.inference.formats import read_format
 from kogia.inference.llm import LLM
 from kogia.inference.prompts import Question, read_prompts
 from kogia.inference.row_file import RowFile, Rows, json_line, open_rows, unfinished_of
@@ -33,6 +34,7 @@ ELSEWHERE = {"path", "prompt", "file", "out", "resume", "device", "tensor_parall
 def main(config: GenerateConfig) -> int:
     if config.out is not None:
         check_target(config.out)
+    _params(config)  # what they refuse is refused before anything is loaded
     questions = read_prompts(config)
     _check_raw(config, questions)
     directory = resolve_model_dir(config.path)
@@ -70,6 +72,10 @@ def _check_raw(config: GenerateConfig, questions: Sequence[Question]) -> None:
         raise ValueError(f"raw: continues texts, but {spoken[0].title!r:.60} is the end of messages; leave out --raw")
 
 
+def _params(config: GenerateConfig) -> SamplingParams:
+    return SamplingParams.of(config, response_format=read_format(config.json_schema))
+
+
 def _prompt(config: GenerateConfig, question: Question, tokenizer: Tokenizer) -> Prompt:
     if config.raw:
         return Prompt.of(tokenizer.encode_raw(question.title), tokenizer)
@@ -81,7 +87,7 @@ def _complete(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """(place, completions) of the questions at these places, in the order in which they end."""
     prompts = [_prompt(config, questions[place], llm.tokenizer) for place in places]
-    params, num_kept = SamplingParams.of(config), (len(questions) - len(places)) * config.n
+    params, num_kept = _params(config), (len(questions) - len(places)) * config.n
     total = len(questions) * config.n
     with (
         generation_threads(None, num_params(llm.model.config)),
@@ -160,7 +166,14 @@ def _is_row_of(row: dict[str, Any] | None, config: GenerateConfig, question: Que
 
 def _written(config: GenerateConfig) -> tuple[str, ...]:
     """Names of the columns that are written here."""
-    return "index", "text", *(() if config.raw else ("thinking", "answer")), "finish_reason", "num_tokens"
+    return (
+        "index",
+        "text",
+        *(() if config.raw else ("thinking", "answer")),
+        "finish_reason",
+        "num_tokens",
+        *(("logprobs",) if config.logprobs else ()),
+    )
 
 
 def _row(config: GenerateConfig, question: Question, index: int, completion: Completion) -> dict[str, Any]:

@@ -24,6 +24,44 @@ from kogia.text.chat import Message
 ONE_TWO = [Question.of("one"), Question.of("two")]
 
 
+def test_answers_in_a_format_with_short_thoughts_and_the_log_probability_of_each_token(directory, tmp_path):
+    pytest.importorskip("llguidance", reason="formats take llguidance: pip install 'kogia[grammars]'")
+    schema, out = tmp_path / "schema.json", tmp_path / "out.jsonl"
+    schema.write_text('{"enum": [17, 18]}')
+    flags = ["--json-schema", str(schema), "--thinking-token-budget", "5", "--logprobs", "--max-tokens", "20"]
+    command = ["generate", str(directory), "--prompt", "one", "--seed", "1", "--device", "cpu", "--out", str(out)]
+    assert cli.main([*command, *flags]) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["answer"] in ("17", "18")
+    assert len(row["logprobs"]) == row["num_tokens"] <= 5 + 4
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(
+    "text, flags, said",
+    [
+        (None, [], "cannot be read"),
+        ('{"type":', [], "response_format.json is no JSON"),
+        ("{}", ["--thinking-token-budget", "0"], "thinking_token_budget = 0: must be at least 1"),
+    ],
+)
+def test_a_format_or_a_budget_that_is_none_is_refused_before_the_model_is_loaded(
+    directory, tmp_path, capsys, command, text, flags, said
+):
+    schema = tmp_path / "schema.json"
+    if text is not None:
+        schema.write_text(text)
+    prompt = ["--prompt", "one"] if command == "generate" else []
+    try:
+        code = cli.main([command, str(directory), *prompt, "--json-schema", str(schema), *flags])
+    except SystemExit as end:  # a mistake in a flag
+        code = end.code
+    assert code == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert said in err
+    assert "Traceback" not in err
+
+
 def test_generate_command_writes_one_json_line_per_completion(directory, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n')
