@@ -4,6 +4,7 @@
 computed on the device in the meantime: how many drafts were accepted, what the last token is, where the next drafts go.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,18 +54,20 @@ class Flight:
     def wait(self) -> StepResult:
         """Block until the device is done with the step."""
         arrays = self._download.wait()
-        tops = {
-            name: TopTokens(arrays[f"{name}_ids"], arrays[f"{name}_logprobs"])
-            for name in ("top", "prompt_top")
-            if f"{name}_ids" in arrays
-        }
         drafts = arrays.get("drafts", np.empty((len(self.plan.sampled), 0), dtype=np.int64))
         tokens, logprobs = arrays["tokens"], arrays["logprobs"]
         if self._width:
             is_asked = (np.arange(self._width) < self.plan.num_samples[:, None]).ravel()
             tokens, logprobs = tokens[is_asked], logprobs[is_asked]
-        beside = {name: arrays.get(name) for name in ("prompt_logprobs", "routes")}
-        return StepResult(tokens, logprobs, drafts, **beside, **tops)
+        scores, experts = arrays.get("prompt_logprobs"), arrays.get("routes")
+        top, prompt_top = _top(arrays, "top"), _top(arrays, "prompt_top")
+        return StepResult(tokens, logprobs, drafts, top, scores, prompt_top, experts)
+
+
+def _top(arrays: Mapping[str, NDArray], name: str) -> TopTokens | None:
+    if f"{name}_ids" not in arrays:
+        return None
+    return TopTokens(arrays[f"{name}_ids"], arrays[f"{name}_logprobs"])
 
 
 class Runner:
