@@ -70,12 +70,20 @@ CONTEXTS = (2048, 16384, 131072)
 class _Recorded:
     graph: Graph
     numbers: Tensor
-    """What the step reads: token ids, positions, slots and context lengths, [size] each, and block tables."""
+    """What the step reads: token ids, positions, slots, context lengths and block tables; see `_parts`."""
     segments: Segments
     """Kept because the graph reads its tensor."""
     activation: Activation | None
     """The same."""
     logits: Float[Tensor, "size vocab"]
+
+
+def _parts(numbers: Any) -> tuple[Any, Any]:
+    """[size, 4 + blocks] numbers, an array or a tensor -> views of its memory: the four fields, [4, size], of which the
+    kernels read each by itself, and the block tables, [size, blocks]."""
+    size, width = numbers.shape
+    flat = numbers.reshape(-1)
+    return flat[: 4 * size].reshape(4, size), flat[4 * size :].reshape(size, width - 4)
 
 
 def recorded_sizes(most: int, device: torch.device, width: int = 1) -> list[int]:
@@ -98,6 +106,7 @@ class DecodeGraphs:
     ) -> None:
         """Of up to `most` sequences, 512 at most, with contexts of up to `longest` tokens; `newest` is the runner's."""
         self.model, self.cache, self.newest, self.experts = model, cache, newest, experts
+        self.is_gpu = model.device.type == "cuda"
         self.sizes = recorded_sizes(most, model.device)
         self.contexts = [length for length in CONTEXTS if length < longest] + [longest]
         self._recorded: dict[tuple[int, int], _Recorded] = {}
@@ -113,7 +122,7 @@ class DecodeGraphs:
     def kinds(self) -> list[tuple[int, int]]:
         """Sequences and longest context of every step, the largest first, whose memory the smaller ones share. None on
         a CPU, where recording takes no longer than the step itself."""
-        if self.model.device.type == "cpu":
+        if not self.is_gpu:
             return []
         return [(size, context) for context in reversed(self.contexts) for size in reversed(self.sizes)]
 
@@ -135,12 +144,14 @@ class DecodeGraphs:
         longest = next(length for length in self.contexts if length >= contexts.max())
         numbers = np.zeros((size, 4 + -(-longest // self.cache.block_size)), dtype=np.int64)
         spare = self.cache.spare_slot
-        flat = numbers[:, :4].T
-        flat[2, count:], flat[3, count:] = spare, 1
-        flat[0, :count], flat[1, :count], flat[2, :count], flat[3, :count] = token_ids, positions, slots, contexts
-        numbers[count:, 4] = spare // self.cache.block_size
-        tables = tables[:, : numbers.shape[1] - 4]  # they may look further ahead, where the context ends
-        numbers[:count, 4 : 4 + tables.shape[1]] = tables
+        if not self.is_gpu:  # the step before is done: what it sampled is known
+            token_ids = np.where(token_ids < 0, self.newest.numpy()[np.maximum(-1 - token_ids, 0)], token_ids)
+        fields, own = _parts(numbers)
+        fields[2, count:], fields[3, count:] = spare, 1
+        fields[:, :count] = token_ids, positions, slots, contexts
+        own[count:, 0] = spare // self.cache.block_size
+        tables = tables[:, : own.shape[1]]  # they may look further ahead, where the context ends
+        own[:count, : tables.shape[1]] = tables
         return numbers
 
     def run(self, numbers: Tensor) -> Float[Tensor, "size vocab"]:
@@ -160,17 +171,19 @@ class DecodeGraphs:
     def _record(self, size: int, num_blocks: int) -> _Recorded:
         device, spare = self.model.device, self.cache.spare_slot
         numbers = torch.zeros(size, 4 + num_blocks, dtype=torch.int64, device=device)
-        numbers[:, 2], numbers[:, 3], numbers[:, 4] = spare, 1, spare // self.cache.block_size
+        fields, tables = _parts(numbers)
+        fields[2], fields[3], tables[:, 0] = spare, 1, spare // self.cache.block_size
         lengths = np.ones(size, dtype=np.int64)
         segments = Segments(torch.arange(size + 1, device=device), lengths)
         contexts = np.full(size, num_blocks * self.cache.block_size)
         activation = self.experts.own(size, device)
 
         def step() -> Tensor:
-            token_ids, positions, slots, lens = numbers[:, :4].T.contiguous().unbind()
-            known = torch.where(token_ids < 0, self.newest[(-1 - token_ids).clamp_min(0)], token_ids)
+            known, positions, slots, lens = fields.unbind()
+            if self.is_gpu:
+                known = torch.where(known < 0, self.newest[(-1 - known).clamp_min(0)], known)
             batch = PackedTokens(known, positions, segments)
-            view = self.cache.step(slots, numbers[:, 4:], lens, contexts)
+            view = self.cache.step(slots, tables, lens, contexts)
             return self.model.logits(self.model(batch, step=self.model.step(batch, view, activation=activation)))
 
         found: list[Tensor] = []

@@ -26,6 +26,7 @@ from kogia.model.moe import MoE, Router
 from kogia.model.packed import PackedTokens
 from kogia.model.rotary import Rotary
 from kogia.model.routing import Routing
+from kogia.ops.cpu import pages
 from kogia.ops.moe import Activation
 
 
@@ -246,7 +247,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tran
 def materialize(model: Transformer, device: torch.device | str) -> None:
     """Give a model on the meta device storage: uninitialised parameters, zeroed buffers."""
     # what to_empty does, without its empty_like: that one imports sympy, which takes longer than to read 500 MB
-    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+    model._apply(lambda tensor: pages.empty(tensor.shape, tensor.dtype, device))
     for buffer in model.buffers():
         buffer.zero_()
     model.tie_head()

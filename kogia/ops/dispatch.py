@@ -112,6 +112,8 @@ class Op(Generic[P, R]):
         for backend in self.backends(args[0].device.type):
             if chosen is not None and chosen != backend.name:
                 continue
+            if backend.name == "cpu" and torch.compiler.is_compiling():  # it could not look into a C++ library
+                continue
             reason = backend.refusal(args, kwargs)
             if reason is None:
                 return cast("Callable[P, R]", backend)  # unquoted, it is made anew at every call, which takes 3 us

@@ -61,6 +61,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+@op(cpu=("kogia.ops.cpu.rope",))
 def rope_angles(
     positions: Int[Tensor, " tokens"], theta: Float[Tensor, " half"], scale: float = 1.0
 ) -> tuple[Float[Tensor, "tokens half"], Float[Tensor, "tokens half"]]:

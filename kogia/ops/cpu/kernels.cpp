@@ -819,6 +819,16 @@ void sample_row(const SampleArgs& a, int64_t r) {
     a.logprobs[r] = float(double(scaled[token] - top) - std::log(total));
 }
 
+struct AngleArgs {
+    const int64_t* positions;
+    int64_t tokens;
+    const float* theta;
+    int64_t half;
+    double scale;
+    float* cos;
+    float* sin;
+};
+
 struct SiluArgs {
     const bf16* gate;
     const bf16* up;
@@ -883,6 +893,14 @@ void kogia_absorb_query(const AbsorbArgs* a) {
 void kogia_project_values(const ProjectArgs* a) {
     bool few = a->tokens * a->heads * a->v * a->latent < 1 << 18;
     parallel(a->heads, few ? 1 : a->threads, [&](int64_t head) { project(*a, head); });
+}
+
+void kogia_angles(const AngleArgs* a) {
+    for (int64_t i = 0; i < a->tokens * a->half; i++) {
+        float angle = float(a->positions[i / a->half]) * a->theta[i % a->half];
+        a->cos[i] = std::cos(angle) * float(a->scale);
+        a->sin[i] = std::sin(angle) * float(a->scale);
+    }
 }
 
 void kogia_silu_mul(const SiluArgs* a) {
