@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kogia.ops import attention, cache, latent, linear, moe, norm, sample
+from kogia.ops import attention, cache, latent, linear, moe, norm, rope, sample
 from kogia.ops.cache import KVRow, LatentRow, LayerCache
 from kogia.ops.cpu import build
 from kogia.ops.cpu.record import recording
@@ -32,6 +32,7 @@ from kogia.ops.cpu import latent as cpu_latent
 from kogia.ops.cpu import linear as cpu_linear
 from kogia.ops.cpu import moe as cpu_moe
 from kogia.ops.cpu import norm as cpu_norm
+from kogia.ops.cpu import rope as cpu_rope
 from kogia.ops.cpu import sample as cpu_sample
 
 BF16 = torch.bfloat16
@@ -43,7 +44,7 @@ PACKINGS = [None, "int8", "int4", "int4 asymmetric"]
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as compiled for an instruction set; memory that is not initialised holds NaN."""
     compiled = build.load(request.param)
-    for module in (cpu_attention, cpu_latent, cpu_linear, cpu_moe, cpu_norm, cpu_sample):
+    for module in (cpu_attention, cpu_latent, cpu_linear, cpu_moe, cpu_norm, cpu_rope, cpu_sample):
         for kernel in vars(module).values():
             if isinstance(kernel, common.Kernel):
                 function = getattr(compiled, kernel.name)
@@ -359,6 +360,16 @@ def test_attention_refuses_what_has_no_kernel():
     q = draw(1, 2, 160)
     assert supports(q, view, segments, scale=1.0) is None
     assert "bfloat16" in str(supports(q.float(), view, segments, scale=1.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 1.25])
+def test_angles_are_those_of_the_reference(scale):
+    positions, theta = torch.tensor([0, 1, 77, 163_839]), rope.inverse_frequencies(64, 10000.0)
+    assert cpu_rope.rope_angles_supports(positions, theta, scale) is None
+    got, want = cpu_rope.rope_angles(positions, theta, scale), rope.rope_angles.reference(positions, theta, scale)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert "up to 64 positions" in str(cpu_rope.rope_angles_supports(torch.arange(65), theta))
 
 
 @torch.no_grad()
