@@ -78,7 +78,7 @@ class Intake:
         penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
         if penalties != NO_PENALTIES:
             rules.append(Penalised(penalties, prompt if params.repetition_penalty != 1 else ()))
-        if thought is not None:
+        if thought is not None and params.thinking_token_budget is not None:
             rules.append(thought)  # the last: what it forces is more than what others allow
         return TokenRules(rules) if rules else None
 
