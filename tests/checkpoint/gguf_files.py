@@ -53,9 +53,11 @@ def write_model(root: Path, name: str, *, dtype: str = "float32", seed: int = 0)
     ids = {"bos_id": tokenizer.bos_id or 0, "eos_id": tokenizer.eos_id}
     model = tiny(replace(CONFIGS[name], init_std=0.1, **ids), getattr(torch, dtype), seed)  # so that tokens differ
     model.config = replace(model.config, init_std=0.02)  # of which GGUF says nothing
-    for name_, vector in model.named_parameters():
+    generator = torch.Generator().manual_seed(seed)
+    for parameter, vector in model.named_parameters():
         if vector.dim() == 1:
-            torch.nn.init.normal_(vector, 1.0 if name_.endswith("norm.weight") else 0.0, 0.1)
+            mean = 1.0 if parameter.endswith("norm.weight") else 0.0
+            torch.nn.init.normal_(vector, mean, 0.1, generator=generator)
     return save_model(model, root / name, tokenizer)
 
 

@@ -181,7 +181,7 @@ def test_a_written_file_holds_each_matrix_rounded_to_its_type(tmp_path, name, ki
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "qwen2-yarn"])
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_llama_cpp_says_the_same_greedy_tokens(tmp_path, name, kind):
-    """In f32, what it computes; in q8_0, from weights that are the same, what a bfloat16 sum may turn is few tokens."""
+    """In f32 but for ties within rounding. With q8_0 weights it rounds activations to 8 bits, which turns a few."""
     file = write_gguf_model(tmp_path, name, kind)
     theirs = llama_cpp(file, PROMPTS, 24)["tokens"]
     llm = LLM(file, device="cpu", dtype="float32")
@@ -194,7 +194,7 @@ def test_llama_cpp_says_the_same_greedy_tokens(tmp_path, name, kind):
             assert margin <= (1e-3 if kind == "f32" else 0.15), (count, margin)
             count += margin == 0
             ids.append(token)
-        assert count >= (len(tokens) if kind == "f32" else 0.8 * len(tokens))
+        assert count >= (0.9 if kind == "f32" else 0.8) * len(tokens)
 
 
 def test_modules_of_multi_token_prediction_are_left_out(tmp_path, capsys):
