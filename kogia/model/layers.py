@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kogia.model.cache import StepCache
 from kogia.model.linear import Linear
 from kogia.model.routing import Routing
+from kogia.ops.embed import embed
 from kogia.ops.logprob import linear_logprob
 from kogia.ops.moe import Activation, SharedExperts, silu_mul
 from kogia.ops.norm import add_rms_norm, rms_norm
@@ -29,6 +30,11 @@ class StepContext:
     """How much of each token's latent is left; nested dropout, without a cache only."""
     activation: Activation | None = None
     """How many routed experts tokens use; None is the number that the model was trained with."""
+
+
+class Embedding(nn.Embedding):
+    def forward(self, input: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens dim"]:
+        return embed(input, self.weight)
 
 
 class RMSNorm(nn.Module):

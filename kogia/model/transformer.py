@@ -20,7 +20,7 @@ from kogia.model.cache import StepCache
 from kogia.model.config import MLAConfig, ModelConfig
 from kogia.model.gqa import GQA
 from kogia.model.indexer import Indexer
-from kogia.model.layers import FeedForward, Head, ResidualNorm, RMSNorm, StepContext
+from kogia.model.layers import Embedding, FeedForward, Head, ResidualNorm, RMSNorm, StepContext
 from kogia.model.mla import MLA
 from kogia.model.moe import MoE, Router
 from kogia.model.packed import PackedTokens
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # given a weight, it draws none: drawing on the meta device would import the compiler, which takes a second
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
+        self.embed_tokens = Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.num_layers = config.num_layers
         layers: list[nn.Module] = [DecoderLayer(config, i) for i in range(config.num_layers)]
         layers += [MTPLayer(config, config.num_layers + k) for k in range(config.num_mtp_layers)]

@@ -28,6 +28,7 @@ except ImportError as error:
 
 from kogia.ops.cpu import attention as cpu_attention
 from kogia.ops.cpu import common
+from kogia.ops.cpu import embed as cpu_embed
 from kogia.ops.cpu import latent as cpu_latent
 from kogia.ops.cpu import linear as cpu_linear
 from kogia.ops.cpu import moe as cpu_moe
@@ -44,7 +45,7 @@ PACKINGS = [None, "int8", "int4", "int4 asymmetric"]
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as compiled for an instruction set; memory that is not initialised holds NaN."""
     compiled = build.load(request.param)
-    for module in (cpu_attention, cpu_latent, cpu_linear, cpu_moe, cpu_norm, cpu_rope, cpu_sample):
+    for module in (cpu_attention, cpu_embed, cpu_latent, cpu_linear, cpu_moe, cpu_norm, cpu_rope, cpu_sample):
         for kernel in vars(module).values():
             if isinstance(kernel, common.Kernel):
                 function = getattr(compiled, kernel.name)
@@ -360,6 +361,15 @@ def test_attention_refuses_what_has_no_kernel():
     q = draw(1, 2, 160)
     assert supports(q, view, segments, scale=1.0) is None
     assert "bfloat16" in str(supports(q.float(), view, segments, scale=1.0))
+
+
+@torch.no_grad()
+def test_embeddings_are_the_rows_of_their_tokens_and_zeros_where_there_is_none():
+    weight, ids = draw(11, 40), torch.tensor([3, 10, 0, 3])
+    assert cpu_embed.embed_supports(ids, weight) is None
+    assert torch.equal(cpu_embed.embed(ids, weight), weight[ids])
+    assert not cpu_embed.embed(torch.tensor([11, -1]), weight).any()
+    assert "64 tokens" in str(cpu_embed.embed_supports(torch.zeros(65, dtype=torch.long), weight))
 
 
 @torch.no_grad()

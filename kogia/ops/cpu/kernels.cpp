@@ -829,6 +829,14 @@ struct AngleArgs {
     float* sin;
 };
 
+struct EmbedArgs {
+    const int64_t* ids;
+    int64_t tokens;
+    const char* weight;
+    int64_t vocab, row_bytes;
+    char* out;
+};
+
 struct SiluArgs {
     const bf16* gate;
     const bf16* up;
@@ -900,6 +908,16 @@ void kogia_angles(const AngleArgs* a) {
         float angle = float(a->positions[i / a->half]) * a->theta[i % a->half];
         a->cos[i] = std::cos(angle) * float(a->scale);
         a->sin[i] = std::sin(angle) * float(a->scale);
+    }
+}
+
+void kogia_embed(const EmbedArgs* a) {
+    for (int64_t t = 0; t < a->tokens; t++) {
+        char* out = a->out + t * a->row_bytes;
+        if (a->ids[t] >= 0 && a->ids[t] < a->vocab)
+            std::memcpy(out, a->weight + a->ids[t] * a->row_bytes, size_t(a->row_bytes));
+        else
+            std::memset(out, 0, size_t(a->row_bytes));
     }
 }
 
