@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kogia.checkpoint.hf import load_model
+    from kogia.engine.grammar import ResponseFormat
     from kogia.engine.request import SamplingParams
     from kogia.inference.llm import LLM
     from kogia.model.config import ModelConfig
@@ -19,11 +20,22 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0.dev0"
-__all__ = ["LLM", "Message", "ModelConfig", "SamplingParams", "Task", "Transformer", "load_model", "load_task"]
+__all__ = [
+    "LLM",
+    "Message",
+    "ModelConfig",
+    "ResponseFormat",
+    "SamplingParams",
+    "Task",
+    "Transformer",
+    "load_model",
+    "load_task",
+]
 
 _HOMES = {
     "LLM": "kogia.inference.llm",
     "Message": "kogia.text.chat",
+    "ResponseFormat": "kogia.engine.grammar",
     "SamplingParams": "kogia.engine.request",
     "ModelConfig": "kogia.model.config",
     "Transformer": "kogia.model.transformer",
