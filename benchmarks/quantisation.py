@@ -3,9 +3,10 @@
     python benchmarks/quantisation.py --text books1.jsonl.gz --heldout books2.jsonl.gz [--checkpoint NAME=DIR]
 
 A small mixture of experts is trained on books, arithmetic and countdown traces, all with `kogia pretrain`; more models
-come as checkpoints. Each is converted to every format with `kogia convert`, and read back dense, in float32: figures
-are those of the rounded weights, not of a kernel. A ratio is exp(mean difference of the nats per token) over sequences
-of one book each, with the 95% interval of that mean. The task is countdown, one greedy answer per problem.
+come as checkpoints, and for the task one that has learned it, such as the demonstration's cold start. Each is converted
+to every format with `kogia convert`, and read back dense, in float32: figures are those of the rounded weights, not of
+a kernel. A ratio is exp(mean difference of the nats per token) over sequences of one book each, with the 95% interval
+of that mean. The task is countdown, one greedy answer per problem.
 
 Interrupted, it goes on where it stopped; what is in --runs is taken as it is.
 """
@@ -22,7 +23,6 @@ import torch
 from result import row, write_result
 
 from kogia.checkpoint.config import ConvertConfig
-from kogia.checkpoint.directory import stored_tensors
 from kogia.checkpoint.hf import load_model
 from kogia.checkpoint.open import find_model
 from kogia.data.config import DataConfig, SourceConfig
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="books to train and calibrate on")
     parser.add_argument("--heldout", required=True, help="other books")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR", help="measured as well")
+    parser.add_argument("--solver", metavar="NAME=DIR", help="a model that has learned countdown")
     parser.add_argument("--only", help="measure this model alone and write no result")
     parser.add_argument("--runs", type=Path, default=Path("runs/quantisation"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantisation.json"))
@@ -74,7 +75,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--docs", type=Path, help="page to write the figures into")
     args = parser.parse_args()
-    sources = dict(each.split("=", 1) for each in args.checkpoint)
+    solvers = [args.solver] if args.solver else []
+    sources = dict(each.split("=", 1) for each in (*args.checkpoint, *solvers))
     names = [SMALL, *sources] if args.only is None else [args.only]
     measured = {name: measure(name, sources.get(name), args) for name in names}
     if args.only is None:
@@ -93,12 +95,10 @@ def measure(name: str, source: str | None, args: argparse.Namespace) -> dict[str
         file = args.runs / f"{name}-{variant}.json"
         if not file.exists():
             target = converted(directory, args.runs / f"{name}-{variant}", options, calibration_text(args))
-            result = {
-                "bytes": sum(tensor.nbytes for tensor in stored_tensors(target).values()),
-                "nats": nats_per_token(target, args.heldout, args.sequences),
-            }
-            if source is None:
-                result["accuracy"] = accuracy(target, args.questions, args.runs / "evals")
+            if args.solver == f"{name}={source}":
+                result = {"accuracy": accuracy(target, args.questions, args.runs / "evals")}
+            else:
+                result = {"nats": nats_per_token(target, args.heldout, args.sequences)}
             write_json(file, result)
         found[variant] = json.loads(file.read_text())
     return found
@@ -165,24 +165,20 @@ def accuracy(directory: Path, questions: int, out: Path) -> list[float]:
 
 
 def rows(name: str, measured: dict[str, dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    base, found = measured["bf16"], []
+    found = []
     for variant, result in measured.items():
-        differences = [a - b for a, b in zip(result["nats"], base["nats"], strict=True)]
-        half = 1.96 * stdev(differences) / math.sqrt(len(differences))
-        ratio, low, high = (math.exp(fmean(differences) + end) for end in (0.0, -half, half))
-        size = {"megabytes": round(result["bytes"] / 1e6, 3), "perplexity": round(math.exp(fmean(result["nats"])), 3)}
         id = "int4-quality" if (name, variant) == (SMALL, "int4") else f"quantisation-{name}-{variant}"
-        size["books"] = len(result["nats"])
-        more = {"step": step, "of_steps": STEPS} if name == SMALL else {}
-        more |= {"limit": 1.03} if id == "int4-quality" else {}
-        found.append(
-            row(id, ratio, "perplexity over bf16's", low=low, high=high, model=name, variant=variant, **size, **more)
-        )
+        more = {"model": name, "variant": variant} | ({"step": step, "of_steps": STEPS} if name == SMALL else {})
         if "accuracy" in result:
             share, low, high = result["accuracy"]
-            found.append(
-                row(f"quantisation-{name}-{variant}-accuracy", share, "share of countdown", low=low, high=high)
-            )
+            found.append(row(f"{id}-accuracy", share, "share of countdown", low=low, high=high, **more))
+            continue
+        differences = [a - b for a, b in zip(result["nats"], measured["bf16"]["nats"], strict=True)]
+        half = 1.96 * stdev(differences) / math.sqrt(len(differences))
+        ratio, low, high = (math.exp(fmean(differences) + end) for end in (0.0, -half, half))
+        more |= {"perplexity": round(math.exp(fmean(result["nats"])), 3), "books": len(result["nats"])}
+        more |= {"limit": 1.03} if id == "int4-quality" else {}
+        found.append(row(id, ratio, "perplexity over bf16's", low=low, high=high, **more))
     return found
 
 
@@ -194,17 +190,27 @@ def write_docs(page: Path, result: dict[str, Any]) -> None:
 
 
 def figures(result: dict[str, Any]) -> str:
-    found = {each["id"]: each for each in result["rows"]}
-    lines = ["| model | weights | MB | perplexity over bf16's | countdown solved |", "|---|---|---|---|---|"]
+    """A line for each variant, a column for each model."""
+    models = list(dict.fromkeys(each["model"] for each in result["rows"]))
+    cells: dict[str, dict[str, str]] = {variant: {} for variant in VARIANTS}
     for each in result["rows"]:
-        if "variant" not in each:
-            continue
-        name, variant = each["model"], each["variant"]
-        spread = "1" if variant == "bf16" else f"{each['value']:.4f} ({each['low']:.4f} to {each['high']:.4f})"
-        solved = found.get(f"quantisation-{name}-{variant}-accuracy")
-        share = "" if solved is None else f"{solved['value']:.0%} ({solved['low']:.0%} to {solved['high']:.0%})"
-        lines.append(f"| {name} | {variant} | {each['megabytes']:,.1f} | {spread} | {share} |")
-    return "\n".join(lines)
+        share = each["unit"] == "share of countdown"
+        value, low, high = (f"{each[k]:.0%}" if share else f"{each[k]:.3f}" for k in ("value", "low", "high"))
+        first = each["variant"] == "bf16" and not share
+        cells[each["variant"]][each["model"]] = "1" if first else f"{value} ({low} to {high})"
+    heads = [
+        f"{name}, {'countdown solved' if _solves(result, name) else 'perplexity relative to bf16'}" for name in models
+    ]
+    lines = [f"| weights | {' | '.join(heads)} |", "|---|" + "---|" * len(models)]
+    lines += [f"| {variant} | {' | '.join(row.get(name, '') for name in models)} |" for variant, row in cells.items()]
+    hardware, versions = result["hardware"], result["versions"]
+    return "\n".join(
+        [f"Measured on {hardware['cpu']}, torch {versions['torch']}, commit {result['commit'][:12]}.", "", *lines]
+    )
+
+
+def _solves(result: dict[str, Any], name: str) -> bool:
+    return any(each["model"] == name and each["unit"] == "share of countdown" for each in result["rows"])
 
 
 if __name__ == "__main__":
