@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--heldout", required=True, help="other books")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR", help="measured as well")
     parser.add_argument("--solver", metavar="NAME=DIR", help="a model that has learned countdown")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="bf16 and others")
     parser.add_argument("--only", help="measure this model alone and write no result")
     parser.add_argument("--runs", type=Path, default=Path("runs/quantisation"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantisation.json"))
@@ -91,8 +92,8 @@ def measure(name: str, source: str | None, args: argparse.Namespace) -> dict[str
     """Variant -> what came out, kept in a file each."""
     directory = trained(args) if source is None else Path(source)
     found = {}
-    for variant, options in VARIANTS.items():
-        file = args.runs / f"{name}-{variant}.json"
+    for variant in args.variants:
+        options, file = VARIANTS[variant], args.runs / f"{name}-{variant}.json"
         if not file.exists():
             target = converted(directory, args.runs / f"{name}-{variant}", options, calibration_text(args))
             if args.solver == f"{name}={source}":
@@ -192,7 +193,7 @@ def write_docs(page: Path, result: dict[str, Any]) -> None:
 def figures(result: dict[str, Any]) -> str:
     """A line for each variant, a column for each model."""
     models = list(dict.fromkeys(each["model"] for each in result["rows"]))
-    cells: dict[str, dict[str, str]] = {variant: {} for variant in VARIANTS}
+    cells: dict[str, dict[str, str]] = {each["variant"]: {} for each in result["rows"]}
     for each in result["rows"]:
         share = each["unit"] == "share of countdown"
         value, low, high = (f"{each[k]:.0%}" if share else f"{each[k]:.3f}" for k in ("value", "low", "high"))
