@@ -42,6 +42,7 @@ def written(text: str) -> str:
         "kernels": kernel_table(),
         "two": two_gpu_table(),
         "packed": packed_table(),
+        "cpu": cpu_table(),
     }
     for name, table in tables.items():
         begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
@@ -107,6 +108,28 @@ def mtp_table() -> list[str]:
         cells = [f"{row['value']:,.0f} {spread}", f"{gain['value']:.2f} {gains}", *cells]
         lines.append(_line(str(drafts), f"{plain['value']:,.0f}", *cells, f"{row['gigabytes_per_step']:.1f}"))
     return lines
+
+
+def cpu_table() -> list[str]:
+    """Rates of the engine on a CPU and of its peers, and the ratios that have a bar."""
+    rows = results("engine_cpu")
+    lines = _measured("engine_cpu")
+    lines += _head("who", "decode, batch 1", "decode, batch 8", "prompt of 256 tokens")
+    for who in dict.fromkeys(id.split(": ")[0] for id in rows if ": " in id):
+        name = who if who.split()[0] in ("llama", "transformers") else f"kogia {who}"
+        cells = [rows.get(f"{who}: {what}") for what in ("decode-1", "decode-8", "prefill")]
+        lines.append(_line(name, *("" if each is None else _spread(each) for each in cells)))
+    lines += ["", *_head("ratio", "value (spread)", "peer")]
+    lines += [
+        _line(id, f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})", f"{row.get('peer') or ''}")
+        for id, row in rows.items()
+        if id.startswith("cpu-")
+    ]
+    return lines
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"
 
 
 def kernel_table() -> list[str]:
