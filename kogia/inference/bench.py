@@ -175,8 +175,13 @@ def batch_speeds(engine: Engine, config: BenchConfig, batch: int) -> list[Speed]
     ones, rates, steps = [], [], []
     for _ in range(config.rounds):
         (one, first), (whole, all_steps) = timed(1), timed(config.max_tokens)
+        seconds = whole - one
+        if seconds <= 0:
+            raise ValueError(
+                f"max_tokens = {config.max_tokens}: {batch} completions took no longer than their first tokens, so "
+                "that decoding cannot be timed; raise it"
+            )
         ones.append(batch * config.prompt_tokens / one)
-        seconds = max(whole - one, 1e-9)
         steps.append(seconds / max(1, all_steps - first))
         rates.append(batch * (config.max_tokens - 1) / seconds)
     context = config.prompt_tokens + config.max_tokens / 2

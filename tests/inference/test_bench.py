@@ -14,7 +14,7 @@ from kogia.inference.config import BenchConfig
 from kogia.model.presets import preset
 from kogia.model.transformer import build_model
 
-QUICK = ["--prompt-tokens", "8", "--max-tokens", "4", "--rounds", "2", "--engine.num-blocks", "64"]
+QUICK = ["--prompt-tokens", "8", "--max-tokens", "32", "--rounds", "2", "--engine.num-blocks", "64"]
 
 
 def test_a_preset_with_drawn_weights_is_measured_and_written(tmp_path, capsys):
@@ -149,3 +149,11 @@ def test_doctor_names_every_op_and_the_rates(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["ops"]["grouped_linear"] == {"aten": None, "reference": None}
     assert found["copy_gb_per_second"] > 0 and set(found["tflops"]) == {"bfloat16", "float32"}
+
+
+def test_completions_as_quick_as_their_first_token_have_no_speed(monkeypatch):
+    engine = Engine(build_model(preset("kogia-demo")), None, EngineConfig(num_blocks=64))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: 1.0)
+    config = BenchConfig("kogia-demo", prompt_tokens=8, max_tokens=2, rounds=1)
+    with pytest.raises(ValueError, match=r"max_tokens = 2: .* raise it"):
+        bench.batch_speeds(engine, config, 1)
