@@ -251,7 +251,7 @@ def test_without_the_library_one_line_says_how_to_have_it(sound):
         f"sys.exit(main(['inspect', {str(sound)!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert "pip install 'kogia[gguf]'" in done.stdout + done.stderr
+    assert "pip install 'kogia[gguf]'" in " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in done.stderr
 
 

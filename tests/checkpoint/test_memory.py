@@ -77,7 +77,7 @@ def found(tmp_path_factory) -> dict[str, int]:
 @pytest.mark.parametrize("what", ["load", "keep fp8", "save", "save one file"])
 def test_what_is_stored_as_it_is_held_takes_next_to_nothing_on_the_side(found, what):
     assert found["model"] > 140e6
-    assert found[what] < 4e6, found
+    assert found[what] < 8e6, found  # large pages (kogia.ops.cpu.pages) end 1 MB behind each big weight on average
 
 
 @pytest.mark.parametrize("what", ["load float32", "load fp8", "convert float32", "convert fp8"])

@@ -75,7 +75,7 @@ for make in (SamplingParams, lambda **changes: GenerateConfig("m", **changes)):
             raise AssertionError((name, value))
 refused = [
     ("stop_token_ids", [1]), ("stop_token_ids", (2**70,)), ("stop_token_ids", (-1,)), ("stop_token_ids", ("</s>",)),
-    ("ignore_eos", "no"), ("logprobs", 1),
+    ("ignore_eos", "no"), ("logprobs", 1.5), ("logprobs", 21),
 ]
 for name, value in refused:
     try:

@@ -50,7 +50,7 @@ def test_a_model_without_experts_and_modules_has_no_lines_about_them(capsys: pyt
     print_dry_run(RECIPES[2], ModelConfig(moe=None), [])
     text = capsys.readouterr().out
     assert "feed-forward" in text
-    assert "expert" not in text and "multi-token" not in text
+    assert "routed" not in text and "multi-token" not in text
 
 
 def test_memory_is_that_of_the_costs():
