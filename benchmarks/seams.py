@@ -1,7 +1,7 @@
 """Decoding and training on the CPU beside an earlier commit of this repository, in one run.
 
     python benchmarks/seams.py [--base 711fa00] [--rounds 7] [--out benchmarks/results/seams.json]
-    python benchmarks/seams.py --demo 0 [--out benchmarks/results/seams_demo.json]
+    python benchmarks/seams.py --demo 0 [--scale 0.2] [--out benchmarks/results/seams_demo.json]
 
 Both sides run the demonstration's model on one thread, in processes of their own that alternate; the earlier commit
 comes from a temporary worktree. A round is one process of each side, and its ratio is that of the two. Time is the
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="default: seams.json or seams_demo.json")
     parser.add_argument("--demo", type=int, nargs="+", metavar="SEED", help="measure whole demonstrations instead")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the demonstrations: 0.2 is a fifth of the steps")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -59,7 +60,7 @@ def main() -> None:
     with worktree(args.base) as base:
         if args.demo is not None:
             for seed in args.demo:
-                rows.append(demo_row(base, seed))
+                rows.append(demo_row(base, seed, args.scale))
                 print(rows[-1], file=sys.stderr)
                 write_result(args.out or RESULTS / "seams_demo.json", f"demonstration, beside {args.base}", rows)
             return
@@ -104,26 +105,27 @@ def child(checkout: Path, work: tuple[str, int, int]) -> float:
     return json.loads(done.stdout)
 
 
-def demo_row(base: Path, seed: int) -> dict[str, Any]:
+def demo_row(base: Path, seed: int, scale: float) -> dict[str, Any]:
     """Both demonstrations side by side."""
     from result import row
 
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
         places = ((base, cores[0], "base"), (ROOT, cores[-1], "ours"))
-        started = [start_demo(checkout, Path(scratch) / name, seed, core) for checkout, core, name in places]
+        started = [start_demo(checkout, Path(scratch) / name, seed, scale, core) for checkout, core, name in places]
         (theirs, base_stages, base_score), (ours, stages, score) = (finish_demo(*each) for each in started)
     seconds = {"cpu_seconds": round(ours, 1), "base_cpu_seconds": round(theirs, 1)}
     found = {"stages": stages, "base_stages": base_stages, "greedy": score, "base_greedy": base_score}
-    return row(f"seams-demo-ratio-seed{seed}", theirs / ours, "ratio", limit=LIMIT, **seconds, **found)
+    id = f"seams-demo-ratio-seed{seed}" if scale == 1 else f"seams-demo-ratio-scale{scale:g}-seed{seed}"
+    return row(id, theirs / ours, "ratio", limit=LIMIT, **seconds, **found)
 
 
-def start_demo(checkout: Path, out: Path, seed: int, core: int) -> tuple[subprocess.Popen[bytes], Path]:
+def start_demo(checkout: Path, out: Path, seed: int, scale: float, core: int) -> tuple[subprocess.Popen[bytes], Path]:
     """`kogia demo` from `checkout` on one core."""
     run = "import sys; from kogia.cli import main; sys.exit(main())"
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), env.get("PYTHONPATH")]))}
-    demo = ["demo", "--out", str(out), "--seed", str(seed), "--threads", "1", "--quiet"]
+    demo = ["demo", "--out", str(out), "--seed", str(seed), "--scale", str(scale), "--threads", "1", "--quiet"]
     command = ["taskset", "-c", str(core), sys.executable, "-c", run, *demo]
     return subprocess.Popen(command, env=env, cwd=out.parent, stdout=subprocess.DEVNULL), out
 
