@@ -4,6 +4,7 @@ A rule answers for any prefix of a completion. Of the tokens that stand it is to
 behind them are part of the question, so a draft that is rejected leaves nothing to take back. Torch-free.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Edit:
         self.mask, self.bans = words, []
 
 
-class Rule:
+class Rule(ABC):
     """One thing that a request says of its tokens."""
 
     error: str | None = None
@@ -57,12 +58,12 @@ class Rule:
         """Whether the answer depends on which tokens there are, not only on how many."""
         return True
 
-    def learn(self, token_ids: list[int]) -> None:
+    def learn(self, token_ids: list[int]) -> None:  # noqa: B027  (most rules take no note)
         """Take note of the next tokens of the completion that stand."""
 
+    @abstractmethod
     def apply(self, edit: Edit, num_tokens: int, drafts: list[int]) -> None:
         """Say what follows `num_tokens` tokens of the completion, of which the last are `drafts`, the others learnt."""
-        raise NotImplementedError
 
 
 class TokenRules:
