@@ -1,53 +1,126 @@
 """Host time of a decode step: planning, packing, launching and settling, with a device that costs nothing.
 
-    python benchmarks/host_time.py [--batches 1 64 256] [--profile]
+    python benchmarks/host_time.py [--batches 1 64 256] [--rounds 5] [--profile]
+                                   [--out benchmarks/results/host_time.json]
 
-The model's part is replaced by logits that stand ready, so that what is left is the host's. On a CPU each small tensor
-op costs about what its launch costs beside a GPU. Microseconds per step, medians; with --profile, what takes them.
+The graphs of the steps are replaced by ones that do nothing, so that what is left is the host's; the microseconds of
+launching a graph itself are not in it. Beside each figure stands that of a host whose caches are cold: in place of the
+model's part 64 MiB are read, as weights would be on a CPU, which takes no part in the time. Every row decodes one token
+a step, drawn at temperature 1. Figures are medians of rounds, with the least and the greatest, and so are the phases,
+which are timed in rounds of their own; with --profile, what takes the time.
 """
 
 import argparse
 import cProfile
-import json
 import pstats
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from result import row, write_result
 
 ROOT = Path(__file__).parent.parent
+COLD_BYTES = 64 << 20
+
+
+class Idle:
+    """Stands for a recorded step. It may stream through the caches, which is taken off the time."""
+
+    weights = np.zeros(0)
+    seconds = 0.0
+
+    def replay(self) -> None:
+        if len(Idle.weights):
+            started = time.perf_counter()
+            Idle.weights.sum()
+            Idle.seconds += time.perf_counter() - started
+
+    def pool(self) -> None: ...
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64, 256])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100, help="of a round")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    rows = []
     for batch in args.batches:
         engine = idle_engine(batch)
-        for _ in range(20):
-            engine.step()
-        seconds = [timed(engine.step) for _ in range(args.steps)]
-        print(json.dumps({"batch": batch, "host_us": round(1e6 * median(seconds), 1)}), flush=True)
+        step_seconds(engine, 30)
+        for name, size in (("", 0), ("-cold", COLD_BYTES)):
+            Idle.weights = np.zeros(size // 4, dtype=np.float32)
+            rows.append(measured(f"host-b{batch}{name}", engine, batch, args.rounds, args.steps))
+            print(rows[-1], flush=True)
+        Idle.weights = np.zeros(0)
         if args.profile:
-            profiler = cProfile.Profile()
-            profiler.enable()
-            for _ in range(args.steps):
-                engine.step()
-            profiler.disable()
-            pstats.Stats(profiler).sort_stats("tottime").print_stats(28)
+            profile(engine, args.steps)
+    if args.out:
+        write_result(args.out, "host_time", rows)
 
 
-def timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def measured(id: str, engine: Any, batch: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Microseconds of a step; the extra fields are those of its phases and of a row of the batch."""
+    found = [1e6 * median(step_seconds(engine, steps)) for _ in range(rounds)]
+    phases = [phase_seconds(engine, steps) for _ in range(rounds)]
+    shares = {name: round(1e6 * median(each[name] for each in phases), 1) for name in phases[0]}
+    return row(
+        id, median(found), "us", low=min(found), high=max(found), per_row=round(median(found) / batch, 2), phases=shares
+    )
+
+
+def step_seconds(engine: Any, steps: int) -> list[float]:
+    """Of each step, without what stands for the model's part."""
+    found = []
+    for _ in range(steps):
+        Idle.seconds, started = 0.0, time.perf_counter()
+        engine.step()
+        found.append(time.perf_counter() - started - Idle.seconds)
+    return found
+
+
+def phase_seconds(engine: Any, steps: int) -> dict[str, float]:
+    """Medians of the steps: what the parts of `Engine.step` take, and the rest of it."""
+    from kogia.engine.runner import Flight
+
+    found: dict[str, list[float]] = defaultdict(list)
+    places = ((engine.scheduler, "plan"), (engine.runner, "launch"), (Flight, "wait"), (engine.scheduler, "settle"))
+    before = [getattr(owner, name) for owner, name in places]
+    for (owner, name), work in zip(places, before, strict=True):
+        setattr(owner, name, _timed(work, found[name]))
+    found["step"] = step_seconds(engine, steps)
+    for (owner, name), work in zip(places, before, strict=True):
+        setattr(owner, name, work)
+    medians = {name: median(seconds) for name, seconds in found.items()}
+    return medians | {"rest": 2 * medians["step"] - sum(medians.values())}
+
+
+def _timed(work: Callable[..., Any], found: list[float]) -> Callable[..., Any]:
+    def timed(*args: Any) -> Any:
+        idle, started = Idle.seconds, time.perf_counter()
+        result = work(*args)
+        found.append(time.perf_counter() - started - (Idle.seconds - idle))
+        return result
+
+    return timed
+
+
+def profile(engine: Any, steps: int) -> None:
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(steps):
+        engine.step()
+    profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(28)
 
 
 def idle_engine(batch: int) -> Any:
@@ -59,28 +132,21 @@ def idle_engine(batch: int) -> Any:
     from kogia.model.config import MLAConfig, ModelConfig
     from kogia.model.transformer import build_model
 
-    class Nothing:
-        def __init__(self, *_: Any) -> None: ...
-
-        def replay(self) -> None: ...
-
-        def pool(self) -> None: ...
-
     mla = MLAConfig(num_heads=1, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     config = ModelConfig(
         vocab_size=64, dim=16, num_layers=1, ffn_dim=16, attention=mla, moe=None, max_position=4096, init_std=0.2
     )
 
-    def recorded(self: Any, size: int, num_blocks: int) -> Any:
-        numbers = torch.zeros(size, 4 + num_blocks, dtype=torch.int64)
-        return graphs._Recorded(Nothing(), numbers, None, None, torch.zeros(size, config.vocab_size))
+    def run_once(work: Callable[[], Any], *_: Any) -> Idle:
+        work()
+        return Idle()
 
-    graphs.DecodeGraphs._record = recorded
+    graphs.capture = run_once
     graphs.recorded_sizes = lambda most, *_: list(range(1, most + 1))
     engine_module.why_not = lambda *_: None
-    settings = EngineConfig(block_size=64, num_blocks=5000, max_sequences=256, max_batch_tokens=16384, overlap=True)
-    engine = engine_module.Engine(build_model(config), None, settings)
-    params = SamplingParams(temperature=1.0, max_tokens=3000, ignore_eos=True, seed=1)
+    settings = EngineConfig(block_size=64, num_blocks=10000, max_sequences=256, max_batch_tokens=32768, overlap=True)
+    engine = engine_module.Engine(build_model(config, dtype=torch.bfloat16), None, settings)
+    params = SamplingParams(temperature=1.0, max_tokens=3990, ignore_eos=True, seed=1)
     for index in range(batch):
         engine.add([5 + index % 40] * 100, params)
     return engine
