@@ -24,6 +24,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+@op(cuda=("kogia.ops.triton.sample",), invariant_cuda=("kogia.ops.triton.sample",), cpu=("kogia.ops.cpu.sample",))
 def counter_uniforms(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Number `position` of the splitmix64 stream that starts at `seed`, as float64 in [0, 1) with 53 bits."""
     x = seeds + (positions + 1) * _GOLDEN

@@ -144,6 +144,14 @@ def test_the_inside_of_a_feed_forward_part_is_the_references():
     torch.testing.assert_close(cpu_moe.silu_mul(gate, up), moe.silu_mul.reference(gate, up))
 
 
+@given(st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40)), min_size=1, max_size=9))
+def test_numbers_to_draw_with_are_the_references(pairs):
+    seeds, positions = (torch.tensor(column) for column in zip(*pairs))
+    assert cpu_sample.counter_uniforms_supports(seeds, positions) is None
+    found = cpu_sample.counter_uniforms(seeds, positions)
+    assert found.equal(sample.counter_uniforms.reference(seeds, positions))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("vocab", [3, 64, 1001])
 def test_samples_and_log_probabilities_are_those_of_the_reference(vocab):

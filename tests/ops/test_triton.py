@@ -443,6 +443,15 @@ def test_products_for_many_tokens_are_activated_and_gathered_as_in_the_reference
         close(triton_moe.gathered_sum(*arguments), moe.gathered_sum.reference(*arguments))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_numbers_to_draw_with_are_the_references(rows):
+    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 1234567890123456789], device=DEVICE).repeat(rows)[:rows]
+    positions = torch.arange(rows, device=DEVICE) * 7919
+    assert triton_sample.counter_uniforms_supports(seeds, positions) is None
+    found = triton_sample.counter_uniforms(seeds, positions)
+    assert found.equal(sample.counter_uniforms.reference(seeds, positions))
+
+
 @pytest.mark.parametrize("vocab", [5, 130, 9000])
 def test_samples_equal_the_references(vocab):
     logits = draw(6, vocab, std=2)

@@ -782,6 +782,19 @@ struct SampleArgs {
     int64_t threads;
 };
 
+struct UniformArgs {
+    const int64_t* seeds;
+    const int64_t* positions;
+    int64_t rows;
+    double* out;
+};
+
+uint64_t mix(uint64_t x) {  // splitmix64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
 constexpr int64_t STRIPE = 32;  // sums and largest numbers that are kept side by side
 
 void sample_row(const SampleArgs& a, int64_t r) {
@@ -925,6 +938,13 @@ void kogia_silu_mul(const SiluArgs* a) {
     for (int64_t i = 0; i < a->size; i++) {
         float gate = widen(a->gate[i]);
         a->out[i] = narrow(widen(narrow(gate / (1.0f + exponential(-gate)))) * widen(a->up[i]));
+    }
+}
+
+void kogia_uniforms(const UniformArgs* a) {
+    for (int64_t i = 0; i < a->rows; i++) {
+        uint64_t state = uint64_t(a->seeds[i]) + (uint64_t(a->positions[i]) + 1) * 0x9E3779B97F4A7C15u;
+        a->out[i] = double(mix(state) >> 11) * 0x1p-53;
     }
 }
 

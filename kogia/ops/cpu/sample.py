@@ -1,4 +1,4 @@
-"""Choosing tokens where no filter is on."""
+"""Numbers to draw with, and choosing tokens where no filter is on."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,18 @@ from torch import Tensor
 from kogia.ops.cpu.common import Kernel, address, refusal
 
 _sample = Kernel("kogia_sample", "8q")
+_uniforms = Kernel("kogia_uniforms", "4q")
+
+
+def counter_uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One pass."""
+    found = torch.empty(len(seeds), dtype=torch.float64)
+    _uniforms(seeds.data_ptr(), positions.data_ptr(), len(seeds), found.data_ptr())
+    return found
+
+
+def counter_uniforms_supports(seeds: Tensor, positions: Tensor) -> str | None:
+    return refusal(seeds, positions, dtypes=(torch.int64,))
 
 
 def sample(

@@ -1,4 +1,5 @@
-"""Sampling in one launch, a program a row: one pass for the sums and one for the draw.
+"""Sampling in one launch, a program a row: one pass for the sums and one for the draw; and in one the numbers to draw
+with.
 
 Filters keep the first tokens in the order of their logits, so that each is a threshold. It is found by halving the
 range of the logits' bits, which are ordered as the numbers are, until one token is left between the ends: no sort, and
@@ -14,7 +15,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, kernel, rows_refusal, wait_for_inputs
+from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, kernel, refusal, rows_refusal, wait_for_inputs
+
+
+@kernel
+def _uniforms(seeds, positions, out, rows, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = row < rows
+    count = tl.load(positions + row, there, 0).to(tl.uint64, bitcast=True) + 1
+    x = tl.load(seeds + row, there, 0).to(tl.uint64, bitcast=True) + count * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x ^ (x >> 31)
+    tl.store(out + row, (x >> 11).to(tl.float64) * 1.1102230246251565e-16, there)  # 2**-53
+
+
+def counter_uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One launch."""
+    found = torch.empty(len(seeds), dtype=torch.float64, device=seeds.device)
+    _uniforms[(triton.cdiv(len(seeds), 256),)](
+        seeds, positions, found, len(seeds), BLOCK=256, PDL=PDL, num_warps=4, **LAUNCH
+    )
+    return found
+
+
+def counter_uniforms_supports(seeds: Tensor, positions: Tensor) -> str | None:
+    return refusal(seeds, positions, dtypes=(torch.int64,))
 
 
 @kernel
@@ -39,16 +66,17 @@ def _sample(
         new = tl.maximum(best, top)
         total = total * tl.exp(best - new) + tl.sum(tl.exp(z - new), 0)
         best = new
-    if DRAW:
-        target = tl.load(uniforms + row) * total.to(tl.float64)
-        before = tl.zeros((), tl.float64)
-        drawn = tl.zeros((), tl.int32)
-        for start in range(0, vocab, BLOCK):
-            z = tl.load(at + start + n, start + n < vocab, float("-inf")).to(tl.float32) * inverse
-            reached = before + tl.cumsum(tl.exp(z - best).to(tl.float64), 0)
-            drawn += tl.sum(((reached <= target) & (start + n < vocab)).to(tl.int32), 0)
-            before = tl.max(reached, 0)
-        token = tl.where(greedy, token, tl.minimum(drawn, vocab - 1))
+    if DRAW:  # noqa: SIM102  (that is known when it is compiled)
+        if greedy == 0:
+            target = tl.load(uniforms + row) * total.to(tl.float64)
+            before = tl.zeros((), tl.float64)
+            drawn = tl.zeros((), tl.int32)
+            for start in range(0, vocab, BLOCK):
+                z = tl.load(at + start + n, start + n < vocab, float("-inf")).to(tl.float32) * inverse
+                reached = before + tl.cumsum(tl.exp(z - best).to(tl.float64), 0)
+                drawn += tl.sum(((reached <= target) & (start + n < vocab)).to(tl.int32), 0)
+                before = tl.max(reached, 0)
+            token = tl.minimum(drawn, vocab - 1)
     z = tl.load(at + token).to(tl.float32) * inverse
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, z - best - tl.log(total))
