@@ -41,8 +41,7 @@ class ActiveExperts:
 
     def are_own(self, table: SequenceTable, rows: NDArray[np.int64]) -> bool:
         """Whether all of these sequences have the engine's own setting."""
-        numbers, thresholds = table.active_experts[rows], table.expert_threshold[rows]
-        return bool((numbers == self.number).all() and (thresholds == np.float32(self._threshold)).all())
+        return table.settings(rows).experts == (self.number, np.float32(self._threshold))
 
     def own(self, tokens: int, device: torch.device) -> Activation | None:
         """The engine's own setting for a step of so many tokens; None where it is the trained number."""

@@ -22,7 +22,7 @@ from kogia.engine.graphs import CONTEXTS, Graph, capture, recorded_sizes
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.speculative import num_accepted
 from kogia.engine.step import StepPlan
-from kogia.engine.views import WholeCache, own_blocks
+from kogia.engine.views import WholeCache
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
@@ -203,7 +203,7 @@ class DraftGraphs:
         numbers[:count, :NUM_FIELDS] = np.stack((*fields, table.num_blocks[rows] * table.block_size), 1)
         columns = np.minimum(known[:, None] - 1 + np.arange(self.width), table.token_ids.shape[1] - 1)
         numbers[:count, NUM_FIELDS : NUM_FIELDS + self.width] = table.token_ids[rows[:, None], columns]
-        own = own_blocks(table, rows, num_blocks)
+        own = table.blocks[rows, :num_blocks]
         tables = numbers[:count, NUM_FIELDS + self.width :]
         tables[:] = own[:, :1]
         tables[:, : own.shape[1]] = own

@@ -1,17 +1,19 @@
 """Decode steps as recorded graphs: one launch instead of hundreds, which is what small batches wait for.
 
-A graph is recorded once for each size of batch and class of context, and reads its step from one buffer of fixed
+A step is recorded once for each size of batch and class of context, and reads what it needs from one buffer of fixed
 layout. Batches between two sizes are filled up with tokens of nobody: they write to the cache's spare block and what
 comes out is not looked at.
-What differs from request to request, the sampling, runs behind the graph; steps in which a request has a number of
-active experts of its own are not recorded. Weights are updated in place, so that a graph outlives them.
+The model is one graph and drawing tokens from its logits another, for requests with filters or rules need something
+else behind the first; steps in which a request has a number of active experts of its own are not recorded. Weights are
+updated in place, so that a graph outlives them.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.activation import ActiveExperts
+from kogia.engine.inputs import Arrived, Bundle, Download, Staging
 from kogia.model.cache import PagedCache
 from kogia.model.moe import Experts, MoE
 from kogia.model.packed import PackedTokens
@@ -29,6 +32,7 @@ from kogia.ops.cache import LatentRow
 from kogia.ops.cpu.record import Recording, recording
 from kogia.ops.dispatch import Op
 from kogia.ops.moe import Activation, mix_experts
+from kogia.ops.sample import counter_uniforms, sample
 from kogia.ops.segments import Segments
 
 SIZES = (
@@ -61,29 +65,40 @@ SIZES = (
     448,
     512,
 )
+T = TypeVar("T")
 Graph = torch.cuda.CUDAGraph | Recording
 CONTEXTS = (2048, 16384, 131072)
 """Longest contexts of the classes: each has its own width of block tables and its own split of the attention."""
 
 
+NUM_FIELDS = 7
+"""Numbers of a sequence beside its blocks: token id, position, slot, context length, row of the sequence table, seed;
+the seventh field has the float32 temperatures end to end."""
+
+
 @dataclass(slots=True, eq=False)
-class _Recorded:
+class RecordedStep:
     graph: Graph
+    draw: Graph
+    """Draws from `logits` where no filter is on, into `drawn` and the newest tokens."""
     numbers: Tensor
-    """What the step reads: token ids, positions, slots, context lengths and block tables; see `_parts`."""
+    """What the step reads: fields and block tables; see `_parts`."""
     segments: Segments
     """Kept because the graph reads its tensor."""
     activation: Activation | None
     """The same."""
     logits: Float[Tensor, "size vocab"]
+    """Overwritten by the next run of this size."""
+    drawn: Bundle | dict[str, NDArray]
+    """Tokens and log-probabilities; beside a CPU its memory itself."""
 
 
 def _parts(numbers: Any) -> tuple[Any, Any]:
-    """[size, 4 + blocks] numbers, an array or a tensor -> views of its memory: the four fields, [4, size], of which the
-    kernels read each by itself, and the block tables, [size, blocks]."""
+    """[size, NUM_FIELDS + blocks] numbers, an array or a tensor -> views of its memory: the fields, [NUM_FIELDS, size],
+    of which the kernels read each by itself, and the block tables, [size, blocks]."""
     size, width = numbers.shape
-    flat = numbers.reshape(-1)
-    return flat[: 4 * size].reshape(4, size), flat[4 * size :].reshape(size, width - 4)
+    flat, fields = numbers.reshape(-1), NUM_FIELDS * size
+    return flat[:fields].reshape(NUM_FIELDS, size), flat[fields:].reshape(size, width - NUM_FIELDS)
 
 
 def recorded_sizes(most: int, device: torch.device, width: int = 1) -> list[int]:
@@ -109,7 +124,11 @@ class DecodeGraphs:
         self.is_gpu = model.device.type == "cuda"
         self.sizes = recorded_sizes(most, model.device)
         self.contexts = [length for length in CONTEXTS if length < longest] + [longest]
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._widths = [-(-context // cache.block_size) for context in self.contexts]
+        self._nobody = np.array([0, 0, cache.spare_slot, 1, len(newest) - 1, 0, 0])
+        """The fields of nobody's sequence."""
+        self._staging = Staging(model.device)
+        self._recorded: dict[tuple[int, int], RecordedStep] = {}
         self._pool: Any = None
         """Memory that all graphs share: one runs at a time."""
 
@@ -130,66 +149,90 @@ class DecodeGraphs:
         """Record one kind, unless that has been done."""
         self._at(size, -(-context // self.cache.block_size))
 
-    def layout(
-        self,
-        token_ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        contexts: NDArray[np.int64],
-        tables: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        """The numbers of a step, as its graph reads them."""
-        count = len(token_ids)
-        size = next(size for size in self.sizes if size >= count)
-        longest = next(length for length in self.contexts if length >= contexts.max())
-        numbers = np.zeros((size, 4 + -(-longest // self.cache.block_size)), dtype=np.int64)
-        spare = self.cache.spare_slot
+    def run(self, fields: Sequence[NDArray[np.int64]], tables: NDArray[np.int64]) -> RecordedStep:
+        """Start a step: the first four fields of `NUM_FIELDS`, and the other three as one; [sequences, blocks] tables.
+        Token -1 - row stands for the one that this row of the sequence table sampled last."""
+        tables = tables[:, : self._widths[-1]]  # they may look further ahead, where the context ends
+        size = self.sizes[bisect_left(self.sizes, len(tables))]
+        step = self._at(size, self._widths[bisect_left(self._widths, tables.shape[1])])
+        if self.is_gpu:
+            buffer, host = self._staging.next_buffer(step.numbers.numel())
+            self._fill(host[: step.numbers.numel()].reshape(step.numbers.shape), fields, tables)
+            step.numbers.copy_(buffer[: step.numbers.numel()].view(step.numbers.shape), non_blocking=True)
+        else:
+            self._fill(step.numbers.numpy(), fields, tables)
+        step.graph.replay()
+        return step
+
+    def _fill(self, numbers: NDArray[np.int64], fields: Sequence[NDArray[np.int64]], tables: NDArray[np.int64]) -> None:
+        to, own = _parts(numbers)
+        *first, drawing = fields
+        count, width = tables.shape
+        for field, values in zip(to, first, strict=False):
+            field[:count] = values
+        to[4:, :count] = drawing
+        own[:count, :width], own[:count, width:] = tables, 0
+        if count < len(own):
+            to[:, count:], own[count:] = self._nobody[:, None], 0
+            own[count:, 0] = self.cache.spare_slot // self.cache.block_size
         if not self.is_gpu:  # the step before is done: what it sampled is known
-            token_ids = np.where(token_ids < 0, self.newest.numpy()[np.maximum(-1 - token_ids, 0)], token_ids)
-        fields, own = _parts(numbers)
-        fields[2, count:], fields[3, count:] = spare, 1
-        fields[:, :count] = token_ids, positions, slots, contexts
-        own[count:, 0] = spare // self.cache.block_size
-        tables = tables[:, : own.shape[1]]  # they may look further ahead, where the context ends
-        own[:count, : tables.shape[1]] = tables
-        return numbers
+            waits = (to[0] < 0).nonzero()[0]
+            if len(waits):
+                to[0, waits] = self.newest.numpy()[-1 - to[0, waits]]
 
-    def run(self, numbers: Tensor) -> Float[Tensor, "size vocab"]:
-        """Logits of the step that `layout` laid out. They are overwritten by the next run of this size."""
-        recorded = self._at(len(numbers), numbers.shape[1] - 4)
-        recorded.numbers.copy_(numbers)
-        recorded.graph.replay()
-        return recorded.logits
+    def draw(self, step: RecordedStep) -> Download | Arrived:
+        """Tokens and log-probabilities of a step that runs, of nobody's sequences too: no filters, no rules."""
+        step.draw.replay()
+        if isinstance(step.drawn, Bundle):
+            return Download(step.drawn)
+        return Arrived({name: array.copy() for name, array in step.drawn.items()})
 
-    def _at(self, size: int, num_blocks: int) -> _Recorded:
+    def _at(self, size: int, num_blocks: int) -> RecordedStep:
         kind = size, num_blocks
         if kind not in self._recorded:
             self._recorded[kind] = self._record(size, num_blocks)
         return self._recorded[kind]
 
     @torch.no_grad()
-    def _record(self, size: int, num_blocks: int) -> _Recorded:
-        device, spare = self.model.device, self.cache.spare_slot
-        numbers = torch.zeros(size, 4 + num_blocks, dtype=torch.int64, device=device)
+    def _record(self, size: int, num_blocks: int) -> RecordedStep:
+        device = self.model.device
+        numbers = torch.zeros(size, NUM_FIELDS + num_blocks, dtype=torch.int64, device=device)
         fields, tables = _parts(numbers)
-        fields[2], fields[3], tables[:, 0] = spare, 1, spare // self.cache.block_size
+        fields[:] = torch.from_numpy(self._nobody).to(device)[:, None]
+        tables[:, 0] = self.cache.spare_slot // self.cache.block_size
         lengths = np.ones(size, dtype=np.int64)
         segments = Segments(torch.arange(size + 1, device=device), lengths)
         contexts = np.full(size, num_blocks * self.cache.block_size)
         activation = self.experts.own(size, device)
+        known, positions, slots, lens, rows, seeds, packed = fields.unbind()
+        temperature = packed.view(torch.float32)[:size]
 
         def step() -> Tensor:
-            known, positions, slots, lens = fields.unbind()
+            newest = known
             if self.is_gpu:
-                known = torch.where(known < 0, self.newest[(-1 - known).clamp_min(0)], known)
-            batch = PackedTokens(known, positions, segments)
+                newest = torch.where(known < 0, self.newest[(-1 - known).clamp_min(0)], known)
+            batch = PackedTokens(newest, positions, segments)
             view = self.cache.step(slots, tables, lens, contexts)
             return self.model.logits(self.model(batch, step=self.model.step(batch, view, activation=activation)))
 
-        found: list[Tensor] = []
-        graph = capture(lambda: found.append(step()), device, self._pool)
+        def draw() -> Bundle | dict[str, NDArray]:
+            # a sample stands behind all that are seen: the length of the context is its position
+            tokens, logprobs = sample(logits, temperature, counter_uniforms(seeds, lens))
+            self.newest.index_copy_(0, rows, tokens)
+            if self.is_gpu:
+                return Bundle({"tokens": tokens, "logprobs": logprobs})
+            return {"tokens": tokens.numpy(), "logprobs": logprobs.numpy()}
+
+        graph, logits = self._capture(step)
+        second, drawn = self._capture(draw)
+        return RecordedStep(graph, second, numbers, segments, activation, logits, drawn)
+
+    def _capture(self, work: Callable[[], T]) -> tuple[Graph, T]:
+        """Record, and what the recorded run returned."""
+        found: list[T] = []
+        graph = capture(lambda: found.append(work()), self.model.device, self._pool)
         self._pool = graph.pool()
-        return _Recorded(graph, numbers, segments, activation, found[-1])
+        return graph, found[-1]
 
 
 def capture(work: Callable[[], object], device: torch.device, pool: Any) -> Graph:

@@ -85,29 +85,49 @@ class Upload:
         return self[name] if name in self._arrays else None
 
 
-class Download:
-    """Named tensors that travel together to the host. The copy starts at once."""
+class Bundle:
+    """Named tensors of one device side by side, int64 or floating. Floats are there as the bits of float64."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Of one device, int64 or floating. Floats travel as the bits of float64."""
-        self._tensors = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
-        numbers = torch.cat([_as_integers(tensor) for tensor in tensors.values()])
-        self._numbers = numbers.to("cpu", non_blocking=True)
+        self.numbers = torch.cat([_as_integers(tensor) for tensor in tensors.values()])
+        self._shapes = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
+
+    def split(self, numbers: NDArray[np.int64]) -> dict[str, NDArray]:
+        """The same on the host. Floats arrive as float32."""
+        arrays, start = {}, 0
+        for name, (shape, is_float) in self._shapes.items():
+            part = numbers[start : start + shape.numel()]
+            start += len(part)
+            arrays[name] = (part.view(np.float64).astype(np.float32) if is_float else part).reshape(shape)
+        return arrays
+
+
+class Download:
+    """A bundle on its way to the host. The copy starts at once."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._numbers = bundle.numbers.to("cpu", non_blocking=True)
         self._landed: torch.cuda.Event | None = None
-        if numbers.device.type == "cuda":
+        if bundle.numbers.device.type == "cuda":
             self._landed = torch.cuda.Event()
             self._landed.record()
 
     def wait(self) -> dict[str, NDArray]:
-        """Block until they are there. Floats arrive as float32."""
+        """Block until it is there."""
         if self._landed is not None:
             self._landed.synchronize()
-        host, arrays, start = self._numbers.numpy(), {}, 0
-        for name, (shape, is_float) in self._tensors.items():
-            part = host[start : start + shape.numel()]
-            start += len(part)
-            arrays[name] = (part.view(np.float64).astype(np.float32) if is_float else part).reshape(shape)
-        return arrays
+        return self._bundle.split(self._numbers.numpy())
+
+
+class Arrived:
+    """What stands on the host already."""
+
+    def __init__(self, arrays: dict[str, NDArray]) -> None:
+        self._arrays = arrays
+
+    def wait(self) -> dict[str, NDArray]:
+        return self._arrays
 
 
 def _as_integers(tensor: Tensor) -> Tensor:

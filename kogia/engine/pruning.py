@@ -30,7 +30,7 @@ from kogia.engine.config import PruneConfig
 from kogia.engine.inputs import Upload
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.step import StepPlan
-from kogia.engine.views import TokenRuns, own_blocks
+from kogia.engine.views import TokenRuns
 from kogia.model.cache import PagedCache, StepCache
 from kogia.ops.attention import cached_attention
 from kogia.ops.cache import LatentRow, LayerCache
@@ -68,7 +68,7 @@ class Pruner:
         contexts = runs.starts + runs.counts - self.dropped[:, runs.seq_rows]
         num_blocks = -(-int(contexts.max()) // self.cache.block_size)
         upload.put("slots", self._slots(table, runs.rows, runs.positions - self.dropped[:, runs.rows]))
-        upload.put("block_tables", own_blocks(table, runs.seq_rows, num_blocks))
+        upload.put("block_tables", table.blocks[runs.seq_rows, :num_blocks])
         upload.put("context_lens", contexts)
 
     def step_cache(self, upload: Upload, runs: TokenRuns) -> StepCache:

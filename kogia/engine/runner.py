@@ -16,7 +16,7 @@ from torch import Tensor
 from kogia.engine.activation import ActiveExperts
 from kogia.engine.drafting import DraftGraphs, DraftState
 from kogia.engine.graphs import DecodeGraphs
-from kogia.engine.inputs import Download, Staging, Upload
+from kogia.engine.inputs import Arrived, Bundle, Download, Staging, Upload
 from kogia.engine.scoring import (
     prompt_scores,
     put_prompt_scoring,
@@ -46,7 +46,7 @@ class Flight:
     """A step under way."""
 
     plan: StepPlan
-    _download: Download
+    _download: Download | Arrived
     """The tensors of a `StepResult`, by name."""
     _width: int = 0
     """Samples of every sequence, where the device draws as many of all; 0 where it draws what the plan asks for."""
@@ -59,6 +59,8 @@ class Flight:
         if self._width:
             is_asked = (np.arange(self._width) < self.plan.num_samples[:, None]).ravel()
             tokens, logprobs = tokens[is_asked], logprobs[is_asked]
+        elif self.plan.only_decodes:  # a recorded step draws for nobody's sequences too
+            tokens, logprobs = tokens[: len(self.plan.rows)], logprobs[: len(self.plan.rows)]
         scores, experts = arrays.get("prompt_logprobs"), arrays.get("routes")
         top, prompt_top = _top(arrays, "top"), _top(arrays, "prompt_top")
         return StepResult(tokens, logprobs, drafts, top, scores, prompt_top, experts)
@@ -125,7 +127,7 @@ class Runner:
             found["drafts"] = self._draft(plan, upload, batch, step, hidden, found["tokens"], num_drafts)
         else:
             self._newest.index_copy_(0, upload["sampled_rows"], found["tokens"])
-        return Flight(plan, Download(found))
+        return Flight(plan, Download(Bundle(found)))
 
     def records_drafts(self, rows: NDArray[np.int64]) -> bool:
         """Whether steps of these sequences are recorded, when each runs its newest token and drafts alone: not with
@@ -137,22 +139,24 @@ class Runner:
 
     def _is_recorded(self, plan: StepPlan, graphs: DecodeGraphs) -> bool:
         fits = plan.only_decodes and plan.num_tokens <= graphs.most
-        fits = fits and not self.table.is_traced[plan.rows].any()
+        fits = fits and not self.table.settings(plan.rows).is_traced
         return fits and self.experts.are_own(self.table, plan.rows)
 
     def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:
-        """A step in which every sequence runs one token: its graph, then the sampling."""
+        """A step in which every sequence runs one token: its graph, then the sampling, which is one too where the
+        logits are what is drawn from."""
         assert isinstance(self.view, WholeCache), "graphs know no other view"
+        settings, token_ids = self.table.settings(plan.rows), self._token_ids(plan, runs)
+        slots, contexts, tables = self.view.numbers(self.table, runs)
+        step = graphs.run((token_ids, runs.positions, slots, contexts, settings.drawing), tables)
+        if settings.draws_plainly:
+            return Flight(plan, graphs.draw(step))
         upload = Upload(self._staging)
-        upload.put(
-            "step", graphs.layout(self._token_ids(plan, runs), runs.positions, *self.view.numbers(self.table, runs))
-        )
         self._put_sampling(upload, plan, np.cumsum(plan.counts))
         upload.send()
-        logits = graphs.run(upload["step"])[: plan.num_tokens]
-        found = self._draw(upload, logits)
+        found = self._draw(upload, step.logits[: plan.num_tokens])
         self._newest.index_copy_(0, upload["sampled_rows"], found["tokens"])
-        return Flight(plan, Download(found))
+        return Flight(plan, Download(Bundle(found)))
 
     def _verify(self, plan: StepPlan, graphs: DraftGraphs) -> Flight:
         """A step in which every sequence runs its newest token and drafts: two graphs, and the sampling in between."""
@@ -164,7 +168,7 @@ class Runner:
         upload.replace("sample_positions", found.positions[: whole.num_tokens])
         drawn = self._draw(upload, found.logits[: whole.num_tokens])
         drawn["drafts"] = graphs.draft(upload["step"], drawn["tokens"])
-        return Flight(plan, Download(drawn), graphs.width)
+        return Flight(plan, Download(Bundle(drawn)), graphs.width)
 
     @torch.no_grad()
     def clear(self, blocks: list[int]) -> None:

@@ -130,7 +130,8 @@ class Scheduler:
         """Choose the next step's tokens and give them blocks; None when there is nothing to run, or not yet."""
         if self.num_flights and (self._waits_for_tokens() or (self.num_drafts and not self._can_draft_ahead())):
             return None
-        self.running = self.running[np.argsort(self.table.priority[self.running], kind="stable")]
+        if self._num_admitted:
+            self.running = self.running[np.argsort(self.table.priority[self.running], kind="stable")]
         preemptions, self._num_admitted = self.num_preemptions, 0
         granted = self._grant_running()
         if granted is None:
@@ -142,6 +143,8 @@ class Scheduler:
         if not chosen.any():
             assert self.num_flights or not self.num_unfinished, "nothing fits although sequences are unfinished"
             return None
+        if chosen.all():  # the very array: what is gathered of its rows serves the next step too
+            return self._depart(self.running, granted)
         return self._depart(self.running[chosen], granted[chosen])
 
     def _waits_for_tokens(self) -> bool:
@@ -419,7 +422,7 @@ class Scheduler:
         for where in np.flatnonzero(table.num_blocks[rows] > needed).tolist():
             row, keep = int(rows[where]), int(needed[where])
             self._release(row, table.row_blocks(row)[keep:])
-            table.num_blocks[row] = keep
+            table.keep_blocks(row, keep)
 
     def _outcome(self, row: int, num_new: int, reason: FinishReason | None, stopped: bool) -> Outcome:
         table, request = self.table, self._request(row)

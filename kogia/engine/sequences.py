@@ -18,6 +18,38 @@ from kogia.engine.request import Request, num_top
 from kogia.engine.step import StepPlan
 
 
+class Settings:
+    """What some rows of the table ask for. It stays as it is from step to step, so it is gathered once for all steps
+    of the same rows."""
+
+    def __init__(self, table: "SequenceTable", rows: NDArray[np.int64]) -> None:
+        self.rows = rows
+        self.max_length = table.max_length[rows]
+        self.max_cache_rows = table.max_cache_rows[rows]
+        self.stop_ids = table.stop_ids[rows]
+        self.temperature = table.temperature[rows]
+        self.watched = table.watched[rows]
+        self.is_watched = bool(self.watched.any())
+        self.is_ruled = bool(table.is_ruled[rows].any())
+        self.needs_tokens = bool(table.needs_tokens[rows].any())
+        self.has_top = bool(table.num_top[rows].any())
+        self.is_scored = bool(table.num_scored[rows].any())
+        self.is_traced = bool(table.is_traced[rows].any())
+        filters = (table.top_k[rows] != 0) | (table.top_p[rows] != 1) | (table.min_p[rows] != 0)
+        self.is_filtered = bool((filters & (self.temperature > 0)).any())
+        self.experts = _only(table.active_experts[rows]), _only(table.expert_threshold[rows])
+        """(number, threshold) of all these rows; None for what differs among them."""
+        temperature_bits = np.zeros(len(rows), dtype=np.int64)
+        temperature_bits.view(np.float32)[: len(rows)] = self.temperature
+        self.drawing = np.stack((rows, table.seed[rows], temperature_bits))
+        """[3, rows] what a recorded step reads of each: its place and its seed; end to end the float32 temperatures."""
+
+    @property
+    def draws_plainly(self) -> bool:
+        """Samples are drawn from the logits as they are, and nothing comes with them."""
+        return not (self.is_filtered or self.is_ruled or self.has_top)
+
+
 class SequenceTable:
     """Rows for `max_sequences` sequences. Token and block columns grow to the longest sequence seen."""
 
@@ -29,6 +61,8 @@ class SequenceTable:
         self.token_ids = np.zeros((max_sequences, 0), dtype=np.int64)
         self.logprobs = np.zeros((max_sequences, 0), dtype=np.float32)
         self.blocks = np.zeros((max_sequences, 0), dtype=np.int64)
+        """Block tables. Behind its own blocks a row has its first one again: what is masked is read all the same and
+        multiplied by 0, and another's rows, if not finite, would spoil the sum."""
         self.num_blocks = np.zeros(max_sequences, dtype=np.int64)
         self.num_named = np.zeros(max_sequences, dtype=np.int64)
         """Full blocks that are in the prefix index."""
@@ -67,6 +101,14 @@ class SequenceTable:
         self.priority = np.zeros(max_sequences, dtype=np.int64)
         self.watched = np.zeros(max_sequences, dtype=bool)
         """Text is wanted at every step: stop strings, or a listener."""
+        self._settings: Settings | None = None
+        """Of the rows that were asked for last."""
+
+    def settings(self, rows: NDArray[np.int64]) -> Settings:
+        """What open rows ask for. Cheap for the same array as last time, which must not be written to."""
+        if self._settings is None or self._settings.rows is not rows:
+            self._settings = Settings(self, rows)
+        return self._settings
 
     @property
     def num_rows_free(self) -> int:
@@ -105,6 +147,7 @@ class SequenceTable:
 
     def note_rules(self, request: Request) -> None:
         """Take in that a request's rules have changed; nothing where it has no row."""
+        self._settings = None
         rows = [row for row, each in enumerate(self.requests) if each is request]
         self.is_ruled[rows] = request.rules is not None
         self.needs_tokens[rows] = request.rules is not None and request.rules.needs_tokens
@@ -141,14 +184,21 @@ class SequenceTable:
 
     def append_blocks(self, row: int, blocks: list[int]) -> None:
         start = self.num_blocks[row]
+        if start == 0 and blocks:
+            self.blocks[row] = blocks[0]
         self.blocks[row, start : start + len(blocks)] = blocks
         self.num_blocks[row] += len(blocks)
+
+    def keep_blocks(self, row: int, count: int) -> None:
+        """Forget those behind the first `count`."""
+        self.blocks[row, count : self.num_blocks[row]] = self.blocks[row, 0]
+        self.num_blocks[row] = count
 
     def _grow(self, length: int, num_stops: int) -> None:
         width = self.token_ids.shape[1]
         if length > width:
             width = max(length, 2 * width)
-            self.blocks = _widen(self.blocks, -(-width // self.block_size))
+            self.blocks = _widen(self.blocks, -(-width // self.block_size), repeats_first=True)
             self.logprobs = _widen(self.logprobs, width)
             self.token_ids = _widen(self.token_ids, width)  # last: after an interrupt the others are widened again
         if num_stops > self.stop_ids.shape[1]:
@@ -156,7 +206,14 @@ class SequenceTable:
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, added)), constant_values=-1)
 
 
-def _widen(columns: NDArray, width: int) -> NDArray:
+def _only(values: NDArray) -> float | None:
+    """What all values are, or None."""
+    return values[0].item() if (values == values[0]).all() else None
+
+
+def _widen(columns: NDArray, width: int, *, repeats_first: bool = False) -> NDArray:
     wider = np.zeros((columns.shape[0], width), dtype=columns.dtype)  # untouched pages of a long context cost nothing
+    if repeats_first and columns.size:
+        wider[:] = columns[:, :1]
     wider[:, : columns.shape[1]] = columns
     return wider

@@ -81,7 +81,7 @@ class WholeCache:
         size, contexts = self.cache.block_size, runs.starts + runs.counts
         slots = table.blocks[runs.rows, runs.positions // size] * size + runs.positions % size
         num_blocks = -(-(int(contexts.max()) + self.lookahead) // size)
-        return slots, contexts, own_blocks(table, runs.seq_rows, num_blocks)
+        return slots, contexts, table.blocks[runs.seq_rows, :num_blocks]
 
     def step_cache(self, upload: Upload, runs: TokenRuns) -> StepCache:
         tables, lens = upload["block_tables"], upload["context_lens"]
@@ -99,12 +99,3 @@ class WholeCache:
         slots = block_tables.gather(1, column[:, None]).squeeze(1) * size + positions % size
         slots = torch.where(positions < num_slots, slots, self.cache.spare_slot)
         return self.cache.step(slots, block_tables, positions + 1, contexts)
-
-
-def own_blocks(table: SequenceTable, rows: NDArray[np.int64], num_blocks: int) -> NDArray[np.int64]:
-    """[rows, num_blocks] block tables; behind its own blocks a sequence has its first one again.
-
-    What is masked is read all the same and multiplied by 0: another's rows, if not finite, would spoil the sum.
-    """
-    blocks = table.blocks[rows, :num_blocks]
-    return np.where(np.arange(blocks.shape[1]) < table.num_blocks[rows][:, None], blocks, blocks[:, :1])

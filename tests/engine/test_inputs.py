@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kogia.engine.inputs import Download, Staging, Upload
+from kogia.engine.inputs import Bundle, Download, Staging, Upload
 
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=7)
 INTEGERS = arrays.arrays(np.int64, SHAPES, elements=st.integers(-(2**62), 2**62))
@@ -40,6 +40,6 @@ def test_an_array_of_the_host_may_be_replaced_by_what_the_device_computed():
 @given(st.lists(st.one_of(INTEGERS, FLOATS), min_size=1, max_size=5))
 def test_tensors_come_back_as_they_were(given):
     tensors = {str(index): torch.from_numpy(array) for index, array in enumerate(given)}
-    found = Download(tensors).wait()
+    found = Download(Bundle(tensors)).wait()
     for index, array in enumerate(given):
         assert found[str(index)].dtype == array.dtype and np.array_equal(found[str(index)], array)
