@@ -73,7 +73,8 @@ class SamplingParams(FilteredSamplingConfig):
     thinking_token_budget: int | None = None
     """Tokens after which an open thought is closed by force; None leaves it open."""
     priority: int = 0
-    """Requests with a lower number are started first, get their tokens first and give way last."""
+    """Requests with a lower number are started first, get their tokens first and give way last: where there is no room
+    for one, running ones of a higher number wait."""
     cache_salt: str | None = None
     """Only requests with the same salt share cached prefixes with this one, so that nobody else can find out by the
     time it takes what was asked."""

@@ -3,7 +3,8 @@
 One budget of tokens per step covers prefill chunks, decodes and draft verification alike: each is a run of tokens after
 the computed ones of a sequence. Running sequences come first, oldest first, then waiting ones in order of arrival; of
 both, those of a lower `priority` go before all others. When blocks run out, the last running sequence gives its blocks
-back and is recomputed later; it keeps its tokens.
+back and is recomputed later; it keeps its tokens. So it does where a waiting request of a lower `priority` finds no row
+or no blocks, if that one can be started then.
 
 A full block of known tokens enters the prefix index as soon as the chunk that fills it is scheduled, not when it has
 run: every layer writes all new rows of a step before its attention reads any, so a sibling may read them in that step.
@@ -84,6 +85,8 @@ class Scheduler:
         """Tokens of a step at most; less than configured after a step that did not fit into memory."""
         self._num_admitted = 0
         """Requests that the last plan started."""
+        self._preempted = sys.maxsize
+        """Lowest priority that the last plan preempted: it starts only those before it, else they would take turns."""
         self.num_drafts = config.num_draft_tokens
         """Drafts per sequence of the steps that are planned now; see `draft`."""
         self.drafts_ahead: Callable[[NDArray[np.int64]], bool] = lambda rows: False
@@ -132,13 +135,12 @@ class Scheduler:
             return None
         if self._num_admitted:
             self.running = self.running[np.argsort(self.table.priority[self.running], kind="stable")]
-        preemptions, self._num_admitted = self.num_preemptions, 0
+        self._preempted, self._num_admitted = sys.maxsize, 0
         granted = self._grant_running()
         if granted is None:
             return None
         self._name_full_blocks(self.running, granted)
-        if self.num_preemptions == preemptions:  # else an admission would only be thrown out again
-            granted = self._admit(granted)
+        granted = self._admit(granted)
         chosen = granted > 0
         if not chosen.any():
             assert self.num_flights or not self.num_unfinished, "nothing fits although sequences are unfinished"
@@ -183,24 +185,59 @@ class Scheduler:
         """Tokens granted to each running row, with the blocks for them; preempts until the blocks suffice."""
         table = self.table
         while True:
-            rows = self.running
-            least = table.num_known[rows] + table.num_pending[rows]
-            want = table.num_known[rows] - table.num_computed[rows] + table.num_drafts[rows]
-            want = np.where(table.num_pending[rows] > 0, 1 + self.num_drafts, want)
-            want = np.where(least < table.max_length[rows], want, 0)
-            if self._run_limit is not None:
-                want = np.minimum(want, self._run_limit(table.num_computed[rows]))
-            granted = np.minimum(np.maximum(self.budget - (np.cumsum(want) - want), 0), want)
-            missing = self._blocks_to_cover(rows, granted) - table.num_blocks[rows]
-            if int(np.maximum(missing, 0).sum()) <= self.pool.num_free:
+            set_aside = self._set_aside()
+            granted = self._grants(set_aside)
+            missing = np.maximum(self._blocks_to_cover(self.running, granted) - table.num_blocks[self.running], 0)
+            if int(missing.sum()) <= self.pool.num_free and not (set_aside and self._crowds_out(granted, missing)):
                 break
             if self.num_flights:
                 return None
             self.num_preemptions += 1
+            self._preempted = min(self._preempted, int(table.priority[self.running[-1]]))
             self._preempt_last()
-        for index in np.flatnonzero(missing > 0).tolist():
-            table.append_blocks(int(rows[index]), self.pool.allocate(int(missing[index])))
+        for index in np.flatnonzero(missing).tolist():
+            table.append_blocks(int(self.running[index]), self.pool.allocate(int(missing[index])))
         return granted
+
+    def _grants(self, set_aside: int) -> NDArray[np.int64]:
+        """Tokens that each running row wants, as far as the budget goes; `set_aside` of it are not for rows that come
+        after the first waiting request."""
+        table, rows = self.table, self.running
+        least = table.num_known[rows] + table.num_pending[rows]
+        want = table.num_known[rows] - table.num_computed[rows] + table.num_drafts[rows]
+        want = np.where(table.num_pending[rows] > 0, 1 + self.num_drafts, want)
+        want = np.where(least < table.max_length[rows], want, 0)
+        if self._run_limit is not None:
+            want = np.minimum(want, self._run_limit(table.num_computed[rows]))
+        left = self.budget - (np.cumsum(want) - want)
+        if set_aside:
+            left -= np.where(table.priority[rows] > self.waiting[0].params.priority, set_aside, 0)
+        return np.minimum(np.maximum(left, 0), want)
+
+    def _set_aside(self) -> int:
+        """Tokens of the budget kept for the first waiting request, whose priority is lower than that of some that run
+        and would make room for it; 0 where it cannot be started by that."""
+        table, rows = self.table, self.running
+        if not self.waiting or not len(rows) or table.priority[rows[-1]] <= self.waiting[0].params.priority:
+            return 0
+        gives_way = table.priority[rows] > self.waiting[0].params.priority
+        tokens = min(self.budget, len(self.waiting[0].token_ids))
+        needed = self._free_blocks_for(self.waiting[0], tokens) + int((~gives_way).sum())
+        return tokens if needed <= self.pool.num_free + int(table.num_blocks[rows[gives_way]].sum()) else 0
+
+    def _crowds_out(self, granted: NDArray[np.int64], missing: NDArray[np.int64]) -> bool:
+        """Whether no row, or too few blocks, are left for the first waiting request once these are given out."""
+        budget = self.budget - int(granted.sum())
+        needed = self._free_blocks_for(self.waiting[0], budget) + len(granted) + int(missing.sum())
+        return budget > 0 and (not self.table.num_rows_free or needed > self.pool.num_free)
+
+    def _free_blocks_for(self, request: Request, budget: int) -> int:
+        """Blocks that are free now and not when `request` has been started with so many tokens."""
+        free = self.pool.num_free
+        shared = self._acquire_prefix(request)
+        revived = free - self.pool.num_free
+        self.pool.release(shared)
+        return revived + self._blocks_to_open(request, len(shared), budget)
 
     def _blocks_to_cover(self, rows: NDArray[np.int64], granted: NDArray[np.int64]) -> NDArray[np.int64]:
         table = self.table
@@ -219,7 +256,7 @@ class Scheduler:
         """Start waiting requests while budget, rows and blocks last; returns `granted` with theirs appended."""
         budget = self.budget - int(granted.sum())
         rows, counts = [], []
-        while self.waiting and budget > 0 and self.table.num_rows_free:
+        while self._may_admit() and budget > 0:
             most = budget if self._run_limit is None else min(budget, int(self._run_limit(np.zeros(1, np.int64))[0]))
             # One spare block per running sequence: else the newcomer is preempted as soon as the others grow.
             row = self._open(self.waiting[0], most, spare=len(self.running) + len(rows))
@@ -237,13 +274,15 @@ class Scheduler:
         self.running = np.concatenate([self.running, np.array(rows, dtype=np.int64)])
         return np.concatenate([granted, np.array(counts, dtype=np.int64)])
 
+    def _may_admit(self) -> bool:
+        has_next = bool(self.waiting) and self.waiting[0].params.priority < self._preempted
+        return has_next and self.table.num_rows_free > 0
+
     def _open(self, request: Request, budget: int, *, spare: int) -> int | None:
         """Give a waiting request a row, its cached prefix and blocks for its first chunk; None if it does not fit."""
         shared = self._acquire_prefix(request)
-        cached, known = len(shared) * self.config.block_size, len(request.token_ids)
-        end = min(cached + budget, known)
-        end = min(end + (self.lookahead if end == known else 0), self.table.cache_rows_of(request))
-        missing = max(0, -(-end // self.config.block_size) - len(shared))
+        cached = len(shared) * self.config.block_size
+        missing = self._blocks_to_open(request, len(shared), budget)
         if missing + spare > self.pool.num_free:
             self.pool.release(shared)
             return None
@@ -259,6 +298,13 @@ class Scheduler:
             request.num_cached_tokens = cached
             self.num_prefix_hit_tokens += cached
         return row
+
+    def _blocks_to_open(self, request: Request, num_shared: int, budget: int) -> int:
+        """Blocks for the first `budget` tokens of a waiting request behind those that it shares."""
+        known, size = len(request.token_ids), self.config.block_size
+        end = min(num_shared * size + budget, known)
+        end = min(end + (self.lookahead if end == known else 0), self.table.cache_rows_of(request))
+        return max(0, -(-end // size) - num_shared)
 
     def _acquire_prefix(self, request: Request) -> list[int]:
         """Shares of the cached blocks that the request starts with, never all its tokens: the last one must run."""

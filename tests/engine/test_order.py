@@ -63,7 +63,73 @@ def test_lower_priorities_start_first_and_equals_in_order_of_arrival(model):
     one_by_one.step()
     assert [request.id for request in one_by_one.scheduler.waiting] == [4, 0, 3, 1, 5]
     one_by_one.add([5, 6], replace(params, priority=-7))
-    assert ends(one_by_one) == [2, 6, 4, 0, 3, 1, 5]
+    assert ends(one_by_one) == [6, 2, 4, 0, 3, 1, 5]
+
+
+OVERTAKEN = {
+    "no_row": {"max_sequences": 2},
+    "no_blocks": {"num_blocks": 20},
+    "no_row_overlapped": {"max_sequences": 2, "overlap": True},
+    "no_blocks_with_drafts": {"num_blocks": 20, "num_draft_tokens": 2},
+    "no_row_chunked_with_a_draft": {"max_sequences": 2, "max_batch_tokens": 9, "num_draft_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("options", OVERTAKEN.values(), ids=OVERTAKEN)
+def test_who_finds_no_room_takes_the_place_of_a_higher_number_and_all_get_their_tokens(model, options):
+    params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
+    expected = [group[0].token_ids for group in engine(model).generate(PROMPTS, params)]
+    full = engine(model, **options)
+    ids = [full.add(prompt, replace(params, priority=each))[0] for prompt, each in zip(PROMPTS[:3], (4, 3, 5))]
+    done = {}
+    for _ in range(6):
+        done |= {event.request_id: event.completion for event in full.step()}
+    before = full.stats.num_preemptions
+    ids += full.add(PROMPTS[3], params)
+    done |= {event.request_id: event.completion for _ in range(2) for event in full.step()}
+    assert ids[3] in {request.id for request in full.scheduler.table.requests if request is not None}
+    assert full.stats.num_preemptions > before
+    while full.num_unfinished:
+        done |= {event.request_id: event.completion for event in full.step()}
+    assert list(done)[-1] == ids[2]
+    assert [done[request_id].token_ids for request_id in ids] == expected
+
+
+def steps_until_first_token(running: Engine, request_id: int) -> int:
+    for count in range(1, 100):
+        if any(event.request_id == request_id for event in running.step()):
+            return count
+    raise AssertionError("it never started")
+
+
+@pytest.mark.parametrize("priority, steps", [(0, 3), (1, 1)])
+def test_a_long_prompt_of_a_higher_number_leaves_tokens_to_who_arrives_in_its_midst(model, priority, steps):
+    small = engine(model, max_batch_tokens=8)
+    params = SamplingParams(max_tokens=4, seed=1, ignore_eos=True)
+    small.add(PROMPTS[2][:24], replace(params, priority=priority))
+    small.step()
+    (late,) = small.add([5, 6, 7], params, stream=True)
+    assert steps_until_first_token(small, late) == steps
+
+
+def test_nobody_gives_way_to_an_equal_or_for_one_that_could_not_start(model):
+    params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
+    equal = engine(model, max_sequences=1)
+    equal.add([5], params)
+    equal.step()
+    equal.add([6], params)
+    assert ends(equal) == [0, 1]
+    assert equal.stats.num_preemptions == 0
+    tight = engine(model, num_blocks=18)
+    tight.add(PROMPTS[2], replace(params, priority=-1, max_tokens=20))  # 10 blocks, soon 14
+    tight.add([5], replace(params, priority=1, max_tokens=6))
+    tight.step()
+    tight.add(list(range(40)), params)  # 10 blocks, which are not there beside the first
+    for _ in range(3):
+        tight.step()
+    assert len(tight.scheduler.running) == 2
+    assert tight.stats.num_preemptions == 0
+    assert ends(tight) == [1, 0, 2]
 
 
 @pytest.mark.parametrize("options", [{}, {"overlap": True}, {"num_draft_tokens": 1}], ids=str)
@@ -90,7 +156,7 @@ def test_budget_goes_to_the_lowest_number_first(model):
     small.add([5], params)
     small.step()
     small.add([5], replace(params, priority=-1))
-    assert ends(small) == [0, 1]  # the budget is spent on who runs before anybody is started
+    assert ends(small) == [1, 0]
     small = engine(model, max_batch_tokens=2)
     small.add([5], params)
     small.add([6], replace(params, priority=-1))

@@ -169,11 +169,14 @@ class TrafficMachine(RuleBasedStateMachine):
         self.added: dict[int, list[int]] = {}
 
     @rule(
-        prompt=st.lists(st.integers(2, 3), min_size=1, max_size=12), max_tokens=st.integers(1, 12), n=st.integers(1, 3)
+        prompt=st.lists(st.integers(2, 3), min_size=1, max_size=12),
+        max_tokens=st.integers(1, 12),
+        n=st.integers(1, 3),
+        priority=st.integers(-1, 1),
     )
-    def add(self, prompt: list[int], max_tokens: int, n: int) -> None:
+    def add(self, prompt: list[int], max_tokens: int, n: int, priority: int) -> None:
         for _ in range(n):
-            request = make_request(len(self.added), prompt, max_tokens)
+            request = make_request(len(self.added), prompt, max_tokens, priority=priority)
             if request.max_length - 1 > self.capacity:
                 with pytest.raises(ValueError, match="the whole cache holds"):
                     self.simulation.scheduler.add(request)
