@@ -38,6 +38,9 @@ COMMANDS = {
     "chat": Command(
         "kogia.inference.config:ChatConfig", "kogia.inference.chat:main", "Talk to a model in the terminal"
     ),
+    "serve": Command(
+        "kogia.serve.config:ServeConfig", "kogia.serve.main:main", "Answer over HTTP, as OpenAI's API does"
+    ),
     "bench": Command(
         "kogia.inference.config:BenchConfig", "kogia.inference.bench:main", "How fast a model decodes and reads here"
     ),

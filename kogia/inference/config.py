@@ -124,23 +124,32 @@ class ChatConfig:
 
     def sampling(self, own: Mapping[str, Any]) -> FilteredSamplingConfig:
         """The settings given here, over those of `own`, a generation_config.json, over the defaults."""
-        given = {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
-        greedy = {"temperature": 0.0} if own.get("do_sample") is False else {}
-        asked = {name: own[name] for name in FILTERS if own.get(name) is not None} | greedy
-        values = {"temperature": 0.6, "top_p": 0.95, **asked, **given}
-        try:
-            return FilteredSamplingConfig(max_tokens=self.max_tokens, seed=self.seed, **values)
-        except ValueError as error:
-            if any(f"{name} = " in str(error) for name in asked.keys() - given.keys()):
-                raise ValueError(
-                    f"generation_config.json of the model: {error}; or give a value of your own"
-                ) from error
-            raise
+        return filtered_sampling(self, own, max_tokens=self.max_tokens, seed=self.seed)
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of `EngineConfig`. `num_draft_tokens` may be None: one where the model can draft."""
-        drafts = (self.engine.num_draft_tokens or None) if self.draft_tokens is None else self.draft_tokens
-        return {**asdict(replace(self.engine, num_draft_tokens=drafts or 0)), "num_draft_tokens": drafts}
+        return engine_options(self.engine, self.draft_tokens)
+
+
+def filtered_sampling(settings: object, own: Mapping[str, Any], **fixed: Any) -> FilteredSamplingConfig:
+    """The FILTERS that are fields of `settings`, where not None, over those of `own`, a generation_config.json, over
+    the defaults of programs that answer. Raises ValueError that says which of them will not do."""
+    given = {name: value for name in FILTERS if (value := getattr(settings, name)) is not None}
+    greedy = {"temperature": 0.0} if own.get("do_sample") is False else {}
+    asked = {name: own[name] for name in FILTERS if own.get(name) is not None} | greedy
+    values = {"temperature": 0.6, "top_p": 0.95, **asked, **given}
+    try:
+        return FilteredSamplingConfig(**fixed, **values)
+    except ValueError as error:
+        if any(f"{name} = " in str(error) for name in asked.keys() - given.keys()):
+            raise ValueError(f"generation_config.json of the model: {error}; or give a value of your own") from error
+        raise
+
+
+def engine_options(engine: EngineConfig, draft_tokens: int | None) -> dict[str, Any]:
+    """Fields of `EngineConfig` as `LLM` takes them. `num_draft_tokens` None: one where the model can draft."""
+    drafts = (engine.num_draft_tokens or None) if draft_tokens is None else draft_tokens
+    return {**asdict(replace(engine, num_draft_tokens=drafts or 0)), "num_draft_tokens": drafts}
 
 
 @dataclass(frozen=True)

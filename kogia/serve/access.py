@@ -1,0 +1,101 @@
+"""Who asks: keys, hashed and compared in constant time, and the caller that a request belongs to."""
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.requests import Request
+
+from kogia import log
+from kogia.serve.errors import ApiError
+from kogia.text.files import read_text
+
+_HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_NAMED = re.compile(r"(?:([A-Za-z0-9_.-]{1,64}):\s+)?(\S+)")
+LEAST_CHARS = 16
+"""Of a key: shorter ones can be tried out."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The owner of a key; of a server without keys there is one."""
+
+    name: str
+    digest: str = ""
+    """SHA-256 of the key, as hexadecimal digits."""
+
+    @property
+    def salt(self) -> str | None:
+        """What keeps its cached prefixes apart from those of others."""
+        return self.digest or None
+
+
+ANYBODY = Caller("anybody")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a server; empty for one that asks for none."""
+
+    callers: Sequence[Caller] = field(default=())
+
+    @classmethod
+    def read(cls, path: str | Path | None) -> "Keys":
+        """Of a file as `ServeConfig.api_key_file` says. Raises ValueError, naming the line."""
+        if path is None:
+            return cls()
+        file = Path(path).expanduser()
+        if os.name == "posix" and file.is_file() and file.stat().st_mode & 0o077:
+            log.warn(f"{file}: others on this machine can read these keys; chmod 600 {file}")
+        lines = [(number, line.strip()) for number, line in enumerate(read_text(file).splitlines(), 1)]
+        callers = [_caller(f"{file}:{number}", line) for number, line in lines if line and not line.startswith("#")]
+        if not callers:
+            raise ValueError(f"{file}: holds no key; write one a line")
+        return cls(tuple(callers))
+
+    def find(self, key: str | None) -> Caller | None:
+        """Whose key it is. Takes the same time whichever it is."""
+        if not self.callers:
+            return ANYBODY
+        digest = hashlib.sha256((key or "").encode()).hexdigest()
+        found = None
+        for caller in self.callers:
+            if hmac.compare_digest(caller.digest, digest):
+                found = caller
+        return found
+
+
+def _caller(place: str, line: str) -> Caller:
+    match = _NAMED.fullmatch(line)
+    if match is None:
+        raise ValueError(f"{place}: is no key; write KEY or NAME: KEY, without blanks in either")
+    hashed = _HASHED.fullmatch(match[2])
+    if hashed is None and len(match[2]) < LEAST_CHARS:
+        raise ValueError(f"{place}: a key of {len(match[2])} characters; take at least {LEAST_CHARS}, drawn at random")
+    digest = hashed[1].lower() if hashed else hashlib.sha256(match[2].encode()).hexdigest()
+    return Caller(match[1] or f"key {digest[:8]}", digest)
+
+
+def authenticate(request: Request) -> Caller:
+    """The caller of a request, by its key. Raises 401 where a key is asked for and this is none.
+
+    The dependency of every route that does work: what a caller may use is checked here, too.
+    """
+    caller = request.app.state.server.keys.find(_key(request.headers))
+    if caller is None:
+        raise ApiError(
+            "the key is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`",
+            401,
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    return caller
+
+
+def _key(headers: Mapping[str, str]) -> str | None:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")

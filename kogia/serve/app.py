@@ -1,0 +1,36 @@
+"""The application: all routes around one `ServerState`."""
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from kogia.serve import health, openai_chat, openai_models
+from kogia.serve.errors import ApiError, answer_api_error, answer_validation, response_to
+from kogia.serve.guard import Guard
+from kogia.serve.state import ServerState
+
+ROUTERS = (health.router, openai_models.router, openai_chat.router)
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """Routes find `state` as `request.app.state.server`."""
+    app = FastAPI(title="kogia", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.server = state
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(ApiError, answer_api_error)
+    app.add_exception_handler(RequestValidationError, answer_validation)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_middleware(Guard, state=state)
+    return app
+
+
+async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # FastAPI's own words for a body that we have refused
+        return response_to(error.__cause__, request.url.path)
+    known = {404: f"there is no {request.method} {request.url.path[:200]} here", 405: "this path takes other methods"}
+    message = known.get(error.status_code, str(error.detail))
+    return response_to(ApiError(message, error.status_code, headers=error.headers or {}), request.url.path)

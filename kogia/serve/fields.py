@@ -1,0 +1,56 @@
+"""Fields of requests: numbers in bounds, texts in sizes, and what is done with names that mean nothing here.
+
+Every number has a range, so that none of them can make the server allocate or loop for ever.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_COMPLETIONS = 8
+MOST_TOKENS = 2**20
+MOST_STOPS = 16
+MOST_STOP_CHARS = 1000
+MOST_BIASES = 1024
+MOST_LOGPROBS = 20
+MOST_MESSAGES = 10_000
+MOST_TOOLS = 128
+MOST_PROMPTS = 256
+
+Real = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True)]
+Name = Annotated[Text, Field(max_length=256)]
+Token = Annotated[Whole, Field(ge=0, lt=2**31)]
+Count = Annotated[Whole, Field(ge=1, le=MOST_TOKENS)]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP_CHARS)]
+Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS)]
+TokenIds = Annotated[list[Token], Field(max_length=MOST_TOKENS)]
+Penalty = Annotated[Real, Field(ge=-2, le=2)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+
+
+class Part(BaseModel):
+    """Any object of a body. What it does not know it keeps, and ignores."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names that have a value and no meaning here."""
+        return [name for name, value in (self.model_extra or {}).items() if value is not None]
+
+
+class Body(Part):
+    """What is posted to a route."""
+
+    def has(self, name: str) -> bool:
+        """Whether the client has given a value."""
+        return name in self.model_fields_set and getattr(self, name) is not None
+
+
+def given(body: Body, *names: str) -> dict[str, Any]:
+    """The fields of these names that have a value."""
+    return {name: getattr(body, name) for name in names if getattr(body, name) is not None}

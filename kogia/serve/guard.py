@@ -1,0 +1,139 @@
+"""What is looked at before any route: where a request comes from, how large it is and how long it takes to arrive.
+
+One ASGI middleware, outermost. It also turns what no route has caught into an opaque 500 with an id, and gives every
+answer an `x-request-id`.
+"""
+
+import asyncio
+import re
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kogia import log
+from kogia.serve.config import is_loopback
+from kogia.serve.errors import ApiError, internal, response_to
+from kogia.serve.state import ServerState
+
+MOST_BODY_BYTES = 8 << 20
+MOST_HEADER_BYTES = 16 << 10
+BODY_SECONDS = 60.0
+"""For a whole body to arrive."""
+MOST_URL_BYTES = 2048
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_KEY_NAMES = ("key=", "api_key=", "api-key=", "apikey=", "token=", "access_token=")
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Guard:
+    """Wraps the application."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        try:
+            self._check(scope)
+            await exchange.read_body()
+            await self._app(scope, exchange.receive, exchange.send)
+        except ApiError as error:
+            await exchange.refuse(error)
+        except Exception:  # noqa: BLE001 - whatever it is, the client learns its id alone
+            log.warn(f"request {exchange.id} failed:\n{traceback.format_exc()}")
+            await exchange.refuse(internal(exchange.id))
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            raise ApiError(f"the headers must have at most {MOST_HEADER_BYTES:,} bytes", 431)
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
+            raise ApiError("the Host header must be there once, as name or name:port", 400)
+        if not self._state.keys.callers and not self._is_own(hosts[0]):
+            raise ApiError(f"Host {hosts[0]}: without keys this server answers to its own machine's names only", 403)
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2].lower() != hosts[0].lower():
+            raise ApiError("pages of other origins may not ask this server", 403)
+        query = scope["query_string"].decode("latin-1").lower()
+        if len(scope["raw_path"]) + len(query) > MOST_URL_BYTES:
+            raise ApiError(f"the address must have at most {MOST_URL_BYTES} bytes", 414)
+        if any(part.startswith(_KEY_NAMES) for part in query.split("&")):
+            raise ApiError("keys in addresses end up in logs: send it as `Authorization: Bearer KEY`", 400)
+
+    def _is_own(self, host: str) -> bool:
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        return is_loopback(name) or name == self._state.config.host
+
+
+class _Exchange:
+    """One request on its way in and its answer on the way out."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.id = f"req_{uuid.uuid4().hex}"
+        self._scope, self._receive, self._send = scope, receive, send
+        self._body: bytes | None = None
+        self._has_begun = False
+        scope.setdefault("state", {})["request_id"] = self.id
+
+    async def read_body(self) -> None:
+        """Raises 413 for one that is too large, 408 for one that does not arrive."""
+        length = Headers(scope=self._scope).get("content-length", "0")
+        if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
+            raise _too_large()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                self._body = await _body(self._receive)
+        except TimeoutError:
+            raise ApiError(f"the body did not arrive within {BODY_SECONDS:.0f} s", 408) from None
+
+    async def receive(self) -> Message:
+        """The whole body, and then whatever the connection says: that the client has left."""
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._has_begun = True
+            headers = MutableHeaders(raw=message.setdefault("headers", []))
+            headers["x-request-id"] = self.id
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+        await self._send(message)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with the error, if nothing was answered yet; else all that can be done is to end."""
+        if not self._has_begun:
+            # what is left of the body is not read: the connection must not be used again
+            error.headers |= {"connection": "close"} if error.status in (408, 413) else {}
+            await response_to(error, self._scope["path"])(self._scope, self.receive, self.send)
+
+
+async def _body(receive: Callable[[], Awaitable[Message]]) -> bytes:
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError("the client left before its request was whole", 400)
+        parts.append(message.get("body", b""))
+        size, more = size + len(parts[-1]), message.get("more_body", False)
+        if size > MOST_BODY_BYTES:
+            raise _too_large()
+    return b"".join(parts)
+
+
+def _too_large() -> ApiError:
+    return ApiError(f"the body must have at most {MOST_BODY_BYTES:,} bytes, and say how many", 413)

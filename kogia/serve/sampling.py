@@ -1,0 +1,192 @@
+"""What requests of all APIs say about how tokens are drawn, and the `SamplingParams` that it makes. Names are vLLM's.
+
+Thinking is one state with many names: DeepSeek's `thinking`, `reasoning_effort`, Qwen's `enable_thinking`, vLLM's
+`chat_template_kwargs` and `thinking_token_budget`, OpenAI's and Anthropic's own.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from kogia.engine.grammar import ResponseFormat
+from kogia.engine.request import SamplingParams
+from kogia.serve.access import Caller
+from kogia.serve.errors import ApiError, refused
+from kogia.serve.fields import (
+    MOST_BIASES,
+    MOST_COMPLETIONS,
+    MOST_LOGPROBS,
+    MOST_STOPS,
+    Body,
+    Count,
+    Flag,
+    Name,
+    Part,
+    Penalty,
+    Real,
+    Seed,
+    Share,
+    Stop,
+    Stops,
+    Text,
+    Token,
+    TokenIds,
+    Whole,
+    given,
+)
+from kogia.serve.state import ServedModel
+from kogia.text.chat import Prompt
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EFFORTS: dict[str, int | None] = {
+    "minimal": 512,
+    "low": 2048,
+    "medium": 8192,
+    "high": None,
+    "xhigh": None,
+    "max": None,
+}
+"""Most tokens of a thought by effort; "none" turns thoughts off."""
+SHARED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "priority",
+    "active_experts",
+    "expert_threshold",
+    "return_routed_experts",
+)
+"""Fields that `SamplingParams` has under the same name."""
+
+
+class StructuredOutputs(Part):
+    """vLLM's: one of them."""
+
+    json_: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(max_length=1000)] | None = None
+    grammar: Text | None = None
+
+    @property
+    def format(self) -> ResponseFormat:
+        choice = None if self.choice is None else tuple(self.choice)
+        return ResponseFormat(json=self.json_, regex=self.regex, choice=choice, grammar=self.grammar)
+
+
+class SamplingBody(Body):
+    """Of every request that generates."""
+
+    model: Name | None = None
+    stream: Flag | None = None
+    max_tokens: Annotated[Whole, Field(ge=0, le=2**20)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MOST_COMPLETIONS)] | None = None
+    temperature: Annotated[Real, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Share | None = None
+    seed: Seed | None = None
+    stop: Stop | Stops | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOPS)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[Real, Field(ge=0.01, le=100)] | None = None
+    logit_bias: Annotated[dict[str, Real], Field(max_length=MOST_BIASES)] | None = None
+    min_tokens: Annotated[Whole, Field(ge=0, le=2**20)] | None = None
+    ignore_eos: Flag | None = None
+    include_stop_str_in_output: Flag | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Stops | None = None
+    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
+    """Lower goes first."""
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    thinking_token_budget: Count | None = None
+    prompt_logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    return_token_ids: Flag | None = None
+    return_routed_experts: Flag | None = None
+    active_experts: Annotated[Whole, Field(ge=1, le=100_000)] | None = None
+    expert_threshold: Share | None = None
+    timings: Flag | None = None
+    """Say how long each part of the work took."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Whether an answer begins with a thought, and how long it may be."""
+
+    enabled: bool | None = None
+    """None is what the model does by itself."""
+    budget: int | None = None
+
+
+def sampling_params(
+    body: SamplingBody,
+    served: ServedModel,
+    caller: Caller,
+    prompt: Prompt,
+    *,
+    logprobs: bool | int = False,
+    response_format: ResponseFormat | None = None,
+    thinking_budget: int | None = None,
+    max_tokens: int | None = None,
+) -> SamplingParams:
+    """What a request of any API asks of the engine. Raises 400 for what will not do.
+
+    The arguments are what each API says in its own way; they go before fields of the body.
+    """
+    values: dict[str, Any] = {**served.defaults, **given(body, *SHARED)}
+    values["top_k"] = max(0, values.get("top_k", 0))  # -1 is vLLM's word for off
+    if body.logit_bias:
+        values["logit_bias"] = _biases(body.logit_bias)
+    if body.allowed_token_ids is not None:
+        values["allowed_token_ids"] = tuple(body.allowed_token_ids)
+    try:
+        return SamplingParams(
+            **values,
+            n=body.n or 1,
+            max_tokens=_max_tokens(body.max_tokens if max_tokens is None else max_tokens, served, prompt),
+            stop=body.stops,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            bad_words=tuple(body.bad_words or ()),
+            logprobs=logprobs,
+            prompt_logprobs=False if body.prompt_logprobs is None else body.prompt_logprobs or True,
+            response_format=response_format or (body.structured_outputs and body.structured_outputs.format),
+            thinking_token_budget=body.thinking_token_budget or thinking_budget,
+            cache_salt=_salt(caller, body.cache_salt),
+        )
+    except ValueError as error:
+        raise refused(error, list(type(body).model_fields)) from None
+
+
+def _max_tokens(asked: int | None, served: ServedModel, prompt: Prompt) -> int:
+    """As asked, or as the server says, or what is left of the context."""
+    left = max(1, served.config.max_position - len(prompt.token_ids))
+    if asked is not None:
+        return max(asked, 1)  # 0 scores a prompt: the one token of it is not shown
+    return min(left, served.max_tokens or left)
+
+
+def _salt(caller: Caller, asked: str | None) -> str | None:
+    """Of a key's prefixes: nobody shares them with another key, whatever salt he names."""
+    parts = [part for part in (caller.salt, asked) if part]
+    return ":".join(parts) or None
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    wrong = next((token for token in given if not (token.isdecimal() and token.isascii() and len(token) < 10)), None)
+    if wrong is not None:
+        raise ApiError(f"logit_bias names {wrong!r:.40}: must be token ids, as digits", param="logit_bias")
+    return {int(token): bias for token, bias in given.items()}

@@ -1,0 +1,82 @@
+"""Server-sent events: a stream of chunks, with comments where it is silent, that ends when the client leaves."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def encode(value: Mapping[str, Any], event: str | None = None) -> bytes:
+    """One event, whose data is JSON in one line."""
+    head = b"" if event is None else f"event: {event}\n".encode()
+    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return b"%sdata: %s\n\n" % (head, data.encode("utf-8", "replace"))
+
+
+class EventStream(Response):
+    """Sends what a generator of events yields. The generator is closed in any case: it frees what it holds."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive_seconds: float) -> None:
+        super().__init__()
+        self._events, self._seconds = events, keep_alive_seconds
+        self._sent = time.monotonic()
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"  # of proxies that would collect the chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._events):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            comments = asyncio.ensure_future(self._comment(send))
+            try:
+                await until_gone(receive, self._pump(send))
+            finally:
+                comments.cancel()
+        # to a client that has left this says nothing
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pump(self, send: Send) -> None:
+        async for chunk in self._events:
+            self._sent = time.monotonic()
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _comment(self, send: Send) -> None:
+        """Send a comment whenever nothing has been sent for so long."""
+        while True:
+            wait = self._sent + self._seconds - time.monotonic()
+            if wait <= 0:
+                self._sent = time.monotonic()
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            else:
+                await asyncio.sleep(wait)
+
+
+async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T | None:
+    """What `work` brings; None, and it is cancelled, if the client leaves before."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, gone):
+            if not each.done():
+                each.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await each
+
+
+async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

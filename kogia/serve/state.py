@@ -1,0 +1,137 @@
+"""What a server has: models by name, keys, the requests that run, and whether it takes more."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from kogia import log
+from kogia.engine.engine import Engine
+from kogia.engine.loop import Stream
+from kogia.inference.llm import LLM
+from kogia.model.config import ModelConfig
+from kogia.serve.access import Caller, Keys
+from kogia.serve.config import ServeConfig
+from kogia.serve.errors import ApiError
+from kogia.text.tokenizer import Tokenizer
+
+
+class Status(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    """Runs what it has, and takes no more."""
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """One model that requests may name."""
+
+    name: str
+    llm: LLM
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling settings of requests that name none."""
+    max_tokens: int | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def engine(self) -> Engine:
+        return self.llm.engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.llm.tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.llm.model.config
+
+
+@dataclass(eq=False)
+class Running:
+    """A request that the engine works on."""
+
+    id: str
+    """As its answer names it."""
+    model: ServedModel
+    caller: Caller
+    stream: Stream
+    prompt_ids: Sequence[int]
+    opens_thought: bool
+    """Whether its answer starts inside a thought."""
+    reason: str | None = None
+    """Why the server gave it up."""
+
+
+class ServerState:
+    """Shared by all routes; changed in the event loop's thread alone, but for `status` while models load."""
+
+    def __init__(self, config: ServeConfig, keys: Keys | None = None) -> None:
+        self.config = config
+        self.keys = keys or Keys()
+        self.models: dict[str, ServedModel] = {}
+        """By every name that requests may use."""
+        self.running: dict[str, Running] = {}
+        """By the id of the answer."""
+        self.status = Status.LOADING
+        self.on_end: list[Callable[[Running], None]] = []
+        """Told of every request that has ended, however it did."""
+        self._ignored: set[tuple[str, str]] = set()
+
+    def add(self, model: ServedModel, names: Sequence[str] = ()) -> None:
+        """Serve a model by its name and further ones."""
+        self.models |= dict.fromkeys((model.name, *names), model)
+
+    def find(self, name: str | None) -> ServedModel:
+        """The model of a request that names it, or of one that names none where there is one. Raises 503 where the
+        server takes no requests, 404 for a name that it does not know."""
+        self.check_ready()
+        served = list(dict.fromkeys(self.models.values()))
+        if name is None and len(served) == 1:
+            return served[0]
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(f"model = {name!r}: must be one of {known}", 404, param="model", code="model_not_found")
+        return self.models[name]
+
+    def check_ready(self) -> None:
+        if self.status is not Status.READY:
+            raise ApiError(f"the server is {self.status}; try again later", 503, headers={"Retry-After": "5"})
+
+    def begin(self, running: Running) -> None:
+        self.running[running.id] = running
+
+    def end(self, running: Running) -> None:
+        """Free what a request holds, whether or not it has ended: within the engine's next step."""
+        running.stream.cancel()
+        if self.running.pop(running.id, None) is not None:
+            for listener in self.on_end:
+                listener(running)
+
+    def stop(self, running: Running, reason: str) -> None:
+        """Give a request up; its client hears why."""
+        running.reason = reason
+        running.stream.cancel()
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, and wait for those that run: those that take longer are given up."""
+        self.status = Status.DRAINING
+        deadline = time.monotonic() + seconds
+        while self.running and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for running in list(self.running.values()):
+            self.stop(running, "the server is shutting down; ask again")
+        deadline = time.monotonic() + 2
+        while self.running and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def note_ignored(self, where: str, names: Sequence[str]) -> None:
+        """Say once of each field that it has no effect here."""
+        fresh = [name for name in names if (where, name) not in self._ignored]
+        if fresh and len(self._ignored) < 1000:
+            self._ignored |= {(where, name) for name in fresh}
+            log.info(
+                f"{where}: fields without effect here are passed over: {', '.join(map(log.printable, fresh))[:300]}"
+            )

@@ -1,0 +1,144 @@
+"""What is refused before any route, and that nothing of it touches the engine."""
+
+import contextlib
+import json
+import socket
+import time
+
+import httpx2 as httpx
+import pytest
+from serve.asks import HELLO, post, refusal
+
+from kogia.serve.config import ServeConfig
+from kogia.serve.guard import MOST_BODY_BYTES, MOST_HEADER_BYTES
+
+CHAT = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"{", "EOF"),
+        (b"[" * 100_000, "recursion limit"),
+        (b'{"a":' * 100_000, "recursion limit"),
+        (b'{"model": "\xff\xfe"}', "unicode"),
+        (b'{"temperature": NaN}', "no JSON"),
+        (b'{"temperature": -Infinity}', "no JSON"),
+        (b'{"model": "\\ud800"}', "hex escape"),
+        (b"[]", "must be a JSON object"),
+        (b'"text"', "must be a JSON object"),
+        (b"", "missing"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused_with_the_reason(server, content, says):
+    error = refusal(httpx.post(server.url + CHAT, content=content, headers=JSON))
+    assert says in error["message"]
+
+
+def test_a_body_of_another_type_is_refused(server):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        response = httpx.post(
+            server.url + CHAT, content=json.dumps({"messages": HELLO}), headers={"content-type": kind}
+        )
+        assert kind.split(";")[0] in refusal(response, 415)["message"]
+
+
+def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(server):
+    content = b" " * (MOST_BODY_BYTES + 1)
+    refusal(httpx.post(server.url + CHAT, content=content, headers=JSON), 413)
+    parts = (content[start : start + 2**20] for start in range(0, len(content), 2**20))
+    with contextlib.suppress(httpx.WriteError):  # where the server has hung up on the rest
+        refusal(httpx.post(server.url + CHAT, content=parts, headers=JSON), 413)
+    assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("head", [b"", b"Host: a b\r\n", b"Host: x\r\nHost: y\r\n", b"Host: evil.example\r\n"])
+def test_hosts_that_are_not_this_machine_are_refused(server, head):
+    answer = raw(server, b"GET /v1/models HTTP/1.1\r\n" + head + b"Connection: close\r\n\r\n")
+    assert answer.split(b" ")[1] in (b"400", b"403")
+    assert b"tiny" not in answer
+
+
+def test_pages_of_other_origins_are_refused_and_the_own_one_is_not(server):
+    for origin in ("http://evil.example", "null", server.url.replace("http:", "https:") + "0", ""):
+        refusal(httpx.get(server.url + "/v1/models", headers={"origin": origin}), 403)
+    assert httpx.get(server.url + "/v1/models", headers={"origin": server.url}).status_code == 200
+
+
+def test_headers_and_addresses_that_are_too_long_are_refused(server):
+    for size, end in ((MOST_HEADER_BYTES, b"\r\n\r\n"), (200_000, b"")):  # the second one is never whole
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * size + end
+        assert raw(server, head).split(b" ")[1] in (b"400", b"431")
+    refusal(httpx.get(server.url + "/" + "x" * 3000), 414)
+
+
+@pytest.mark.parametrize("path", ["/../../etc/passwd", "/v1/models/../../etc/passwd", "/%2e%2e/", "//", "/v1/nothing"])
+def test_path_tricks_find_nothing(server, path):
+    answer = raw(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    assert answer.split(b" ")[1] == b"404", answer
+
+
+def test_a_key_in_the_address_is_refused(server):
+    error = refusal(httpx.get(server.url + "/v1/models?api_key=secret"))
+    assert "logs" in error["message"] and "secret" not in error["message"]
+
+
+def test_other_methods_and_upgrades_are_refused(server):
+    refusal(httpx.get(server.url + CHAT), 405)
+    refusal(httpx.put(server.url + "/health"), 405)
+    upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+    assert raw(server, upgrade).split(b" ")[1] == b"200"  # an offer that is not taken up
+
+
+def test_a_head_that_does_not_arrive_ends_the_connection(server, monkeypatch):
+    monkeypatch.setattr("kogia.serve.process.HEAD_SECONDS", 0.2)
+    with socket.create_connection(address(server)) as slow:
+        slow.settimeout(5)
+        started = time.monotonic()
+        slow.sendall(b"GET /health HT")
+        assert slow.recv(100) == b""
+        assert time.monotonic() - started < 4
+
+
+def test_a_body_that_does_not_arrive_is_answered_408(server, monkeypatch):
+    monkeypatch.setattr("kogia.serve.guard.BODY_SECONDS", 0.2)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
+    assert raw(server, head.encode() + b'{"mess').split(b" ")[1] == b"408"
+
+
+def test_faults_of_the_server_are_opaque_and_have_an_id(server, monkeypatch, capfd):
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret at 0xdeadbeef")
+
+    monkeypatch.setattr("kogia.serve.openai_models._model", fail)
+    response = httpx.get(server.url + "/v1/models")
+    error = refusal(response, 500)
+    assert "0xdeadbeef" not in response.text and error["code"] == response.headers["x-request-id"]
+    told = capfd.readouterr().err
+    assert error["code"] in told and "0xdeadbeef" in told
+
+
+def test_other_addresses_than_this_machines_take_keys():
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
+        with pytest.raises(ValueError, match="--api-key-file"):
+            ServeConfig(path="x", host=host)
+        ServeConfig(path="x", host=host, api_key_file="keys")
+    for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
+        ServeConfig(path="x", host=host)
+
+
+def address(server) -> tuple[str, int]:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    return host, int(port)
+
+
+def raw(server, data: bytes) -> bytes:
+    """What the server answers to these bytes, until it hangs up or says nothing more."""
+    with socket.create_connection(address(server)) as connection:
+        connection.settimeout(5)
+        connection.sendall(data)
+        answer = b""
+        while b"\r\n\r\n" not in answer and (part := connection.recv(65536)):
+            answer += part
+        return answer
