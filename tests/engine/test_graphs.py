@@ -89,8 +89,8 @@ def outputs(engine: Engine, params: SamplingParams, prompts=PROMPTS) -> list[tup
 
 def test_graphs_asked_for_where_there_can_be_none_are_refused():
     with pytest.raises(ValueError, match=r"engine.graphs = true: .*; leave it out, or set it to false"):
-        engine_of(wide(dtype=torch.float32), graphs=True)
-    assert engine_of(wide(dtype=torch.float32)).runner.graphs is None
+        engine_of(tiny("cpu"), graphs=True)
+    assert engine_of(tiny("cpu")).runner.graphs is None
 
 
 def test_experts_without_a_kernel_are_no_reason_to_fail_but_for_steps_that_are_not_recorded():
@@ -113,10 +113,13 @@ def test_no_step_of_more_sequences_than_the_kernels_take_is_recorded():
     assert recorded_sizes(600, cpu, 3) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "quantize"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"), (torch.bfloat16, "int4")],
+)
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, replace(SAMPLED, top_p=0.9, top_k=20)])
-def test_recorded_steps_on_a_cpu_give_the_tokens_of_steps_that_are_not(quantize, params):
-    model, other = wide(), wide(seed=2)
+def test_recorded_steps_on_a_cpu_give_the_tokens_of_steps_that_are_not(dtype, quantize, params):
+    model, other = wide(dtype=dtype), wide(seed=2, dtype=dtype)
     for each in (model, other):
         for module in each.modules() if quantize else ():
             if isinstance(module, Linear):

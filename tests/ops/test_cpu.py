@@ -83,8 +83,9 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-ROUNDED = 3e-3
-"""What rounding a result once to bfloat16 may cost, over the whole."""
+NUMBERS = [BF16, torch.float32]
+ROUNDED = {BF16: 3e-3, torch.float32: 1e-6}
+"""What rounding a result once may cost, over the whole."""
 
 
 @torch.no_grad()
@@ -95,17 +96,29 @@ def test_products_with_weights_of_every_format_equal_those_in_float64(rows, pack
     x, weight, bias = draw(rows, width), pack(draw(features, width, seed=1), packing), draw(features, seed=2)
     assert cpu_linear.linear_supports(x, weight, bias) is None
     want = x.double() @ wide(weight).T
-    assert distance(cpu_linear.linear(x, weight, bias), want + bias.double()) < ROUNDED
-    assert distance(cpu_linear.linear(x[None], weight)[0], want) < ROUNDED
+    assert distance(cpu_linear.linear(x, weight, bias), want + bias.double()) < ROUNDED[BF16]
+    assert distance(cpu_linear.linear(x[None], weight)[0], want) < ROUNDED[BF16]
     if packing is not None:  # rows of int16 are all that is lost
         got = cpu_linear.linear(x.float(), weight, bias.float())
         assert got.dtype == torch.float32 and distance(got, want + bias.double()) < 1e-4
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 32])
+@pytest.mark.parametrize(("features", "width"), [(1, 16), (7, 48), (130, 304), (300, 1024)])
+def test_products_in_float32_equal_those_in_float64(rows, features, width):
+    x, weight, bias = (draw(*shape, dtype=torch.float32) for shape in ((rows, width), (features, width), (features,)))
+    assert cpu_linear.linear_supports(x, weight, bias) is None
+    got, want = cpu_linear.linear(x, weight, bias), x.double() @ weight.double().T + bias.double()
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    assert not rows or distance(got, want) < ROUNDED[torch.float32]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_a_row_has_the_same_product_in_any_company(packing):
-    x, weight = draw(23, 192), pack(draw(37, 192, seed=1), packing)
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_a_row_has_the_same_product_in_any_company(packing, dtype):
+    x, weight = draw(23, 192, dtype=dtype), pack(draw(37, 192, seed=1, dtype=dtype), packing)
     whole = cpu_linear.linear(x, weight)
     for rows in ([3], [0, 22], [5, 4, 3, 2, 1]):
         assert torch.equal(cpu_linear.linear(x[rows], weight), whole[rows])
@@ -138,8 +151,10 @@ def test_the_widest_rows_of_int8_do_not_overflow():
 
 
 @torch.no_grad()
-def test_the_inside_of_a_feed_forward_part_is_the_references():
-    gate, up = draw(3, 77), draw(3, 77, seed=1)
+@pytest.mark.parametrize("shape", [(0, 5), (3, 77), (300, 401)])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_the_inside_of_a_feed_forward_part_is_the_references(shape, dtype):
+    gate, up = draw(*shape, dtype=dtype), draw(*shape, seed=1, dtype=dtype)
     assert cpu_moe.silu_mul_supports(gate, up) is None
     torch.testing.assert_close(cpu_moe.silu_mul(gate, up), moe.silu_mul.reference(gate, up))
 
@@ -154,8 +169,9 @@ def test_numbers_to_draw_with_are_the_references(pairs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("vocab", [3, 64, 1001])
-def test_samples_and_log_probabilities_are_those_of_the_reference(vocab):
-    logits, rows = draw(40, vocab) * 3, 40
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_samples_and_log_probabilities_are_those_of_the_reference(vocab, dtype):
+    logits, rows = draw(40, vocab, dtype=dtype) * 3, 40
     uniforms = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(vocab))
     uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
     temperature = torch.tensor([0.0, 1.0, 0.5, 3.0]).repeat(10)
@@ -184,7 +200,9 @@ def test_what_products_cannot_take_is_refused_with_the_reason():
     with torch.no_grad():
         assert "multiple of 32 numbers, not 48" in str(supports(x[:, :48].contiguous(), weight[:, :48].contiguous()))
         assert "rows of 64 numbers do not fit a weight of 32" in str(supports(x, weight[:, :32].contiguous()))
-        assert "dense weights in bfloat16" in str(supports(x.float(), weight))
+        assert "dense weights in bfloat16 or float32 with rows alike" in str(supports(x.float(), weight))
+        assert "multiple of 16 numbers, not 24" in str(supports(*(draw(2, 24, dtype=torch.float32),) * 2))
+        assert "up to 32 rows, not 33" in str(supports(*(draw(33, 64, dtype=torch.float32),) * 2))
         assert "not fp8" in str(supports(x, FORMATS["fp8"].pack(weight)))
         assert "multiple of 64 numbers, not 96" in str(supports(draw(2, 96), FORMATS["int4"].pack(draw(8, 96))))
         assert "contiguous" in str(supports(draw(64, 2).T, weight))
@@ -194,9 +212,10 @@ def test_what_products_cannot_take_is_refused_with_the_reason():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (2, 5, 33)])
-def test_norms_are_those_of_the_reference(shape):
-    x, delta, weight = draw(*shape), draw(*shape, seed=1), draw(shape[-1], seed=2)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (2, 5, 33), (0, 8), (700, 96)])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_norms_are_those_of_the_reference(shape, dtype):
+    x, delta, weight = (draw(*size, seed=i, dtype=dtype) for i, size in enumerate((shape, shape, shape[-1:])))
     assert cpu_norm.rms_norm_supports(x, weight, 1e-3) is None
     assert cpu_norm.add_rms_norm_supports(x, delta, weight, 1e-3) is None
     torch.testing.assert_close(cpu_norm.rms_norm(x, weight, 1e-3), norm.rms_norm.reference(x, weight, 1e-3))
@@ -227,9 +246,9 @@ def routed_alike(got: moe.Routed, want: moe.Routed) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 33])
 @pytest.mark.parametrize("options", ROUTERS)
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_routers_choose_and_weigh_as_the_reference(tokens, options, normalize, dtype):
-    x, weight = draw(tokens, 72), draw(16, 72, seed=1, dtype=dtype) / 8
+@pytest.mark.parametrize(("rows", "dtype"), [(BF16, BF16), (BF16, torch.float32), (torch.float32, torch.float32)])
+def test_routers_choose_and_weigh_as_the_reference(tokens, options, normalize, rows, dtype):
+    x, weight = draw(tokens, 72, dtype=rows), draw(16, 72, seed=1, dtype=dtype) / 8
     bias = draw(16, seed=2, dtype=torch.float32) / 8 if options["score"] == "sigmoid" else None
     options = {**options, "topk": 5, "normalize": normalize, "scale": 2.5}
     assert cpu_moe.route_supports(x, weight, bias, **options) is None
@@ -290,7 +309,7 @@ def test_experts_equal_a_loop_over_tokens(tokens, packing, alone):
     assert cpu_moe.mix_experts_supports(*args, **options) is None
     want = mixed_in_float64(*args, **options)
     got = cpu_moe.mix_experts(*args, **options)
-    assert distance(got, want) < 2 * ROUNDED
+    assert distance(got, want) < 2 * ROUNDED[BF16]
     some = [0, tokens // 2, tokens - 1]
     for t in some:  # in any company
         one = {name: None if each is None else each[t : t + 1] for name, each in (("residual", residual),)}
@@ -305,6 +324,24 @@ def test_experts_equal_a_loop_over_tokens(tokens, packing, alone):
         assert got.dtype == torch.float32 and distance(got, want) < 3e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 2, 9, 40])
+@pytest.mark.parametrize("alone", [False, True])
+def test_experts_in_float32_equal_a_loop_over_tokens(tokens, alone):
+    experts, topk, dim, width = 5, 2, 80, 48
+
+    def weight(*shape: int) -> Tensor:
+        return draw(*shape, dtype=torch.float32) / 8
+
+    x, weights, ids = weight(tokens, dim), torch.rand(tokens, topk), torch.randint(0, experts, (tokens, topk))
+    ids[-1, 1] = -1
+    shared = None if alone else (weight(64, dim), weight(64, dim), weight(dim, 64))
+    args = x, ids, weights, weight(experts, 2, width, dim), weight(experts, dim, width)
+    options = {"shared": shared, "residual": None if alone else weight(tokens, dim)}
+    assert cpu_moe.mix_experts_supports(*args, **options) is None
+    assert distance(cpu_moe.mix_experts(*args, **options), mixed_in_float64(*args, **options)) < 1e-6
+
+
 def test_experts_refuse_what_has_no_kernel():
     x, ids, weights = draw(2, 64), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
     gate_up, down = draw(3, 2, 32, 64), draw(3, 64, 32)
@@ -312,7 +349,8 @@ def test_experts_refuse_what_has_no_kernel():
     assert "no backward" in str(supports(x, ids, weights, gate_up, down))
     with torch.no_grad():
         assert supports(x, ids, weights, gate_up, down) is None
-        assert "bfloat16" in str(supports(x.float(), ids, weights, gate_up.float(), down.float()))
+        assert supports(x.float(), ids, weights, gate_up.float(), down.float()) is None
+        assert "with rows alike" in str(supports(x.float(), ids, weights, gate_up, down))
         mixed = (draw(32, 64), FORMATS["int8"].pack(draw(32, 64)), draw(64, 32))
         assert "gate is dense and whose up is int8" in str(supports(x, ids, weights, gate_up, down, shared=mixed))
         assert "residual" in str(supports(x, ids, weights, gate_up, down, residual=x.float()))
@@ -323,17 +361,19 @@ def angles(tokens: int, half: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def paged(lengths: list[int], contexts: list[int], row: LatentRow | KVRow, block: int = 4) -> LayerCache:
+def paged(
+    lengths: list[int], contexts: list[int], row: LatentRow | KVRow, dtype: torch.dtype = BF16, block: int = 4
+) -> LayerCache:
     """A cache of random rows in blocks out of order; what belongs to nobody is NaN."""
     needs = [-(-context // block) for context in contexts]
     order = torch.randperm(sum(needs) + 2, generator=torch.Generator().manual_seed(0)).tolist()
     tables, slots = torch.zeros(len(contexts), max(needs), dtype=torch.long), []
-    rows = torch.full((len(order) * block, row.width), torch.nan, dtype=BF16)
+    rows = torch.full((len(order) * block, row.width), torch.nan, dtype=dtype)
     for s, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
         own = [order.pop() for _ in range(needs[s])]
         tables[s] = torch.tensor(own + own[:1] * (max(needs) - len(own)))
         for b in own:
-            rows[b * block : (b + 1) * block] = draw(block, row.width, seed=b)
+            rows[b * block : (b + 1) * block] = draw(block, row.width, seed=b, dtype=dtype)
         slots += [own[p // block] * block + p % block for p in range(context - length, context)]
     lens = torch.tensor(contexts)
     return LayerCache(rows, torch.tensor(slots), tables, lens, np.array(contexts), block, row)
@@ -345,18 +385,24 @@ STEPS = [([1], [1]), ([1, 1], [70, 33]), ([3, 1], [9, 64]), ([40, 2, 1], [40, 10
 @torch.no_grad()
 @pytest.mark.parametrize(("lengths", "contexts"), STEPS)
 @pytest.mark.parametrize("heads", [1, 6])
-@pytest.mark.parametrize("row", [LatentRow(64, 32), LatentRow(32, 32, index=16), KVRow(2, 32)])
-def test_attention_over_the_cache_equals_the_reference_in_float64(lengths, contexts, heads, row):
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [
+        *((row, BF16) for row in (LatentRow(64, 32), LatentRow(32, 32, index=16), KVRow(2, 32))),
+        *((row, torch.float32) for row in (LatentRow(32, 16), LatentRow(48, 16, index=16), KVRow(2, 48))),
+    ],
+)
+def test_attention_over_the_cache_equals_the_reference_in_float64(lengths, contexts, heads, row, dtype):
     heads *= 2 if isinstance(row, KVRow) else 1
-    view, segments = paged(lengths, contexts, row), segments_of(lengths)
+    view, segments = paged(lengths, contexts, row, dtype), segments_of(lengths)
     width = row.latent + row.rope if isinstance(row, LatentRow) else row.head_dim
-    q = draw(sum(lengths), heads, width)
+    q = draw(sum(lengths), heads, width, dtype=dtype)
     assert cpu_attention.cached_attention_supports(q, view, segments, scale=0.2) is None
     exact = LayerCache(
         view.rows.double(), view.slots, view.block_tables, view.context_lens, view.contexts, view.block_size, row
     )
     want = attention.cached_attention.reference(q.double(), exact, segments, scale=0.2)
-    assert distance(cpu_attention.cached_attention(q, view, segments, scale=0.2), want) < 2 * ROUNDED
+    assert distance(cpu_attention.cached_attention(q, view, segments, scale=0.2), want) < 2 * ROUNDED[dtype]
 
 
 def test_attention_refuses_what_has_no_kernel():
@@ -368,12 +414,13 @@ def test_attention_refuses_what_has_no_kernel():
     view = paged([1], [3], LatentRow(128, 32))
     q = draw(1, 2, 160)
     assert supports(q, view, segments, scale=1.0) is None
-    assert "bfloat16" in str(supports(q.float(), view, segments, scale=1.0))
+    assert "one dtype, not torch.float32 and torch.bfloat16" in str(supports(q.float(), view, segments, scale=1.0))
 
 
 @torch.no_grad()
-def test_embeddings_are_the_rows_of_their_tokens_and_zeros_where_there_is_none():
-    weight, ids = draw(11, 40), torch.tensor([3, 10, 0, 3])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_embeddings_are_the_rows_of_their_tokens_and_zeros_where_there_is_none(dtype):
+    weight, ids = draw(11, 41, dtype=dtype), torch.tensor([3, 10, 0, 3])
     assert cpu_embed.embed_supports(ids, weight) is None
     assert torch.equal(cpu_embed.embed(ids, weight), weight[ids])
     assert not cpu_embed.embed(torch.tensor([11, -1]), weight).any()
@@ -393,10 +440,11 @@ def test_angles_are_those_of_the_reference(scale):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 5, 19])
 @pytest.mark.parametrize("kept", [96, 64])
-def test_rows_are_normed_turned_and_written_as_the_reference_does(tokens, kept):
-    row, weight = LatentRow(kept, 32), draw(96, seed=1)
-    kv, (cos, sin) = draw(tokens, 128, seed=2), angles(tokens, 16)
-    views = [paged([tokens], [tokens + 3], row) for _ in range(2)]
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_rows_are_normed_turned_and_written_as_the_reference_does(tokens, kept, dtype):
+    row, weight = LatentRow(kept, 32), draw(96, seed=1, dtype=dtype)
+    kv, (cos, sin) = draw(tokens, 128, seed=2, dtype=dtype), angles(tokens, 16)
+    views = [paged([tokens], [tokens + 3], row, dtype) for _ in range(2)]
     assert cpu_latent.write_latent_supports(kv, views[0], weight, cos, sin, eps=1e-6) is None
     cpu_latent.write_latent(kv, views[0], weight, cos, sin, eps=1e-6)
     cache.write_latent.reference(kv, views[1], weight, cos, sin, eps=1e-6)
@@ -408,31 +456,37 @@ def test_rows_are_normed_turned_and_written_as_the_reference_does(tokens, kept):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 8, 21])
-@pytest.mark.parametrize(("nope", "taken"), [(16, 96), (40, 96), (64, 64)])
-def test_queries_and_values_move_between_heads_and_latents_as_in_float64(tokens, nope, taken):
+@pytest.mark.parametrize(
+    ("nope", "taken", "dtype"),
+    [(16, 96, BF16), (40, 96, BF16), (64, 64, BF16), (16, 80, torch.float32), (33, 48, torch.float32)],
+)
+def test_queries_and_values_move_between_heads_and_latents_as_in_float64(tokens, nope, taken, dtype):
     heads, v, rope = 3, 24, 16
-    up = draw(heads, nope + v, 96) / 8  # the matrices are views of one projection, and may be cut to a narrower rank
+    up = (
+        draw(heads, nope + v, 96, dtype=dtype) / 8
+    )  # the matrices are views of one projection, and may be cut to a narrower rank
     w_uk, w_uv = up[:, :nope, :taken], up[:, nope:, :taken]
-    q, (cos, sin) = draw(tokens, heads, nope + rope), angles(tokens, rope // 2)
+    q, (cos, sin) = draw(tokens, heads, nope + rope, dtype=dtype), angles(tokens, rope // 2)
     assert cpu_latent.absorb_query_supports(q, w_uk, cos, sin) is None
     want = latent.absorb_query.reference(q.double(), w_uk.double(), cos.double(), sin.double())
-    assert distance(cpu_latent.absorb_query(q, w_uk, cos, sin), want) < ROUNDED
-    mixed = draw(tokens, heads, taken)
+    assert distance(cpu_latent.absorb_query(q, w_uk, cos, sin), want) < ROUNDED[dtype]
+    mixed = draw(tokens, heads, taken, dtype=dtype)
     assert cpu_latent.project_values_supports(mixed, w_uv) is None
     want = latent.project_values.reference(mixed.double(), w_uv.double())
-    assert distance(cpu_latent.project_values(mixed, w_uv), want) < ROUNDED
+    assert distance(cpu_latent.project_values(mixed, w_uv), want) < ROUNDED[dtype]
 
 
 @torch.no_grad()
 @given(st.integers(1, 12), st.integers(1, 80), st.integers(1, 4), st.sampled_from(PACKINGS))
 def test_any_shape_that_products_take_they_get_right(rows, features, blocks, packing):
     x, weight = draw(rows, 64 * blocks), pack(draw(features, 64 * blocks, seed=1), packing)
-    assert distance(cpu_linear.linear(x, weight), x.double() @ wide(weight).T) < 2 * ROUNDED
+    assert distance(cpu_linear.linear(x, weight), x.double() @ wide(weight).T) < 2 * ROUNDED[BF16]
 
 
 @torch.no_grad()
-def test_ops_call_the_kernels_by_themselves_and_threads_change_nothing():
-    x, weight = draw(5, 512), draw(640, 512, seed=1)
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_ops_call_the_kernels_by_themselves_and_threads_change_nothing(dtype):
+    x, weight = draw(5, 512, dtype=dtype), draw(640, 512, seed=1, dtype=dtype)
     assert linear.linear.refusals([x, weight], {}) == {"cpu": None}
     before, one = torch.get_num_threads(), linear.linear(x, weight)
     try:
@@ -443,9 +497,10 @@ def test_ops_call_the_kernels_by_themselves_and_threads_change_nothing():
 
 
 @torch.no_grad()
-def test_a_recording_does_again_what_was_done_with_what_its_inputs_hold_now():
-    x, weight, scale = draw(3, 64), draw(64, 64, seed=1), draw(64, seed=2)
-    rows = torch.zeros(2, 64, dtype=BF16)
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_a_recording_does_again_what_was_done_with_what_its_inputs_hold_now(dtype):
+    x, weight, scale = draw(3, 64, dtype=dtype), draw(64, 64, seed=1, dtype=dtype), draw(64, seed=2, dtype=dtype)
+    rows = torch.zeros(2, 64, dtype=dtype)
 
     def step() -> Tensor:
         hidden = linear.linear(norm.rms_norm(x, scale, 1e-6), weight)
@@ -457,7 +512,7 @@ def test_a_recording_does_again_what_was_done_with_what_its_inputs_hold_now():
         result = step()
     first = result.clone()
     assert torch.equal(first, step())
-    x.copy_(draw(3, 64, seed=9))
+    x.copy_(draw(3, 64, seed=9, dtype=dtype))
     made.replay()
     replayed, written = result.clone(), rows.clone()
     assert torch.equal(replayed, step()) and torch.equal(written, rows) and not torch.equal(replayed, first)

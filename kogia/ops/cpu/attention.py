@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from kogia.ops.cache import LatentRow, LayerCache
-from kogia.ops.cpu.common import Kernel, refusal
+from kogia.ops.cpu.common import DTYPES, Kernel, alike_refusal, refusal, width_block
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
 
-_attend = Kernel("kogia_cached_attention", "5q 4q 3q 3q d 2q")
+_attend = Kernel("kogia_cached_attention", "6q 4q 3q 3q d 2q")
 
 
 def cached_attention(
@@ -24,7 +24,8 @@ def cached_attention(
         value_offset, value_stride = row.num_heads * row.head_dim, row.head_dim
     out = torch.empty(tokens, heads, value_width, dtype=q.dtype)
     _attend(
-        q.data_ptr(), heads, key_heads, width, value_width, rows.data_ptr(), rows.stride(0), value_offset, value_stride,
+        DTYPES[q.dtype], q.data_ptr(), heads, key_heads, width, value_width,
+        rows.data_ptr(), rows.stride(0), value_offset, value_stride,
         tables.data_ptr(), tables.stride(0), cache.block_size, cache.context_lens.data_ptr(),
         segments.cu_seqlens.data_ptr(), segments.num_seqs, scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -38,9 +39,10 @@ def cached_attention_supports(
     if index is not None or (isinstance(row, LatentRow) and row.fp8):
         return "it attends to dense rows, without an indexer"
     value_width = row.latent if isinstance(row, LatentRow) else row.head_dim
-    if q.shape[2] % 32 or value_width % 32:
-        return f"it takes keys and values of a multiple of 32 numbers, not {q.shape[2]} and {value_width}"
+    block = width_block(q.dtype)
+    if q.shape[2] % block or value_width % block:
+        return f"it takes keys and values of a multiple of {block} numbers, not {q.shape[2]} and {value_width}"
     if cache.block_tables.stride(-1) != 1:
         return f"it takes block tables whose rows lie side by side, not strides {cache.block_tables.stride()}"
     whole = (cache.context_lens, segments.cu_seqlens)
-    return refusal(q, cache.rows) or refusal(*whole, dtypes=(torch.int64,))
+    return alike_refusal(q, cache.rows) or refusal(*whole, dtypes=(torch.int64,))

@@ -12,9 +12,10 @@ from kogia.ops.packed import Packed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """As the kernels know them."""
-DENSE, INT8, INT4 = 0, 1, 2
-WIDTHS = {DENSE: 32, INT8: 32, INT4: 64}
-"""Format -> what rows of a weight must be multiples of, in numbers."""
+HALF, INT8, INT4, FULL = 0, 1, 2, 3
+WIDTHS = {HALF: 32, INT8: 32, INT4: 64, FULL: 16}
+"""Format, dense ones by their dtype -> what rows of a weight must be multiples of, in numbers."""
+_DENSE = {torch.bfloat16: HALF, torch.float32: FULL}
 NO_WEIGHT = (0, 0, 0, 0, 0)
 
 
@@ -43,7 +44,7 @@ def address(tensor: Tensor | None) -> int:
 def weight_fields(weight: Tensor | Packed) -> tuple[int, int, int, int, int]:
     """A weight as kernels take it: addresses of data, scales and zeros, format, columns that share a scale."""
     if isinstance(weight, Tensor):
-        return weight.data_ptr(), 0, 0, DENSE, 0
+        return weight.data_ptr(), 0, 0, _DENSE[weight.dtype], 0
     data, scale = weight.data, weight.scale
     if weight.format == "int8":
         return data.data_ptr(), scale.data_ptr(), 0, INT8, 0
@@ -60,10 +61,10 @@ def weight_width(weight: Tensor | Packed) -> int:
 def weight_refusal(weight: Tensor | Packed, x: Tensor) -> str | None:
     """Why products of rows like `x` with this weight cannot be taken, or None."""
     if isinstance(weight, Tensor):
-        if weight.dtype != torch.bfloat16 or x.dtype != torch.bfloat16:
-            return f"it takes dense weights in bfloat16 with rows alike, not {weight.dtype} with {x.dtype}"
+        if weight.dtype not in _DENSE or x.dtype != weight.dtype:
+            return f"it takes dense weights in bfloat16 or float32 with rows alike, not {weight.dtype} with {x.dtype}"
         whole = weight.is_contiguous()
-        kind = DENSE
+        kind = _DENSE[weight.dtype]
     elif weight.format in ("int8", "int4"):
         whole = weight.data.is_contiguous() and weight.scale.is_contiguous()
         whole = whole and (weight.zero is None or weight.zero.is_contiguous())
@@ -77,7 +78,20 @@ def weight_refusal(weight: Tensor | Packed, x: Tensor) -> str | None:
     return None
 
 
-def refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> str | None:
+def width_block(dtype: torch.dtype) -> int:
+    """What rows that a kernel reads as operands of products must be multiples of, in numbers: 64 bytes."""
+    return 64 // dtype.itemsize
+
+
+def alike_refusal(first: Tensor, *others: Tensor) -> str | None:
+    """Why a kernel that takes one dtype cannot take these tensors, or None."""
+    for tensor in others:
+        if tensor.dtype != first.dtype:
+            return f"it takes tensors of one dtype, not {first.dtype} and {tensor.dtype}"
+    return refusal(first, *others)
+
+
+def refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> str | None:
     """Why a kernel cannot take these tensors, or None: of `dtypes`, contiguous, no gradients."""
     for tensor in tensors:
         if tensor.dtype not in dtypes:

@@ -22,6 +22,14 @@ template <class F> void parallel(int64_t items, int64_t threads, F run) {
     for (int64_t i = 0; i < items; i++) run(i);
 }
 
+// Items of `size` numbers each, of which little is computed, in shares that are worth a thread.
+template <class F> void spread(int64_t items, int64_t size, int64_t threads, F run) {
+    const int64_t share = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, size));
+    parallel((items + share - 1) / share, threads, [&](int64_t i) {
+        for (int64_t j = i * share; j < std::min(items, (i + 1) * share); j++) run(j);
+    });
+}
+
 // Memory that lives until the calling thread's next use of the same tag.
 template <class T, int TAG> T* scratch(int64_t size) {
     static thread_local std::vector<T> memory;
@@ -32,7 +40,7 @@ template <class T, int TAG> T* scratch(int64_t size) {
 // ------------------------------------------------------------------------------------------------ weights and rows
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
-enum Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2 };
+enum Format : int64_t { HALF = 0, INT8 = 1, INT4 = 2, FULL = 3 };  // dense: bfloat16 and float32
 
 struct Weight {
     const char* data;
@@ -43,7 +51,8 @@ struct Weight {
 
     // From row `first` of a stack of [.., in] rows on.
     Weight from(int64_t first, int64_t in) const {
-        if (format == DENSE) return {data + first * in * 2, nullptr, nullptr, format, group};
+        if (format == HALF) return {data + first * in * 2, nullptr, nullptr, format, group};
+        if (format == FULL) return {data + first * in * 4, nullptr, nullptr, format, group};
         if (format == INT8) return {data + first * in, scale + first * 4, nullptr, format, group};
         int64_t groups = in / group;
         return {data + first * in / 2, scale + first * groups * 2, zero ? zero + first * groups : nullptr, format, group};
@@ -60,20 +69,21 @@ struct Rows {
 constexpr int64_t AHEAD = 8192;  // bytes: how long before its use memory is asked for; half of it was slower
 inline void fetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + AHEAD); }
 
-struct Dense {
+template <class T> struct Dense {
     static constexpr int ROWS = ROWS_AT_ONCE;
-    struct Row { const bf16* data; };
-    static Row row(const Weight& w, int64_t n, int64_t in) { return {reinterpret_cast<const bf16*>(w.data) + n * in}; }
+    static constexpr int64_t STEP = sizeof(Floats) / sizeof(T);
+    struct Row { const T* data; };
+    static Row row(const Weight& w, int64_t n, int64_t in) { return {reinterpret_cast<const T*>(w.data) + n * in}; }
 
     template <int M, int N>
     static void tile(const char* const* x, const float*, const Row* w, int64_t in, int64_t, float* const* out) {
         Floats sums[M][N];
         for (auto& row : sums) for (auto& each : row) each = zeros();
-        for (int64_t i = 0; i < in; i += 2 * LANES) {
-            Halves b[N];
-            for (int n = 0; n < N; n++) b[n] = load_halves(w[n].data + i), fetch(w[n].data + i);
+        for (int64_t i = 0; i < in; i += STEP) {
+            decltype(operands(w->data)) b[N];
+            for (int n = 0; n < N; n++) b[n] = operands(w[n].data + i), fetch(w[n].data + i);
             for (int m = 0; m < M; m++) {
-                Halves a = load_halves(reinterpret_cast<const bf16*>(x[m]) + i);
+                auto a = operands(reinterpret_cast<const T*>(x[m]) + i);
                 for (int n = 0; n < N; n++) sums[m][n] = dot(sums[m][n], a, b[n]);
             }
         }
@@ -189,7 +199,7 @@ template <class T> void quantise(const T* x, int64_t in, Format format, int16_t*
 // What products of a format take for `count` rows of `in` numbers; quantised ones lie in scratch memory of the tag.
 template <int TAG>
 Rows prepared(const char* x, int64_t dtype, int64_t count, int64_t in, int64_t format, int64_t threads) {
-    if (format == DENSE) return {x, in * 2, nullptr};
+    if (format == HALF || format == FULL) return {x, in * (format == HALF ? 2 : 4), nullptr};
     int16_t* codes = scratch<int16_t, TAG>(count * in);
     float* scales = scratch<float, TAG>(count);
     parallel(count, count * in < 1 << 15 ? 1 : threads, [&](int64_t r) {
@@ -251,7 +261,8 @@ void product(const Rows& x, const int64_t* rows, int64_t count, int64_t in, cons
         using F = decltype(format);
         product<F>(x, rows, count, in, w.group, first, last, [&](int64_t n) { return F::row(w, n, in); }, out, stride);
     };
-    if (w.format == DENSE) run(Dense{});
+    if (w.format == HALF) run(Dense<bf16>{});
+    else if (w.format == FULL) run(Dense<float>{});
     else if (w.format == INT8) run(Int8{});
     else run(Int4{});
 }
@@ -264,13 +275,14 @@ void paired_product(const Rows& x, const int64_t* rows, int64_t count, int64_t i
         auto row_of = [&](int64_t n) { return F::row(n % 2 ? two : one, n / 2, in); };
         product<F>(x, rows, count, in, one.group, 2 * first, 2 * last, row_of, out, stride);
     };
-    if (one.format == DENSE) run(Dense{});
+    if (one.format == HALF) run(Dense<bf16>{});
+    else if (one.format == FULL) run(Dense<float>{});
     else if (one.format == INT8) run(Int8{});
     else run(Int4{});
 }
 
 int64_t bytes_of(const Weight& w, int64_t out, int64_t in) {
-    return out * in * (w.format == DENSE ? 4 : w.format == INT8 ? 2 : 1) / 2;
+    return out * in * (w.format == FULL ? 8 : w.format == HALF ? 4 : w.format == INT8 ? 2 : 1) / 2;
 }
 
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // bytes of weights below which a second thread costs more than it brings
@@ -372,7 +384,7 @@ template <class T> void mix_experts(const ExpertArgs& a) {
         widest = std::max(widest, each.width);
         most = std::max(most, each.count);
     }
-    Rows by_format[3] = {};
+    Rows by_format[4] = {};
     for (const Crowd& each : crowds)
         if (!by_format[each.gate.format].data)
             by_format[each.gate.format] =
@@ -398,10 +410,10 @@ template <class T> void mix_experts(const ExpertArgs& a) {
     // as the down projections take them
     parallel(int64_t(crowds.size()), total < 1 << 14 ? 1 : a.threads, [&](int64_t item) {
         const Crowd& c = crowds[size_t(item)];
-        for (int64_t r = 0; r < c.count; r++) {
+        for (int64_t r = 0; r < c.count && c.down.format != FULL; r++) {
             const float* from = hidden + c.hidden + r * c.width;
             int16_t* to = codes + c.hidden + r * c.width;
-            if (c.down.format == DENSE)
+            if (c.down.format == HALF)
                 for (int64_t i = 0; i < c.width; i++) to[i] = int16_t(narrow(from[i]));
             else
                 quantise(from, c.width, Format(c.down.format), to, code_scales + c.first + r);
@@ -411,8 +423,9 @@ template <class T> void mix_experts(const ExpertArgs& a) {
     parallel(int64_t(crowds.size()) * cuts, a.threads, [&](int64_t item) {
         const Crowd& c = crowds[size_t(item / cuts)];
         int64_t first = item % cuts * cut, last = std::min(first + cut, a.dim);
-        Rows rows{reinterpret_cast<const char*>(codes + c.hidden), c.width * 2,
-                  c.down.format == DENSE ? nullptr : code_scales + c.first};
+        Rows rows{reinterpret_cast<const char*>(codes + c.hidden), c.width * 2, code_scales + c.first};
+        if (c.down.format == HALF) rows.scales = nullptr;
+        if (c.down.format == FULL) rows = {reinterpret_cast<const char*>(hidden + c.hidden), c.width * 4, nullptr};
         product(rows, nullptr, c.count, c.width, c.down, first, last, mixed + c.first * a.dim + first, a.dim);
     });
     // the sum of each token's copies
@@ -536,58 +549,90 @@ template <class X, class W> void route_token(const RouteArgs& a, int64_t t) {
 // ------------------------------------------------------------------------------------------------------------ norms
 
 struct NormArgs {
-    const bf16* x;
-    const bf16* delta;  // added first; null without
-    const bf16* weight;
-    bf16* total;
-    bf16* out;
+    int64_t dtype;
+    const char* x;
+    const char* delta;  // added first; null without
+    const char* weight;
+    char* total;
+    char* out;
     int64_t rows, dim;
     double eps;
+    int64_t threads;
 };
 
-void norm_row(const bf16* x, const bf16* weight, int64_t dim, float eps, bf16* out) {
+template <class T> void norm_row(const T* x, const T* weight, int64_t dim, float eps, T* out) {
     float factor = 1.0f / std::sqrt(inner(x, x, dim) / float(dim) + eps);
-    for (int64_t i = 0; i < dim; i++) out[i] = narrow(widen(narrow(widen(x[i]) * factor)) * widen(weight[i]));
+    for (int64_t i = 0; i < dim; i++) put(out + i, rounded<T>(widen(x[i]) * factor) * widen(weight[i]));
+}
+
+template <class T> void norm(const NormArgs& a) {
+    auto row = [&](const char* base, int64_t r) { return reinterpret_cast<const T*>(base) + r * a.dim; };
+    spread(a.rows, a.dim, a.threads, [&](int64_t r) {
+        const T* x = row(a.x, r);
+        if (a.delta) {
+            const T* delta = row(a.delta, r);
+            T* total = const_cast<T*>(row(a.total, r));
+            for (int64_t i = 0; i < a.dim; i++) put(total + i, widen(x[i]) + widen(delta[i]));
+            x = total;
+        }
+        norm_row(x, row(a.weight, 0), a.dim, float(a.eps), const_cast<T*>(row(a.out, r)));
+    });
 }
 
 // ------------------------------------------------------------------------------------------------- latent attention
 
 // Neighbours 2i and 2i + 1 turned by the angle of their pair.
-void rotate(const bf16* x, const float* cos, const float* sin, int64_t half, bf16* out) {
+template <class T> void rotate(const T* x, const float* cos, const float* sin, int64_t half, T* out) {
     for (int64_t i = 0; i < half; i++) {
         float even = widen(x[2 * i]), odd = widen(x[2 * i + 1]);
-        out[2 * i] = narrow(even * cos[i] - odd * sin[i]);
-        out[2 * i + 1] = narrow(even * sin[i] + odd * cos[i]);
+        put(out + 2 * i, even * cos[i] - odd * sin[i]);
+        put(out + 2 * i + 1, even * sin[i] + odd * cos[i]);
     }
 }
 
 struct WriteArgs {
-    const bf16* kv;
+    int64_t dtype;
+    const char* kv;
     int64_t tokens, latent, rope, kept;  // numbers of the latent; of these the row holds the first `kept`
-    const bf16* weight;
+    const char* weight;
     const float* cos;
     const float* sin;
     double eps;
-    bf16* rows;
+    char* rows;
     int64_t row_stride;
     const int64_t* slots;
 };
 
+template <class T> void write_latent(const WriteArgs& a) {
+    T* normed = scratch<T, 0>(a.latent);
+    for (int64_t t = 0; t < a.tokens; t++) {
+        const T* kv = reinterpret_cast<const T*>(a.kv) + t * (a.latent + a.rope);
+        T* row = reinterpret_cast<T*>(a.rows) + a.slots[t] * a.row_stride;
+        norm_row(kv, reinterpret_cast<const T*>(a.weight), a.latent, float(a.eps), normed);
+        std::copy(normed, normed + a.kept, row);
+        int64_t half = a.rope / 2;
+        rotate(kv + a.latent, a.cos + t * half, a.sin + t * half, half, row + a.kept);
+    }
+}
+
 constexpr int TILE = 8, KEYS = 32, SPAN = 32;  // queries, keys and columns at once
 
-// sums[m][c] += sum_j weights[m][j] * rows[j][c], j < 2 * pairs, bfloat16 weights two by two. The order of the columns
-// of `sums` within each SPAN is `weighted_rows`'s own; `settled` puts them right.
+// sums[m][c] += sum_j weights[m][j] * rows[j][c], j < count. In bfloat16 rows and weights go two by two: there is one
+// more behind an odd count, of weight 0. The order of the columns of `sums` within each SPAN is its own; `settled` puts
+// them right.
 template <int M>
-void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const* weights, int64_t width, float* sums) {
+void weighted_rows(const bf16* const* rows, int64_t count, const bf16* const* weights, int64_t width, float* sums) {
+    int64_t pairs = (count + 1) / 2;
+    auto both = [&](int m, int64_t j) { return reinterpret_cast<const uint32_t*>(weights[m])[j]; };
 #if defined(__AVX512BF16__)
     for (int64_t c = 0; c < width; c += SPAN) {
         __m512 low[M], high[M];
         for (int m = 0; m < M; m++) low[m] = load(sums + m * width + c), high[m] = load(sums + m * width + c + 16);
         for (int64_t j = 0; j < pairs; j++) {
-            __m512i one = load_halves(rows[2 * j] + c), two = load_halves(rows[2 * j + 1] + c);
+            __m512i one = operands(rows[2 * j] + c), two = operands(rows[2 * j + 1] + c);
             __m512bh first = (__m512bh)_mm512_unpacklo_epi16(one, two), second = (__m512bh)_mm512_unpackhi_epi16(one, two);
             for (int m = 0; m < M; m++) {
-                __m512bh weight = (__m512bh)_mm512_set1_epi32(int(weights[m][j]));
+                __m512bh weight = (__m512bh)_mm512_set1_epi32(int(both(m, j)));
                 low[m] = _mm512_dpbf16_ps(low[m], first, weight);
                 high[m] = _mm512_dpbf16_ps(high[m], second, weight);
             }
@@ -597,7 +642,7 @@ void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const
 #else
     for (int m = 0; m < M; m++)
         for (int64_t j = 0; j < pairs; j++) {
-            Floats one = all(widen(bf16(weights[m][j]))), two = all(widen(bf16(weights[m][j] >> 16)));
+            Floats one = all(widen(bf16(both(m, j)))), two = all(widen(bf16(both(m, j) >> 16)));
             for (int64_t c = 0; c < width; c += LANES) {
                 float* at = sums + m * width + c;
                 Floats first = multiply_add(one, load(rows[2 * j] + c), load(at));
@@ -607,12 +652,29 @@ void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const
 #endif
 }
 
+template <int M>
+void weighted_rows(const float* const* rows, int64_t count, const float* const* weights, int64_t width, float* sums) {
+    for (int64_t c = 0; c < width; c += LANES) {
+        Floats total[M];
+        for (int m = 0; m < M; m++) total[m] = load(sums + m * width + c);
+        for (int64_t j = 0; j < count; j++) {
+            Floats row = load(rows[j] + c);
+            for (int m = 0; m < M; m++) total[m] = multiply_add(row, all(weights[m][j]), total[m]);
+        }
+        for (int m = 0; m < M; m++) store(sums + m * width + c, total[m]);
+    }
+}
+
 // Of the first `many` of TILE rows; more may be computed.
-void weighted_rows(const bf16* const* rows, int64_t pairs, const uint32_t* const* weights, int many, int64_t width,
-                   float* sums) {
-    if (many == 1) weighted_rows<1>(rows, pairs, weights, width, sums);
-    else if (many <= TILE / 2) weighted_rows<TILE / 2>(rows, pairs, weights, width, sums);
-    else weighted_rows<TILE>(rows, pairs, weights, width, sums);
+template <class T>
+void weighted_rows(const T* const* rows, int64_t count, const T* const* weights, int many, int64_t width, float* sums) {
+    if (many == 1) weighted_rows<1>(rows, count, weights, width, sums);
+    else if (many <= TILE / 2) weighted_rows<TILE / 2>(rows, count, weights, width, sums);
+    else weighted_rows<TILE>(rows, count, weights, width, sums);
+}
+
+void settled(const float* sums, int64_t width, float factor, float* out) {
+    for (int64_t c = 0; c < width; c++) out[c] = sums[c] * factor;
 }
 
 void settled(const float* sums, int64_t width, float factor, bf16* out) {
@@ -629,32 +691,36 @@ void settled(const float* sums, int64_t width, float factor, bf16* out) {
 }
 
 struct AbsorbArgs {
-    const bf16* q;
+    int64_t dtype;
+    const char* q;
     int64_t q_token, q_head;  // strides
     int64_t tokens, heads, nope, rope, latent;
-    const bf16* w_uk;
+    const char* w_uk;
     int64_t w_head, w_row;  // strides
     const float* cos;
     const float* sin;
-    bf16* out;
+    char* out;
     int64_t threads;
 };
 
-void absorb(const AbsorbArgs& a, int64_t head, int64_t first) {
+template <class T> void absorb(const AbsorbArgs& a, int64_t head, int64_t first) {
     int many = int(std::min<int64_t>(TILE, a.tokens - first));
     float* sums = scratch<float, 1>(TILE * a.latent);
     std::fill(sums, sums + TILE * a.latent, 0.0f);
-    const uint32_t* weights[TILE];
-    auto query = [&](int m) { return a.q + (first + std::min(m, many - 1)) * a.q_token + head * a.q_head; };
+    const T* weights[TILE];
+    auto query = [&](int m) {
+        return reinterpret_cast<const T*>(a.q) + (first + std::min(m, many - 1)) * a.q_token + head * a.q_head;
+    };
     for (int64_t j = 0; j < a.nope; j += KEYS) {
         int64_t count = std::min<int64_t>(KEYS, a.nope - j);
-        const bf16* rows[KEYS];
-        for (int64_t i = 0; i < count; i++) rows[i] = a.w_uk + head * a.w_head + (j + i) * a.w_row;
-        for (int m = 0; m < TILE; m++) weights[m] = reinterpret_cast<const uint32_t*>(query(m) + j);
-        weighted_rows(rows, count / 2, weights, many, a.latent, sums);
+        const T* rows[KEYS];
+        for (int64_t i = 0; i < count; i++)
+            rows[i] = reinterpret_cast<const T*>(a.w_uk) + head * a.w_head + (j + i) * a.w_row;
+        for (int m = 0; m < TILE; m++) weights[m] = query(m) + j;
+        weighted_rows(rows, count, weights, many, a.latent, sums);
     }
     for (int m = 0; m < many; m++) {
-        bf16* out = a.out + ((first + m) * a.heads + head) * (a.latent + a.rope);
+        T* out = reinterpret_cast<T*>(a.out) + ((first + m) * a.heads + head) * (a.latent + a.rope);
         settled(sums + m * a.latent, a.latent, 1.0f, out);
         int64_t half = a.rope / 2;
         rotate(query(m) + a.nope, a.cos + (first + m) * half, a.sin + (first + m) * half, half, out + a.latent);
@@ -662,27 +728,33 @@ void absorb(const AbsorbArgs& a, int64_t head, int64_t first) {
 }
 
 struct ProjectArgs {
-    const bf16* mixed;
+    int64_t dtype;
+    const char* mixed;
     int64_t tokens, heads, latent, v;
-    const bf16* w_uv;
+    const char* w_uv;
     int64_t w_head, w_row;  // strides
-    bf16* out;
+    char* out;
     int64_t threads;
 };
 
-void project(const ProjectArgs& a, int64_t head) {
+template <class T> void project(const ProjectArgs& a, int64_t head) {
+    using F = Dense<T>;
+    constexpr int64_t SIZE = sizeof(T);
     float* sums = scratch<float, 1>(a.tokens * a.v);
-    Rows rows{reinterpret_cast<const char*>(a.mixed + head * a.latent), a.heads * a.latent * 2, nullptr};
-    auto row_of = [&](int64_t n) { return Dense::Row{a.w_uv + head * a.w_head + n * a.w_row}; };
-    product<Dense>(rows, nullptr, a.tokens, a.latent, 0, 0, a.v, row_of, sums, a.v);
+    Rows rows{a.mixed + head * a.latent * SIZE, a.heads * a.latent * SIZE, nullptr};
+    const T* weight = reinterpret_cast<const T*>(a.w_uv) + head * a.w_head;
+    auto row_of = [&](int64_t n) { return typename F::Row{weight + n * a.w_row}; };
+    product<F>(rows, nullptr, a.tokens, a.latent, 0, 0, a.v, row_of, sums, a.v);
+    T* out = reinterpret_cast<T*>(a.out) + head * a.v;
     for (int64_t t = 0; t < a.tokens; t++)
-        for (int64_t i = 0; i < a.v; i++) a.out[(t * a.heads + head) * a.v + i] = narrow(sums[t * a.v + i]);
+        for (int64_t i = 0; i < a.v; i++) put(out + t * a.heads * a.v + i, sums[t * a.v + i]);
 }
 
 struct AttentionArgs {
-    const bf16* q;  // [tokens, heads, key width]
+    int64_t dtype;
+    const char* q;  // [tokens, heads, key width]
     int64_t heads, key_heads, key_width, value_width;
-    const bf16* rows;
+    const char* rows;
     int64_t row_stride, value_offset;  // of the first head's value in a row; the keys of all heads come first
     int64_t value_stride;              // between the values of neighbouring heads
     const int64_t* tables;
@@ -691,7 +763,7 @@ struct AttentionArgs {
     const int64_t* cu_seqlens;
     int64_t seqs;
     double scale;
-    bf16* out;  // [tokens, heads, value width]
+    char* out;  // [tokens, heads, value width]
     int64_t threads;
 };
 
@@ -700,41 +772,42 @@ struct Queries {
     int64_t seq, key_head, first;
 };
 
-void attend(const AttentionArgs& a, const Queries& tile) {
+template <class T> void attend(const AttentionArgs& a, const Queries& tile) {
     int64_t group = a.heads / a.key_heads, begin = a.cu_seqlens[tile.seq];
     int64_t length = a.cu_seqlens[tile.seq + 1] - begin, context = a.context_lens[tile.seq];
     int many = int(std::min<int64_t>(TILE, length * group - tile.first));
     const char* q[TILE];
-    bf16* out[TILE];
+    T* out[TILE];
     int64_t seen[TILE], most = 0;  // keys that a row sees
     for (int m = 0; m < many; m++) {
         int64_t query = (tile.first + m) / group, head = tile.key_head * group + (tile.first + m) % group;
         int64_t row = (begin + query) * a.heads + head;
-        q[m] = reinterpret_cast<const char*>(a.q + row * a.key_width);
-        out[m] = a.out + row * a.value_width;
+        q[m] = a.q + row * a.key_width * int64_t(sizeof(T));
+        out[m] = reinterpret_cast<T*>(a.out) + row * a.value_width;
         seen[m] = context - length + query + 1;
         most = std::max(most, seen[m]);
     }
     float* sums = scratch<float, 1>(TILE * a.value_width);
     std::fill(sums, sums + TILE * a.value_width, 0.0f);
     float best[TILE], total[TILE] = {}, scores[TILE][KEYS];
-    bf16 weights[TILE][KEYS] = {};
-    const uint32_t* pairs[TILE];
+    T weights[TILE][KEYS] = {};
+    const T* given[TILE];
     for (int m = 0; m < TILE; m++) {
         best[m] = -std::numeric_limits<float>::infinity();
-        pairs[m] = reinterpret_cast<const uint32_t*>(weights[m]);
+        given[m] = weights[m];
     }
     const int64_t* table = a.tables + tile.seq * a.table_stride;
     float scale = float(a.scale);
     for (int64_t j = 0; j < most; j += KEYS) {
-        int64_t count = std::min<int64_t>(KEYS, most - j), even = (count + 1) / 2 * 2;
-        Dense::Row keys[KEYS];
-        const bf16* values[KEYS];
+        int64_t count = std::min<int64_t>(KEYS, most - j);
+        typename Dense<T>::Row keys[KEYS];
+        const T* values[KEYS];
         for (int64_t i = 0; i < KEYS; i++) {
             int64_t position = j + std::min(i, count - 1);
             int64_t slot = table[position / a.block_size] * a.block_size + position % a.block_size;
-            keys[i].data = a.rows + slot * a.row_stride + tile.key_head * a.key_width;
-            values[i] = a.rows + slot * a.row_stride + a.value_offset + tile.key_head * a.value_stride;
+            const T* row = reinterpret_cast<const T*>(a.rows) + slot * a.row_stride;
+            keys[i].data = row + tile.key_head * a.key_width;
+            values[i] = row + a.value_offset + tile.key_head * a.value_stride;
         }
         for (int m = 0; m < many; m += ROWS_AT_ONCE) {
             int rest = std::min(ROWS_AT_ONCE, many - m);
@@ -742,30 +815,30 @@ void attend(const AttentionArgs& a, const Queries& tile) {
                 float* to[ROWS_AT_ONCE];
                 for (int r = 0; r < rest; r++) to[r] = scores[m + r] + i;
                 if (rest == ROWS_AT_ONCE)
-                    Dense::tile<ROWS_AT_ONCE, COLUMNS_AT_ONCE>(q + m, nullptr, keys + i, a.key_width, 0, to);
+                    Dense<T>::template tile<ROWS_AT_ONCE, COLUMNS_AT_ONCE>(q + m, nullptr, keys + i, a.key_width, 0, to);
                 else
                     for (int r = 0; r < rest; r++)
-                        Dense::tile<1, COLUMNS_AT_ONCE>(q + m + r, nullptr, keys + i, a.key_width, 0, to + r);
+                        Dense<T>::template tile<1, COLUMNS_AT_ONCE>(q + m + r, nullptr, keys + i, a.key_width, 0, to + r);
             }
         }
         for (int m = 0; m < many; m++) {
             int64_t visible = std::min(count, seen[m] - j);
             if (visible <= 0) {
-                std::fill(weights[m], weights[m] + KEYS, bf16(0));
+                std::fill(weights[m], weights[m] + KEYS, T(0));
                 continue;
             }
             float highest = best[m], added = 0;
             for (int64_t i = 0; i < visible; i++) highest = std::max(highest, scores[m][i] *= scale);
             float shrink = exponential(best[m] - highest);
             for (int64_t i = 0; i < visible; i++) scores[m][i] = exponential(scores[m][i] - highest);
-            for (int64_t i = 0; i < visible; i++) added += scores[m][i], weights[m][i] = narrow(scores[m][i]);
+            for (int64_t i = 0; i < visible; i++) added += scores[m][i], put(weights[m] + i, scores[m][i]);
             for (int64_t i = visible; i < KEYS; i++) weights[m][i] = 0;
             best[m] = highest;
             total[m] = total[m] * shrink + added;
             if (shrink != 1.0f)
                 for (int64_t c = 0; c < a.value_width; c++) sums[m * a.value_width + c] *= shrink;
         }
-        weighted_rows(values, even / 2, pairs, many, a.value_width, sums);
+        weighted_rows(values, count, given, many, a.value_width, sums);
     }
     for (int m = 0; m < many; m++) settled(sums + m * a.value_width, a.value_width, 1.0f / total[m], out[m]);
 }
@@ -773,7 +846,8 @@ void attend(const AttentionArgs& a, const Queries& tile) {
 // --------------------------------------------------------------------------------------------------------- sampling
 
 struct SampleArgs {
-    const bf16* logits;
+    int64_t dtype;
+    const char* logits;
     int64_t rows, vocab;
     const float* temperature;
     const double* uniforms;  // null: all rows are greedy
@@ -797,8 +871,8 @@ uint64_t mix(uint64_t x) {  // splitmix64
 
 constexpr int64_t STRIPE = 32;  // sums and largest numbers that are kept side by side
 
-void sample_row(const SampleArgs& a, int64_t r) {
-    const bf16* logits = a.logits + r * a.vocab;
+template <class T> void sample_row(const SampleArgs& a, int64_t r) {
+    const T* logits = reinterpret_cast<const T*>(a.logits) + r * a.vocab;
     bool greedy = a.temperature[r] == 0 || !a.uniforms;
     float temperature = a.temperature[r] == 0 ? 1.0f : a.temperature[r];
     float* scaled = scratch<float, 1>(a.vocab + STRIPE);
@@ -851,11 +925,25 @@ struct EmbedArgs {
 };
 
 struct SiluArgs {
-    const bf16* gate;
-    const bf16* up;
-    bf16* out;
-    int64_t size;
+    int64_t dtype;
+    const char* gate;
+    const char* up;
+    char* out;
+    int64_t size, threads;
 };
+
+template <class T> void silu_mul(const SiluArgs& a) {
+    const T* gates = reinterpret_cast<const T*>(a.gate);
+    const T* ups = reinterpret_cast<const T*>(a.up);
+    T* out = reinterpret_cast<T*>(a.out);
+    constexpr int64_t PART = 1 << 10;
+    spread((a.size + PART - 1) / PART, PART, a.threads, [&](int64_t part) {
+        for (int64_t i = part * PART; i < std::min(a.size, (part + 1) * PART); i++) {
+            float gate = widen(gates[i]);
+            put(out + i, rounded<T>(gate / (1.0f + exponential(-gate))) * widen(ups[i]));
+        }
+    });
+}
 
 }  // namespace
 
@@ -881,39 +969,26 @@ void kogia_route(const RouteArgs* a) {
     });
 }
 
-void kogia_norm(const NormArgs* a) {
-    for (int64_t r = 0; r < a->rows; r++) {
-        const bf16* x = a->x + r * a->dim;
-        if (a->delta) {
-            bf16* total = a->total + r * a->dim;
-            for (int64_t i = 0; i < a->dim; i++) total[i] = narrow(widen(x[i]) + widen(a->delta[r * a->dim + i]));
-            x = total;
-        }
-        norm_row(x, a->weight, a->dim, float(a->eps), a->out + r * a->dim);
-    }
-}
+void kogia_norm(const NormArgs* a) { a->dtype == BFLOAT16 ? norm<bf16>(*a) : norm<float>(*a); }
 
 void kogia_write_latent(const WriteArgs* a) {
-    bf16* normed = scratch<bf16, 0>(a->latent);
-    for (int64_t t = 0; t < a->tokens; t++) {
-        const bf16* kv = a->kv + t * (a->latent + a->rope);
-        bf16* row = a->rows + a->slots[t] * a->row_stride;
-        norm_row(kv, a->weight, a->latent, float(a->eps), normed);
-        std::copy(normed, normed + a->kept, row);
-        int64_t half = a->rope / 2;
-        rotate(kv + a->latent, a->cos + t * half, a->sin + t * half, half, row + a->kept);
-    }
+    a->dtype == BFLOAT16 ? write_latent<bf16>(*a) : write_latent<float>(*a);
 }
 
 void kogia_absorb_query(const AbsorbArgs* a) {
     int64_t tiles = (a->tokens + TILE - 1) / TILE;
     bool few = a->tokens * a->heads * a->nope * a->latent < 1 << 18;
-    parallel(a->heads * tiles, few ? 1 : a->threads, [&](int64_t i) { absorb(*a, i / tiles, i % tiles * TILE); });
+    parallel(a->heads * tiles, few ? 1 : a->threads, [&](int64_t i) {
+        int64_t head = i / tiles, first = i % tiles * TILE;
+        a->dtype == BFLOAT16 ? absorb<bf16>(*a, head, first) : absorb<float>(*a, head, first);
+    });
 }
 
 void kogia_project_values(const ProjectArgs* a) {
     bool few = a->tokens * a->heads * a->v * a->latent < 1 << 18;
-    parallel(a->heads, few ? 1 : a->threads, [&](int64_t head) { project(*a, head); });
+    parallel(a->heads, few ? 1 : a->threads, [&](int64_t head) {
+        a->dtype == BFLOAT16 ? project<bf16>(*a, head) : project<float>(*a, head);
+    });
 }
 
 void kogia_angles(const AngleArgs* a) {
@@ -934,12 +1009,7 @@ void kogia_embed(const EmbedArgs* a) {
     }
 }
 
-void kogia_silu_mul(const SiluArgs* a) {
-    for (int64_t i = 0; i < a->size; i++) {
-        float gate = widen(a->gate[i]);
-        a->out[i] = narrow(widen(narrow(gate / (1.0f + exponential(-gate)))) * widen(a->up[i]));
-    }
-}
+void kogia_silu_mul(const SiluArgs* a) { a->dtype == BFLOAT16 ? silu_mul<bf16>(*a) : silu_mul<float>(*a); }
 
 void kogia_uniforms(const UniformArgs* a) {
     for (int64_t i = 0; i < a->rows; i++) {
@@ -949,7 +1019,9 @@ void kogia_uniforms(const UniformArgs* a) {
 }
 
 void kogia_sample(const SampleArgs* a) {
-    parallel(a->rows, a->threads, [&](int64_t r) { sample_row(*a, r); });
+    parallel(a->rows, a->threads, [&](int64_t r) {
+        a->dtype == BFLOAT16 ? sample_row<bf16>(*a, r) : sample_row<float>(*a, r);
+    });
 }
 
 void kogia_cached_attention(const AttentionArgs* a) {
@@ -963,6 +1035,8 @@ void kogia_cached_attention(const AttentionArgs* a) {
                 keys += a->context_lens[s];
             }
     }
-    parallel(int64_t(tiles.size()), keys < 512 ? 1 : a->threads, [&](int64_t i) { attend(*a, tiles[size_t(i)]); });
+    parallel(int64_t(tiles.size()), keys < 512 ? 1 : a->threads, [&](int64_t i) {
+        a->dtype == BFLOAT16 ? attend<bf16>(*a, tiles[size_t(i)]) : attend<float>(*a, tiles[size_t(i)]);
+    });
 }
 }

@@ -7,6 +7,8 @@ from kogia.ops.cpu.common import DTYPES, Kernel, address, refusal, weight_fields
 from kogia.ops.packed import Packed
 
 _linear = Kernel("kogia_linear", "5q 5q 3q")
+FLOAT32_ROWS = 32
+"""Most rows of products in float32: for more, PyTorch's library keeps weights in blocks that caches hold."""
 
 
 def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +29,9 @@ def linear_supports(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = No
         return "it has no backward"
     if x.shape[-1] != weight_width(weight):
         return f"rows of {x.shape[-1]} numbers do not fit a weight of {weight_width(weight)}"
+    if isinstance(weight, Tensor) and weight.dtype == torch.float32 and x.numel() > FLOAT32_ROWS * x.shape[-1]:
+        return f"in float32 it is for up to {FLOAT32_ROWS} rows, not {x.numel() // x.shape[-1]}"
     if bias is not None and bias.dtype != x.dtype:
         return f"it takes a bias in the dtype of the rows, not {bias.dtype} beside {x.dtype}"
     others = () if bias is None else (bias,)
-    return refusal(x, *others, dtypes=tuple(DTYPES)) or weight_refusal(weight, x)
+    return refusal(x, *others) or weight_refusal(weight, x)

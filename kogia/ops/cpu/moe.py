@@ -10,6 +10,7 @@ from kogia.ops.cpu.common import (
     NO_WEIGHT,
     Kernel,
     address,
+    alike_refusal,
     refusal,
     weight_fields,
     weight_refusal,
@@ -19,7 +20,7 @@ from kogia.ops.moe import Activation, Routed, SharedExperts
 from kogia.ops.packed import Packed
 
 _mix_experts = Kernel("kogia_mix_experts", "7q 2q 5q5q q 5q5q5q 3q")
-_silu_mul = Kernel("kogia_silu_mul", "4q")
+_silu_mul = Kernel("kogia_silu_mul", "6q")
 _route = Kernel("kogia_route", "5q 3q 5q d 8q")
 
 
@@ -68,9 +69,7 @@ def mix_experts_supports(
         return f"it adds a residual of the dtype of the rows, not {residual.dtype} to {x.dtype}"
     others = () if residual is None else (residual,)
     return (
-        refusal(x, *others, dtypes=tuple(DTYPES))
-        or refusal(weights, dtypes=(torch.float32,))
-        or refusal(expert_ids, dtypes=(torch.int64,))
+        refusal(x, *others) or refusal(weights, dtypes=(torch.float32,)) or refusal(expert_ids, dtypes=(torch.int64,))
     )
 
 
@@ -122,14 +121,12 @@ def route_supports(
 ) -> str | None:
     if torch.is_grad_enabled():
         return "it has no backward"
-    if x.dtype != torch.bfloat16:
-        return f"it takes rows in bfloat16, not {x.dtype}"
     if given is not None and activation is not None:
         return "given choices of other numbers than the trained one are for the reference"
     if given is not None and given.shape[1] != topk:
         return f"{given.shape[1]} given choices are not topk = {topk}"
     return (
-        refusal(x, weight, dtypes=tuple(DTYPES))
+        refusal(x, weight)
         or (None if bias is None else refusal(bias, dtypes=(torch.float32,)))
         or (None if given is None else refusal(given, dtypes=(torch.int64,)))
         or (None if activation is None else _activation_refusal(activation))
@@ -139,12 +136,14 @@ def route_supports(
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Rounded where the reference is."""
     out = torch.empty_like(gate)
-    _silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    _silu_mul(
+        DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
 def silu_mul_supports(gate: Tensor, up: Tensor) -> str | None:
-    return refusal(gate, up)
+    return alike_refusal(gate, up)
 
 
 def _activation_refusal(activation: Activation) -> str | None:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kogia.ops.cpu.common import Kernel, address, refusal
+from kogia.ops.cpu.common import DTYPES, Kernel, address, refusal
 
-_sample = Kernel("kogia_sample", "8q")
+_sample = Kernel("kogia_sample", "9q")
 _uniforms = Kernel("kogia_uniforms", "4q")
 
 
@@ -35,8 +35,8 @@ def sample(
     logprobs = torch.empty(rows, dtype=torch.float32)
     uniforms = None if uniforms is None else uniforms.double()
     _sample(
-        logits.data_ptr(), rows, vocab, temperature.data_ptr(), address(uniforms), tokens.data_ptr(),
-        logprobs.data_ptr(), torch.get_num_threads(),
+        DTYPES[logits.dtype], logits.data_ptr(), rows, vocab, temperature.data_ptr(), address(uniforms),
+        tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return tokens, logprobs
 

@@ -2,6 +2,8 @@
 //
 //   Floats   LANES float32                        Ints    2 * LANES int16, or their LANES int32 sums
 //   Halves   2 * LANES bfloat16
+//
+// `operands` loads as many numbers of a row as fill a register, whatever their type, and `dot` adds their products.
 #pragma once
 
 #include <cmath>
@@ -29,6 +31,13 @@ inline bf16 narrow(float x) {
 inline void put(bf16* at, float x) { *at = narrow(x); }
 inline void put(float* at, float x) { *at = x; }
 
+// x as a number of type T holds it.
+template <class T> inline float rounded(float x) {
+    T held;
+    put(&held, x);
+    return widen(held);
+}
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
 constexpr int LANES = 16, ROWS_AT_ONCE = 4, COLUMNS_AT_ONCE = 4;
@@ -53,7 +62,8 @@ inline void store_sums(const Floats (&x)[4], float* out) {
     __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
-inline Halves load_halves(const bf16* p) { return _mm512_loadu_si512(p); }
+inline Halves operands(const bf16* p) { return _mm512_loadu_si512(p); }
+inline Floats operands(const float* p) { return load(p); }
 inline Floats dot(Floats sums, Halves a, Halves b) {
 #if defined(__AVX512BF16__)
     return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
@@ -64,6 +74,7 @@ inline Floats dot(Floats sums, Halves a, Halves b) {
     return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sums));
 #endif
 }
+inline Floats dot(Floats sums, Floats a, Floats b) { return multiply_add(a, b, sums); }
 inline Ints load_shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline Ints load_bytes(const int8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -106,13 +117,15 @@ inline float sum(Floats x) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
-inline Halves load_halves(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Halves operands(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Floats operands(const float* p) { return load(p); }
 inline Floats dot(Floats sums, Halves a, Halves b) {
     const __m256i high = _mm256_set1_epi32(int(0xFFFF0000));
     auto odd = [&](__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, high)); };
     auto even = [](__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
     return _mm256_fmadd_ps(odd(a), odd(b), _mm256_fmadd_ps(even(a), even(b), sums));
 }
+inline Floats dot(Floats sums, Floats a, Floats b) { return multiply_add(a, b, sums); }
 inline Ints load_shorts(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Ints load_bytes(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
