@@ -109,7 +109,7 @@ def paged_attention(
 
 
 @op(
-    cuda=("kogia.ops.triton.attention", "kogia.ops.triton.kv"),
+    cuda=("kogia.ops.triton.hopper", "kogia.ops.triton.attention", "kogia.ops.triton.kv"),
     invariant=("kogia.ops.invariant.attention",),
     cpu=("kogia.ops.cpu.attention",),
 )

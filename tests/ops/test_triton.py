@@ -3,6 +3,9 @@
 Inputs are random, outputs are poisoned where a kernel writes into given memory, sizes are odd, single and ragged.
 """
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -515,3 +518,71 @@ def test_of_equal_logits_the_lowest_id_is_greedy_and_nan_is_seen():
     tokens, logprobs = triton_sample.sample(logits, torch.zeros(2, device=DEVICE), None)
     assert tokens[0] == 0 and 0 <= int(tokens[1]) < 9
     assert not torch.isfinite(logprobs[1])
+
+
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="the kernel is for Hopper GPUs, and has no interpreter")
+@pytest.mark.parametrize(
+    ("contexts", "queries", "heads"),
+    [([1], 1, 16), ([3, 700, 33], 1, 5), ([2, 90, 129], 2, 16), ([4, 1000, 64], 1, 128), ([900], 3, 64)],
+)
+@pytest.mark.parametrize("page", [4, 16, 64])
+def test_hoppers_attention_equals_the_reference_whatever_lies_in_unused_rows(contexts, queries, heads, page):
+    from kogia.ops.triton import hopper
+
+    q, at, segments = paged(contexts, queries, heads, 512, 64, page, poison=float("nan"))
+    want = attention.cached_attention.reference(q.double(), clean(at), segments, scale=0.07)
+    assert hopper.cached_attention_supports(q, at, segments, scale=0.07) is None
+    close(hopper.cached_attention(q, at, segments, scale=0.07), want)
+    for parts in (1, 3):
+        part, lse = hopper.attention_parts(q, at, segments, 0.07, parts)
+        close(triton_attention.merged(part, lse, q.dtype), want)
+
+
+@pytest.mark.skipif(not HOPPER, reason="the kernel is for Hopper GPUs, and has no interpreter")
+def test_hoppers_attention_says_what_it_leaves_to_the_other_kernel():
+    from kogia.ops.triton import hopper
+
+    q, at, segments = paged([8, 9], 1, 16, 512, 32, 4)
+    assert "512 + 64" in str(hopper.cached_attention_supports(q, at, segments, scale=1.0))
+    q, at, segments = paged([8] * 1000, 1, 16, 512, 64, 4)
+    assert "1000 sequences" in str(hopper.cached_attention_supports(q, at, segments, scale=1.0))
+    assert "bfloat16" in str(hopper.cached_attention_supports(q.half(), at, segments, scale=1.0))
+    assert "bfloat16" in str(hopper.cached_attention_supports(q, in_fp8(at), segments, scale=1.0))
+
+
+COMPILE = """
+import re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from kogia.ops.triton.hopper import REGISTERS, _parts
+
+fixed = dict(HEADS=int(sys.argv[1]), QUERIES=1, PAGE=16, REGISTERS=REGISTERS, PDL=True)
+types = dict(q="*bf16", cache="*bf16", tables="*i64", context_lens="*i64", cu_seqlens="*i64", part_out=sys.argv[2],
+             part_lse="*fp32", scale="fp32", table_width="i32", PARTS="i32")
+names = _parts.arg_names
+source = GluonASTSource(_parts, {n: types.get(n, "constexpr") for n in names},
+                        {(names.index(n),): value for n, value in fixed.items()},
+                        {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"})
+kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+sass = kernel.asm["sass"]
+print(kernel.metadata.shared, *(len(re.findall(p, sass)) for p in ("HGMMA", "WARPGROUP.DEPBAR", "STL|LDL")))
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="where there is a Hopper GPU, the kernel itself runs")
+def test_hoppers_attention_compiles_to_products_that_need_not_wait_for_one_another_and_keeps_its_sums_in_registers():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, "128", "*bf16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "ptxas" in done.stderr and "Cannot find" in done.stderr:
+        pytest.skip("this Triton comes without an assembler")
+    assert done.returncode == 0, done.stderr
+    shared, products, waits, spills = map(int, done.stdout.split())
+    assert shared <= 227 * 1024
+    assert products == 36 + 2 * 4  # 576 numbers 16 at a time; 64 keys, in each of the two groups
+    assert waits == 3  # one for each group; serialised products would have one each
+    assert spills == 0

@@ -147,21 +147,34 @@ def cached_attention(
     q: Tensor, cache: LayerCache, segments: Segments, *, scale: float, index: IndexVectors | None = None
 ) -> Tensor:
     """Two launches: the parts, and their merging."""
-    part, lse = attention_parts(q, cache, segments, scale)
+    return merged(*attention_parts(q, cache, segments, scale), q.dtype)
+
+
+def merged(part: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """[tokens, heads, latent] of the parts of `attention_parts`."""
     tokens, heads, parts, latent = part.shape
     if parts == 1:
         return part[:, :, 0]
-    out = torch.empty(tokens, heads, latent, dtype=q.dtype, device=q.device)
+    out = torch.empty(tokens, heads, latent, dtype=dtype, device=part.device)
     merge_parts(part, lse, out)
     return out
 
 
+def part_buffers(q: Tensor, parts: int, latent: int) -> tuple[Tensor, Tensor]:
+    """Room for `attention_parts`: a single part is the result itself, several are float32."""
+    tokens, heads, _ = q.shape
+    part = torch.empty(tokens, heads, parts, latent, dtype=q.dtype if parts == 1 else torch.float32, device=q.device)
+    return part, torch.empty(tokens, heads, parts, dtype=torch.float32, device=q.device)
+
+
 def merge_parts(part: Tensor, lse: Tensor, out: Tensor) -> None:
     tokens, heads, parts, latent = part.shape
-    block = latent if tokens * heads > 512 else min(latent, 64)
+    block, at_once = latent, 64
+    if tokens * heads <= 512:
+        block, at_once = (min(latent, 64), 64) if parts <= 64 else (min(latent, 32), 128)
     _merge[(tokens * heads, latent // block)](
         part, lse, out, parts, LATENT=latent, PADDED=triton.next_power_of_2(parts), BLOCK=block,
-        AT_ONCE=min(64, triton.next_power_of_2(parts)), PDL=PDL, num_warps=4, **LAUNCH,
+        AT_ONCE=min(at_once, triton.next_power_of_2(parts)), PDL=PDL, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 
@@ -171,15 +184,12 @@ def attention_parts(
     """([tokens, heads, parts, latent] normalised mixtures, [tokens, heads, parts] log2-sums)."""
     row = cache.row
     assert isinstance(row, LatentRow)
-    tokens, heads, _ = q.shape
-    queries = segments.longest
+    heads, queries = q.shape[1], segments.longest
     tile = min(64, max(16, triton.next_power_of_2(queries * heads)))
     block, warps, stages = (32, 4, 5) if tile <= 32 else (64, 8, 3)
     tiles = -(-queries * heads // tile)
     parts = parts or num_parts(segments.num_seqs * tiles, int(cache.contexts.max()), block)
-    kept = q.dtype if parts == 1 else torch.float32
-    part = torch.empty(tokens, heads, parts, row.latent, dtype=kept, device=q.device)
-    lse = torch.empty(tokens, heads, parts, dtype=torch.float32, device=q.device)
+    part, lse = part_buffers(q, parts, row.latent)
     _parts[(segments.num_seqs, parts, tiles)](
         q, cache.rows, cache.block_tables, cache.context_lens, segments.cu_seqlens, part, lse,
         scale * _LOG2_E, cache.block_tables.stride(0), parts,
