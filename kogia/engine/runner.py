@@ -196,7 +196,9 @@ class Runner:
     def _token_ids(self, plan: StepPlan, runs: TokenRuns) -> NDArray[np.int64]:
         """-1 - row stands for the token that this row of the table is about to get."""
         token_ids = self.table.token_ids[runs.rows, runs.positions]
-        token_ids[np.cumsum(plan.counts)[plan.is_pending] - 1] = -1 - plan.rows[plan.is_pending]
+        waits = plan.is_pending.nonzero()[0]
+        if len(waits):
+            token_ids[np.cumsum(plan.counts)[waits] - 1] = -1 - plan.rows[waits]
         return token_ids
 
     def _put_sampling(self, upload: Upload, plan: StepPlan, ends: NDArray[np.int64]) -> None:

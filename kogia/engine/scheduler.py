@@ -141,18 +141,20 @@ class Scheduler:
             return None
         self._name_full_blocks(self.running, granted)
         granted = self._admit(granted)
-        chosen = granted > 0
-        if not chosen.any():
+        chosen = granted.nonzero()[0]
+        if not len(chosen):
             assert self.num_flights or not self.num_unfinished, "nothing fits although sequences are unfinished"
             return None
-        if chosen.all():  # the very array: what is gathered of its rows serves the next step too
+        if len(chosen) == len(granted):  # the very array: what is gathered of its rows serves the next step too
             return self._depart(self.running, granted)
         return self._depart(self.running[chosen], granted[chosen])
 
     def _waits_for_tokens(self) -> bool:
         """Whether a sequence has rules that must know the token which a step in flight samples for it."""
-        rows = self.running
-        return bool((self.table.needs_tokens[rows] & (self.table.num_pending[rows] > 0)).any())
+        table, rows = self.table, self.running
+        return table.settings(rows).needs_tokens and bool(
+            (table.needs_tokens[rows] & (table.num_pending[rows] > 0)).any()
+        )
 
     def draft(self, num_drafts: int) -> None:
         """From the next step on, verify so many drafts per sequence, `config.num_draft_tokens` or 0. Nothing may be in
@@ -171,11 +173,13 @@ class Scheduler:
 
     def _depart(self, rows: NDArray[np.int64], counts: NDArray[np.int64]) -> StepPlan:
         table = self.table
-        starts, waits = table.num_computed[rows], table.num_pending[rows] > 0
-        num_samples = np.where(waits, counts, np.maximum(starts + counts - table.num_known[rows] + 1, 0))
-        is_pending = waits & (num_samples > 0)
-        table.num_computed[rows] += counts
-        table.num_pending[rows] += num_samples > 0
+        starts, pending = table.num_computed[rows], table.num_pending[rows]
+        ends, is_pending = starts + counts, pending > 0
+        num_samples = np.maximum(ends - table.num_known[rows] - pending + 1, 0)
+        if self.num_drafts:  # then it is not known where those in flight start: all that they run is sampled behind
+            num_samples = np.where(is_pending, counts, num_samples)
+        table.num_computed[rows] = ends
+        table.num_pending[rows] = pending + (num_samples > 0)
         table.num_flights[rows] += 1
         table.is_proved[rows] = False
         self.num_flights += 1
@@ -185,34 +189,20 @@ class Scheduler:
         """Tokens granted to each running row, with the blocks for them; preempts until the blocks suffice."""
         table = self.table
         while True:
-            set_aside = self._set_aside()
-            granted = self._grants(set_aside)
-            missing = np.maximum(self._blocks_to_cover(self.running, granted) - table.num_blocks[self.running], 0)
-            if int(missing.sum()) <= self.pool.num_free and not (set_aside and self._crowds_out(granted, missing)):
+            rows, set_aside = self.running, self._set_aside()
+            granted = self._within_budget(rows, self._wanted(rows), set_aside)
+            missing = self._missing_blocks(rows, granted)
+            count = sum(missing.values())
+            if count <= self.pool.num_free and not (set_aside and self._crowds_out(granted, count)):
                 break
             if self.num_flights:
                 return None
             self.num_preemptions += 1
             self._preempted = min(self._preempted, int(table.priority[self.running[-1]]))
             self._preempt_last()
-        for index in np.flatnonzero(missing).tolist():
-            table.append_blocks(int(self.running[index]), self.pool.allocate(int(missing[index])))
+        for row, count in missing.items():
+            table.append_blocks(row, self.pool.allocate(count))
         return granted
-
-    def _grants(self, set_aside: int) -> NDArray[np.int64]:
-        """Tokens that each running row wants, as far as the budget goes; `set_aside` of it are not for rows that come
-        after the first waiting request."""
-        table, rows = self.table, self.running
-        least = table.num_known[rows] + table.num_pending[rows]
-        want = table.num_known[rows] - table.num_computed[rows] + table.num_drafts[rows]
-        want = np.where(table.num_pending[rows] > 0, 1 + self.num_drafts, want)
-        want = np.where(least < table.max_length[rows], want, 0)
-        if self._run_limit is not None:
-            want = np.minimum(want, self._run_limit(table.num_computed[rows]))
-        left = self.budget - (np.cumsum(want) - want)
-        if set_aside:
-            left -= np.where(table.priority[rows] > self.waiting[0].params.priority, set_aside, 0)
-        return np.minimum(np.maximum(left, 0), want)
 
     def _set_aside(self) -> int:
         """Tokens of the budget kept for the first waiting request, whose priority is lower than that of some that run
@@ -225,10 +215,10 @@ class Scheduler:
         needed = self._free_blocks_for(self.waiting[0], tokens) + int((~gives_way).sum())
         return tokens if needed <= self.pool.num_free + int(table.num_blocks[rows[gives_way]].sum()) else 0
 
-    def _crowds_out(self, granted: NDArray[np.int64], missing: NDArray[np.int64]) -> bool:
+    def _crowds_out(self, granted: NDArray[np.int64], missing: int) -> bool:
         """Whether no row, or too few blocks, are left for the first waiting request once these are given out."""
         budget = self.budget - int(granted.sum())
-        needed = self._free_blocks_for(self.waiting[0], budget) + len(granted) + int(missing.sum())
+        needed = self._free_blocks_for(self.waiting[0], budget) + len(granted) + missing
         return budget > 0 and (not self.table.num_rows_free or needed > self.pool.num_free)
 
     def _free_blocks_for(self, request: Request, budget: int) -> int:
@@ -239,12 +229,39 @@ class Scheduler:
         self.pool.release(shared)
         return revived + self._blocks_to_open(request, len(shared), budget)
 
-    def _blocks_to_cover(self, rows: NDArray[np.int64], granted: NDArray[np.int64]) -> NDArray[np.int64]:
-        table = self.table
+    def _wanted(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each row that may run: those known or being sampled that have not, and drafts."""
+        table, pending = self.table, self.table.num_pending[rows]
+        least = table.num_known[rows] + pending
+        want = least - table.num_computed[rows]
+        if self.num_drafts:
+            want = np.where(pending > 0, 1 + self.num_drafts, want + table.num_drafts[rows])
+        want *= least < table.settings(rows).max_length
+        if self._run_limit is not None:
+            want = np.minimum(want, self._run_limit(table.num_computed[rows]))
+        return want
+
+    def _within_budget(self, rows: NDArray[np.int64], want: NDArray[np.int64], set_aside: int) -> NDArray[np.int64]:
+        """The first rows get what they want, one of them the rest of the budget, the others nothing; `set_aside` of it
+        are not for rows that come after the first waiting request."""
+        if not set_aside and want.sum() <= self.budget:
+            return want
+        left = self.budget - (np.cumsum(want) - want)
+        if set_aside:
+            left -= np.where(self.table.priority[rows] > self.waiting[0].params.priority, set_aside, 0)
+        return np.minimum(np.maximum(left, 0), want)
+
+    def _missing_blocks(self, rows: NDArray[np.int64], granted: NDArray[np.int64]) -> dict[int, int]:
+        """Row -> blocks that it has to be given, of those that have too few."""
+        table, size = self.table, self.config.block_size
         ends = table.num_computed[rows] + granted
         if self.lookahead:
             ends += np.where((granted > 0) & (ends >= table.num_known[rows]), self.lookahead, 0)
-        return -(-np.minimum(ends, table.max_cache_rows[rows]) // self.config.block_size)
+        ends = np.minimum(ends, table.settings(rows).max_cache_rows)
+        owned = table.num_blocks[rows]
+        short = (ends > owned * size).nonzero()[0]
+        missing = -(-ends[short] // size) - owned[short]
+        return dict(zip(rows[short].tolist(), missing.tolist(), strict=True))
 
     def _preempt_last(self) -> None:
         row = int(self.running[-1])
@@ -254,6 +271,8 @@ class Scheduler:
 
     def _admit(self, granted: NDArray[np.int64]) -> NDArray[np.int64]:
         """Start waiting requests while budget, rows and blocks last; returns `granted` with theirs appended."""
+        if not self._may_admit():
+            return granted
         budget = self.budget - int(granted.sum())
         rows, counts = [], []
         while self._may_admit() and budget > 0:
@@ -324,7 +343,7 @@ class Scheduler:
             return
         table = self.table
         full = np.minimum(table.num_computed[rows] + granted, table.num_known[rows]) // self.config.block_size
-        for where in np.flatnonzero(full > table.num_named[rows]).tolist():
+        for where in (full > table.num_named[rows]).nonzero()[0].tolist():
             row = int(rows[where])
             request = table.requests[row]
             assert request is not None
@@ -367,36 +386,43 @@ class Scheduler:
         has ended meanwhile is dropped.
         """
         table, rows, samples = self.table, plan.rows, self.num_verified(plan)
-        live = ~table.has_ended[rows]
-        tokens = plan.grid(result.tokens)
+        settings, has_ended = table.settings(rows), table.has_ended[rows]
+        tokens, logprobs = plan.grid(result.tokens), plan.grid(result.logprobs, fill=0)
         column = np.arange(tokens.shape[1])
         drafts = tokens if len(column) == 1 else self._drafts(rows, column)
-        num_new, stopped = count_new(tokens, drafts, samples, table.stop_ids[rows])
-        logprobs = plan.grid(result.logprobs, fill=0)
+        num_new, stopped = count_new(tokens, drafts, samples, settings.stop_ids)
         is_finite = np.isfinite(logprobs)
-        failed = live & (~is_finite & (column < num_new[:, None])).any(axis=1)
-        for index in np.flatnonzero(live & table.is_ruled[rows] & (samples > 0)).tolist():
-            rules = self._request(int(rows[index])).rules
-            failed[index] |= rules is not None and rules.error is not None
-        num_new = np.where(live & ~failed, num_new, 0)
+        failed = self._failed(plan, is_finite, num_new) & ~has_ended
+        num_new[has_ended | failed] = 0
         self._note_scores(plan, result, num_new)
         if result.routes is not None:
             self._note_routes(plan, result.routes)
-        entry, offset = np.nonzero(column < num_new[:, None])
+        entry, offset = (column < num_new[:, None]).nonzero()
         gained = rows[entry]
         place = gained, table.num_known[gained] + offset
         table.token_ids[place], table.logprobs[place] = tokens[entry, offset], logprobs[entry, offset]
-        self._advance(plan, num_new, np.all(is_finite, axis=1))
-        full = table.num_known[rows] >= table.max_length[rows]
-        done = failed | (live & (num_new > 0) & (stopped | full))
+        self._advance(plan, num_new, np.logical_and.reduce(is_finite, axis=1))
+        full, gains = table.num_known[rows] >= settings.max_length, num_new > 0
+        done = failed | (gains & (stopped | full))
         outcomes = []
-        for index in np.flatnonzero(done | (table.watched[rows] & (num_new > 0))).tolist():
+        for index in (done | (settings.watched & gains)).nonzero()[0].tolist():
             reason: FinishReason | None = "length" if full[index] else None
-            reason = "error" if failed[index] else "stop" if stopped[index] and num_new[index] else reason
+            reason = "error" if failed[index] else "stop" if stopped[index] and gains[index] else reason
             outcomes.append(self._outcome(int(rows[index]), int(num_new[index]), reason, bool(stopped[index])))
-        for row in rows[~live & (table.num_flights[rows] == 0)].tolist():
-            self._free(row)
+        for index in has_ended.nonzero()[0].tolist():
+            if table.num_flights[rows[index]] == 0:
+                self._free(int(rows[index]))
         return [o for o in outcomes if o.finish_reason is not None or o.request.stream], num_new
+
+    def _failed(self, plan: StepPlan, is_finite: NDArray[np.bool_], num_new: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Per entry, whether a token that it gained comes from logits that were not finite, or its rules have none."""
+        table, rows = self.table, plan.rows
+        failed = (~is_finite & (np.arange(is_finite.shape[1]) < num_new[:, None])).any(axis=1)
+        if table.settings(rows).is_ruled:
+            for index in (table.is_ruled[rows] & ~table.has_ended[rows] & (num_new > 0)).nonzero()[0].tolist():
+                rules = self._request(int(rows[index])).rules
+                failed[index] |= rules is not None and rules.error is not None
+        return failed
 
     def _note_scores(self, plan: StepPlan, result: StepResult, num_new: NDArray[np.int64]) -> None:
         """Hand the likeliest tokens and the log-probabilities of prompts to the requests that want them."""
@@ -445,19 +471,19 @@ class Scheduler:
 
     def _advance(self, plan: StepPlan, num_new: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> None:
         """Move the counters, and each block tail back to what the known tokens need."""
-        table, rows, samples = self.table, plan.rows, plan.num_samples
-        sampled = samples > 0
-        if self.config.num_draft_tokens:
+        table, rows, sampled = self.table, plan.rows, plan.num_samples > 0
+        flights, drafts = table.num_flights[rows] - 1, bool(self.config.num_draft_tokens)
+        if drafts:
             table.num_drafted[rows] += np.maximum(self.num_verified(plan) - 1, 0)
             table.num_accepted[rows] += np.maximum(num_new - 1, 0)
+            table.num_computed[rows] -= np.where(sampled, plan.num_samples - num_new, 0)
             table.num_drafts[rows[sampled]] = 0
         table.num_known[rows] += num_new
         table.num_pending[rows] -= sampled
-        table.num_computed[rows] -= np.where(sampled, samples - num_new, 0)
-        table.num_flights[rows] -= 1
-        table.is_proved[rows] = sampled & is_finite & (table.num_flights[rows] == 0)
+        table.num_flights[rows] = flights
+        table.is_proved[rows] = sampled & is_finite & (flights == 0)
         self.num_flights -= 1
-        if self.config.num_draft_tokens:
+        if drafts:
             self._trim(rows[sampled])
 
     def _trim(self, rows: NDArray[np.int64]) -> None:

@@ -208,7 +208,7 @@ class SequenceTable:
 
 def _only(values: NDArray) -> float | None:
     """What all values are, or None."""
-    return values[0].item() if (values == values[0]).all() else None
+    return values[0].item() if len(values) and (values == values[0]).all() else None
 
 
 def _widen(columns: NDArray, width: int, *, repeats_first: bool = False) -> NDArray:

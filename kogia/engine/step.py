@@ -17,7 +17,7 @@ class StepPlan:
     starts: NDArray[np.int64]
     """Position of the first token that runs."""
     counts: NDArray[np.int64]
-    """Tokens that run, drafts included."""
+    """Tokens that run, drafts included; at least one."""
     num_samples: NDArray[np.int64]
     """Tokens to sample, from the last rows of the run: 0 for an unfinished prefill, else 1 + drafts verified."""
     is_pending: NDArray[np.bool_]
@@ -30,7 +30,7 @@ class StepPlan:
     @cached_property
     def only_decodes(self) -> bool:
         """Every sequence runs one token and samples the next."""
-        return bool((self.counts == 1).all() and (self.num_samples == 1).all())
+        return self.num_tokens == len(self.rows) == len(self.sampled)
 
     @cached_property
     def only_newest(self) -> bool:
@@ -40,7 +40,7 @@ class StepPlan:
     @cached_property
     def sampled(self) -> NDArray[np.int64]:
         """The entries that sample."""
-        return np.flatnonzero(self.num_samples)
+        return self.num_samples.nonzero()[0]
 
     def grid(self, flat: NDArray, fill: int = -1) -> NDArray:
         """One value per sample, end to end, as [entries, most samples of one]."""
