@@ -1,13 +1,16 @@
 """Host time of a decode step: planning, packing, launching and settling, with a device that costs nothing.
 
     python benchmarks/host_time.py [--batches 1 64 256] [--rounds 5] [--profile]
-                                   [--out benchmarks/results/host_time.json]
+                                   [--gpu LAYERS] [--out benchmarks/results/host_time.json]
 
 The graphs of the steps are replaced by ones that do nothing, so that what is left is the host's; the microseconds of
 launching a graph itself are not in it. Beside each figure stands that of a host whose caches are cold: in place of the
 model's part 64 MiB are read, as weights would be on a CPU, which takes no part in the time. Every row decodes one token
 a step, drawn at temperature 1. Figures are medians of rounds, with the least and the greatest, and so are the phases,
 which are timed in rounds of their own; with --profile, what takes the time.
+
+With --gpu nothing is replaced: the model is that of engine_gpu.py with so many layers, and what the host waits for the
+device is a phase of its own, "wait", which is not in the figure.
 """
 
 import argparse
@@ -50,14 +53,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100, help="of a round")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--gpu", type=int, metavar="LAYERS")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for batch in args.batches:
-        engine = idle_engine(batch)
+        engine = idle_engine(batch) if args.gpu is None else gpu_engine(batch, args.gpu)
         step_seconds(engine, 30)
-        for name, size in (("", 0), ("-cold", COLD_BYTES)):
+        for name, size in (("", 0), ("-cold", COLD_BYTES))[: 2 if args.gpu is None else 1]:
             Idle.weights = np.zeros(size // 4, dtype=np.float32)
             rows.append(measured(f"host-b{batch}{name}", engine, batch, args.rounds, args.steps))
             print(rows[-1], flush=True)
@@ -70,9 +74,10 @@ def main() -> None:
 
 def measured(id: str, engine: Any, batch: int, rounds: int, steps: int) -> dict[str, Any]:
     """Microseconds of a step; the extra fields are those of its phases and of a row of the batch."""
-    found = [1e6 * median(step_seconds(engine, steps)) for _ in range(rounds)]
     phases = [phase_seconds(engine, steps) for _ in range(rounds)]
     shares = {name: round(1e6 * median(each[name] for each in phases), 1) for name in phases[0]}
+    waits = shares["wait"] if engine.model.device.type == "cuda" else 0.0
+    found = [1e6 * median(step_seconds(engine, steps)) - waits for _ in range(rounds)]
     return row(
         id, median(found), "us", low=min(found), high=max(found), per_row=round(median(found) / batch, 2), phases=shares
     )
@@ -94,14 +99,15 @@ def phase_seconds(engine: Any, steps: int) -> dict[str, float]:
 
     found: dict[str, list[float]] = defaultdict(list)
     places = ((engine.scheduler, "plan"), (engine.runner, "launch"), (Flight, "wait"), (engine.scheduler, "settle"))
-    before = [getattr(owner, name) for owner, name in places]
-    for (owner, name), work in zip(places, before, strict=True):
+    inside = ((type(engine.runner.graphs), "run"), (type(engine.runner.graphs), "draw"))
+    before = [getattr(owner, name) for owner, name in (*places, *inside)]
+    for (owner, name), work in zip((*places, *inside), before, strict=True):
         setattr(owner, name, _timed(work, found[name]))
     found["step"] = step_seconds(engine, steps)
-    for (owner, name), work in zip(places, before, strict=True):
+    for (owner, name), work in zip((*places, *inside), before, strict=True):
         setattr(owner, name, work)
     medians = {name: median(seconds) for name, seconds in found.items()}
-    return medians | {"rest": 2 * medians["step"] - sum(medians.values())}
+    return medians | {"rest": medians["step"] - sum(medians[name] for _, name in places)}
 
 
 def _timed(work: Callable[..., Any], found: list[float]) -> Callable[..., Any]:
@@ -149,6 +155,15 @@ def idle_engine(batch: int) -> Any:
     params = SamplingParams(temperature=1.0, max_tokens=3990, ignore_eos=True, seed=1)
     for index in range(batch):
         engine.add([5 + index % 40] * 100, params)
+    return engine
+
+
+def gpu_engine(batch: int, layers: int) -> Any:
+    from engine_gpu import build_engine, params_of, prompts_of, v2_lite
+
+    engine = build_engine(v2_lite(layers))
+    for prompt in prompts_of(batch, 512):
+        engine.add(prompt, params_of(3000, 1.0))
     return engine
 
 
