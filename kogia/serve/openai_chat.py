@@ -21,8 +21,9 @@ from kogia.serve.logprobs import chat_logprobs
 from kogia.serve.prompts import Messages, conversation, render
 from kogia.serve.sampling import EFFORTS, Effort, SamplingBody, Thinking, sampling_params
 from kogia.serve.sse import DONE, EventStream, encode, until_gone
-from kogia.serve.state import Running, ServerState
+from kogia.serve.state import Running, ServedModel, ServerState
 from kogia.serve.strict import StrictRoute
+from kogia.text.chat import Prompt
 
 router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 
@@ -104,7 +105,7 @@ class ChatBody(SamplingBody):
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatBody, request: Request, caller: Caller = Depends(authenticate)) -> Response:
     state: ServerState = request.app.state.server
-    reply = await _start(state, body, caller)
+    reply = _Reply(state, body, await start_chat(state, body, caller))
     if body.stream:
         return EventStream(reply.chunks(), state.config.keep_alive_seconds)
     whole = await until_gone(request.receive, reply.whole())
@@ -121,11 +122,16 @@ async def stop_thinking(completion_id: str, request: Request, caller: Caller = D
     return JSONResponse({"id": completion_id, "object": "chat.completion.stop_thinking", "stopped": True})
 
 
-async def _start(state: ServerState, body: ChatBody, caller: Caller) -> "_Reply":
+async def chat_prompt(served: ServedModel, body: ChatBody) -> Prompt:
+    """What the model is given of a conversation. Raises 400 for messages that will not do."""
+    return await asyncio.to_thread(render, conversation(body.messages), served, body.thinks)
+
+
+async def start_chat(state: ServerState, body: ChatBody, caller: Caller) -> Running:
+    """Begin to answer a conversation. Raises 400 for what will not do."""
     served = state.find(body.model)
     state.note_ignored("/v1/chat/completions", body.unknown)
-    messages, thinking = conversation(body.messages), body.thinks
-    prompt = await asyncio.to_thread(render, messages, served, thinking)
+    prompt = await chat_prompt(served, body)
     params = sampling_params(
         body,
         served,
@@ -133,11 +139,10 @@ async def _start(state: ServerState, body: ChatBody, caller: Caller) -> "_Reply"
         prompt,
         logprobs=(body.top_logprobs or True) if body.logprobs else False,
         response_format=body.format,
-        thinking_budget=thinking.budget,
+        thinking_budget=body.thinks.budget,
         max_tokens=body.max_completion_tokens,
     )
-    running = await run(state, served, caller, prompt, params, new_id("chatcmpl-"))
-    return _Reply(state, body, running)
+    return await run(state, served, caller, prompt, params, new_id("chatcmpl-"))
 
 
 class _Reply:

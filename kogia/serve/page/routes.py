@@ -1,0 +1,79 @@
+"""What the page asks for beside the OpenAI routes: models, HTML of texts, answers with HTML, and traces."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from kogia.serve.access import Caller, authenticate
+from kogia.serve.errors import ApiError
+from kogia.serve.fields import Body, Text, TokenIds
+from kogia.serve.generation import collect, new_id, pieces, run
+from kogia.serve.openai_chat import ChatBody, chat_prompt, start_chat
+from kogia.serve.page.answer import Answer
+from kogia.serve.page.facts import model_facts
+from kogia.serve.page.render import render
+from kogia.serve.page.trace import trace_of, trace_params
+from kogia.serve.sse import EventStream, until_gone
+from kogia.serve.state import ServedModel, ServerState
+from kogia.serve.strict import StrictRoute
+from kogia.text.chat import Prompt
+
+router = APIRouter(route_class=StrictRoute, include_in_schema=False)
+MOST_TEXTS = 200
+MOST_TEXT_CHARS = 2**20
+
+
+class RenderBody(Body):
+    texts: Annotated[list[Annotated[Text, Field(max_length=MOST_TEXT_CHARS)]], Field(max_length=MOST_TEXTS)]
+
+
+class TraceBody(ChatBody):
+    token_ids: Annotated[TokenIds, Field(min_length=1)]
+    """Of the answer to `messages`."""
+
+
+@router.get("/page/models")
+async def models(request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
+    state: ServerState = request.app.state.server
+    state.check_ready()
+    return {"models": [model_facts(served.name, served) for served in dict.fromkeys(state.models.values())]}
+
+
+@router.post("/page/render")
+async def rendered(body: RenderBody, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
+    return {"blocks": [await asyncio.to_thread(render, text) for text in body.texts]}
+
+
+@router.post("/page/chat")
+async def chat(body: ChatBody, request: Request, caller: Caller = Depends(authenticate)) -> Response:
+    if (body.n or 1) != 1:
+        raise ApiError(f"n = {body.n}: must be 1, as the page shows one answer per request", param="n")
+    state: ServerState = request.app.state.server
+    running = await start_chat(state, body, caller)
+    return EventStream(Answer(state, running).events(), state.config.keep_alive_seconds)
+
+
+@router.post("/page/trace")
+async def trace(body: TraceBody, request: Request, caller: Caller = Depends(authenticate)) -> Response:
+    state: ServerState = request.app.state.server
+    served = state.find(body.model)
+    found = await until_gone(request.receive, _traced(state, served, body, caller))
+    return JSONResponse(found or {})
+
+
+async def _traced(state: ServerState, served: ServedModel, body: TraceBody, caller: Caller) -> dict[str, Any]:
+    prompt = await chat_prompt(served, body)
+    room = served.config.max_position - 1 - len(prompt.token_ids)
+    answer = body.token_ids[: max(0, room)]
+    if not answer:
+        raise ApiError("the messages fill the context: no token of the answer fits", param="messages")
+    params = trace_params(served, caller, body.active_experts, body.expert_threshold)
+    scored = Prompt([*prompt.token_ids, *answer], opens_thought=False)
+    running = await run(state, served, caller, scored, params, new_id("trace-"))
+    (found,) = await collect(pieces(state, running))
+    traced = await asyncio.to_thread(trace_of, served, answer, len(prompt.token_ids), found.completion)
+    return {**traced, "thought_tokens": prompt.num_thinking_tokens(answer, served.tokenizer)}
