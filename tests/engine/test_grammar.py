@@ -49,6 +49,8 @@ FORMATS = {
 CUTS = {
     "one_draft": {"num_draft_tokens": 1},
     "two_drafts_chunked": {"num_draft_tokens": 2, "max_batch_tokens": 7},
+    "chunked": {"max_batch_tokens": 7},
+    "preempted": {"num_blocks": 36},
     "preempted_with_drafts": {"num_blocks": 36, "num_draft_tokens": 1},
     "overlapped": {"overlap": True},
 }
@@ -124,6 +126,93 @@ def test_tokens_do_not_depend_on_how_the_work_is_cut(model, tokenizer, name, cut
         assert other.stats.num_drafted > 30
     if "preempted" in cut and name == "json":
         assert other.stats.num_preemptions > 0
+
+
+QUESTIONS = ("one", "numbers 4 6 15", "numbers 4 6 15 9")
+MIXED = (
+    SamplingParams(thinking_token_budget=6, ignore_eos=True),
+    SamplingParams(thinking_token_budget=9, response_format=FORMATS["json"], frequency_penalty=0.4),
+    SamplingParams(thinking_token_budget=3, response_format=FORMATS["regex"], logprobs=True, min_tokens=4),
+)
+
+
+def questions(tokenizer: Tokenizer) -> list[list[int]]:
+    """Prompts that open a thought."""
+    return [render_prompt([Message("user", text)], tokenizer).token_ids for text in QUESTIONS]
+
+
+def tokens_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_thoughts_with_formats_do_not_depend_on_how_the_work_is_cut(model, tokenizer, cut):
+    params = [replace(each, max_tokens=40, seed=5, n=2) for each in MIXED]
+    whole = engine(model, tokenizer).generate(questions(tokenizer), params)
+    other = engine(model, tokenizer, **CUTS[cut])
+    got = other.generate(questions(tokenizer), params)
+    assert tokens_of(got) == tokens_of(whole)
+    assert other.stats.num_preemptions > 0 or "preempted" not in cut
+    for group, each in zip(got, MIXED, strict=True):
+        closing = [c.token_ids.index(tokenizer.token_id(END_THINK)) for c in group]
+        assert max(closing) <= each.thinking_token_budget
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_a_prefix_hit_changes_nothing_for_formats_and_thoughts(model, tokenizer, drafts):
+    prompts, params = questions(tokenizer), [replace(each, max_tokens=40, seed=5) for each in MIXED]
+    cold = engine(model, tokenizer, prefix_cache=False).generate(prompts, params)
+    warm = engine(model, tokenizer, num_draft_tokens=drafts)
+    for _ in range(2):
+        got = warm.generate(prompts, params)
+        assert tokens_of(got) == tokens_of(cold)
+    assert all(group[0].num_cached_tokens >= 4 for group in got)
+
+
+@pytest.mark.parametrize("cut", ["", *CUTS])
+def test_a_thought_stopped_after_so_many_tokens_is_one_with_that_budget_however_the_work_is_cut(model, tokenizer, cut):
+    prompts = [*questions(tokenizer), *questions(tokenizer)]
+    params = [SamplingParams(max_tokens=60, seed=seed, ignore_eos=True) for seed in range(10, 16)]
+    params[1] = replace(params[1], presence_penalty=0.4)
+    params[4] = replace(params[4], response_format=FORMATS["json"], ignore_eos=False)
+    running = engine(model, tokenizer, **CUTS.get(cut, {}))
+    ids = [running.add(prompt, each)[0] for prompt, each in zip(prompts, params, strict=True)]
+    done: dict[int, Completion] = {}
+    to_stop = set(ids)
+    while running.num_unfinished:
+        done |= {event.request_id: event.completion for event in running.step()}
+        for request_id in sorted(to_stop - done.keys()):
+            request = running.scheduler.find(request_id)
+            if len(running.scheduler.generated(request)) >= 8:
+                assert running.stop_thinking(request_id)
+                to_stop.remove(request_id)
+    assert running.stats.num_preemptions > 0 or "preempted" not in cut
+    at = [done[request_id].token_ids.index(tokenizer.token_id(END_THINK)) for request_id in ids]
+    assert all(8 <= place <= 12 for place in at), at
+    bounded = [replace(each, thinking_token_budget=place) for each, place in zip(params, at, strict=True)]
+    expected = engine(model, tokenizer).generate(prompts, bounded)
+    assert [[done[request_id].token_ids] for request_id in ids] == tokens_of(expected)
+
+
+def test_a_thought_is_stopped_while_its_request_waits_for_its_turn(model, tokenizer):
+    prompt = questions(tokenizer)[1]
+    params = SamplingParams(max_tokens=30, seed=3, ignore_eos=True)
+    running = engine(model, tokenizer, max_sequences=1)
+    (first,) = running.add(prompt, params)
+    for _ in range(5):
+        running.step()
+    (urgent,) = running.add(prompt, replace(params, priority=-1))
+    running.step()
+    (unstarted,) = running.add(prompt, params)
+    assert [request.id for request in running.scheduler.waiting] == [first, unstarted]
+    assert running.stop_thinking(first)
+    assert running.stop_thinking(unstarted)
+    done: dict[int, Completion] = {}
+    while running.num_unfinished:
+        done |= {event.request_id: event.completion for event in running.step()}
+    closing = tokenizer.token_id(END_THINK)
+    assert [done[each].token_ids.index(closing) for each in (first, unstarted)] == [5, 0]
+    assert done[first].token_ids[:5] == done[urgent].token_ids[:5]
 
 
 def test_a_thought_comes_first_and_the_grammar_waits_for_its_end(model, tokenizer):
