@@ -43,6 +43,7 @@ def written(text: str) -> str:
         "two": two_gpu_table(),
         "packed": packed_table(),
         "cpu": cpu_table(),
+        "cores": cores_table(),
     }
     for name, table in tables.items():
         begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
@@ -125,6 +126,18 @@ def cpu_table() -> list[str]:
         for id, row in rows.items()
         if id.startswith("cpu-")
     ]
+    return lines
+
+
+def cores_table() -> list[str]:
+    """What keeping threads to cores does, on an idle machine and beside a busy program."""
+    rows = results("cores")
+    places = {"free": "left to the system", "kept": "kept to cores", "bound": "bound, one to a core"}
+    lines = _measured("cores") + _head("threads", *places.values())
+    for threads in (1, 2):
+        for suffix, company in (("", ""), ("-busy", ", beside a busy program")):
+            speeds = (_spread(rows[f"{threads}-{place}{suffix}"]) for place in places)
+            lines.append(_line(f"{threads}{company}", *speeds))
     return lines
 
 

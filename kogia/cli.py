@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kogia.config import parse_args
+from kogia.cores import check_threads, keep_to_cores
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     try:
-        return _run(words)
+        return _run(_on_cores(words))
     except KeyboardInterrupt:
         print("kogia: interrupted", file=sys.stderr)
         return 130
@@ -83,6 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"kogia: error: {printable(str(error) or type(error).__name__)}{_origin(error)}", file=sys.stderr)
         return 2
+
+
+def _on_cores(words: list[str]) -> list[str]:
+    """The words without `--cores LIST`, which is obeyed at once: torch counts the cores when it is loaded."""
+    for at, word in enumerate(words):
+        name, is_joined, cores = word.partition("=")
+        if name == "--cores":
+            if not is_joined and at + 1 == len(words):
+                raise ValueError("--cores: say which, as --cores 0-3")
+            keep_to_cores(cores if is_joined else words[at + 1])
+            return words[:at] + words[at + (1 if is_joined else 2) :]
+    return words
 
 
 def _run(words: list[str]) -> int:
@@ -101,6 +114,7 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"unknown command {name!r}; {hint}")
     command = COMMANDS[name]
     config = parse_args(_load(command.config), words[1:], prog=f"kogia {name}", description=command.help)
+    check_threads(getattr(config, "threads", None))
     return _load(command.main)(config) or 0
 
 
@@ -118,7 +132,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "kogia COMMAND --help lists the flags; --traceback shows where an error arose; --version.",
+            "kogia COMMAND --help lists the flags. With every command: --cores 0-3 keeps it to",
+            "these cores, --traceback shows where an error arose. --version.",
         ]
     )
 

@@ -15,7 +15,10 @@ PARAMETERS_PER_THREAD = 10_000_000
 
 @contextmanager
 def generation_threads(threads: int | None, num_params: int) -> Iterator[None]:
-    """PyTorch's threads while a model generates: None is one per 10 million parameters, no more than there were."""
+    """PyTorch's threads while a model generates: None is one per 10 million parameters, no more than there were.
+
+    On which cores they run is the process's matter (`kogia.cores`).
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or min(before, max(1, num_params // PARAMETERS_PER_THREAD)))
     try:

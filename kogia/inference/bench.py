@@ -78,7 +78,7 @@ def main(config: BenchConfig) -> None:
             f"prompt_tokens = {config.prompt_tokens} and max_tokens = {config.max_tokens}: the model's context is "
             f"{model.config.max_position}; lower them"
         )
-    with generation_threads(None, num_params(model.config)):
+    with generation_threads(config.threads, num_params(model.config)):
         with readiness.stage("graphs"):
             engine.warm_up()
         with readiness.stage("first token"):

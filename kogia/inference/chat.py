@@ -51,7 +51,7 @@ def main(config: ChatConfig) -> int:
         expert_parallel=config.expert_parallel,
         **config.engine_options(),
     )
-    with generation_threads(None, num_params(llm.model.config)):
+    with generation_threads(config.threads, num_params(llm.model.config)):
         return converse(llm, config, params)
 
 

@@ -60,6 +60,8 @@ class GenerateConfig(FilteredSamplingConfig):
     """Processes that share the model, with a GPU each where there are any."""
     expert_parallel: bool = False
     """With tensor_parallel, split the routed experts by number instead of each by its width."""
+    threads: int | None = None
+    """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
@@ -105,6 +107,8 @@ class ChatConfig:
     history: bool = True
     """Keep what is typed for the arrow keys of later chats, in $XDG_STATE_HOME/kogia/chat_history, else below
     ~/.local/state, where nobody else can read it."""
+    threads: int | None = None
+    """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
     engine: EngineConfig = EngineConfig(max_sequences=1)
     tensor_parallel: int = 1
     """Processes that share the model, with a GPU each where there are any."""
@@ -186,6 +190,8 @@ class BenchConfig:
     """Processes that share the model, with a GPU each where there are any."""
     expert_parallel: bool = False
     """With tensor_parallel, split the routed experts by number instead of each by its width."""
+    threads: int | None = None
+    """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
     engine: EngineConfig = EngineConfig(prefix_cache=False)
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ def _complete(
     params, num_kept = _params(config), (len(questions) - len(places)) * config.n
     total = len(questions) * config.n
     with (
-        generation_threads(None, num_params(llm.model.config)),
+        generation_threads(config.threads, num_params(llm.model.config)),
         SamplingProgress("generating", transient=True) as progress,
     ):
 

@@ -1,6 +1,7 @@
 """The front end: a model directory, prompts in, completions out."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from kogia.checkpoint.open import find_model
 from kogia.config import from_dict
+from kogia.cores import check_threads
 from kogia.data.rows import conversation
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
@@ -43,20 +45,23 @@ class LLM:
         num_draft_tokens: int | None = 0,
         tensor_parallel: int = 1,
         expert_parallel: bool = False,
+        threads: int | None = None,
         **engine_options: Any,
     ) -> None:
         """Load a model directory or the newest checkpoint of a run directory, as `open_model` says.
 
         `num_draft_tokens` None drafts one token per step where the model has an MTP module. With `tensor_parallel`, so
         many processes share the model, with a GPU each where there are any; `expert_parallel` then splits the routed
-        experts by number instead of each by its width. `engine_options` are fields of `EngineConfig`.
+        experts by number instead of each by its width. `threads` are PyTorch's on a CPU: None is one per 10 million
+        parameters. `engine_options` are fields of `EngineConfig`.
         """
+        check_threads(threads)
         found = find_model(path, device=device, dtype=dtype, quantize=quantize)
         if num_draft_tokens is None:
             num_draft_tokens = min(1, found.config.num_mtp_layers)
         config = from_dict(EngineConfig, {**engine_options, "num_draft_tokens": num_draft_tokens}, "engine")
         check_engine(found.config, config, found.dtype)
-        self.tokenizer = found.tokenizer
+        self.tokenizer, self.threads = found.tokenizer, threads
         self.readiness = Readiness()
         """What it took, stage by stage."""
         if tensor_parallel == 1 and not expert_parallel:
@@ -70,6 +75,7 @@ class LLM:
                 self.engine = open_parallel(
                     source, config, tensor_parallel, device=found.device, whole_experts=expert_parallel
                 )
+        self._num_params = num_params(found.config)
         self.model = self.engine.model
         """With `tensor_parallel`, this process's share."""
 
@@ -85,7 +91,7 @@ class LLM:
         them. Conversations are rendered as `chat` does.
         """
         each = [prompts] if isinstance(prompts, str) else prompts
-        with generation_threads(None, num_params(self.model.config)):
+        with self._threads():
             return self.engine.generate([self._ids(p) for p in each], params or SamplingParams(), on_progress)
 
     def chat(
@@ -109,10 +115,19 @@ class LLM:
         if params.n != 1:
             raise ValueError(f"SamplingParams.n = {params.n}: a stream follows one completion; use generate()")
         stream = self.engine.submit(self._ids(prompt), params)
+        events = iter(stream)
         try:
-            yield from stream
+            while True:
+                with self._threads():  # not while the caller has its turn
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
         finally:
             stream.cancel()
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return generation_threads(self.threads, self._num_params)
 
     def _ids(self, prompt: Given) -> list[int]:
         if isinstance(prompt, str):
