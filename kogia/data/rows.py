@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from kogia.text.chat import Message, canonical_reply
+from kogia.text.chat import ROLES as SPOKEN
+from kogia.text.chat import TOOL, Message, canonical_reply
 from kogia.text.tokenizer import END_THINK, sound
 
 LAYOUTS = (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"))
@@ -158,6 +159,8 @@ def _turn(message: Any, name: str, learned: bool) -> Turn:
     if role is None or content is None:
         raise ValueError(f'{name} has only {sorted(map(str, values))} filled: every message needs "role" and "content"')
     role = _text(role, f"{name}.role")
+    if role == TOOL:
+        raise ValueError(f"{name}: role={role!r}: must be one of {', '.join(SPOKEN)}; leave the row out")
     spoken = Message(ROLES.get(role, role), _content(content, f"{name}.content"), _thought(values))
     return spoken, learned and values.get("weight", 1) != 0
 

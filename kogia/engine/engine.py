@@ -423,6 +423,8 @@ class Engine:
 
     def _event(self, outcome: Outcome) -> TokenEvent:
         request = outcome.request
+        if outcome.token_ids and request.first_token is None:
+            request.first_token = time.perf_counter()
         completion = None if outcome.finish_reason is None else self._complete(outcome)
         text = "" if request.output is None else request.output.take(final=completion is not None)
         return TokenEvent(request.id, outcome.token_ids, outcome.logprobs, text, completion, outcome.top_logprobs)
@@ -451,6 +453,7 @@ class Engine:
             top_logprobs=request.top_logprobs[: len(token_ids)] if num_top(request.params.logprobs) else None,
             routed_experts=self._routed_experts(request),
             error=None if request.rules is None else request.rules.error,
+            times=request.times(),
             **request.prompt_scores(),
         )
 

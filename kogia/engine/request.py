@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isnan
-from typing import Any, Literal
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +105,17 @@ class SamplingParams(FilteredSamplingConfig):
         return cls(**{name: getattr(settings, name) for name in shared} | changes)
 
 
+class Times(NamedTuple):
+    """Seconds of a request, from the moment at which it was made."""
+
+    queue: float
+    """Until a step first had room for it."""
+    prefill: float
+    """From then to its first token; of a request that does not stream, to its end."""
+    decode: float
+    """From there to its end."""
+
+
 TopLogprobs = dict[int, float]
 """Token id -> log-probability, the likeliest first."""
 
@@ -139,6 +151,7 @@ class Completion:
     mixture layer of the main model, if asked for; -1 is nobody, or a token that had not run when it was given up."""
     error: str | None = None
     """Why its `response_format` could not be followed any further."""
+    times: Times = field(default=Times(0.0, 0.0, 0.0), compare=False)
 
     @property
     def thinking(self) -> str | None:
@@ -209,6 +222,10 @@ class Request:
     weights_version: int | None = None
     """Set when the weights change after the first token; None means the current ones."""
     num_cached_tokens: int | None = None
+    made: float = field(default_factory=perf_counter)
+    started: float | None = None
+    """When a step first had room for it; on the clock of `made`."""
+    first_token: float | None = None
     num_drafted: int = 0
     num_accepted: int = 0
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
@@ -225,6 +242,13 @@ class Request:
         self.prompt_logprobs = np.full(len(self.prompt), np.nan, dtype=np.float32) if wanted else None
         self.token_ids = self.prompt
         self.logprobs = np.zeros(len(self.prompt), dtype=np.float32)
+
+    def times(self) -> Times:
+        """Until now; what has not happened has taken all the time there was."""
+        now = perf_counter()
+        started = now if self.started is None else self.started
+        first = now if self.first_token is None else self.first_token
+        return Times(started - self.made, first - started, now - first)
 
     def without_stop(self, token_ids: list[int]) -> list[int]:
         """Tokens that end in a stop token, as far as their text is wanted."""

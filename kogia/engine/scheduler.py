@@ -25,6 +25,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -314,7 +315,7 @@ class Scheduler:
         self.table.num_computed[row] = cached
         self.table.num_named[row] = len(shared)
         if request.num_cached_tokens is None:  # a prefix found again after preemption is not the caller's saving
-            request.num_cached_tokens = cached
+            request.num_cached_tokens, request.started = cached, perf_counter()
             self.num_prefix_hit_tokens += cached
         return row
 

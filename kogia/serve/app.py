@@ -6,13 +6,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from kogia.serve import health, openai_chat, openai_models
+from kogia.serve import health, openai_chat, openai_completions, openai_models, openai_tokens
 from kogia.serve.errors import ApiError, answer_api_error, answer_validation, response_to
 from kogia.serve.guard import Guard
 from kogia.serve.page import files, routes
 from kogia.serve.state import ServerState
 
-ROUTERS = (health.router, openai_models.router, openai_chat.router, routes.router, files.router)
+ROUTERS = (
+    health.router,
+    openai_models.router,
+    openai_chat.router,
+    openai_completions.router,
+    openai_tokens.router,
+    routes.router,
+    files.router,
+)
 
 
 def create_app(state: ServerState) -> FastAPI:

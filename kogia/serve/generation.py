@@ -7,7 +7,8 @@ makes its answer of that: so the two cannot differ.
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,9 @@ from kogia.engine.request import Completion, SamplingParams, TokenEvent, TopLogp
 from kogia.serve.access import Caller
 from kogia.serve.errors import ApiError, refused
 from kogia.serve.state import Running, ServedModel, ServerState
-from kogia.text.chat import Prompt
+from kogia.text.chat import Prompt, ToolCall
 from kogia.text.thoughts import ThoughtSplitter
+from kogia.text.tools import CallPiece, CallReader, Read
 
 
 @dataclass(slots=True)
@@ -28,6 +30,7 @@ class Piece:
     """Of the answer, among those of its request."""
     reasoning: str = ""
     content: str = ""
+    calls: list[CallPiece] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] | None = None
@@ -37,7 +40,7 @@ class Piece:
     @property
     def is_empty(self) -> bool:
         """Nothing but tokens whose text is still to come."""
-        return not (self.reasoning or self.content or self.completion)
+        return not (self.reasoning or self.content or self.calls or self.completion)
 
 
 @dataclass(slots=True)
@@ -47,36 +50,44 @@ class Answer:
     completion: Completion
     reasoning: str = ""
     content: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
 
 
-class AnswerReader:
-    """Splits the text of one answer into thought and content as it comes."""
+class Reader(ABC):
+    """Makes pieces of the events of one answer."""
 
-    def __init__(self, opens_thought: bool) -> None:
+    @abstractmethod
+    def read(self, index: int, event: TokenEvent) -> Piece: ...
+
+
+class AnswerReader(Reader):
+    """Splits the text of an answer into thought, content and calls of tools as it comes."""
+
+    def __init__(self, opens_thought: bool, calls: CallReader | None = None) -> None:
         self._thoughts = ThoughtSplitter(opens_thought)
+        self._calls = calls
 
     def read(self, index: int, event: TokenEvent) -> Piece:
-        thought, content = self._thoughts.push(event.text)
+        reasoning, content = self._thoughts.push(event.text)
+        read = Read(content) if self._calls is None else self._calls.push(content)
         if event.completion is not None:
-            more_thought, more_content = self._thoughts.finish()
-            thought, content = thought + more_thought, content + more_content
-        return _piece(index, event, thought, content)
+            more, content = self._thoughts.finish()
+            reasoning += more
+            for each in [Read(content)] if self._calls is None else [self._calls.push(content), self._calls.finish()]:
+                read = Read(read.content + each.content, read.calls + each.calls)
+        return _piece(index, event, reasoning, read)
 
 
-class TextReader:
-    """Takes the text of one answer as it is."""
+class TextReader(Reader):
+    """Takes the text of an answer as it is."""
 
     def read(self, index: int, event: TokenEvent) -> Piece:
-        return _piece(index, event, "", event.text)
+        return _piece(index, event, "", Read(event.text))
 
 
-Reader = AnswerReader | TextReader
-
-
-def _piece(index: int, event: TokenEvent, reasoning: str, content: str) -> Piece:
-    return Piece(
-        index, reasoning, content, event.token_ids, event.logprobs, event.top_logprobs, completion=event.completion
-    )
+def _piece(index: int, event: TokenEvent, reasoning: str, read: Read) -> Piece:
+    tokens = event.token_ids, event.logprobs, event.top_logprobs
+    return Piece(index, reasoning, read.content, read.calls, *tokens, event.completion)
 
 
 def new_id(prefix: str) -> str:
@@ -84,7 +95,14 @@ def new_id(prefix: str) -> str:
 
 
 async def run(
-    state: ServerState, served: ServedModel, caller: Caller, prompt: Prompt, params: SamplingParams, id: str
+    state: ServerState,
+    served: ServedModel,
+    caller: Caller,
+    prompt: Prompt,
+    params: SamplingParams,
+    id: str,
+    *,
+    is_text: bool = False,
 ) -> Running:
     """Start a request. Raises 400 for what the engine refuses.
 
@@ -99,7 +117,7 @@ async def run(
         raise
     except ValueError as error:
         raise refused(error, ("messages", "prompt", "response_format", "logit_bias", "active_experts")) from None
-    running = Running(id, served, caller, stream, prompt.token_ids, prompt.opens_thought)
+    running = Running(id, served, caller, stream, prompt.token_ids, prompt.opens_thought, is_text)
     state.begin(running)
     return running
 
@@ -110,14 +128,19 @@ def _give_up(submitting: "asyncio.Future[Stream]") -> None:
 
 
 async def pieces(
-    state: ServerState, running: Running, reader: Callable[[], Reader] | None = None
+    state: ServerState, running: Running, new_calls: Callable[[], CallReader] | None = None
 ) -> AsyncGenerator[Piece, None]:
     """What comes of a request, piece by piece. Left early, or in whatever way, it frees what the request holds.
 
-    Raises what ended it without an answer: a drain, or weights that overflow.
+    Calls of tools are looked for with `new_calls`. Raises what ended it without an answer: a drain, or weights that
+    overflow.
     """
-    make = reader or (lambda: AnswerReader(running.opens_thought))
-    readers = {request_id: (index, make()) for index, request_id in enumerate(running.stream.request_ids)}
+
+    def new_reader() -> Reader:
+        calls = None if new_calls is None else new_calls()
+        return TextReader() if running.is_text else AnswerReader(running.opens_thought, calls)
+
+    readers = {request_id: (index, new_reader()) for index, request_id in enumerate(running.stream.request_ids)}
     try:
         async with contextlib.aclosing(aiter(running.stream)) as events:  # type: ignore[arg-type]
             async for event in events:
@@ -139,24 +162,65 @@ def _check(piece: Piece, running: Running) -> None:
 
 async def collect(parts: AsyncGenerator[Piece, None]) -> list[Answer]:
     """The whole answers, in order."""
-    texts: dict[int, tuple[list[str], list[str]]] = {}
-    completions: dict[int, Completion] = {}
+    came: dict[int, list[Piece]] = {}
     async with contextlib.aclosing(parts):
         async for piece in parts:
-            reasoning, content = texts.setdefault(piece.index, ([], []))
-            reasoning.append(piece.reasoning)
-            content.append(piece.content)
-            if piece.completion is not None:
-                completions[piece.index] = piece.completion
-    return [Answer(completions[index], *("".join(each) for each in texts[index])) for index in sorted(completions)]
+            came.setdefault(piece.index, []).append(piece)
+    return [_join(came[index]) for index in sorted(came)]
 
 
-def usage(running: Running, completions: list[Completion]) -> dict[str, Any]:
-    """Tokens, in OpenAI's and DeepSeek's words: hits and misses make up the prompt."""
-    num_prompt, num_new = len(running.prompt_ids), sum(len(each.token_ids) for each in completions)
-    num_cached = min((each.num_cached_tokens for each in completions), default=0)
-    prompt, tokenizer = Prompt([], running.opens_thought), running.model.tokenizer
-    num_thought = sum(prompt.num_thinking_tokens(each.token_ids, tokenizer) for each in completions)
+def _join(parts: Sequence[Piece]) -> Answer:
+    """The pieces of one answer."""
+    completion = parts[-1].completion
+    assert completion is not None, "an answer has ended when its stream has"
+    calls: dict[int, list[CallPiece]] = {}
+    for call in (call for piece in parts for call in piece.calls):
+        calls.setdefault(call.index, []).append(call)
+    return Answer(
+        completion,
+        "".join(piece.reasoning for piece in parts),
+        "".join(piece.content for piece in parts),
+        [ToolCall(own[0].name or "", "".join(each.arguments for each in own)) for own in calls.values()],
+    )
+
+
+async def merge(streams: Sequence[AsyncGenerator[Piece, None]], num_answers: int) -> AsyncGenerator[Piece, None]:
+    """The pieces of several requests as they come, with `num_answers` each; answers are numbered through."""
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def follow(number: int, parts: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with contextlib.aclosing(parts):
+                async for piece in parts:
+                    piece.index += number * num_answers
+                    queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except Exception as error:  # noqa: BLE001 - raised where the pieces are taken
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(follow(number, parts)) for number, parts in enumerate(streams)]
+    try:
+        open_ones = len(tasks)
+        while open_ones:
+            came = await queue.get()
+            if isinstance(came, BaseException):
+                raise came
+            if came is None:
+                open_ones -= 1
+            else:
+                yield came
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def usage(running: Sequence[Running], completions: Sequence[Completion]) -> dict[str, Any]:
+    """Tokens of requests, in OpenAI's and DeepSeek's words: hits and misses make up the prompts."""
+    num_prompt = sum(len(each.prompt_ids) for each in running)
+    num_new = sum(len(each.token_ids) for each in completions)
+    num_cached = sum(_num_cached(each) for each in running)
+    num_thought = sum(_num_thought(each) for each in running)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
@@ -165,4 +229,35 @@ def usage(running: Running, completions: list[Completion]) -> dict[str, Any]:
         "completion_tokens_details": {"reasoning_tokens": num_thought},
         "prompt_cache_hit_tokens": num_cached,
         "prompt_cache_miss_tokens": num_prompt - num_cached,
+    }
+
+
+def _num_cached(running: Running) -> int:
+    """Prompt tokens that nobody had to compute for any of its answers: those that come after the first find more."""
+    return min((each.num_cached_tokens for each in running.stream.completions.values()), default=0)
+
+
+def _num_thought(running: Running) -> int:
+    if running.is_text:
+        return 0
+    prompt, tokenizer = Prompt([], running.opens_thought), running.model.tokenizer
+    return sum(prompt.num_thinking_tokens(each.token_ids, tokenizer) for each in running.stream.completions.values())
+
+
+def timings(running: Running) -> dict[str, Any]:
+    """What the slowest part of a request took, in llama.cpp's words: milliseconds, tokens and tokens per second."""
+    completions = list(running.stream.completions.values())
+    queue, prefill, decode = (max(part) * 1000 for part in zip(*(each.times for each in completions)))
+    num_prompt, num_new = len(running.prompt_ids) - _num_cached(running), sum(len(c.token_ids) for c in completions)
+    return {
+        "queue_ms": queue,
+        "cache_n": _num_cached(running),
+        "prompt_n": num_prompt,
+        "prompt_ms": prefill,
+        "prompt_per_second": num_prompt / max(prefill, 1e-3) * 1000,
+        "predicted_n": num_new,
+        "predicted_ms": decode,
+        "predicted_per_second": num_new / max(decode, 1e-3) * 1000,
+        "draft_n": sum(each.num_drafted for each in completions),
+        "draft_n_accepted": sum(each.num_accepted for each in completions),
     }

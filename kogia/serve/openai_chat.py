@@ -1,6 +1,5 @@
 """OpenAI's chat completions, with the thoughts of DeepSeek's API and vLLM's further fields."""
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
@@ -11,32 +10,22 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from kogia.engine.grammar import ResponseFormat
 from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
+from kogia.serve.chat import Chat, Turn, start
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_LOGPROBS, Count, Flag, Name, Part, Whole
-from kogia.serve.generation import Answer, Piece, collect, new_id, pieces, run, usage
-from kogia.serve.logprobs import chat_logprobs
-from kogia.serve.prompts import Messages, conversation, render
-from kogia.serve.sampling import EFFORTS, Effort, SamplingBody, Thinking, sampling_params
+from kogia.serve.fields import MOST_LOGPROBS, Count, Flag, Part, Text, Whole
+from kogia.serve.generation import Answer, Piece, collect, new_id, timings, usage
+from kogia.serve.logprobs import chat_logprobs, prompt_logprobs, routed_experts
+from kogia.serve.prompts import Messages
+from kogia.serve.sampling import EFFORTS, Effort, Format, SamplingBody, Thinking, format_of
 from kogia.serve.sse import DONE, EventStream, encode, until_gone
-from kogia.serve.state import Running, ServedModel, ServerState
+from kogia.serve.state import ServerState
 from kogia.serve.strict import StrictRoute
-from kogia.text.chat import Prompt
+from kogia.serve.tools import Choice, NamedTool, Tools
+from kogia.text.tools import CallPiece
 
 router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
-
-
-class JsonSchema(Part):
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    name: Name | None = None
-    strict: Flag | None = None
-
-
-class Format(Part):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
 
 
 class ThinkingSwitch(Part):
@@ -55,30 +44,43 @@ class TemplateSwitches(Part):
 
 class StreamOptions(Part):
     include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
 
 
 class ChatBody(SamplingBody):
     messages: Messages
+    max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: Flag | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: Format | None = None
     stream_options: StreamOptions | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | NamedTool | None = None
+    parallel_tool_calls: Flag | None = None
     reasoning_effort: Effort | None = None
     thinking: ThinkingSwitch | None = None
     enable_thinking: Flag | None = None
     chat_template_kwargs: TemplateSwitches | None = None
     include_reasoning: Flag | None = None
     """False thinks, and does not show it."""
+    continue_final_message: Flag | None = None
+    """Go on with the last message, an assistant's."""
+    add_generation_prompt: Flag | None = None
+    """vLLM's; that of `continue_final_message` says it all."""
+    user: Text | None = None
+    store: Flag | None = None
+    metadata: dict[str, Any] | None = None
 
     @property
     def thinks(self) -> Thinking:
         """What its many words for one thing say. Raises 400 where they contradict each other."""
-        said = [self.enable_thinking, *(vars(self.chat_template_kwargs or TemplateSwitches()).values())]
+        switches = self.chat_template_kwargs or TemplateSwitches()
+        said = [self.enable_thinking, switches.thinking, switches.enable_thinking]
         if self.thinking is not None:
             said.append({"enabled": True, "disabled": False}.get(self.thinking.type))
-        if self.reasoning_effort is not None:
-            said.append(False if self.reasoning_effort == "none" else None)
+        if self.reasoning_effort == "none":
+            said.append(False)
         known = {each for each in said if each is not None}
         if len(known) > 1:
             raise ApiError("thinking is turned on and off at once: say it in one way", param="thinking")
@@ -88,28 +90,30 @@ class ChatBody(SamplingBody):
         return Thinking(next(iter(known), None), budget)
 
     @property
-    def format(self) -> ResponseFormat | None:
-        asked = self.response_format
-        if asked is None or asked.type == "text":
-            return None
-        if asked.type == "json_object":
-            return ResponseFormat(json={"type": "object"})
-        if asked.json_schema is None or asked.json_schema.schema_ is None:
-            raise ApiError("response_format.json_schema.schema is missing", param="response_format.json_schema.schema")
-        try:
-            return ResponseFormat(json=asked.json_schema.schema_)
-        except ValueError as error:
-            raise ApiError(str(error), param="response_format.json_schema.schema") from None
+    def turn(self) -> Turn:
+        choice = self.tool_choice or "auto"
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        return Turn(
+            messages=self.messages,
+            goes_on=bool(self.continue_final_message),
+            thinking=self.thinks,
+            tools=() if choice == "none" else self.tools or (),
+            must_call=choice == "required" or name is not None,
+            tool_name=name,
+            parallel=self.parallel_tool_calls is not False,
+            response_format=format_of(self.response_format),
+            logprobs=(self.top_logprobs or True) if self.logprobs else False,
+            max_tokens=self.max_completion_tokens,
+        )
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatBody, request: Request, caller: Caller = Depends(authenticate)) -> Response:
     state: ServerState = request.app.state.server
-    reply = _Reply(state, body, await start_chat(state, body, caller))
+    reply = ChatReply(await start_chat(state, body, caller), body)
     if body.stream:
         return EventStream(reply.chunks(), state.config.keep_alive_seconds)
-    whole = await until_gone(request.receive, reply.whole())
-    return JSONResponse(whole or {})
+    return JSONResponse(await until_gone(request.receive, reply.whole()))
 
 
 @router.post("/v1/chat/completions/{completion_id}/stop_thinking")
@@ -122,44 +126,27 @@ async def stop_thinking(completion_id: str, request: Request, caller: Caller = D
     return JSONResponse({"id": completion_id, "object": "chat.completion.stop_thinking", "stopped": True})
 
 
-async def chat_prompt(served: ServedModel, body: ChatBody) -> Prompt:
-    """What the model is given of a conversation. Raises 400 for messages that will not do."""
-    return await asyncio.to_thread(render, conversation(body.messages), served, body.thinks)
-
-
-async def start_chat(state: ServerState, body: ChatBody, caller: Caller) -> Running:
+async def start_chat(state: ServerState, body: ChatBody, caller: Caller) -> Chat:
     """Begin to answer a conversation. Raises 400 for what will not do."""
-    served = state.find(body.model)
     state.note_ignored("/v1/chat/completions", body.unknown)
-    prompt = await chat_prompt(served, body)
-    params = sampling_params(
-        body,
-        served,
-        caller,
-        prompt,
-        logprobs=(body.top_logprobs or True) if body.logprobs else False,
-        response_format=body.format,
-        thinking_budget=body.thinks.budget,
-        max_tokens=body.max_completion_tokens,
-    )
-    return await run(state, served, caller, prompt, params, new_id("chatcmpl-"))
+    return await start(state, body, body.turn, caller, new_id("chatcmpl-"))
 
 
-class _Reply:
+class ChatReply:
     """One request's answer, whole or in chunks."""
 
-    def __init__(self, state: ServerState, body: ChatBody, running: Running) -> None:
-        self._state, self._body, self._running = state, body, running
+    def __init__(self, chat: Chat, body: ChatBody) -> None:
+        self._chat, self._running, self._body = chat, chat.running, body
         self._created = int(time.time())
+        self._num_calls: dict[int, int] = {}
+        """Calls that have come, by answer."""
 
     async def whole(self) -> dict[str, Any]:
-        answers = await collect(pieces(self._state, self._running))
-        completions = [answer.completion for answer in answers]
+        answers = await collect(self._chat.pieces())
         return {
             **self._head("chat.completion"),
             "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
-            "usage": usage(self._running, completions),
-            **self._prompt_extras(completions),
+            **self._end([answer.completion for answer in answers]),
         }
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -167,19 +154,18 @@ class _Reply:
         try:
             for index in range(len(self._running.stream.request_ids)):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
-            async with contextlib.aclosing(pieces(self._state, self._running)) as parts:
+            async with contextlib.aclosing(self._chat.pieces()) as parts:
                 async for piece in parts:
                     if piece.completion is not None:
                         completions.append(piece.completion)
                     if not piece.is_empty or self._shows_tokens:
                         yield self._piece(piece)
-            if self._body.stream_options is not None and self._body.stream_options.include_usage:
-                yield encode({**self._head(), "choices": [], "usage": usage(self._running, completions)})
+            yield self._last(completions)
             yield DONE
         except ApiError as error:
             yield encode(error.body)
         finally:
-            self._state.end(self._running)
+            self._chat.state.end(self._running)
 
     @property
     def _shows_tokens(self) -> bool:
@@ -190,18 +176,22 @@ class _Reply:
         return {"id": running.id, "object": kind, "created": self._created, "model": running.model.name}
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        completion = answer.completion
-        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        completion, calls = answer.completion, [call_object(call.name, call.arguments) for call in answer.calls]
+        message = {"role": "assistant", "content": answer.content if answer.content or not calls else None}
         return {
             "index": index,
-            "message": message | self._thought(answer.reasoning),
-            "finish_reason": completion.finish_reason,
+            "message": message | self._thought(answer.reasoning) | ({"tool_calls": calls} if calls else {}),
+            "finish_reason": self._chat.finish_reason(completion.finish_reason, len(calls)),
             "logprobs": self._logprobs(completion.token_ids, completion.logprobs, completion.top_logprobs),
-            **self._extras(completion),
+            **({"token_ids": completion.token_ids} if self._body.return_token_ids else {}),
+            **routed_experts(completion),
         }
 
     def _piece(self, piece: Piece) -> bytes:
         delta = ({"content": piece.content} if piece.content else {}) | self._thought(piece.reasoning)
+        if piece.calls:
+            delta["tool_calls"] = [_call_delta(call) for call in piece.calls]
+            self._num_calls[piece.index] = piece.calls[-1].index + 1
         more: dict[str, Any] = {}
         if self._body.logprobs:
             more["logprobs"] = self._logprobs(piece.token_ids, piece.logprobs, piece.top_logprobs)
@@ -216,11 +206,32 @@ class _Reply:
         completion: Completion | None = None,
         more: dict[str, Any] | None = None,
     ) -> bytes:
-        reason = None if completion is None else completion.finish_reason
+        reason = None
+        if completion is not None:
+            reason = self._chat.finish_reason(completion.finish_reason, self._num_calls.get(index, 0))
+            more = {**(more or {}), **routed_experts(completion)}
         choice = {"index": index, "delta": delta, "finish_reason": reason, **(more or {})}
         return encode({**self._head(), "choices": [choice]})
 
-    def _thought(self, reasoning: str) -> dict[str, str]:
+    def _last(self, completions: list[Completion]) -> bytes:
+        """Without a choice: usage and what else concerns all of them; nothing where none of it is asked for."""
+        end = self._end(completions)
+        if self._body.stream_options is None or not self._body.stream_options.include_usage:
+            del end["usage"]
+        return encode({**self._head(), "choices": [], **end}) if end else b""
+
+    def _end(self, completions: list[Completion]) -> dict[str, Any]:
+        body, running = self._body, self._running
+        extras: dict[str, Any] = {"usage": usage([running], completions)}
+        if body.timings:
+            extras["timings"] = timings(running)
+        if body.return_token_ids:
+            extras["prompt_token_ids"] = list(running.prompt_ids)
+        if body.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = prompt_logprobs(running.model.tokenizer, running.prompt_ids, completions[0])
+        return extras
+
+    def _thought(self, reasoning: str) -> dict[str, Any]:
         """Under both names that clients look for."""
         if not reasoning or self._body.include_reasoning is False:
             return {}
@@ -231,11 +242,12 @@ class _Reply:
             return None
         return {"content": chat_logprobs(self._running.model.tokenizer, token_ids, logprobs or [], top)}
 
-    def _extras(self, completion: Completion) -> dict[str, Any]:
-        return {"token_ids": completion.token_ids} if self._body.return_token_ids else {}
 
-    def _prompt_extras(self, completions: list[Completion]) -> dict[str, Any]:
-        extras: dict[str, Any] = {}
-        if self._body.return_token_ids:
-            extras["prompt_token_ids"] = list(self._running.prompt_ids)
-        return extras
+def call_object(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": new_id("call_"), "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _call_delta(call: CallPiece) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, **call_object(call.name, call.arguments)}

@@ -1,15 +1,16 @@
 """Messages of a request into the prompt that the model continues."""
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_MESSAGES, Name, Part, Text
+from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Flag, Name, Part, Text
 from kogia.serve.sampling import Thinking
 from kogia.serve.state import ServedModel
-from kogia.text.chat import Message, Prompt, has_thinking_switch, render_prompt
+from kogia.text.chat import Message, Prompt, ToolCall, continue_prompt, has_thinking_switch, render_prompt
 from kogia.text.tokenizer import END_THINK
 
 
@@ -22,6 +23,17 @@ class ContentPart(Part):
 Content = Text | Annotated[list[ContentPart], Field(max_length=MOST_MESSAGES)]
 
 
+class CalledFunction(Part):
+    name: Text
+    arguments: Text
+
+
+class CalledTool(Part):
+    id: Name | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class ChatMessage(Part):
     """OpenAI's, with the thought that DeepSeek's API adds."""
 
@@ -31,22 +43,59 @@ class ChatMessage(Part):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     """The same by another name."""
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_call_id: Name | None = None
+    prefix: Flag | None = None
+    """Of the last message, an assistant's: go on with it. DeepSeek's word for it."""
+
+    @property
+    def thought(self) -> str | None:
+        return self.reasoning_content or self.reasoning
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
 
 
-def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
-    """The messages as the templates want them. Raises 400 that names the one that will not do."""
-    return [_message(message, f"messages.{index}") for index, message in enumerate(messages)]
+@dataclass(frozen=True)
+class Dialogue:
+    """What is said so far, and what the model is told beside it."""
+
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] = ()
+    begun: Message | None = None
+    """The beginning of the answer, which is to go on."""
 
 
-def _message(message: ChatMessage, name: str) -> Message:
-    if message.role == "tool":
-        raise ApiError(f"{name}.role = 'tool': no tool was called", param=f"{name}.role")
+def dialogue(messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = (), *, goes_on: bool) -> Dialogue:
+    """The messages as templates want them. With `goes_on`, or where it says so, the last one is the beginning of the
+    answer. Raises 400 that names the message that will not do."""
+    called: set[str | None] = set()
+    turns = []
+    for index, message in enumerate(messages):
+        turns.append(_message(message, f"messages.{index}", called))
+        called |= {call.id for call in message.tool_calls or ()}
+    last = messages[-1]
+    if not (goes_on or last.prefix):
+        return Dialogue(turns, tools)
+    if last.role != "assistant" or last.tool_calls:
+        raise ApiError(
+            f"messages.{len(messages) - 1}.role = {last.role!r}: what is to go on must be an assistant's text",
+            param=f"messages.{len(messages) - 1}",
+        )
+    return Dialogue(turns[:-1], tools, turns[-1])
+
+
+def _message(message: ChatMessage, name: str, called: Container[str | None]) -> Message:
+    if message.role == "tool" and message.tool_call_id not in called:
+        raise ApiError(
+            f"{name}.tool_call_id = {message.tool_call_id!r:.80}: must be the id of a call in a message before it",
+            param=f"{name}.tool_call_id",
+        )
     role = "system" if message.role == "developer" else message.role
-    thought = message.reasoning_content or message.reasoning
-    return Message(role, text_of(message.content, f"{name}.content"), thought)
+    calls = tuple(ToolCall(call.function.name, call.function.arguments, call.id) for call in message.tool_calls or ())
+    is_optional = role == "assistant" and (calls or message.thought)
+    content = "" if message.content is None and is_optional else text_of(message.content, f"{name}.content")
+    return Message(role, content, message.thought, calls, message.tool_call_id)
 
 
 def text_of(content: Content | None, name: str) -> str:
@@ -68,14 +117,16 @@ def text_of(content: Content | None, name: str) -> str:
     return "\n".join(texts)
 
 
-def render(messages: Sequence[Message], served: ServedModel, thinking: Thinking) -> Prompt:
+def render(said: Dialogue, served: ServedModel, thinking: Thinking) -> Prompt:
     """The prompt. Blocks: it belongs in a thread. Raises 400 for what the chat template refuses."""
     tokenizer = served.tokenizer
     switch = thinking.enabled if has_thinking_switch(tokenizer) else None
     try:
-        prompt = render_prompt(messages, tokenizer, switch)
+        prompt = render_prompt(said.messages, tokenizer, switch, said.tools)
     except ValueError as error:
         raise ApiError(str(error), param="messages") from None
+    if said.begun is not None:
+        return continue_prompt(prompt, said.begun.content, said.begun.reasoning, tokenizer)
     if thinking.enabled is False and prompt.opens_thought:
         # a template without a switch opens a thought: it is closed at once
         return Prompt(prompt.token_ids + tokenizer.encode(f"\n{END_THINK}\n\n"), opens_thought=False)

@@ -123,6 +123,32 @@ class SamplingBody(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
+class JsonSchema(Part):
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    name: Name | None = None
+    strict: Flag | None = None
+
+
+class Format(Part):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+def format_of(asked: Format | None) -> ResponseFormat | None:
+    """What a completion must be. Raises 400 for a schema that is missing, too large or too deep."""
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return ResponseFormat(json={"type": "object"})
+    name = "response_format.json_schema.schema"
+    if asked.json_schema is None or asked.json_schema.schema_ is None:
+        raise ApiError(f"{name} is missing", param=name)
+    try:
+        return ResponseFormat(json=asked.json_schema.schema_)
+    except ValueError as error:
+        raise ApiError(str(error), param=name) from None
+
+
 @dataclass(frozen=True)
 class Thinking:
     """Whether an answer begins with a thought, and how long it may be."""
@@ -175,7 +201,7 @@ def _max_tokens(asked: int | None, served: ServedModel, prompt: Prompt) -> int:
     """As asked, or as the server says, or what is left of the context."""
     left = max(1, served.config.max_position - len(prompt.token_ids))
     if asked is not None:
-        return max(asked, 1)  # 0 scores a prompt: the one token of it is not shown
+        return max(asked, 1)  # 0 scores a prompt: the one token that comes of it is not shown
     return min(left, served.max_tokens or left)
 
 

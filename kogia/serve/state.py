@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from kogia import log
@@ -16,6 +17,7 @@ from kogia.serve.access import Caller, Keys
 from kogia.serve.config import ServeConfig
 from kogia.serve.errors import ApiError
 from kogia.text.tokenizer import Tokenizer
+from kogia.text.tools import ToolFormat, tool_format
 
 
 class Status(StrEnum):
@@ -48,6 +50,11 @@ class ServedModel:
     def config(self) -> ModelConfig:
         return self.llm.model.config
 
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model calls tools; None where its chat template knows none."""
+        return tool_format(self.tokenizer.template_source)
+
 
 @dataclass(eq=False)
 class Running:
@@ -61,6 +68,8 @@ class Running:
     prompt_ids: Sequence[int]
     opens_thought: bool
     """Whether its answer starts inside a thought."""
+    is_text: bool = False
+    """Its answer is the continuation of a text, with no thoughts or calls to tell apart."""
     reason: str | None = None
     """Why the server gave it up."""
 

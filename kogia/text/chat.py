@@ -10,30 +10,55 @@ Earlier assistant turns keep only what follows their last `</think>`, closed by 
 completion are tokenised apart, here and in every rollout, so training sees the very split that sampling produced.
 """
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kogia.text.stream import IncrementalDecoder
 from kogia.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
+from kogia.text.tools import DEEPSEEK, ToolFormat, describe_tools, tool_format
 
 ROLES = ("system", "user", "assistant")
+OUTPUTS_BEGIN, OUTPUTS_END = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
+OUTPUT_BEGIN, OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
+TOOL = "tool"
+"""The role of what a tool has answered, in conversations with tools."""
 THINKING_SWITCHES = ("thinking", "enable_thinking")
 """Variables by which chat templates turn thinking on and off: DeepSeek-V3.1's and Qwen3's."""
 _OPENING = re.compile(rf"(?:\s*{THINK})+\n?")
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that an assistant turn has called."""
+
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a role in ROLES. An assistant turn's `reasoning` is for display only; it is never rendered again."""
+    """One turn of a role in ROLES, or of a tool.
+
+    An assistant turn's `reasoning` is for display; it is rendered again only behind the last question, between calls
+    of tools, where the model goes on with it.
+    """
 
     role: str
     content: str
     reasoning: str | None = None
+    calls: tuple[ToolCall, ...] = ()
+    """Of an assistant turn."""
+    call_id: str | None = None
+    """Which call a tool's turn answers."""
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"role={self.role!r}: must be one of {', '.join(ROLES)}")
+        if self.role not in (*ROLES, TOOL):
+            raise ValueError(f"role={self.role!r}: must be one of {', '.join((*ROLES, TOOL))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,34 +119,118 @@ class Prompt:
 
 
 def render_text(messages: Sequence[Message], *, bos: str = BOS, eos: str = EOS) -> str:
-    """The prompt as text, ending where the model starts to think. System messages come first, blank lines between."""
+    """The prompt as text, ending where the model starts to think. System messages come first, blank lines between.
+
+    Calls of tools and their results are DeepSeek-R1's; after results the model goes on at once.
+    """
     _check_question(messages)
-    system = "\n\n".join(message.content for message in messages if message.role == "system")
-    parts = [bos, system]
-    for message in messages:
+    last = _last_question(messages)
+    parts = [bos, "\n\n".join(message.content for message in messages if message.role == "system")]
+    before = None
+    for index, message in enumerate(messages):
         if message.role == "user":
             parts += [USER, message.content]
         elif message.role == "assistant":
-            parts += [ASSISTANT, message.content.split(END_THINK)[-1], eos]
-    return "".join([*parts, ASSISTANT, THINK, "\n"])
+            opening = [] if before == TOOL else [ASSISTANT]
+            thought = f"{THINK}\n{message.reasoning}\n{END_THINK}\n\n" if message.reasoning and index > last else ""
+            parts += [*opening, thought, message.content.split(END_THINK)[-1], _calls_text(message.calls), eos]
+        elif message.role == TOOL:
+            parts += ["" if before == TOOL else OUTPUTS_BEGIN, OUTPUT_BEGIN, message.content, OUTPUT_END]
+            if index + 1 == len(messages) or messages[index + 1].role != TOOL:
+                parts.append(OUTPUTS_END)
+        before = message.role
+    return "".join(parts if before == TOOL else [*parts, ASSISTANT, THINK, "\n"])
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, thinking: bool | None = None) -> Prompt:
+def _calls_text(calls: Sequence[ToolCall]) -> str:
+    """Calls as DeepSeek-R1 writes them."""
+    each = [DEEPSEEK.write(call.name, call.arguments) for call in calls]
+    return DEEPSEEK.before + DEEPSEEK.between.join(each) + DEEPSEEK.after if calls else ""
+
+
+def _last_question(messages: Sequence[Message]) -> int:
+    """Where the last user message stands: thoughts before it are forgotten. -1 for none."""
+    return next((index for index in reversed(range(len(messages))) if messages[index].role == "user"), -1)
+
+
+def render_prompt(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    thinking: bool | None = None,
+    tools: Sequence[dict[str, Any]] = (),
+) -> Prompt:
     """The only tokenisation of a conversation in the system. A BOS is there once, if the format has one.
 
     The format is the model's own chat template, or R1's where it has none. `thinking` sets that switch of templates
-    that have it (V3.1, Qwen3); None leaves them their default.
+    that have it (V3.1, Qwen3); None leaves them their default. `tools` are functions that the model may call, as OpenAI
+    describes them; ValueError where its template knows none.
     """
     check_thinking(thinking, tokenizer)
+    _check_question(messages)
     template = tokenizer.template
+    form = tool_format(tokenizer.template_source)
+    if form is None and (tools or any(message.calls or message.role == TOOL for message in messages)):
+        raise ValueError("this model's chat template knows no tools; leave tools, calls and their results out")
+    if tools and form is not None and not knows_tools(tokenizer):
+        messages, tools = _with_tools(messages, tools, form), ()
     if template is None:
         text = render_text(messages, bos=tokenizer.bos or "", eos=tokenizer.eos)
         return Prompt.of(tokenizer.encode(text), tokenizer)
-    _check_question(messages)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    fixed = {"messages": turns, "add_generation_prompt": True, "tools": None, "documents": None}
+    last = _last_question(messages)
+    turns = [_turn(message, form, keeps_thought=index > last) for index, message in enumerate(messages)]
+    fixed = {"messages": turns, "add_generation_prompt": True, "tools": list(tools) or None, "documents": None}
     switches = {} if thinking is None else dict.fromkeys(THINKING_SWITCHES, thinking)
     return Prompt.of(tokenizer.encode(template.render(tokenizer.special_tokens | fixed | switches)), tokenizer)
+
+
+def knows_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the model's chat template tells the model of its tools; DeepSeek-V3's and R1's do not."""
+    source = tokenizer.template_source
+    return source is not None and re.search(r"\btools\b", source) is not None
+
+
+def _with_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]], form: ToolFormat) -> list[Message]:
+    """The messages with a description of the tools in the first one, a system message."""
+    text = describe_tools(tools, form)
+    if messages[0].role == "system":
+        return [replace(messages[0], content=f"{messages[0].content}\n\n{text}"), *messages[1:]]
+    return [Message("system", text), *messages]
+
+
+def _turn(message: Message, form: ToolFormat | None, *, keeps_thought: bool) -> dict[str, Any]:
+    """A message as chat templates see it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if keeps_thought and message.reasoning:
+        turn["reasoning_content"] = message.reasoning
+    if message.call_id is not None:
+        turn["tool_call_id"] = message.call_id
+    if message.calls:
+        as_text = form is not None and form.arguments_as_text
+        turn["tool_calls"] = [_call(call, as_text=as_text) for call in message.calls]
+    return turn
+
+
+def _call(call: ToolCall, *, as_text: bool) -> dict[str, Any]:
+    arguments: Any = call.arguments
+    if not as_text:
+        try:
+            arguments = json.loads(call.arguments)
+        except ValueError:  # a call that was cut off: the template shows it as it is
+            arguments = call.arguments
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def continue_prompt(prompt: Prompt, content: str, reasoning: str | None, tokenizer: Tokenizer) -> Prompt:
+    """The prompt with the beginning of its answer: what a model is to go on with. Without content its thought is."""
+    opening = "" if prompt.opens_thought else f"{THINK}\n"
+    if content:
+        thought = f"{opening}{reasoning}" if reasoning else ""
+        closing = f"\n{END_THINK}\n\n" if reasoning or prompt.opens_thought else ""
+        text = f"{thought}{closing}{content}"
+    else:
+        text = f"{opening}{reasoning}" if reasoning else ""
+    is_open = not content and (bool(reasoning) or prompt.opens_thought)
+    return Prompt(prompt.token_ids + tokenizer.encode(text), is_open)
 
 
 def check_thinking(thinking: bool | None, tokenizer: Tokenizer) -> None:
@@ -186,6 +295,6 @@ def _begins_thought(text: str) -> bool:
 
 
 def _check_question(messages: Sequence[Message]) -> None:
-    if not messages or messages[-1].role != "user":
+    if not messages or messages[-1].role not in ("user", TOOL):
         last = messages[-1].role if messages else "nothing"
         raise ValueError(f"a prompt must end with a user message, this one ends with {last}; append the question")

@@ -1,5 +1,6 @@
 """One server for the tests of a module, with a model that answers in no time and ends by itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,18 @@ from serve.server import RunningServer, serving
 from kogia.checkpoint.hf import save_model
 from kogia.model.transformer import build_model
 from kogia.text.tokenizer import train_bpe
+from kogia.text.tools import DEEPSEEK
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    tokenizer = train_bpe(["the answer is 42. " * 20], 280)
-    return save_model(build_model(CONFIG, seed=5), tmp_path_factory.mktemp("models") / "tiny", tokenizer)
+    calls = DEEPSEEK.before + DEEPSEEK.write("pick", '{"n": 1}') + DEEPSEEK.write("drop", '{"n": 2}') + DEEPSEEK.after
+    tokenizer = train_bpe(["the answer is 42. " * 20, calls * 20], 400)
+    config = replace(CONFIG, max_position=4096, vocab_size=tokenizer.vocab_size)
+    return save_model(build_model(config, seed=5), tmp_path_factory.mktemp("models") / "tiny", tokenizer)
 
 
 @pytest.fixture(scope="module")
 def server(model) -> RunningServer:
-    with serving(model) as running:
+    with serving(model, engine={"deterministic": True}) as running:  # so that two answers can be compared bit by bit
         yield running

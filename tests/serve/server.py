@@ -31,7 +31,12 @@ class RunningServer:
 def serving(directory: Path, *, engine: dict | None = None, **settings) -> Iterator[RunningServer]:
     """Serve a model until the block ends."""
     config = ServeConfig(
-        path=str(directory), port=0, device="cpu", drain_seconds=5, engine=EngineConfig(**(engine or {})), **settings
+        path=str(directory),
+        port=0,
+        device="cpu",
+        drain_seconds=5,
+        engine=EngineConfig(**{"num_blocks": 2048, **(engine or {})}),
+        **settings,
     )
     state = ServerState(config, Keys.read(config.api_key_file))
     with listen(config) as listener:

@@ -33,13 +33,13 @@ def command(model):
 def test_the_ready_line_says_url_model_memory_and_stages_and_sigterm_lets_streams_end(command):
     process, line = command
     match = re.match(r"(http://127\.0\.0\.1:\d+) serves small: weights .* MiB, cache .* MiB for [\d,]+ tokens", line)
-    assert match and re.search(r"context 256; ready after [\d.]+ s: .*weights [\d.]+, engine [\d.]+", line), line
+    assert match and re.search(r"context 4,096; ready after [\d.]+ s: .*weights [\d.]+, engine [\d.]+", line), line
 
     class server:
         url = match[1]
 
     assert [each["id"] for each in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["small", "alias"]
-    body = {"model": "alias", "messages": HELLO, "stream": True, "max_tokens": 240, "ignore_eos": True}
+    body = {"model": "alias", "messages": HELLO, "stream": True, "max_tokens": 400, "ignore_eos": True}
     stream = events(server, "/v1/chat/completions", body)
     next(stream)
     process.send_signal(signal.SIGTERM)
@@ -94,7 +94,7 @@ def test_what_a_drain_cannot_wait_for_ends_with_the_reason(model):
         running.state.config = type(running.state.config)(path="x", drain_seconds=0.1)
         slow = running.engine.step
         running.engine.step = lambda: (time.sleep(0.05), slow())[1]
-        body = {"messages": HELLO, "stream": True, "max_tokens": 240, "ignore_eos": True}
+        body = {"messages": HELLO, "stream": True, "max_tokens": 400, "ignore_eos": True}
         stream = events(running, "/v1/chat/completions", body)
         next(stream)
         running.process._loop.call_soon_threadsafe(running.process.stop)

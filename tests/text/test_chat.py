@@ -180,8 +180,8 @@ def test_a_prompt_must_end_with_a_question(messages):
 
 
 def test_an_unknown_role_is_refused():
-    with pytest.raises(ValueError, match="role='tool'.*system, user, assistant"):
-        Message("tool", "x")
+    with pytest.raises(ValueError, match="role='wizard'.*system, user, assistant"):
+        Message("wizard", "x")
 
 
 INSIDE, OUTSIDE = Prompt([], opens_thought=True), Prompt([], opens_thought=False)

@@ -64,7 +64,7 @@ class Answer:
         return self._with(self._thought.change(), self._answer.change())
 
     def _end(self, completion: Completion) -> dict[str, Any]:
-        counted = usage(self._running, [completion])
+        counted = usage([self._running], [completion])
         return {
             **self._with(self._thought.finish(), self._answer.finish()),
             "thought_tokens": counted["completion_tokens_details"]["reasoning_tokens"],

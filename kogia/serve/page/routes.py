@@ -9,10 +9,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kogia.serve.access import Caller, authenticate
+from kogia.serve.chat import turn_prompt
 from kogia.serve.errors import ApiError
 from kogia.serve.fields import Body, Text, TokenIds
 from kogia.serve.generation import collect, new_id, pieces, run
-from kogia.serve.openai_chat import ChatBody, chat_prompt, start_chat
+from kogia.serve.openai_chat import ChatBody, start_chat
 from kogia.serve.page.answer import Answer
 from kogia.serve.page.facts import model_facts
 from kogia.serve.page.render import render
@@ -53,8 +54,8 @@ async def chat(body: ChatBody, request: Request, caller: Caller = Depends(authen
     if (body.n or 1) != 1:
         raise ApiError(f"n = {body.n}: must be 1, as the page shows one answer per request", param="n")
     state: ServerState = request.app.state.server
-    running = await start_chat(state, body, caller)
-    return EventStream(Answer(state, running).events(), state.config.keep_alive_seconds)
+    chat = await start_chat(state, body, caller)
+    return EventStream(Answer(state, chat.running).events(), state.config.keep_alive_seconds)
 
 
 @router.post("/page/trace")
@@ -66,7 +67,7 @@ async def trace(body: TraceBody, request: Request, caller: Caller = Depends(auth
 
 
 async def _traced(state: ServerState, served: ServedModel, body: TraceBody, caller: Caller) -> dict[str, Any]:
-    prompt = await chat_prompt(served, body)
+    prompt = await turn_prompt(served, body.turn)
     room = served.config.max_position - 1 - len(prompt.token_ids)
     answer = body.token_ids[: max(0, room)]
     if not answer:

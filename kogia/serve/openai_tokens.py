@@ -1,0 +1,73 @@
+"""vLLM's `/tokenize` and `/detokenize`: what a text, or a conversation, is to the model."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+
+from kogia.serve.access import Caller, authenticate
+from kogia.serve.errors import ApiError
+from kogia.serve.fields import Body, Flag, Name, Text, TokenIds
+from kogia.serve.openai_chat import TemplateSwitches
+from kogia.serve.prompts import Messages, dialogue, render
+from kogia.serve.sampling import Thinking
+from kogia.serve.state import ServedModel, ServerState
+from kogia.serve.strict import StrictRoute
+from kogia.serve.tools import Tools
+
+router = APIRouter(route_class=StrictRoute, tags=["tokens"])
+
+
+class TokenizeBody(Body):
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: TemplateSwitches | None = None
+    add_special_tokens: Flag | None = None
+    """Begin a text as the model's texts do; without it true."""
+    return_token_strs: Flag | None = None
+    continue_final_message: Flag | None = None
+
+
+class DetokenizeBody(Body):
+    model: Name | None = None
+    tokens: TokenIds
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
+    state: ServerState = request.app.state.server
+    state.note_ignored("/tokenize", body.unknown)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError("give either a prompt or messages", param="prompt")
+    served = state.find(body.model)
+    tokens = await asyncio.to_thread(_tokens, body, served)
+    answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": served.config.max_position}
+    if body.return_token_strs:
+        answer["token_strs"] = [served.tokenizer.decode([token]) for token in tokens]
+    return answer
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
+    served = request.app.state.server.find(body.model)
+    beyond = next((token for token in body.tokens if token >= served.config.vocab_size), None)
+    if beyond is not None:
+        raise ApiError(f"tokens has {beyond}: the model knows 0..{served.config.vocab_size - 1}", param="tokens")
+    return {"prompt": await asyncio.to_thread(served.tokenizer.decode, body.tokens)}
+
+
+def _tokens(body: TokenizeBody, served: ServedModel) -> list[int]:
+    if body.messages is not None:
+        switches = body.chat_template_kwargs or TemplateSwitches()
+        enabled = switches.enable_thinking if switches.thinking is None else switches.thinking
+        tools = [tool.described for tool in body.tools or ()]
+        said = dialogue(body.messages, tools, goes_on=bool(body.continue_final_message))
+        return render(said, served, Thinking(enabled)).token_ids
+    encode = served.tokenizer.encode if body.add_special_tokens is False else served.tokenizer.encode_raw
+    try:
+        return encode(body.prompt or "")
+    except ValueError as error:
+        raise ApiError(str(error), param="prompt") from None
