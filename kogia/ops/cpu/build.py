@@ -2,6 +2,9 @@
 
 A file of the cache is named after its sources and flags, written whole or not at all, and never changed: processes that
 need it at the same time each compile it, and the last one to finish wins. Once there, it loads in a millisecond.
+
+Where there can be none, the ops run in PyTorch, which is said once. `$KOGIA_CPU_KERNELS` names another instruction set
+than the processor's best, or none.
 """
 
 import ctypes
@@ -22,25 +25,44 @@ LEVELS = {
     "AVX2": "avx2 fma",
 }
 """Instruction sets that there are kernels for, best first: what a processor needs, as Linux calls it."""
+CHOICE, NONE = "KOGIA_CPU_KERNELS", "none"
 _FLAGS = ("-O3", "-std=c++17", "-fno-strict-aliasing", "-fPIC", "-shared", "-fopenmp")
 _COMPILERS = ("g++", "c++", "clang++")
 _SECONDS = 300
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The kernels for this processor. Raises ImportError where there can be none, with the reason."""
-    return load(level())
+    found = _library()
+    if isinstance(found, str):
+        raise ImportError(found)
+    return found
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The kernels, or why there are none: looked for once, whoever asks."""
+    try:
+        return load(level())
+    except ImportError as error:
+        if os.environ.get(CHOICE) != NONE:
+            log.warn(f"no kernels for this CPU: {error}; PyTorch's own operations serve, which is slower")
+        return str(error)
 
 
 @cache
 def level() -> str:
-    """The best of `LEVELS` that this processor has. Raises ImportError where it has none."""
-    has = _processor_flags()
-    for name, needs in LEVELS.items():
-        if has.issuperset(needs.split()):
-            return name
-    raise ImportError("this processor has no AVX2, for which there are kernels")
+    """The one of `LEVELS` that $KOGIA_CPU_KERNELS names, by itself the best that this processor has. Raises ImportError
+    where it has none, and ValueError for a name that is none of its own."""
+    has, wanted = _processor_flags(), os.environ.get(CHOICE)
+    usable = [name for name, needs in LEVELS.items() if has.issuperset(needs.split())]
+    if wanted == NONE:
+        raise ImportError(f"{CHOICE} = {NONE}")
+    if wanted and wanted not in usable:
+        raise ValueError(f"{CHOICE} = {wanted}: must be one of {', '.join((*usable, NONE))} on this processor")
+    if not usable:
+        raise ImportError("this processor has no AVX2, for which there are kernels")
+    return wanted or usable[0]
 
 
 def load(name: str) -> ctypes.CDLL:
