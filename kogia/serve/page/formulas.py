@@ -13,7 +13,7 @@ from markdown_it.ruler import RuleOptionsType
 from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline
 
-MOST_CHARS = 4000
+MOST_CHARS = 2000
 """Longer formulas are shown as they are written."""
 _ENVIRONMENT = re.compile(r"(\\(?:begin|end)\s*\{)(aligned|gathered|gather\*?|equation\*?)\}")
 _KNOWN = {"aligned": "split", "equation": "split", "equation*": "split"}
@@ -23,8 +23,8 @@ _CLOSINGS = {"$$": "$$", r"\[": r"\]"}
 _INLINE = re.compile(
     r"\$\$(?P<double>[^$]+)\$\$"
     r"|\$(?![\s$])(?P<single>[^$\n]*[^\s$\\])\$(?!\d)"
-    r"|\\\((?P<round>.+?)\\\)"
-    r"|\\\[(?P<square>.+?)\\\]",
+    rf"|\\\((?P<round>.{{1,{MOST_CHARS}}}?)\\\)"
+    rf"|\\\[(?P<square>.{{1,{MOST_CHARS}}}?)\\\]",
     re.DOTALL,
 )
 

@@ -26,6 +26,9 @@ from kogia.serve.page.formulas import add_formulas
 
 MOST_HIGHLIGHTED = 20_000
 """Characters of code beyond which it is shown without colours."""
+MOST_LABEL_STEPS = 2_000_000
+"""Of a paragraph: opening brackets times characters. For each of them the parser looks for the end of a label, so
+a paragraph of nothing else would take minutes. Beyond this it is shown as it is written."""
 LANGUAGES = frozenset(
     "bash c c++ cpp csharp css diff docker dockerfile go haskell html ini java javascript js json julia kotlin latex "
     "lua make makefile nix ocaml perl php powershell py python r rb ruby rs rust scala sh shell sql swift tex toml ts "
@@ -176,6 +179,7 @@ def _make_parser() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
     markdown.disable(["reference", "html_block", "html_inline"])
     markdown.validateLink = _is_safe_link  # type: ignore[method-assign]
+    _bound_inline(markdown)
     add_formulas(markdown)
     markdown.add_render_rule("fence", lambda _, tokens, at, *__: _code(tokens[at].content, tokens[at].info))
     markdown.add_render_rule("code_block", lambda _, tokens, at, *__: _code(tokens[at].content, ""))
@@ -186,6 +190,18 @@ def _make_parser() -> MarkdownIt:
     for cell in ("th_open", "td_open"):
         markdown.add_render_rule(cell, _cell)
     return markdown
+
+
+def _bound_inline(markdown: MarkdownIt) -> None:
+    parse = markdown.inline.parse
+
+    def bounded(src: str, md: MarkdownIt, env: MutableMapping[str, Any], tokens: list[Token]) -> list[Token]:
+        if src.count("[") * len(src) <= MOST_LABEL_STEPS:
+            return parse(src, md, env, tokens)
+        tokens.append(Token("text", "", 0, content=src))
+        return tokens
+
+    markdown.inline.parse = bounded  # type: ignore[method-assign]
 
 
 def _is_safe_link(url: str) -> bool:

@@ -25,7 +25,7 @@ from kogia.text.chat import Prompt
 
 router = APIRouter(route_class=StrictRoute, include_in_schema=False)
 MOST_TEXTS = 200
-MOST_TEXT_CHARS = 2**20
+MOST_TEXT_CHARS = 2**18
 
 
 class RenderBody(Body):

@@ -1,6 +1,7 @@
 """Markdown as safe HTML: the same however it comes in pieces, and nothing in it that acts."""
 
 import re
+import time
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -143,6 +144,16 @@ def test_a_formula_that_cannot_be_read_is_shown_as_it_is_written():
 def test_environments_that_models_use_are_tables(name):
     (block,) = render(rf"$$\begin{{{name}}} a &= b \\ c &= d \end{{{name}}}$$")
     assert block.count("<mtr>") == 2 and "&amp;" not in block
+
+
+@pytest.mark.parametrize(
+    "mark", ["[", "![", "\\(", "$", "*a ", "`", "**a *b ", "<", "> ", "- ", "|", "~~a", "\\[", "&", "_a"]
+)
+def test_a_text_of_nothing_but_marks_takes_no_longer_than_it_may(mark):
+    began = time.process_time()
+    for text in (mark * 6000, f"{mark * 100}\n" * 60):
+        assert render(text)
+    assert time.process_time() - began < 3
 
 
 def test_a_table_says_where_its_columns_stand():

@@ -59,8 +59,7 @@ export const ICONS = {
 
 /** A button with a drawing, named for screen readers and for who hovers; `words` are shown beside it. */
 export function button(name, drawing, onclick, { words = null, ...properties } = {}) {
-  const label = words ? {} : { "aria-label": name };
-  return h("button", { type: "button", title: name, onclick, ...label, ...properties }, icon(ICONS[drawing]), words ? h("span", {}, words) : null);
+  return h("button", { type: "button", title: name, "aria-label": name, onclick, ...properties }, icon(ICONS[drawing]), words ? h("span", {}, words) : null);
 }
 
 /** Writes to the live region that screen readers read out. */
