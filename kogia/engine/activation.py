@@ -25,6 +25,8 @@ class ActiveExperts:
         self.number = self._trained if config.active_experts is None else config.active_experts
         """Routed experts that the engine's own setting activates; 0 in a model that has none."""
         self._threshold = config.expert_threshold
+        self._own = self.number, float(np.float32(self._threshold))
+        """The engine's own setting, as the sequence table has it."""
 
     def of(self, params: SamplingParams) -> tuple[int, float]:
         """(routed experts, threshold) of a request."""
@@ -41,7 +43,7 @@ class ActiveExperts:
 
     def are_own(self, table: SequenceTable, rows: NDArray[np.int64]) -> bool:
         """Whether all of these sequences have the engine's own setting."""
-        return table.settings(rows).experts == (self.number, np.float32(self._threshold))
+        return table.settings(rows).experts == self._own
 
     def own(self, tokens: int, device: torch.device) -> Activation | None:
         """The engine's own setting for a step of so many tokens; None where it is the trained number."""

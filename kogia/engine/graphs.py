@@ -83,6 +83,8 @@ class RecordedStep:
     """Draws from `logits` where no filter is on, into `drawn` and the newest tokens."""
     numbers: Tensor
     """What the step reads: fields and block tables; see `_parts`."""
+    host: tuple[NDArray[np.int64], NDArray[np.int64]] | None
+    """The same as arrays, where a CPU runs it."""
     segments: Segments
     """Kept because the graph reads its tensor."""
     activation: Activation | None
@@ -155,22 +157,26 @@ class DecodeGraphs:
         tables = tables[:, : self._widths[-1]]  # they may look further ahead, where the context ends
         size = self.sizes[bisect_left(self.sizes, len(tables))]
         step = self._at(size, self._widths[bisect_left(self._widths, tables.shape[1])])
-        if self.is_gpu:
-            buffer, host = self._staging.next_buffer(step.numbers.numel())
-            self._fill(host[: step.numbers.numel()].reshape(step.numbers.shape), fields, tables)
-            step.numbers.copy_(buffer[: step.numbers.numel()].view(step.numbers.shape), non_blocking=True)
+        if step.host is None:
+            size, shape = step.numbers.numel(), step.numbers.shape
+            buffer, host = self._staging.next_buffer(size)
+            self._fill(*_parts(host[:size].reshape(shape)), fields, tables)
+            step.numbers.copy_(buffer[:size].view(shape), non_blocking=True)
         else:
-            self._fill(step.numbers.numpy(), fields, tables)
+            self._fill(*step.host, fields, tables)
         step.graph.replay()
         return step
 
-    def _fill(self, numbers: NDArray[np.int64], fields: Sequence[NDArray[np.int64]], tables: NDArray[np.int64]) -> None:
-        to, own = _parts(numbers)
-        *first, drawing = fields
+    def _fill(
+        self,
+        to: NDArray[np.int64],
+        own: NDArray[np.int64],
+        fields: Sequence[NDArray[np.int64]],
+        tables: NDArray[np.int64],
+    ) -> None:
+        """Lay out the numbers of a step in the fields `to` and the block tables `own`."""
         count, width = tables.shape
-        for field, values in zip(to, first, strict=False):
-            field[:count] = values
-        to[4:, :count] = drawing
+        to[0, :count], to[1, :count], to[2, :count], to[3, :count], to[4:, :count] = fields
         own[:count, :width], own[:count, width:] = tables, 0
         if count < len(own):
             to[:, count:], own[count:] = self._nobody[:, None], 0
@@ -185,6 +191,8 @@ class DecodeGraphs:
         step.draw.replay()
         if isinstance(step.drawn, Bundle):
             return Download(step.drawn)
+        assert step.host is not None, "where there is no bundle a CPU has run the step"
+        self.newest.numpy()[step.host[0][4]] = step.drawn["tokens"]
         return Arrived({name: array.copy() for name, array in step.drawn.items()})
 
     def _at(self, size: int, num_blocks: int) -> RecordedStep:
@@ -218,14 +226,15 @@ class DecodeGraphs:
         def draw() -> Bundle | dict[str, NDArray]:
             # a sample stands behind all that are seen: the length of the context is its position
             tokens, logprobs = sample(logits, temperature, counter_uniforms(seeds, lens))
+            if not self.is_gpu:  # then the host notes the newest: an operation between kernels takes more
+                return {"tokens": tokens.numpy(), "logprobs": logprobs.numpy()}
             self.newest.index_copy_(0, rows, tokens)
-            if self.is_gpu:
-                return Bundle({"tokens": tokens, "logprobs": logprobs})
-            return {"tokens": tokens.numpy(), "logprobs": logprobs.numpy()}
+            return Bundle({"tokens": tokens, "logprobs": logprobs})
 
         graph, logits = self._capture(step)
         second, drawn = self._capture(draw)
-        return RecordedStep(graph, second, numbers, segments, activation, logits, drawn)
+        host = None if self.is_gpu else _parts(numbers.numpy())
+        return RecordedStep(graph, second, numbers, host, segments, activation, logits, drawn)
 
     def _capture(self, work: Callable[[], T]) -> tuple[Graph, T]:
         """Record, and what the recorded run returned."""

@@ -54,7 +54,7 @@ class Flight:
     def wait(self) -> StepResult:
         """Block until the device is done with the step."""
         arrays = self._download.wait()
-        drafts = arrays.get("drafts", np.empty((len(self.plan.sampled), 0), dtype=np.int64))
+        drafts = arrays["drafts"] if "drafts" in arrays else np.empty((len(self.plan.sampled), 0), dtype=np.int64)
         tokens, logprobs = arrays["tokens"], arrays["logprobs"]
         if self._width:
             is_asked = (np.arange(self._width) < self.plan.num_samples[:, None]).ravel()
@@ -62,14 +62,12 @@ class Flight:
         elif self.plan.only_decodes:  # a recorded step draws for nobody's sequences too
             tokens, logprobs = tokens[: len(self.plan.rows)], logprobs[: len(self.plan.rows)]
         scores, experts = arrays.get("prompt_logprobs"), arrays.get("routes")
-        top, prompt_top = _top(arrays, "top"), _top(arrays, "prompt_top")
+        top, prompt_top = _top(arrays, "top_ids", "top_logprobs"), _top(arrays, "prompt_top_ids", "prompt_top_logprobs")
         return StepResult(tokens, logprobs, drafts, top, scores, prompt_top, experts)
 
 
-def _top(arrays: Mapping[str, NDArray], name: str) -> TopTokens | None:
-    if f"{name}_ids" not in arrays:
-        return None
-    return TopTokens(arrays[f"{name}_ids"], arrays[f"{name}_logprobs"])
+def _top(arrays: Mapping[str, NDArray], ids: str, logprobs: str) -> TopTokens | None:
+    return TopTokens(arrays[ids], arrays[logprobs]) if ids in arrays else None
 
 
 class Runner:
@@ -198,7 +196,8 @@ class Runner:
         token_ids = self.table.token_ids[runs.rows, runs.positions]
         waits = plan.is_pending.nonzero()[0]
         if len(waits):
-            token_ids[np.cumsum(plan.counts)[waits] - 1] = -1 - plan.rows[waits]
+            last = waits if plan.only_decodes else np.cumsum(plan.counts)[waits] - 1
+            token_ids[last] = -1 - plan.rows[waits]
         return token_ids
 
     def _put_sampling(self, upload: Upload, plan: StepPlan, ends: NDArray[np.int64]) -> None:

@@ -24,8 +24,8 @@ import sys
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +41,7 @@ RunLimit = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 """Position from which a run starts -> most tokens that it may have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a step did to one request: its end, or news for its listener."""
 
     request: Request
@@ -261,6 +260,8 @@ class Scheduler:
         ends = np.minimum(ends, table.settings(rows).max_cache_rows)
         owned = table.num_blocks[rows]
         short = (ends > owned * size).nonzero()[0]
+        if not len(short):
+            return {}
         missing = -(-ends[short] // size) - owned[short]
         return dict(zip(rows[short].tolist(), missing.tolist(), strict=True))
 
@@ -405,20 +406,22 @@ class Scheduler:
         self._advance(plan, num_new, np.logical_and.reduce(is_finite, axis=1))
         full, gains = table.num_known[rows] >= settings.max_length, num_new > 0
         done = failed | (gains & (stopped | full))
-        outcomes = []
-        for index in (done | (settings.watched & gains)).nonzero()[0].tolist():
-            reason: FinishReason | None = "length" if full[index] else None
-            reason = "error" if failed[index] else "stop" if stopped[index] and gains[index] else reason
-            outcomes.append(self._outcome(int(rows[index]), int(num_new[index]), reason, bool(stopped[index])))
+        news = (done | (settings.watched & gains)).nonzero()[0]
+        outcomes: list[Outcome] = []
+        if len(news):
+            facts = rows, tokens, logprobs, num_new, failed, gains & stopped, full
+            outcomes += [self._outcome(*each) for each in zip(*(fact[news].tolist() for fact in facts), strict=True)]
         for index in has_ended.nonzero()[0].tolist():
             if table.num_flights[rows[index]] == 0:
                 self._free(int(rows[index]))
-        return [o for o in outcomes if o.finish_reason is not None or o.request.stream], num_new
+        return [each for each in outcomes if each.finish_reason is not None or each.request.stream], num_new
 
     def _failed(self, plan: StepPlan, is_finite: NDArray[np.bool_], num_new: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Per entry, whether a token that it gained comes from logits that were not finite, or its rules have none."""
         table, rows = self.table, plan.rows
-        failed = (~is_finite & (np.arange(is_finite.shape[1]) < num_new[:, None])).any(axis=1)
+        failed = np.zeros(len(rows), dtype=bool)
+        if np.count_nonzero(is_finite) < is_finite.size:
+            failed = (~is_finite & (np.arange(is_finite.shape[1]) < num_new[:, None])).any(axis=1)
         if table.settings(rows).is_ruled:
             for index in (table.is_ruled[rows] & ~table.has_ended[rows] & (num_new > 0)).nonzero()[0].tolist():
                 rules = self._request(int(rows[index])).rules
@@ -497,21 +500,34 @@ class Scheduler:
             self._release(row, table.row_blocks(row)[keep:])
             table.keep_blocks(row, keep)
 
-    def _outcome(self, row: int, num_new: int, reason: FinishReason | None, stopped: bool) -> Outcome:
+    def _outcome(
+        self,
+        row: int,
+        tokens: list[int],
+        logprobs: list[float],
+        num_new: int,
+        has_failed: bool,
+        has_stopped: bool,
+        is_full: bool,
+    ) -> Outcome:
+        """Of a row that gained the first `num_new` of these, the last of them a stop token if it `has_stopped`."""
         table, request = self.table, self._request(row)
-        first = int(table.num_known[row]) - num_new
-        fresh: list[int] = table.token_ids[row, first : first + num_new].tolist()
+        reason: FinishReason | None = (
+            "error" if has_failed else "stop" if has_stopped else "length" if is_full else None
+        )
+        fresh = tokens[:num_new]
         if request.output is not None and fresh:
-            matched = request.output.push(request.without_stop(fresh) if reason == "stop" else fresh)
+            matched = request.output.push(request.without_stop(fresh) if has_stopped else fresh)
             if matched is not None:  # tokens after the stop string, accepted in the same step, never were
-                fresh, stopped, reason = fresh[:matched], False, "stop"
-                table.num_known[row] = first + matched
-        logprobs: list[float] = table.logprobs[row, first : first + len(fresh)].tolist()
+                table.num_known[row] -= num_new - matched
+                fresh, has_stopped, reason = fresh[:matched], False, "stop"
+        top = None
+        if table.num_top[row]:
+            start = int(table.num_known[row]) - len(fresh) - len(request.prompt)
+            top = request.top_logprobs[start : start + len(fresh)]
         if reason is not None:
-            self._end(row, failed=reason == "error")
-        start = first - len(request.prompt)
-        top = request.top_logprobs[start : start + len(fresh)] if table.num_top[row] else None
-        return Outcome(request, fresh, logprobs, reason, stopped and reason == "stop", top)
+            self._end(row, failed=has_failed)
+        return Outcome(request, fresh, logprobs[: len(fresh)], reason, has_stopped, top)
 
     def propose(self, plan: StepPlan, drafts: NDArray[np.int64]) -> None:
         """Note guesses behind the known tokens of what the plan sampled, as far as there is room; to be verified."""

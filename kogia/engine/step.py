@@ -1,6 +1,6 @@
 """What the scheduler asks of the runner, and what comes back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,24 +23,22 @@ class StepPlan:
     is_pending: NDArray[np.bool_]
     """The last token that runs is one that a step in flight samples: its value is on the device alone."""
 
-    @cached_property
-    def num_tokens(self) -> int:
-        return int(self.counts.sum())
+    num_tokens: int = field(init=False)
+    sampled: NDArray[np.int64] = field(init=False)
+    """The entries that sample."""
+    only_decodes: bool = field(init=False)
+    """Every sequence runs one token and samples the next."""
 
-    @cached_property
-    def only_decodes(self) -> bool:
-        """Every sequence runs one token and samples the next."""
-        return self.num_tokens == len(self.rows) == len(self.sampled)
+    def __post_init__(self) -> None:
+        num_tokens, sampled = int(self.counts.sum()), self.num_samples.nonzero()[0]
+        object.__setattr__(self, "num_tokens", num_tokens)
+        object.__setattr__(self, "sampled", sampled)
+        object.__setattr__(self, "only_decodes", num_tokens == len(self.rows) == len(sampled))
 
     @cached_property
     def only_newest(self) -> bool:
         """Every sequence runs its newest token and the drafts behind it, none a prompt."""
         return bool((self.counts == self.num_samples).all())
-
-    @cached_property
-    def sampled(self) -> NDArray[np.int64]:
-        """The entries that sample."""
-        return self.num_samples.nonzero()[0]
 
     def grid(self, flat: NDArray, fill: int = -1) -> NDArray:
         """One value per sample, end to end, as [entries, most samples of one]."""
