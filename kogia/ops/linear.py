@@ -17,7 +17,18 @@ def dequantize(weight: Packed, dtype: torch.dtype) -> Float[Tensor, "*stack out 
     return weight.dense(dtype)
 
 
-@op(invariant=("kogia.ops.invariant.linear",), cuda=("kogia.ops.triton.linear",), cpu=("kogia.ops.cpu.linear",))
+@op(cpu=("kogia.ops.cpu.products",))
+def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
+    """a b^T without gradients: what products of layers, forward and backward, come down to. Both may be transposed
+    views; with them a b is `product(a, b.T)`, and a^T b is `product(a.T, b.T)`."""
+    return a @ b.T
+
+
+@op(
+    invariant=("kogia.ops.invariant.linear",),
+    cuda=("kogia.ops.triton.linear",),
+    cpu=("kogia.ops.cpu.linear", "kogia.ops.cpu.products"),
+)
 def linear(
     x: Float[Tensor, "... in"], weight: Tensor | Packed, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "... out"]:
@@ -25,7 +36,7 @@ def linear(
     return F.linear(x, _dense(weight, x.dtype), bias)
 
 
-@op(any=("kogia.ops.aten.linear",), invariant=("kogia.ops.invariant.linear",))
+@op(cpu=("kogia.ops.cpu.products",), any=("kogia.ops.aten.linear",), invariant=("kogia.ops.invariant.linear",))
 def grouped_linear(
     x: Float[Tensor, "routed in"], weight: Tensor | Packed, counts: Int[Tensor, " experts"]
 ) -> Float[Tensor, "routed out"]:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kogia.ops.dispatch import op
+from kogia.ops.linear import product
 from kogia.ops.packed import Packed
 
 CHUNK_ELEMENTS = 1 << 20  # logits held at a time: 4 MiB in float32
@@ -19,7 +20,7 @@ def _chunks(rows: int, vocab: int) -> range:
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = hidden @ weight.T
+    logits = product(hidden, weight)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
 
 
@@ -56,8 +57,8 @@ class _LinearLogprob(torch.autograd.Function):
             d_logits = logits.sub_(lse[part, None]).exp_().mul_(-grad)
             d_logits.scatter_add_(-1, targets[part, None], grad)
             d_logits = d_logits.to(weight.dtype)
-            grad_hidden[part] = d_logits @ weight
-            grad_weight += d_logits.T @ hidden[part]
+            grad_hidden[part] = product(d_logits, weight.T)
+            grad_weight += product(d_logits.T, hidden[part].T)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 

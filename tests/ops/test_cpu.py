@@ -33,6 +33,7 @@ from kogia.ops.cpu import latent as cpu_latent
 from kogia.ops.cpu import linear as cpu_linear
 from kogia.ops.cpu import moe as cpu_moe
 from kogia.ops.cpu import norm as cpu_norm
+from kogia.ops.cpu import products as cpu_products
 from kogia.ops.cpu import rope as cpu_rope
 from kogia.ops.cpu import sample as cpu_sample
 
@@ -45,7 +46,17 @@ PACKINGS = [None, "int8", "int4", "int4 asymmetric"]
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as compiled for an instruction set; memory that is not initialised holds NaN."""
     compiled = build.load(request.param)
-    for module in (cpu_attention, cpu_embed, cpu_latent, cpu_linear, cpu_moe, cpu_norm, cpu_rope, cpu_sample):
+    for module in (
+        cpu_attention,
+        cpu_embed,
+        cpu_latent,
+        cpu_linear,
+        cpu_moe,
+        cpu_norm,
+        cpu_products,
+        cpu_rope,
+        cpu_sample,
+    ):
         for kernel in vars(module).values():
             if isinstance(kernel, common.Kernel):
                 function = getattr(compiled, kernel.name)
@@ -80,7 +91,8 @@ def wide(weight: Tensor | Packed) -> Tensor:
 
 def distance(got: Tensor, want: Tensor) -> float:
     assert got.shape == want.shape and torch.isfinite(got).all()
-    return float((got.double() - want.double()).norm() / want.double().norm())
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())
 
 
 NUMBERS = [BF16, torch.float32]
@@ -112,6 +124,67 @@ def test_products_in_float32_equal_those_in_float64(rows, features, width):
     got, want = cpu_linear.linear(x, weight, bias), x.double() @ weight.double().T + bias.double()
     assert got.dtype == torch.float32 and got.shape == want.shape
     assert not rows or distance(got, want) < ROUNDED[torch.float32]
+
+
+def lying(x: Tensor, across: bool) -> Tensor:
+    """The same numbers, those of a row or those of a column side by side."""
+    return x.T.contiguous().T if across else x
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "width"), [(1, 1, 1), (12, 32, 256), (7, 48, 97), (250, 526, 97), (33, 17, 513)]
+)
+@pytest.mark.parametrize("a_across", [False, True])
+@pytest.mark.parametrize("b_across", [False, True])
+def test_products_of_many_rows_equal_those_in_float64_as_the_numbers_lie(rows, columns, width, a_across, b_across):
+    a, b = draw(rows, width, dtype=torch.float32), draw(columns, width, seed=1, dtype=torch.float32)
+    got = cpu_products.product(lying(a, a_across), lying(b, b_across))
+    assert distance(got, a.double() @ b.double().T) < ROUNDED[torch.float32]
+    assert torch.equal(cpu_products.product(a[rows // 2 :], b), got[rows // 2 :]), "a row's result is its own"
+    strided = draw(rows, 2 * width, dtype=torch.float32)[:, ::2]
+    assert distance(cpu_products.product(strided, b), strided.double() @ b.double().T) < ROUNDED[torch.float32]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_of_products_of_many_rows_equal_those_in_float64(bias):
+    x, weight = draw(5, 60, 72, dtype=torch.float32), draw(90, 72, seed=1, dtype=torch.float32)
+    tensors = [each.requires_grad_() for each in (x, weight, *([draw(90, dtype=torch.float32)] if bias else []))]
+    assert cpu_products.linear_supports(*tensors) is None
+    wide_ones = [each.detach().double().requires_grad_() for each in tensors]
+    for upstream in (draw(5, 60, 90, dtype=torch.float32), torch.ones(()).expand(5, 60, 90)):
+        got = torch.autograd.grad(cpu_products.linear(*tensors), tensors, upstream)
+        want = torch.autograd.grad(torch.nn.functional.linear(*wide_ones), wide_ones, upstream.double())
+        assert all(distance(one, other) < ROUNDED[torch.float32] for one, other in zip(got, want, strict=True))
+    frozen = torch.autograd.grad(cpu_products.linear(x, weight.detach()).sum(), x)[0]
+    assert distance(frozen, weight.detach().double().sum(0).expand_as(x)) < ROUNDED[torch.float32]
+
+
+@pytest.mark.parametrize("counts", [[50, 200, 0, 70], [0, 0, 320, 0], [1, 300, 2, 3]])
+def test_products_with_experts_and_their_gradients_equal_those_in_float64(counts):
+    x, weight = draw(320, 80, dtype=torch.float32), draw(4, 2, 48, 80, seed=1, dtype=torch.float32)
+    tensors, sizes = [x.requires_grad_(), weight.requires_grad_()], torch.tensor(counts)
+    assert cpu_products.grouped_linear_supports(x, weight, sizes) is None
+    got, upstream = cpu_products.grouped_linear(x, weight, sizes), draw(320, 96, seed=2, dtype=torch.float32)
+    wide_ones = [each.detach().double().requires_grad_() for each in tensors]
+    counts[-1] += 320 - sum(counts)  # nobody's
+    want = linear.grouped_linear.reference(*wide_ones, torch.tensor(counts))
+    assert distance(got, want) < ROUNDED[torch.float32]
+    pairs = torch.autograd.grad(got, tensors, upstream), torch.autograd.grad(want, wide_ones, upstream.double())
+    assert all(distance(one, other) < ROUNDED[torch.float32] for one, other in zip(*pairs, strict=True))
+
+
+def test_products_of_many_rows_refuse_what_is_not_for_them():
+    x, weight = draw(300, 64, dtype=torch.float32), draw(64, 64, seed=1, dtype=torch.float32)
+    supports = cpu_products.product_supports
+    assert supports(x, weight) is None
+    assert "multiplications and more, not 0" in str(supports(x[:0], weight))
+    assert "float32, not torch.bfloat16" in str(supports(x.bfloat16(), weight))
+    assert "no backward of its own" in str(supports(x, weight.requires_grad_()))
+    assert "dense" in str(cpu_products.linear_supports(x, FORMATS["int8"].pack(weight)))
+    assert "dense" in str(
+        cpu_products.grouped_linear_supports(x, FORMATS["int8"].pack(weight[None]), torch.tensor([300]))
+    )
+    assert "plain tensors, not Own" in str(supports(x.as_subclass(type("Own", (Tensor,), {})), weight.detach()))
 
 
 @torch.no_grad()

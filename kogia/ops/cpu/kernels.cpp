@@ -317,6 +317,98 @@ template <class T> void linear(const LinearArgs& a) {
     });
 }
 
+// ------------------------------------------------------------------------------- products of many rows, in float32
+
+// out[m][n] = sum_k a[m][k] * b[n][k]. Of `a`, neighbours lie side by side along one axis or the other, so that
+// layers' products forward and backward are all of this kind.
+struct ProductArgs {
+    const float* a;
+    int64_t a_row, a_inner;  // strides
+    const float* b;
+    int64_t b_row, b_inner;  // strides
+    float* out;
+    int64_t rows, columns, inner, threads;
+};
+
+constexpr int64_t INNER = 256;  // numbers of a row after which sums go to memory: blocks of both sides stay in caches
+constexpr int64_t PANELS = 10;  // PANEL_ROWS rows each that a thread takes at once
+
+// sums[m][n] of M rows and V registers of columns; where `a` is ALONG, a row's numbers lie side by side.
+template <int M, int V, bool ALONG>
+void panel(const float* a, int64_t stride, const float* b, int64_t b_step, int64_t inner, bool first, float* out,
+           int64_t out_stride) {
+    Floats sums[M][V];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) sums[m][v] = first ? zeros() : load(out + m * out_stride + v * LANES);
+    for (int64_t k = 0; k < inner; k++) {
+        Floats columns[V];
+        for (int v = 0; v < V; v++) columns[v] = load(b + k * b_step + v * LANES);
+        for (int m = 0; m < M; m++) {
+            Floats x = all(ALONG ? a[m * stride + k] : a[k * stride + m]);
+            for (int v = 0; v < V; v++) sums[m][v] = multiply_add(x, columns[v], sums[m][v]);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) store(out + m * out_stride + v * LANES, sums[m][v]);
+}
+
+// `valid` of V registers of columns, for up to M rows from `row` on.
+template <int M, int V, bool ALONG>
+void panels(const ProductArgs& a, const float* b, int64_t b_step, int64_t row, int64_t last, int64_t c, int64_t k) {
+    int64_t stride = ALONG ? a.a_row : a.a_inner, inner = std::min(INNER, a.inner - k);
+    int64_t valid = std::min<int64_t>(V * LANES, a.columns - c);
+    float spare[M * V * LANES];
+    for (; row + M <= last; row += M) {
+        const float* from = a.a + row * a.a_row + k * a.a_inner;
+        float* out = a.out + row * a.columns + c;
+        if (valid == V * LANES) {
+            panel<M, V, ALONG>(from, stride, b, b_step, inner, k == 0, out, a.columns);
+            continue;
+        }
+        for (int m = 0; m < M && k > 0; m++) std::copy(out + m * a.columns, out + m * a.columns + valid, spare + m * V * LANES);
+        panel<M, V, ALONG>(from, stride, b, b_step, inner, k == 0, spare, V * LANES);
+        for (int m = 0; m < M; m++) std::copy(spare + m * V * LANES, spare + m * V * LANES + valid, out + m * a.columns);
+    }
+    if constexpr (M > 1)
+        if (row < last) panels<M / 2, V, ALONG>(a, b, b_step, row, last, c, k);
+}
+
+template <bool ALONG> void product_rows(const ProductArgs& a, const float* b, int64_t b_step, int64_t first, int64_t last) {
+    for (int64_t k = 0; k < a.inner; k += INNER)
+        for (int64_t c = 0; c < a.columns; c += 2 * LANES) {
+            const float* at = b + k * b_step + c;
+            if (c + LANES < a.columns) panels<PANEL_ROWS, 2, ALONG>(a, at, b_step, first, last, c, k);
+            else panels<PANEL_ROWS, 1, ALONG>(a, at, b_step, first, last, c, k);
+        }
+}
+
+// Columns of `b` side by side, and zeros where they do not fill two registers.
+const float* side_by_side(const ProductArgs& a, int64_t width) {
+    float* out = scratch<float, 11>(width * a.inner);
+    for (int64_t n = 0; n < width; n += LANES) {
+        int64_t many = std::clamp<int64_t>(a.columns - n, 0, LANES);
+        const float* from = a.b + n * a.b_row;
+        for (int64_t k = 0; k < a.inner; k++) {
+            float* to = out + k * width + n;
+            for (int64_t j = 0; j < many; j++) to[j] = from[j * a.b_row + k * a.b_inner];
+            for (int64_t j = many; j < LANES; j++) to[j] = 0;
+        }
+    }
+    return out;
+}
+
+void product_of_many(const ProductArgs& a) {
+    int64_t width = (a.columns + 2 * LANES - 1) / (2 * LANES) * 2 * LANES, step = a.b_inner;
+    const float* b = a.b;
+    if (a.b_row != 1 || a.columns % LANES) b = side_by_side(a, width), step = width;
+    const int64_t part = PANEL_ROWS * PANELS;
+    parallel((a.rows + part - 1) / part, a.threads, [&](int64_t i) {
+        int64_t first = i * part, last = std::min(a.rows, first + part);
+        if (a.a_inner == 1) product_rows<true>(a, b, step, first, last);
+        else product_rows<false>(a, b, step, first, last);
+    });
+}
+
 // ---------------------------------------------------------------------------------------------------------- experts
 
 struct ExpertArgs {
@@ -957,6 +1049,8 @@ void kogia_replay(void* const* table, int64_t count) {
 }
 
 void kogia_linear(const LinearArgs* a) { a->dtype == BFLOAT16 ? linear<bf16>(*a) : linear<float>(*a); }
+
+void kogia_product(const ProductArgs* a) { product_of_many(*a); }
 
 void kogia_mix_experts(const ExpertArgs* a) { a->dtype == BFLOAT16 ? mix_experts<bf16>(*a) : mix_experts<float>(*a); }
 

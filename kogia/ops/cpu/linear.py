@@ -8,7 +8,7 @@ from kogia.ops.packed import Packed
 
 _linear = Kernel("kogia_linear", "5q 5q 3q")
 FLOAT32_ROWS = 32
-"""Most rows of products in float32: for more, PyTorch's library keeps weights in blocks that caches hold."""
+"""Most rows of products in float32: for more there is `products.py`."""
 
 
 def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:

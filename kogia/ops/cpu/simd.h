@@ -40,7 +40,7 @@ template <class T> inline float rounded(float x) {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
-constexpr int LANES = 16, ROWS_AT_ONCE = 4, COLUMNS_AT_ONCE = 4;
+constexpr int LANES = 16, ROWS_AT_ONCE = 4, COLUMNS_AT_ONCE = 4, PANEL_ROWS = 12;
 using Floats = __m512;
 using Ints = __m512i;
 using Halves = __m512i;
@@ -97,7 +97,7 @@ inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
-constexpr int LANES = 8, ROWS_AT_ONCE = 2, COLUMNS_AT_ONCE = 4;
+constexpr int LANES = 8, ROWS_AT_ONCE = 2, COLUMNS_AT_ONCE = 4, PANEL_ROWS = 6;
 using Floats = __m256;
 using Ints = __m256i;
 using Halves = __m256i;
