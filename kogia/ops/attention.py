@@ -16,7 +16,7 @@ from kogia.ops.segments import Bucket, Segments
 from kogia.ops.sparse import IndexVectors, best_keys, index_scores, keep_topk
 
 
-@op(cuda=("kogia.ops.triton.prefill",))
+@op(cuda=("kogia.ops.triton.prefill",), cpu=("kogia.ops.cpu.varlen",))
 def varlen_attention(
     q: Float[Tensor, "tokens heads qk"],
     k: Float[Tensor, "keys kv_heads qk"],

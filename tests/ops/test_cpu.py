@@ -36,7 +36,11 @@ from kogia.ops.cpu import norm as cpu_norm
 from kogia.ops.cpu import products as cpu_products
 from kogia.ops.cpu import rope as cpu_rope
 from kogia.ops.cpu import sample as cpu_sample
+from kogia.ops.cpu import varlen as cpu_varlen
 
+MODULES = (
+    cpu_attention, cpu_embed, cpu_latent, cpu_linear, cpu_moe, cpu_norm, cpu_products, cpu_rope, cpu_sample, cpu_varlen,
+)  # fmt: skip
 BF16 = torch.bfloat16
 LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.level()) :]
 PACKINGS = [None, "int8", "int4", "int4 asymmetric"]
@@ -46,17 +50,7 @@ PACKINGS = [None, "int8", "int4", "int4 asymmetric"]
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as compiled for an instruction set; memory that is not initialised holds NaN."""
     compiled = build.load(request.param)
-    for module in (
-        cpu_attention,
-        cpu_embed,
-        cpu_latent,
-        cpu_linear,
-        cpu_moe,
-        cpu_norm,
-        cpu_products,
-        cpu_rope,
-        cpu_sample,
-    ):
+    for module in MODULES:
         for kernel in vars(module).values():
             if isinstance(kernel, common.Kernel):
                 function = getattr(compiled, kernel.name)
@@ -488,6 +482,43 @@ def test_attention_refuses_what_has_no_kernel():
     q = draw(1, 2, 160)
     assert supports(q, view, segments, scale=1.0) is None
     assert "one dtype, not torch.float32 and torch.bfloat16" in str(supports(q.float(), view, segments, scale=1.0))
+
+
+@pytest.mark.parametrize("lengths", [[2], [1, 5, 70, 3], [200, 64, 65], [16] * 5])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "value_width"), [(1, 1, 16, 16), (4, 4, 48, 32), (6, 2, 32, 48)]
+)
+def test_attention_without_a_cache_and_its_gradients_equal_those_in_float64(
+    lengths, heads, key_heads, width, value_width
+):
+    tokens, segments = sum(lengths), segments_of(lengths)
+    q = draw(tokens, heads, width, dtype=torch.float32).requires_grad_()
+    both = draw(tokens, key_heads, width + value_width, seed=1, dtype=torch.float32)
+    k, v = (each.detach().requires_grad_() for each in both.split([width, value_width], -1))  # views, as layers have
+    tensors = [q, k, v]
+    assert cpu_varlen.varlen_attention_supports(*tensors, segments, scale=0.3) is None
+    got = cpu_varlen.varlen_attention(*tensors, segments, scale=0.3)
+    wide_ones = [each.detach().double().requires_grad_() for each in tensors]
+    want = attention.varlen_attention.reference(*wide_ones, segments, scale=0.3)
+    assert distance(got, want) < ROUNDED[torch.float32]
+    upstream = draw(tokens, heads, value_width, seed=2, dtype=torch.float32)
+    pairs = torch.autograd.grad(got, tensors, upstream), torch.autograd.grad(want, wide_ones, upstream.double())
+    assert all(distance(one, other) < 1e-5 for one, other in zip(*pairs, strict=True))
+    last = segments_of(lengths[-1:])  # in any company
+    alone = cpu_varlen.varlen_attention(*(each[-lengths[-1] :] for each in tensors), last, scale=0.3)
+    assert torch.equal(alone, got[-lengths[-1] :])
+
+
+def test_attention_without_a_cache_shows_what_is_no_number_where_it_is_seen_and_refuses_what_it_does_not_take():
+    q, k, v = (draw(9, 2, 32, seed=i, dtype=torch.float32) for i in range(3))
+    k[6, 1, 3] = torch.nan
+    segments = segments_of([5, 4])
+    got = cpu_varlen.varlen_attention(q, k, v, segments, scale=1.0)
+    assert got[6:, 1].isnan().all() and got[6:, 0].isfinite().all() and got[:6].isfinite().all()
+    supports = cpu_varlen.varlen_attention_supports
+    assert "multiple of 16 numbers side by side, not 24" in str(supports(q[..., :24], k, v, segments, scale=1.0))
+    assert "float32, not torch.bfloat16" in str(supports(q, k.bfloat16(), v, segments, scale=1.0))
+    assert "within sequences" in str(supports(q, k, v, segments, scale=1.0, keys=segments))
 
 
 @torch.no_grad()

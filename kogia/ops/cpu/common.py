@@ -91,6 +91,16 @@ def alike_refusal(first: Tensor, *others: Tensor) -> str | None:
     return refusal(first, *others)
 
 
+def plain_refusal(*tensors: Tensor) -> str | None:
+    """Why a kernel that has a backward, in float32, cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            return f"it takes float32, not {tensor.dtype}"
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"it takes plain tensors, not {type(tensor).__name__}"
+    return None
+
+
 def refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> str | None:
     """Why a kernel cannot take these tensors, or None: of `dtypes`, contiguous, no gradients."""
     for tensor in tensors:

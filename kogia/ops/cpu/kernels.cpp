@@ -327,6 +327,8 @@ struct ProductArgs {
     const float* b;
     int64_t b_row, b_inner;  // strides
     float* out;
+    int64_t out_row;  // stride
+    int64_t adds;     // to what `out` holds
     int64_t rows, columns, inner, threads;
 };
 
@@ -357,17 +359,20 @@ template <int M, int V, bool ALONG>
 void panels(const ProductArgs& a, const float* b, int64_t b_step, int64_t row, int64_t last, int64_t c, int64_t k) {
     int64_t stride = ALONG ? a.a_row : a.a_inner, inner = std::min(INNER, a.inner - k);
     int64_t valid = std::min<int64_t>(V * LANES, a.columns - c);
+    bool first = k == 0 && !a.adds;
     float spare[M * V * LANES];
     for (; row + M <= last; row += M) {
         const float* from = a.a + row * a.a_row + k * a.a_inner;
-        float* out = a.out + row * a.columns + c;
+        float* out = a.out + row * a.out_row + c;
         if (valid == V * LANES) {
-            panel<M, V, ALONG>(from, stride, b, b_step, inner, k == 0, out, a.columns);
+            panel<M, V, ALONG>(from, stride, b, b_step, inner, first, out, a.out_row);
             continue;
         }
-        for (int m = 0; m < M && k > 0; m++) std::copy(out + m * a.columns, out + m * a.columns + valid, spare + m * V * LANES);
-        panel<M, V, ALONG>(from, stride, b, b_step, inner, k == 0, spare, V * LANES);
-        for (int m = 0; m < M; m++) std::copy(spare + m * V * LANES, spare + m * V * LANES + valid, out + m * a.columns);
+        for (int m = 0; m < M && !first; m++)
+            std::copy(out + m * a.out_row, out + m * a.out_row + valid, spare + m * V * LANES);
+        panel<M, V, ALONG>(from, stride, b, b_step, inner, first, spare, V * LANES);
+        for (int m = 0; m < M; m++)
+            std::copy(spare + m * V * LANES, spare + m * V * LANES + valid, out + m * a.out_row);
     }
     if constexpr (M > 1)
         if (row < last) panels<M / 2, V, ALONG>(a, b, b_step, row, last, c, k);
@@ -935,6 +940,135 @@ template <class T> void attend(const AttentionArgs& a, const Queries& tile) {
     for (int m = 0; m < many; m++) settled(sums + m * a.value_width, a.value_width, 1.0f / total[m], out[m]);
 }
 
+// ------------------------------------------------------------------------- attention without a cache, with gradients
+
+struct VarlenArgs {
+    const float* q;
+    const float* k;
+    const float* v;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides
+    const int64_t* cu_seqlens;
+    int64_t seqs, heads, key_heads, width, value_width;
+    double scale;
+    float* out;  // [tokens, heads, value width]
+    float* lse;  // [tokens, heads]: log of the sum of what weights are made of
+    int64_t threads;
+    const float* grad;  // of `out`, laid out alike
+    float* grad_q;      // laid out as [tokens, heads, width]
+    float* grad_k;
+    float* grad_v;
+};
+
+constexpr int64_t BLOCK = 64;  // queries at once
+
+// out = a b, or added to it, of a.rows x inner numbers and inner x columns that lie side by side.
+void multiply(const float* a, int64_t a_row, int64_t a_inner, const float* b, int64_t b_step, int64_t rows,
+              int64_t columns, int64_t inner, float* out, int64_t out_row, bool adds = false) {
+    ProductArgs args{a, a_row, a_inner, b, 1, b_step, out, out_row, adds, rows, columns, inner, 1};
+    if (a_inner == 1) product_rows<true>(args, b, b_step, 0, rows);
+    else product_rows<false>(args, b, b_step, 0, rows);
+}
+
+int64_t whole_registers(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// Rows of `width` numbers as columns, and zeros behind the last.
+template <int TAG> const float* transposed(const float* x, int64_t stride, int64_t rows, int64_t width) {
+    int64_t padded = whole_registers(rows);
+    float* out = scratch<float, TAG>(width * padded);
+    for (int64_t c = 0; c < width; c++) {
+        for (int64_t j = 0; j < rows; j++) out[c * padded + j] = x[j * stride + c];
+        std::fill(out + c * padded + rows, out + (c + 1) * padded, 0.0f);
+    }
+    return out;
+}
+
+// Scores of one query, `seen` of them, become weights before they are divided by their sum, which is returned; `padded`
+// are whole registers, and the weights behind the last are 0.
+float weigh(float* scores, int64_t seen, int64_t padded, float scale, float* lse) {
+    std::fill(scores + seen, scores + padded, -std::numeric_limits<float>::infinity());
+    Floats most = all(-std::numeric_limits<float>::infinity()), total = zeros();
+    for (int64_t j = 0; j < padded; j += LANES) {
+        Floats scaled = multiply_add(load(scores + j), all(scale), zeros());
+        store(scores + j, scaled);
+        most = larger(most, scaled);
+    }
+    float lanes[LANES];
+    store(lanes, most);
+    float top = *std::max_element(lanes, lanes + LANES);
+    for (int64_t j = 0; j < padded; j++) scores[j] = exponential(scores[j] - top);
+    for (int64_t j = 0; j < padded; j += LANES) total = multiply_add(load(scores + j), all(1.0f), total);
+    *lse = top + std::log(sum(total));
+    return sum(total);
+}
+
+// One sequence and key head.
+struct Place {
+    int64_t begin, length, key_head, group;
+};
+
+Place place_of(const VarlenArgs& a, int64_t item) {
+    int64_t seq = item / a.key_heads, begin = a.cu_seqlens[seq];
+    return {begin, a.cu_seqlens[seq + 1] - begin, item % a.key_heads, a.heads / a.key_heads};
+}
+
+void varlen_forward(const VarlenArgs& a, const Place& at) {
+    const float* k = a.k + at.begin * a.k_token + at.key_head * a.k_head;
+    const float* v = a.v + at.begin * a.v_token + at.key_head * a.v_head;
+    int64_t padded = whole_registers(at.length);
+    const float* keys = transposed<12>(k, a.k_token, at.length, a.width);
+    float* scores = scratch<float, 13>(BLOCK * padded);
+    for (int64_t h = at.key_head * at.group; h < (at.key_head + 1) * at.group; h++)
+        for (int64_t i = 0; i < at.length; i += BLOCK) {
+            int64_t rows = std::min(BLOCK, at.length - i), seen = i + rows, first = at.begin + i;
+            const float* q = a.q + first * a.q_token + h * a.q_head;
+            float* out = a.out + (first * a.heads + h) * a.value_width;
+            float totals[BLOCK];
+            multiply(q, a.q_token, 1, keys, padded, rows, whole_registers(seen), a.width, scores, padded);
+            for (int64_t r = 0; r < rows; r++)
+                totals[r] = weigh(scores + r * padded, i + r + 1, whole_registers(seen), float(a.scale),
+                                  a.lse + (first + r) * a.heads + h);
+            multiply(scores, padded, 1, v, a.v_token, rows, a.value_width, seen, out, a.heads * a.value_width);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t c = 0; c < a.value_width; c++) out[r * a.heads * a.value_width + c] /= totals[r];
+        }
+}
+
+// With weights p and d the sum over a query's out * grad: d p = grad v^T, d scores = p (d p - d) scale.
+void varlen_backward(const VarlenArgs& a, const Place& at) {
+    const float* k = a.k + at.begin * a.k_token + at.key_head * a.k_head;
+    const float* v = a.v + at.begin * a.v_token + at.key_head * a.v_head;
+    float* grad_k = a.grad_k + (at.begin * a.key_heads + at.key_head) * a.width;
+    float* grad_v = a.grad_v + (at.begin * a.key_heads + at.key_head) * a.value_width;
+    int64_t padded = whole_registers(at.length), q_row = a.heads * a.width, out_row = a.heads * a.value_width;
+    const float* keys = transposed<12>(k, a.k_token, at.length, a.width);
+    const float* values = transposed<14>(v, a.v_token, at.length, a.value_width);
+    float* weights = scratch<float, 13>(BLOCK * padded);
+    float* slopes = scratch<float, 15>(BLOCK * padded);
+    float scale = float(a.scale);
+    for (int64_t h = at.key_head * at.group; h < (at.key_head + 1) * at.group; h++)
+        for (int64_t i = 0; i < at.length; i += BLOCK) {
+            int64_t rows = std::min(BLOCK, at.length - i), seen = i + rows, first = at.begin + i;
+            const float* q = a.q + first * a.q_token + h * a.q_head;
+            const float* grad = a.grad + (first * a.heads + h) * a.value_width;
+            const float* out = a.out + (first * a.heads + h) * a.value_width;
+            multiply(q, a.q_token, 1, keys, padded, rows, whole_registers(seen), a.width, weights, padded);
+            multiply(grad, out_row, 1, values, padded, rows, whole_registers(seen), a.value_width, slopes, padded);
+            for (int64_t r = 0; r < rows; r++) {
+                float* p = weights + r * padded;
+                float* slope = slopes + r * padded;
+                float lse = a.lse[(first + r) * a.heads + h];
+                float mean = inner(out + r * out_row, grad + r * out_row, a.value_width);
+                for (int64_t j = 0; j <= i + r; j++) p[j] = exponential(p[j] * scale - lse);
+                for (int64_t j = 0; j <= i + r; j++) slope[j] = p[j] * (slope[j] - mean) * scale;
+                std::fill(p + i + r + 1, p + seen, 0.0f);
+                std::fill(slope + i + r + 1, slope + seen, 0.0f);
+            }
+            multiply(slopes, padded, 1, k, a.k_token, rows, a.width, seen, a.grad_q + first * q_row + h * a.width, q_row);
+            multiply(slopes, 1, padded, q, a.q_token, seen, a.width, rows, grad_k, a.key_heads * a.width, true);
+            multiply(weights, 1, padded, grad, out_row, seen, a.value_width, rows, grad_v, a.key_heads * a.value_width, true);
+        }
+}
+
 // --------------------------------------------------------------------------------------------------------- sampling
 
 struct SampleArgs {
@@ -1051,6 +1185,14 @@ void kogia_replay(void* const* table, int64_t count) {
 void kogia_linear(const LinearArgs* a) { a->dtype == BFLOAT16 ? linear<bf16>(*a) : linear<float>(*a); }
 
 void kogia_product(const ProductArgs* a) { product_of_many(*a); }
+
+void kogia_varlen_forward(const VarlenArgs* a) {
+    parallel(a->seqs * a->key_heads, a->threads, [&](int64_t i) { varlen_forward(*a, place_of(*a, i)); });
+}
+
+void kogia_varlen_backward(const VarlenArgs* a) {
+    parallel(a->seqs * a->key_heads, a->threads, [&](int64_t i) { varlen_backward(*a, place_of(*a, i)); });
+}
 
 void kogia_mix_experts(const ExpertArgs* a) { a->dtype == BFLOAT16 ? mix_experts<bf16>(*a) : mix_experts<float>(*a); }
 

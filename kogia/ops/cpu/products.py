@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kogia.ops.cpu.common import Kernel
+from kogia.ops.cpu.common import Kernel, plain_refusal
 from kogia.ops.linear import product as multiply
 from kogia.ops.packed import Packed
 
-_product = Kernel("kogia_product", "3q 3q 5q")
+_product = Kernel("kogia_product", "3q 3q 3q 4q")
 WORTH = 1 << 18
 """Multiplications below which what stands around the kernel costs more than it gains."""
 
@@ -24,7 +24,7 @@ def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -
     out = torch.empty(a.shape[0], b.shape[0])
     _product(
         a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(),
-        out.data_ptr(), *out.shape, a.shape[1], torch.get_num_threads(),
+        out.data_ptr(), out.stride(0), 0, *out.shape, a.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -101,9 +101,4 @@ def grouped_linear_supports(x: Tensor, weight: Tensor | Packed, counts: Tensor) 
 def _refusal(*tensors: Tensor, size: int) -> str | None:
     if size < WORTH:
         return f"it is for {WORTH} multiplications and more, not {size}"
-    for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            return f"it takes float32, not {tensor.dtype}"
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"it takes plain tensors, not {type(tensor).__name__}"
-    return None
+    return plain_refusal(*tensors)

@@ -56,6 +56,7 @@ inline Floats load(const bf16* p) {
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline void store_sums(const Floats (&x)[4], float* out) {
     __m256 half[4];
     for (int i = 0; i < 4; i++) half[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(x[i], 1));
@@ -117,6 +118,7 @@ inline float sum(Floats x) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
+inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Halves operands(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Floats operands(const float* p) { return load(p); }
 inline Floats dot(Floats sums, Halves a, Halves b) {
