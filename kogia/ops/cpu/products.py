@@ -7,7 +7,6 @@ Zen 5 core it makes 100 GFLOP/s of 4096 rows of 96 numbers times 384, and this k
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kogia.ops.cpu.common import Kernel, plain_refusal
 from kogia.ops.linear import product as multiply
@@ -42,7 +41,6 @@ class _Product(torch.autograd.Function):
         return multiply(x, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (x, weight), (needs_x, needs_weight) = ctx.saved_tensors, ctx.needs_input_grad
         grad_x = multiply(grads[0], weight.T) if needs_x else None
@@ -75,7 +73,6 @@ class _Grouped(torch.autograd.Function):
         return torch.cat([multiply(rows, matrix) for rows, matrix in zip(x.split(sizes), weight, strict=True)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         parts = list(zip(grads[0].split(ctx.sizes), x.split(ctx.sizes), strict=True))

@@ -29,7 +29,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
         grad, grad_q, grad_k, grad_v = (
             grads[0].contiguous(),
