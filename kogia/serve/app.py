@@ -6,7 +6,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from kogia.serve import health, openai_chat, openai_completions, openai_models, openai_tokens
+from kogia.serve import (
+    anthropic,
+    deepseek,
+    health,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    openai_tokens,
+    responses,
+)
 from kogia.serve.errors import ApiError, answer_api_error, answer_validation, response_to
 from kogia.serve.guard import Guard
 from kogia.serve.page import files, routes
@@ -18,6 +27,9 @@ ROUTERS = (
     openai_chat.router,
     openai_completions.router,
     openai_tokens.router,
+    responses.router,
+    deepseek.router,
+    anthropic.router,
     routes.router,
     files.router,
 )

@@ -117,7 +117,7 @@ async def run(
         raise
     except ValueError as error:
         raise refused(error, ("messages", "prompt", "response_format", "logit_bias", "active_experts")) from None
-    running = Running(id, served, caller, stream, prompt.token_ids, prompt.opens_thought, is_text)
+    running = Running(id, served, caller, stream, params, prompt.token_ids, prompt.opens_thought, is_text)
     state.begin(running)
     return running
 

@@ -23,6 +23,7 @@ from kogia.serve.sse import DONE, EventStream, encode, until_gone
 from kogia.serve.state import Running, ServedModel, ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.text.chat import Prompt
+from kogia.text.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 DEFAULT_MAX_TOKENS = 16
@@ -93,7 +94,7 @@ def _encode(body: CompletionBody, served: ServedModel) -> list[list[int]]:
         each = [tokenizer.encode_raw(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
         if body.suffix is None:
             return each
-        return [fill_prompt(served, prompt, body.suffix) for prompt in body.prompts]
+        return [fill_prompt(tokenizer, prompt, body.suffix) for prompt in body.prompts]
     except ValueError as error:
         raise ApiError(str(error), param="prompt") from None
 
@@ -105,16 +106,16 @@ HOLES = (
 """What stands before the text, in place of the hole, and behind all: DeepSeek's and Qwen's."""
 
 
-def fill_prompt(served: ServedModel, prompt: str | list[int], suffix: str) -> list[int]:
+def fill_prompt(tokenizer: Tokenizer, prompt: str | list[int], suffix: str) -> list[int]:
     """The prompt for a text with a hole before `suffix`. Raises 400 for a model that was not trained on holes."""
-    known = served.tokenizer.backend.token_to_id
+    known = tokenizer.backend.token_to_id
     marks = next((marks for marks in HOLES if all(known(mark) is not None for mark in marks)), None)
     if marks is None:
         raise ApiError("suffix: this model's tokenizer has no marks for a hole in a text; leave it out", param="suffix")
     if not isinstance(prompt, str):
         raise ApiError("suffix with a prompt of token ids: give the text", param="suffix")
     begin, hole, end = marks
-    return served.tokenizer.encode_raw(f"{begin}{prompt}{hole}{suffix}{end}")
+    return tokenizer.encode_raw(f"{begin}{prompt}{hole}{suffix}{end}")
 
 
 async def _start(

@@ -71,7 +71,7 @@ SHARED = (
 class StructuredOutputs(Part):
     """vLLM's: one of them."""
 
-    json_: dict[str, Any] | Text | None = Field(None, alias="json")
+    json_: dict[str, Any] | Text | None = Field(default=None, alias="json")
     regex: Text | None = None
     choice: Annotated[list[Text], Field(max_length=1000)] | None = None
     grammar: Text | None = None
@@ -124,7 +124,7 @@ class SamplingBody(Body):
 
 
 class JsonSchema(Part):
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     name: Name | None = None
     strict: Flag | None = None
 

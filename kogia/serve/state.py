@@ -11,6 +11,7 @@ from typing import Any
 from kogia import log
 from kogia.engine.engine import Engine
 from kogia.engine.loop import Stream
+from kogia.engine.request import SamplingParams
 from kogia.inference.llm import LLM
 from kogia.model.config import ModelConfig
 from kogia.serve.access import Caller, Keys
@@ -65,6 +66,7 @@ class Running:
     model: ServedModel
     caller: Caller
     stream: Stream
+    params: SamplingParams
     prompt_ids: Sequence[int]
     opens_thought: bool
     """Whether its answer starts inside a thought."""

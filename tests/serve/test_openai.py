@@ -303,7 +303,7 @@ def test_text_completions_stream_what_they_answer(server):
 @pytest.mark.parametrize("body, param", [
     ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": ""}, None), ({"prompt": [[1], "a"]},
     "prompt"),
-    ({"prompt": [10**9]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": [10**9]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [1], "suffix": "b"}, "suffix"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens"), ({"prompt": "a", "best_of": 3}, "best_of"),
     ({"prompt": "a", "logprobs": 21}, "logprobs"), ({"prompt": "a", "stream": True, "echo": True,
     "logprobs": 1}, "stream"),
