@@ -72,7 +72,7 @@ function paintPicture(canvas, { width, cell, height, layers, experts, counts, cu
   canvas.style.height = `${height * layers.length}px`;
   const context = canvas.getContext("2d");
   const style = getComputedStyle(canvas);
-  const most = Math.max(1, ...counts);
+  const most = counts.reduce((one, other) => Math.max(one, other), 1);
   const gap = cell > 4 ? 1 : 0;
   context.scale(scale, scale);
   context.font = "10px system-ui, sans-serif";
