@@ -71,16 +71,24 @@ CONTEXTS = (2048, 16384, 131072)
 """Longest contexts of the classes: each has its own width of block tables and its own split of the attention."""
 
 
-NUM_FIELDS = 7
-"""Numbers of a sequence beside its blocks: token id, position, slot, context length, row of the sequence table, seed;
-the seventh field has the float32 temperatures end to end."""
+NUM_FIELDS = 10
+"""Numbers of a sequence beside its blocks: token id, position, slot, context length; the rest is `Settings.drawing`."""
+
+
+@dataclass(slots=True, eq=False)
+class RecordedDraw:
+    """Drawing from the logits of a recorded step, which also leaves the newest tokens where the next one reads them."""
+
+    graph: Graph
+    found: Bundle | dict[str, NDArray]
+    """Tokens and log-probabilities; beside a CPU its memory itself."""
 
 
 @dataclass(slots=True, eq=False)
 class RecordedStep:
     graph: Graph
-    draw: Graph
-    """Draws from `logits` where no filter is on, into `drawn` and the newest tokens."""
+    draws: dict[bool, RecordedDraw]
+    """Whether filters are on -> drawing so; with filters where there is a kernel for them."""
     numbers: Tensor
     """What the step reads: fields and block tables; see `_parts`."""
     host: tuple[NDArray[np.int64], NDArray[np.int64]] | None
@@ -91,8 +99,6 @@ class RecordedStep:
     """The same."""
     logits: Float[Tensor, "size vocab"]
     """Overwritten by the next run of this size."""
-    drawn: Bundle | dict[str, NDArray]
-    """Tokens and log-probabilities; beside a CPU its memory itself."""
 
 
 def _parts(numbers: Any) -> tuple[Any, Any]:
@@ -127,7 +133,7 @@ class DecodeGraphs:
         self.sizes = recorded_sizes(most, model.device)
         self.contexts = [length for length in CONTEXTS if length < longest] + [longest]
         self._widths = [-(-context // cache.block_size) for context in self.contexts]
-        self._nobody = np.array([0, 0, cache.spare_slot, 1, len(newest) - 1, 0, 0])
+        self._nobody = np.array([0, 0, cache.spare_slot, 1, len(newest) - 1, 0, 0, 0, 0, 0])
         """The fields of nobody's sequence."""
         self._staging = Staging(model.device)
         self._recorded: dict[tuple[int, int], RecordedStep] = {}
@@ -152,8 +158,8 @@ class DecodeGraphs:
         self._at(size, -(-context // self.cache.block_size))
 
     def run(self, fields: Sequence[NDArray[np.int64]], tables: NDArray[np.int64]) -> RecordedStep:
-        """Start a step: the first four fields of `NUM_FIELDS`, and the other three as one; [sequences, blocks] tables.
-        Token -1 - row stands for the one that this row of the sequence table sampled last."""
+        """Start a step: the first four fields of `NUM_FIELDS`, and the others as one; [sequences, blocks] tables. Token
+        -1 - row stands for the one that this row of the sequence table sampled last."""
         tables = tables[:, : self._widths[-1]]  # they may look further ahead, where the context ends
         size = self.sizes[bisect_left(self.sizes, len(tables))]
         step = self._at(size, self._widths[bisect_left(self._widths, tables.shape[1])])
@@ -186,14 +192,15 @@ class DecodeGraphs:
             if len(waits):
                 to[0, waits] = self.newest.numpy()[-1 - to[0, waits]]
 
-    def draw(self, step: RecordedStep) -> Download | Arrived:
-        """Tokens and log-probabilities of a step that runs, of nobody's sequences too: no filters, no rules."""
-        step.draw.replay()
-        if isinstance(step.drawn, Bundle):
-            return Download(step.drawn)
+    def draw(self, step: RecordedStep, *, filtered: bool) -> Download | Arrived:
+        """Tokens and log-probabilities of a step that runs, of nobody's sequences too, by one of its `draws`."""
+        draw = step.draws[filtered]
+        draw.graph.replay()
+        if isinstance(draw.found, Bundle):
+            return Download(draw.found)
         assert step.host is not None, "where there is no bundle a CPU has run the step"
-        self.newest.numpy()[step.host[0][4]] = step.drawn["tokens"]
-        return Arrived({name: array.copy() for name, array in step.drawn.items()})
+        self.newest.numpy()[step.host[0][4]] = draw.found["tokens"]
+        return Arrived({name: array.copy() for name, array in draw.found.items()})
 
     def _at(self, size: int, num_blocks: int) -> RecordedStep:
         kind = size, num_blocks
@@ -212,8 +219,7 @@ class DecodeGraphs:
         segments = Segments(torch.arange(size + 1, device=device), lengths)
         contexts = np.full(size, num_blocks * self.cache.block_size)
         activation = self.experts.own(size, device)
-        known, positions, slots, lens, rows, seeds, packed = fields.unbind()
-        temperature = packed.view(torch.float32)[:size]
+        known, positions, slots, lens = fields[:4].unbind()
 
         def step() -> Tensor:
             newest = known
@@ -223,18 +229,27 @@ class DecodeGraphs:
             view = self.cache.step(slots, tables, lens, contexts)
             return self.model.logits(self.model(batch, step=self.model.step(batch, view, activation=activation)))
 
-        def draw() -> Bundle | dict[str, NDArray]:
+        graph, logits = self._capture(step)
+        host = None if self.is_gpu else _parts(numbers.numpy())
+        return RecordedStep(graph, self._record_draws(logits, fields), numbers, host, segments, activation, logits)
+
+    def _record_draws(self, logits: Float[Tensor, "size vocab"], fields: Tensor) -> dict[bool, RecordedDraw]:
+        lens, rows, seeds, top_k = fields[3:7].unbind()
+        temperature, top_p, min_p = (field.view(torch.float32)[: len(logits)] for field in fields[7:])
+
+        def draw(*filters: Tensor) -> Bundle | dict[str, NDArray]:
             # a sample stands behind all that are seen: the length of the context is its position
-            tokens, logprobs = sample(logits, temperature, counter_uniforms(seeds, lens))
+            tokens, logprobs = sample(logits, temperature, counter_uniforms(seeds, lens), *filters)
             if not self.is_gpu:  # then the host notes the newest: an operation between kernels takes more
                 return {"tokens": tokens.numpy(), "logprobs": logprobs.numpy()}
             self.newest.index_copy_(0, rows, tokens)
             return Bundle({"tokens": tokens, "logprobs": logprobs})
 
-        graph, logits = self._capture(step)
-        second, drawn = self._capture(draw)
-        host = None if self.is_gpu else _parts(numbers.numpy())
-        return RecordedStep(graph, second, numbers, host, segments, activation, logits, drawn)
+        draws = {False: RecordedDraw(*self._capture(draw))}
+        filters = top_k, top_p, min_p
+        if _refusal(sample, (logits, temperature, temperature.double(), *filters), {}) is None:
+            draws[True] = RecordedDraw(*self._capture(lambda: draw(*filters)))
+        return draws
 
     def _capture(self, work: Callable[[], T]) -> tuple[Graph, T]:
         """Record, and what the recorded run returned."""

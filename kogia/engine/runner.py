@@ -141,14 +141,14 @@ class Runner:
         return fits and self.experts.are_own(self.table, plan.rows)
 
     def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:
-        """A step in which every sequence runs one token: its graph, then the sampling, which is one too where the
-        logits are what is drawn from."""
+        """A step in which every sequence runs one token: its graph, then the sampling, which is one too where there are
+        no rules and nothing comes with the samples."""
         assert isinstance(self.view, WholeCache), "graphs know no other view"
         settings, token_ids = self.table.settings(plan.rows), self._token_ids(plan, runs)
         slots, contexts, tables = self.view.numbers(self.table, runs)
         step = graphs.run((token_ids, runs.positions, slots, contexts, settings.drawing), tables)
-        if settings.draws_plainly:
-            return Flight(plan, graphs.draw(step))
+        if settings.is_filtered in step.draws and not (settings.is_ruled or settings.has_top):
+            return Flight(plan, graphs.draw(step, filtered=settings.is_filtered))
         upload = Upload(self._staging)
         self._put_sampling(upload, plan, np.cumsum(plan.counts))
         upload.send()

@@ -29,25 +29,17 @@ class Settings:
         self.stop_ids = table.stop_ids[rows]
         self.temperature = table.temperature[rows]
         self.watched = table.watched[rows]
-        self.is_watched = bool(self.watched.any())
         self.is_ruled = bool(table.is_ruled[rows].any())
         self.needs_tokens = bool(table.needs_tokens[rows].any())
         self.has_top = bool(table.num_top[rows].any())
-        self.is_scored = bool(table.num_scored[rows].any())
         self.is_traced = bool(table.is_traced[rows].any())
-        filters = (table.top_k[rows] != 0) | (table.top_p[rows] != 1) | (table.min_p[rows] != 0)
-        self.is_filtered = bool((filters & (self.temperature > 0)).any())
+        top_k, top_p, min_p = table.top_k[rows], table.top_p[rows], table.min_p[rows]
+        self.is_filtered = bool((((top_k != 0) | (top_p != 1) | (min_p != 0)) & (self.temperature > 0)).any())
         self.experts = _only(table.active_experts[rows]), _only(table.expert_threshold[rows])
         """(number, threshold) of all these rows; None for what differs among them."""
-        temperature_bits = np.zeros(len(rows), dtype=np.int64)
-        temperature_bits.view(np.float32)[: len(rows)] = self.temperature
-        self.drawing = np.stack((rows, table.seed[rows], temperature_bits))
-        """[3, rows] what a recorded step reads of each: its place and its seed; end to end the float32 temperatures."""
-
-    @property
-    def draws_plainly(self) -> bool:
-        """Samples are drawn from the logits as they are, and nothing comes with them."""
-        return not (self.is_filtered or self.is_ruled or self.has_top)
+        self.drawing = np.stack((rows, table.seed[rows], top_k, *map(_packed, (self.temperature, top_p, min_p))))
+        """[6, rows] how a recorded step draws for each: its place, its seed, top-k, and end to end the float32
+        temperatures, those of top-p and those of min-p."""
 
 
 class SequenceTable:
@@ -204,6 +196,13 @@ class SequenceTable:
         if num_stops > self.stop_ids.shape[1]:
             added = num_stops - self.stop_ids.shape[1]
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, added)), constant_values=-1)
+
+
+def _packed(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """As many int64 numbers, of whose memory the floats fill the first half."""
+    numbers = np.zeros(len(values), dtype=np.int64)
+    numbers.view(np.float32)[: len(values)] = values
+    return numbers
 
 
 def _only(values: NDArray) -> float | None:

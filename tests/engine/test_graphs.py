@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kogia.engine import graphs
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.graphs import SIZES, experts_refusal, recorded_sizes
@@ -134,6 +135,28 @@ def test_recorded_steps_on_a_cpu_give_the_tokens_of_steps_that_are_not(dtype, qu
     assert outputs(engine_of(model, num_draft_tokens=2), params) == want
     engine.update_weights(other)
     assert outputs(engine, params) == outputs(engine_of(other, graphs=False), params) != want
+
+
+def test_drawing_with_filters_is_recorded_where_a_kernel_takes_them_and_each_row_has_its_own(monkeypatch):
+    """On a CPU none does: here the reference is recorded."""
+    model = wide()
+    each = [GREEDY, SAMPLED, replace(SAMPLED, top_p=0.7), replace(SAMPLED, top_k=3), replace(SAMPLED, min_p=0.2)]
+    params = [*each, replace(SAMPLED, temperature=0.6, top_p=0.95, top_k=40, min_p=0.01), replace(SAMPLED, seed=9)]
+    want = [c[0].token_ids for c in engine_of(model, graphs=False).generate(PROMPTS, params)]
+    if engine_of(model).runner.graphs is None:
+        pytest.skip("no kernels here")
+    monkeypatch.setattr(graphs, "_refusal", lambda *_: None)
+    engine, drawn = engine_of(model), []
+    draw = graphs.DecodeGraphs.draw
+    monkeypatch.setattr(
+        graphs.DecodeGraphs,
+        "draw",
+        lambda self, step, *, filtered: drawn.append(filtered) or draw(self, step, filtered=filtered),
+    )
+    assert [c[0].token_ids for c in engine.generate(PROMPTS, params)] == want
+    assert len(drawn) > 10 and all(drawn)
+    assert [c[0].token_ids for c in engine.generate(PROMPTS[:2], params[:2])] == want[:2]
+    assert not drawn[-1], "no filter is on"
 
 
 @pytest.mark.parametrize(
