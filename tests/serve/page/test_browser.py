@@ -43,7 +43,8 @@ def server(tmp_path_factory) -> Iterator[RunningServer]:
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[f"--{flag}" for flag in (*FLAGS, "no-first-run")]
+            executable_path=CHROMIUM,
+            args=[f"--{flag}" for flag in (*FLAGS, "no-first-run", "host-resolver-rules=MAP kogia.test 127.0.0.1")],
         )
         yield browser
         browser.close()
@@ -206,6 +207,7 @@ def test_two_answers_are_written_side_by_side_and_one_goes_on(page, server):
     page.get_by_label("Compare with a second answer").check()
     page.locator(".second").get_by_label("Temperature").fill("1.5")
     page.locator(".second input[type=range]").fill("1")
+    page.locator(".settings").first.get_by_label("Temperature").fill("0.5")  # leaves the second one's as they are
     page.keyboard.press("Escape")
     ask(page)
     ended(page, 2)
@@ -279,17 +281,25 @@ NAMELESS = """all => all.filter(each => !each.hidden && !each.getAttribute("aria
     && !each.labels?.[0]?.textContent).map(each => each.outerHTML)"""
 
 
-def test_a_server_with_keys_asks_for_one_and_keeps_it_for_the_tab(browser, tmp_path_factory, model, tmp_path):
+def test_a_server_with_keys_asks_for_one_and_its_page_works_on_another_machine(browser, model, tmp_path):
+    """Where a browser trusts neither the host nor the connection, it has no `randomUUID` and no clipboard."""
     keys = tmp_path / "keys"
     keys.write_text("a-key-of-many-characters\n")
     with serving(model, api_key_file=str(keys)) as locked:
         context = browser.new_context()
         page = context.new_page()
-        page.goto(locked.url)
+        page.on("pageerror", lambda error: pytest.fail(f"the page threw {error}"))
+        page.goto(locked.url.replace("127.0.0.1", "kogia.test"))
+        assert not page.evaluate("isSecureContext")
         page.get_by_label("Key", exact=True).fill("a-key-of-many-characters")
         page.get_by_role("button", name="Open").click()
         for _ in range(2):
             expect(page.locator(".greeting h2")).to_have_text("tiny")
             page.reload()
+        answering(page, "yes")
+        ask(page)
+        ended(page)
+        page.locator(".answer .copy").click()
+        expect(page.locator(".answer .copy")).to_have_class("copy done")
         assert page.evaluate("localStorage.length") == 0 and "a-key" not in page.content()
         context.close()

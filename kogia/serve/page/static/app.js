@@ -16,7 +16,9 @@ import { PLAIN_SETTINGS, addNode, changeNode, newConversation, pairNodes, select
 
 const SAVE_PAUSE = 500; // ms between two savings of an answer that streams
 const element = (id) => document.getElementById(id);
-const newId = () => crypto.randomUUID();
+
+/** (`crypto.randomUUID` is only there over HTTPS or on one's own machine.) */
+const newId = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (each) => each.toString(16).padStart(8, "0")).join("");
 
 class App {
   async start() {
@@ -50,7 +52,7 @@ class App {
     document.documentElement.dataset.ready = "true";
     await Promise.all([this.loadStore(), this.loadModels()]);
     this.draw();
-    this.composer.focus();
+    if (matchMedia("(hover: hover)").matches) this.composer.focus(); // a phone's keyboard would cover half of the page
   }
 
   async loadStore() {
@@ -234,7 +236,6 @@ class App {
     const ended = node();
     if (!ended) return;
     announce({ done: "The answer is complete", stopped: "The answer was stopped", failed: `The answer failed: ${ended.error}` }[ended.state]);
-    this.messages.drawn = conversationId === this.current.id ? this.messages.drawn : "";
     this.change(this.conversations.get(conversationId));
     if (ended.status === 401) await this.askKey();
   }
@@ -278,11 +279,12 @@ class App {
   settings() {
     if (this.panel === "settings") return this.closePanel();
     this.openPanel("settings");
-    const change = (settings, other, redraw = false) => {
-      this.change({ ...this.current, settings, other });
-      if (redraw) show();
+    const change = (changed) => this.change({ ...this.current, ...changed });
+    const compareWith = (other) => {
+      change({ other });
+      show();
     };
-    const show = () => settingsView(element("panel"), this.current, this.models, { change, close: () => this.closePanel() });
+    const show = () => settingsView(element("panel"), this.current, this.models, { change, compareWith, close: () => this.closePanel() });
     show();
   }
 
@@ -306,6 +308,7 @@ class App {
     this.panel = what;
     this.opener = document.activeElement;
     element("panel").hidden = false;
+    element("panel").focus();
     document.body.classList.toggle("wide-panel", what !== "settings");
     this.drawHead();
   }

@@ -1,11 +1,13 @@
 // Layers by experts as a picture: the more tokens an expert had, the stronger its colour.
 
+import { balance } from "./experts.js";
 import { h } from "./html.js";
 
 const LEAST_HEIGHT = 7;
 const MOST_HEIGHT = 22;
 const MOST_PICTURE = 420;
 const MARGIN = 26;
+const BARS = 40; // wide, at the right: how uneven each layer is
 
 /** {element, draw(counts, tokens)} for layers of the given numbers, each of `experts` experts. */
 export function expertsPicture(layers, experts) {
@@ -19,11 +21,11 @@ export function expertsPicture(layers, experts) {
   const size = () => {
     const width = canvas.clientWidth || 320;
     const height = Math.min(MOST_HEIGHT, Math.max(LEAST_HEIGHT, MOST_PICTURE / layers.length));
-    return { width, cell: (width - MARGIN) / experts, height };
+    return { width, cell: (width - MARGIN - BARS) / experts, height };
   };
-  const paint = () => paintPicture(canvas, { ...size(), layers, experts, counts, cursor });
+  const paint = () => paintPicture(canvas, { ...size(), layers, experts, counts, tokens, cursor });
   const say = () => {
-    words.textContent = cursor === null ? "Rows are layers, columns experts. Point at one, or use the arrow keys." : cellWords(cursor, layers, experts, counts, tokens);
+    words.textContent = cursor === null ? `Rows are layers, columns experts. ${tokens > 1 ? "Bars show how uneven each layer is (MaxVio). " : ""}Point at an expert, or use the arrow keys.` : cellWords(cursor, layers, experts, counts, tokens);
   };
   const move = (next) => {
     cursor = next;
@@ -65,7 +67,7 @@ function cellWords({ layer, expert }, layers, experts, counts, tokens) {
   return `Layer ${layers[layer]}, expert ${expert}: ${count} of ${tokens} tokens (${((100 * count) / tokens).toFixed(1)} %)`;
 }
 
-function paintPicture(canvas, { width, cell, height, layers, experts, counts, cursor }) {
+function paintPicture(canvas, { width, cell, height, layers, experts, counts, tokens, cursor }) {
   const scale = devicePixelRatio || 1;
   canvas.width = Math.round(width * scale);
   canvas.height = Math.round(height * layers.length * scale);
@@ -93,6 +95,13 @@ function paintPicture(canvas, { width, cell, height, layers, experts, counts, cu
     }
   }
   context.globalAlpha = 1;
+  if (tokens > 1) paintBars(context, balance(counts, layers.length, experts), { left: width - BARS + 6, height, colour: style.getPropertyValue("--soft") });
   context.strokeStyle = style.getPropertyValue("--ink");
   if (cursor) context.strokeRect(MARGIN + cursor.expert * cell - 0.5, cursor.layer * height - 0.5, cell, height);
+}
+
+function paintBars(context, layers, { left, height, colour }) {
+  const most = Math.max(...layers.map((each) => each.maxVio)) || 1;
+  context.fillStyle = colour;
+  layers.forEach(({ maxVio }, at) => context.fillRect(left, at * height + 1, ((BARS - 6) * maxVio) / most, height - 3));
 }

@@ -110,7 +110,7 @@ function thoughtView(node, actions) {
     now.hidden = !thinks;
     title.textContent = thinks ? "Thinking" : "Thought";
     count.textContent = thoughtLength(current);
-    preview.textContent = thinks ? current.reasoning.trim().split("\n").at(-1).slice(-120) : "";
+    preview.textContent = thinks ? current.reasoning.slice(-120).trim().split("\n").at(-1) : "";
     show(blocks?.thought, current.reasoning);
   };
   return { element, update };
@@ -159,9 +159,20 @@ function branches(node, siblings, actions) {
   );
 }
 
+/** (The clipboard is only there over HTTPS or on one's own machine; the old way is everywhere.) */
+async function copyText(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = h("textarea", { class: "unseen" });
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
 function copyButton(textOf) {
   const copy = button("Copy", "copy", async () => {
-    await navigator.clipboard.writeText(textOf());
+    await copyText(textOf());
     copy.classList.add("done");
     setTimeout(() => copy.classList.remove("done"), 1200);
   });

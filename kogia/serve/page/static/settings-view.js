@@ -3,16 +3,16 @@
 import { shareWords } from "./experts.js";
 import { button, h } from "./html.js";
 
-/** Fills the panel. `change(settings, other)` is told of every change. */
-export function settingsView(panel, conversation, models, { change, close }) {
+/** Fills the panel. `change` is told {settings} or {other}, whichever has changed. */
+export function settingsView(panel, conversation, models, { change, compareWith, close }) {
   const { settings, other } = conversation;
-  const compare = h("input", { type: "checkbox", checked: Boolean(other), onchange: (event) => change(settings, event.target.checked ? { ...settings } : null, true) });
+  const compare = h("input", { type: "checkbox", checked: Boolean(other), onchange: (event) => compareWith(event.target.checked ? { ...settings } : null) });
   panel.setAttribute("aria-label", "Settings");
   panel.replaceChildren(
     h("div", { class: "row" }, h("h2", {}, "Settings"), h("span", { class: "space" }), button("Close", "close", close)),
-    form(settings, models, (next) => change(next, other)),
+    form(settings, models, (next) => change({ settings: next })),
     h("label", { class: "switch" }, compare, h("span", {}, "Compare with a second answer"), h("small", {}, "Both are written at once, side by side.")),
-    other ? h("section", { class: "second" }, h("h3", {}, "Second answer"), form(other, models, (next) => change(settings, next))) : "",
+    other ? h("section", { class: "second" }, h("h3", {}, "Second answer"), form(other, models, (next) => change({ other: next }))) : "",
   );
 }
 
