@@ -30,7 +30,7 @@ class Answer:
         self._thought, self._answer = GrowingText(), GrowingText()
         self._fresh = {"reasoning": "", "content": ""}
         """Text since the last message."""
-        self._counts = _Counts(clock)
+        self._counts = Counts(clock)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -81,7 +81,7 @@ class Answer:
         return {**fresh, **changes, **self._counts.words()}
 
 
-class _Counts:
+class Counts:
     """Tokens and seconds of an answer and of its thought."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

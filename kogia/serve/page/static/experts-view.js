@@ -83,7 +83,7 @@ function paintPicture(canvas, { width, cell, height, layers, experts, counts, to
     const top = layer * height;
     context.globalAlpha = 1;
     context.fillStyle = style.getPropertyValue("--soft");
-    if (height >= 11 || layer % 5 === 0) context.fillText(String(layers[layer]), 0, top + height / 2);
+    if (height >= 11 || layer % 5 === 0) context.fillText(String(layers[layer]), 0, Math.max(6, top + height / 2));
     for (let expert = 0; expert < experts; expert++) {
       const share = counts[layer * experts + expert] / most;
       context.globalAlpha = 1;
@@ -96,6 +96,7 @@ function paintPicture(canvas, { width, cell, height, layers, experts, counts, to
   }
   context.globalAlpha = 1;
   if (tokens > 1) paintBars(context, balance(counts, layers.length, experts), { left: width - BARS + 6, height, colour: style.getPropertyValue("--soft") });
+  context.globalAlpha = 1;
   context.strokeStyle = style.getPropertyValue("--ink");
   if (cursor) context.strokeRect(MARGIN + cursor.expert * cell - 0.5, cursor.layer * height - 0.5, cell, height);
 }
@@ -103,5 +104,6 @@ function paintPicture(canvas, { width, cell, height, layers, experts, counts, to
 function paintBars(context, layers, { left, height, colour }) {
   const most = Math.max(...layers.map((each) => each.maxVio)) || 1;
   context.fillStyle = colour;
+  context.globalAlpha = 0.6;
   layers.forEach(({ maxVio }, at) => context.fillRect(left, at * height + 1, ((BARS - 6) * maxVio) / most, height - 3));
 }

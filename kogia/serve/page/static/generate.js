@@ -47,6 +47,10 @@ export async function generate(body, node, blocks, signal, update) {
     if (current.state === "streaming") tell({ state: "failed", error: "the server ended the answer early" });
   } catch (error) {
     if (signal.aborted) tell({ state: "stopped" });
-    else tell({ state: "failed", error: error.message, status: error.status });
+    else tell({ state: "failed", error: wordsFor(error), status: error.status });
   }
+}
+
+function wordsFor(error) {
+  return error instanceof api.ApiError ? error.message : "The connection to the server was lost.";
 }
