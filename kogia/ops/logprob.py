@@ -21,7 +21,30 @@ def _chunks(rows: int, vocab: int) -> range:
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     logits = product(hidden, weight)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+@op(cpu=("kogia.ops.cpu.logprob",))
+def predictions(
+    logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """(log p(target), entropy, log of the sum of powers) of each row, without gradients."""
+    lse = logits.logsumexp(-1)
+    expected = logits.sub(lse[:, None]).exp_().mul_(logits).sum(-1)
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - lse, lse - expected, lse
+
+
+@op(cpu=("kogia.ops.cpu.logprob",))
+def prediction_grads(
+    logits: Float[Tensor, "rows vocab"],
+    targets: Int[Tensor, " rows"],
+    lse: Float[Tensor, " rows"],
+    grad: Float[Tensor, " rows"],
+) -> Float[Tensor, "rows vocab"]:
+    """What the gradient of log p(target) is to the logits, in their place."""
+    grads = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+    return grads.scatter_add_(-1, targets[:, None], grad[:, None])
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -35,10 +58,7 @@ class _LinearLogprob(torch.autograd.Function):
         for start in _chunks(rows, vocab):
             part = slice(start, start + step)
             logits = _logits(hidden[part], weight, temperature)
-            lse[part] = logits.logsumexp(-1)
-            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse[part]
-            expected = logits.sub(lse[part, None]).exp_().mul_(logits).sum(-1)
-            entropy[part] = lse[part] - expected
+            logprobs[part], entropy[part], lse[part] = predictions(logits, targets[part])
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -52,11 +72,9 @@ class _LinearLogprob(torch.autograd.Function):
         step = _chunks(hidden.shape[0], weight.shape[0]).step
         for start in _chunks(hidden.shape[0], weight.shape[0]):
             part = slice(start, start + step)
-            grad = grads[0][part, None] / ctx.temperature
+            grad = grads[0][part] / ctx.temperature
             logits = _logits(hidden[part], weight, ctx.temperature)
-            d_logits = logits.sub_(lse[part, None]).exp_().mul_(-grad)
-            d_logits.scatter_add_(-1, targets[part, None], grad)
-            d_logits = d_logits.to(weight.dtype)
+            d_logits = prediction_grads(logits, targets[part], lse[part], grad).to(weight.dtype)
             grad_hidden[part] = product(d_logits, weight.T)
             grad_weight += product(d_logits.T, hidden[part].T)
         return grad_hidden, grad_weight.to(weight.dtype), None, None

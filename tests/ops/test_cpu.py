@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kogia.ops import attention, cache, latent, linear, moe, norm, rope, sample
+from kogia.ops import attention, cache, latent, linear, logprob, moe, norm, rope, sample
 from kogia.ops.cache import KVRow, LatentRow, LayerCache
 from kogia.ops.cpu import build
 from kogia.ops.cpu.record import recording
@@ -31,6 +31,7 @@ from kogia.ops.cpu import common
 from kogia.ops.cpu import embed as cpu_embed
 from kogia.ops.cpu import latent as cpu_latent
 from kogia.ops.cpu import linear as cpu_linear
+from kogia.ops.cpu import logprob as cpu_logprob
 from kogia.ops.cpu import moe as cpu_moe
 from kogia.ops.cpu import norm as cpu_norm
 from kogia.ops.cpu import products as cpu_products
@@ -39,7 +40,8 @@ from kogia.ops.cpu import sample as cpu_sample
 from kogia.ops.cpu import varlen as cpu_varlen
 
 MODULES = (
-    cpu_attention, cpu_embed, cpu_latent, cpu_linear, cpu_moe, cpu_norm, cpu_products, cpu_rope, cpu_sample, cpu_varlen,
+    cpu_attention, cpu_embed, cpu_latent, cpu_linear, cpu_logprob, cpu_moe, cpu_norm, cpu_products, cpu_rope,
+    cpu_sample, cpu_varlen,
 )  # fmt: skip
 BF16 = torch.bfloat16
 LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.level()) :]
@@ -232,6 +234,38 @@ def test_numbers_to_draw_with_are_the_references(pairs):
     assert cpu_sample.counter_uniforms_supports(seeds, positions) is None
     found = cpu_sample.counter_uniforms(seeds, positions)
     assert found.equal(sample.counter_uniforms.reference(seeds, positions))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (300, 401)])
+def test_gradients_of_the_inside_of_a_feed_forward_part_equal_those_in_float64(shape):
+    gate, up = (draw(shape[0], 2 * shape[1], dtype=torch.float32) * 3).chunk(2, -1)  # views, as experts have
+    tensors = [each.detach().requires_grad_() for each in (gate, up)]
+    assert cpu_moe.silu_mul_supports(*tensors) is None
+    wide_ones = [each.detach().double().requires_grad_() for each in tensors]
+    got, want = cpu_moe.silu_mul(*tensors), moe.silu_mul.reference(*wide_ones)
+    assert distance(got, want) < ROUNDED[torch.float32]
+    upstream = draw(*shape, dtype=torch.float32)
+    pairs = torch.autograd.grad(got, tensors, upstream), torch.autograd.grad(want, wide_ones, upstream.double())
+    assert all(distance(one, other) < ROUNDED[torch.float32] for one, other in zip(*pairs, strict=True))
+    tensors[0].data[:, 0], tensors[0].data[0, -1] = 200.0, -200.0
+    slopes = torch.autograd.grad(cpu_moe.silu_mul(*tensors).sum(), tensors)
+    assert all(each.isfinite().all() for each in slopes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vocab", [1, 31, 526, 1000])
+@pytest.mark.parametrize("rows", [0, 1, 90])
+def test_predictions_and_their_gradients_equal_those_in_float64(vocab, rows):
+    logits, targets = draw(rows, vocab, dtype=torch.float32) * 5, torch.arange(rows) % vocab
+    logits[:, -1] += 60
+    exact = logits.double()
+    got, want = cpu_logprob.predictions(logits, targets), logprob.predictions.reference(exact, targets)
+    torch.testing.assert_close(got, tuple(each.float() for each in want), rtol=1e-6, atol=1e-5)
+    grad = draw(rows, dtype=torch.float32)
+    changed = cpu_logprob.prediction_grads(logits, targets, got[2], grad)
+    assert changed is logits
+    wanted = logprob.prediction_grads.reference(exact, targets, want[2], grad.double())
+    torch.testing.assert_close(changed, wanted.float(), rtol=2e-5, atol=1e-6)
 
 
 @torch.no_grad()

@@ -1155,20 +1155,83 @@ struct SiluArgs {
     const char* gate;
     const char* up;
     char* out;
-    int64_t size, threads;
+    int64_t rows, width, gate_row, up_row, threads;  // the third and fourth are strides
+    const float* grad;                               // of `out`, and of what it is made of, all without gaps
+    float* grad_gate;
+    float* grad_up;
 };
 
 template <class T> void silu_mul(const SiluArgs& a) {
-    const T* gates = reinterpret_cast<const T*>(a.gate);
-    const T* ups = reinterpret_cast<const T*>(a.up);
-    T* out = reinterpret_cast<T*>(a.out);
-    constexpr int64_t PART = 1 << 10;
-    spread((a.size + PART - 1) / PART, PART, a.threads, [&](int64_t part) {
-        for (int64_t i = part * PART; i < std::min(a.size, (part + 1) * PART); i++) {
+    spread(a.rows, a.width, a.threads, [&](int64_t r) {
+        const T* gates = reinterpret_cast<const T*>(a.gate) + r * a.gate_row;
+        const T* ups = reinterpret_cast<const T*>(a.up) + r * a.up_row;
+        T* out = reinterpret_cast<T*>(a.out) + r * a.width;
+        for (int64_t i = 0; i < a.width; i++) {
             float gate = widen(gates[i]);
             put(out + i, rounded<T>(gate / (1.0f + exponential(-gate))) * widen(ups[i]));
         }
     });
+}
+
+void silu_mul_backward(const SiluArgs& a) {
+    spread(a.rows, a.width, a.threads, [&](int64_t r) {
+        const float* gates = reinterpret_cast<const float*>(a.gate) + r * a.gate_row;
+        const float* ups = reinterpret_cast<const float*>(a.up) + r * a.up_row;
+        const float* grad = a.grad + r * a.width;
+        float* grad_gate = a.grad_gate + r * a.width;
+        float* grad_up = a.grad_up + r * a.width;
+        for (int64_t i = 0; i < a.width; i++) {
+            float gate = gates[i], sigmoid = 1.0f / (1.0f + exponential(-gate));
+            grad_up[i] = grad[i] * gate * sigmoid;
+            grad_gate[i] = grad[i] * ups[i] * sigmoid * (1.0f + gate * (1.0f - sigmoid));
+        }
+    });
+}
+
+// ------------------------------------------------------------------------------------------------ log-probabilities
+
+struct LogprobArgs {
+    float* logits;
+    int64_t rows, vocab;
+    const int64_t* targets;
+    float* logprobs;
+    float* entropy;
+    float* lse;
+    int64_t threads;
+    const float* grad;  // of the log-probabilities
+};
+
+void logprob_row(const LogprobArgs& a, int64_t r) {
+    const float* x = a.logits + r * a.vocab;
+    float most[STRIPE], total[STRIPE] = {}, weighted[STRIPE] = {};
+    int64_t whole = a.vocab / STRIPE * STRIPE;
+    std::fill(most, most + STRIPE, -std::numeric_limits<float>::infinity());
+    for (int64_t i = 0; i < whole; i += STRIPE)
+        for (int64_t j = 0; j < STRIPE; j++) most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
+    for (int64_t i = whole; i < a.vocab; i++) most[0] = std::max(most[0], x[i]);
+    float top = *std::max_element(most, most + STRIPE);
+    for (int64_t i = 0; i < whole; i += STRIPE)
+        for (int64_t j = 0; j < STRIPE; j++) {
+            float power = exponential(x[i + j] - top);
+            total[j] += power, weighted[j] += power * x[i + j];
+        }
+    for (int64_t i = whole; i < a.vocab; i++) {
+        float power = exponential(x[i] - top);
+        total[0] += power, weighted[0] += power * x[i];
+    }
+    double sum = 0, mean = 0;
+    for (int64_t j = 0; j < STRIPE; j++) sum += total[j], mean += weighted[j];
+    double lse = top + std::log(sum);
+    a.lse[r] = float(lse);
+    a.logprobs[r] = float(x[a.targets[r]] - lse);
+    a.entropy[r] = float(lse - mean / sum);
+}
+
+void logprob_row_backward(const LogprobArgs& a, int64_t r) {
+    float* x = a.logits + r * a.vocab;
+    float grad = a.grad[r], lse = a.lse[r];
+    for (int64_t i = 0; i < a.vocab; i++) x[i] = exponential(x[i] - lse) * -grad;
+    x[a.targets[r]] += grad;
 }
 
 }  // namespace
@@ -1252,6 +1315,16 @@ void kogia_uniforms(const UniformArgs* a) {
         uint64_t state = uint64_t(a->seeds[i]) + (uint64_t(a->positions[i]) + 1) * 0x9E3779B97F4A7C15u;
         a->out[i] = double(mix(state) >> 11) * 0x1p-53;
     }
+}
+
+void kogia_silu_mul_backward(const SiluArgs* a) { silu_mul_backward(*a); }
+
+void kogia_logprob(const LogprobArgs* a) {
+    spread(a->rows, a->vocab, a->threads, [&](int64_t r) { logprob_row(*a, r); });
+}
+
+void kogia_logprob_backward(const LogprobArgs* a) {
+    spread(a->rows, a->vocab, a->threads, [&](int64_t r) { logprob_row_backward(*a, r); });
 }
 
 void kogia_sample(const SampleArgs* a) {

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kogia.ops.cpu.common import (
     DTYPES,
     NO_WEIGHT,
     Kernel,
     address,
-    alike_refusal,
+    plain_refusal,
     refusal,
     weight_fields,
     weight_refusal,
@@ -20,7 +21,8 @@ from kogia.ops.moe import Activation, Routed, SharedExperts
 from kogia.ops.packed import Packed
 
 _mix_experts = Kernel("kogia_mix_experts", "7q 2q 5q5q q 5q5q5q 3q")
-_silu_mul = Kernel("kogia_silu_mul", "6q")
+_silu_mul = Kernel("kogia_silu_mul", "9q 3q")
+_silu_mul_backward = Kernel("kogia_silu_mul_backward", "9q 3q")
 _route = Kernel("kogia_route", "5q 3q 5q d 8q")
 
 
@@ -135,15 +137,48 @@ def route_supports(
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Rounded where the reference is."""
-    out = torch.empty_like(gate)
-    _silu_mul(
-        DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), torch.get_num_threads(),
-    )  # fmt: skip
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SiluMul.apply(gate, up)  # pyright: ignore[reportReturnType]
+    return _activated(gate, up)
+
+
+class _SiluMul(torch.autograd.Function):
+    """One pass each way, and nothing is kept but what is given."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _activated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up = ctx.saved_tensors
+        grad, grad_gate, grad_up = grads[0].contiguous(), torch.empty(gate.shape), torch.empty(up.shape)
+        _silu_mul_backward(*_silu_fields(gate, up), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr())
+        return grad_gate, grad_up
+
+
+def _activated(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    _silu_mul(*_silu_fields(gate, up, out), 0, 0, 0)
     return out
 
 
+def _silu_fields(gate: Tensor, up: Tensor, out: Tensor | None = None) -> tuple[int, ...]:
+    return (
+        DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), address(out),
+        *gate.shape, gate.stride(0), up.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def silu_mul_supports(gate: Tensor, up: Tensor) -> str | None:
-    return alike_refusal(gate, up)
+    if gate.ndim != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
+        return "it takes rows whose numbers lie side by side"
+    if gate.dtype not in DTYPES or up.dtype != gate.dtype:
+        return f"it takes tensors of one of {tuple(DTYPES)}, not {gate.dtype} and {up.dtype}"
+    needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    return plain_refusal(gate, up) if needs_grad else None
 
 
 def _activation_refusal(activation: Activation) -> str | None:
