@@ -22,6 +22,7 @@ from kogia.model.costs import (
 from kogia.model.facts import attention_name
 from kogia.model.presets import preset
 from kogia.model.transformer import Transformer, build_model
+from kogia.ops.dispatch import use_backend
 from kogia.train.loss import LossWeights, supervised_loss
 
 V3 = ModelConfig(
@@ -190,11 +191,17 @@ def test_the_activation_estimate_is_near_what_autograd_really_keeps(name):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = supervised_loss(model, batch, LossWeights(mtp=0.3, balance=1e-4)).total
-    assert loss.requires_grad
+    def kept_bytes() -> int:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = supervised_loss(model, batch, LossWeights(mtp=0.3, balance=1e-4)).total
+        assert loss.requires_grad
+        return sum(kept.values())
+
     estimate = train_memory(MODELS[name], 1024).activations
-    assert sum(kept.values()) == pytest.approx(estimate, rel=0.15)
+    with use_backend("reference"):
+        assert kept_bytes() == pytest.approx(estimate, rel=0.15)
+    assert kept_bytes() < 1.15 * estimate, "a CPU's kernels keep less"
 
 
 def test_queries_compressed_layer_by_layer_are_kept_as_others_are():
