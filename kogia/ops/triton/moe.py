@@ -34,8 +34,10 @@ from kogia.ops.triton.common import (
 )
 from kogia.ops.triton.packed import (
     add_product,
+    block_starts,
     columns,
     either,
+    group_scales,
     kind,
     layout,
     load_rows,
@@ -258,9 +260,10 @@ def _gate_up(
     x, ids, rows, block_expert, num_blocks, gate_up, shared_gate, shared_up, hidden, dim, width,
     K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr, ZEROS: tl.constexpr, INTERPRET: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, SPLIT: tl.constexpr = 1,
 ):  # fmt: skip
-    """hidden[copy] = silu(gate) * up of its expert."""
+    """hidden[copy] = silu(gate) * up of its expert. Where SPLIT is not 1, so many groups of warps share the depth, as
+    in products with one matrix, and the scales of int4 are read one block ahead."""
     wait_for_inputs(PDL)
     block = tl.program_id(1)
     slot = tl.arange(0, BLOCK_M)
@@ -285,10 +288,24 @@ def _gate_up(
     is_up = both >= BLOCK_N
     data, scale = tl.where(is_up, of_up[0], of_gate[0]), tl.where(is_up, of_up[1], of_gate[1])
     weight = data, scale, tl.where(is_up, of_up[2], of_gate[2])
-    acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(0, dim, BLOCK_K):
-        even, odd = load_rows(x + token * dim, copy >= 0, start, dim, FORMAT, BLOCK_K, 1, INTERPRET)
-        acc = add_product(acc, even, odd, weight, inside, start, dim, FORMAT, ZEROS, BLOCK_K, 1, INTERPRET)
+    at = x + token * dim
+    if SPLIT == 1:
+        acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
+        for start in range(0, dim, BLOCK_K):
+            even, odd = load_rows(at, copy >= 0, start, dim, FORMAT, BLOCK_K, 1, INTERPRET)
+            acc = add_product(acc, even, odd, weight, inside, start, dim, FORMAT, ZEROS, BLOCK_K, 1, INTERPRET)
+    else:
+        sums = tl.zeros((SPLIT, 2 * BLOCK_N, BLOCK_M), tl.float32)
+        scales = group_scales(weight, inside, block_starts(0, SPLIT, BLOCK_K), dim, BLOCK_K, SPLIT)
+        for block in range(0, tl.cdiv(dim, BLOCK_K), SPLIT):
+            starts = block_starts(block, SPLIT, BLOCK_K)
+            ahead = group_scales(weight, inside, starts + SPLIT * BLOCK_K, dim, BLOCK_K, SPLIT)
+            even, odd = load_rows(at, copy >= 0, starts, dim, FORMAT, BLOCK_K, SPLIT, INTERPRET)
+            sums = add_product(
+                sums, even, odd, weight, inside, starts, dim, FORMAT, ZEROS, BLOCK_K, SPLIT, INTERPRET, scales
+            )  # fmt: skip
+            scales = ahead
+        acc = tl.sum(sums, 0)
     acc = tl.reshape(scaled(acc, weight, inside, FORMAT), (2, BLOCK_N, BLOCK_M))
     g, u = tl.split(tl.permute(acc, (1, 2, 0)))
     g = g.to(hidden.dtype.element_ty).to(tl.float32)
@@ -392,6 +409,8 @@ def mix_experts(
             PDL=PDL, num_warps=4 if pairs <= 1024 else 8, **LAUNCH,
         )  # fmt: skip
     tile = _tile(gate_up, bm, pairwise)
+    if pairwise and kind(gate_up)[0] == "int4":
+        tile = INT4_PAIRWISE
     _gate_up[(triton.cdiv(width, tile["BLOCK_N"]), most)](
         x, expert_ids, rows, block_expert, num_blocks, operand(gate_up), operand(sg), operand(su), hidden, dim, width,
         **layout(gate_up), **tile, **shapes,
@@ -412,6 +431,10 @@ def mix_experts(
 def _block_rows(mean: float) -> int:
     """Copies in a block, where an expert has so many on average."""
     return 8 if mean <= 4 else 16 if mean <= 16 else 32 if mean <= 32 else 64
+
+
+INT4_PAIRWISE = {"BLOCK_N": 16, "SPLIT": 4, "num_warps": 4, "num_stages": 4}
+"""Of `_gate_up`: with the depth in four parts, more warps convert codes at a time."""
 
 
 def _tile(weight: Tensor | Packed, block_rows: int, pairwise: bool) -> dict[str, int]:

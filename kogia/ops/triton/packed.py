@@ -223,13 +223,24 @@ def _ptx_nibbles(high, half):
 
 
 @kernel
+def group_scales(
+    rows, inside, start, depth, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """Of rows of W in int4, the scales of the SPLIT blocks of columns from `start`, for `add_product`."""
+    first, there = _parts(start, SPLIT), _along(inside, SPLIT)
+    return tl.load(_along(rows[1], SPLIT) + first // BLOCK_K, there & (first < depth), 0.0).to(tl.float32)
+
+
+@kernel
 def add_product(
     acc, even, odd, rows, inside, start, depth,
     FORMAT: tl.constexpr, ZEROS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, INTERPRET: tl.constexpr,
+    scales=None,
 ):  # fmt: skip
     """acc + W x^T over the columns `start`... of rows of W (`rows_of`) and what `load_rows` made of x; of int8 not yet
     scaled.
 
+    `scales` are those of int4, where they have been read before: Triton lets only operands of products run ahead.
     W is the M side of the products, of which there are 16 rows at a time: the other side, of 8, is hardly wasted where
     x has few rows.
     """
@@ -239,7 +250,10 @@ def add_product(
         there = _within(there, first, depth, SPLIT)
         codes = tl.load(_along(data, SPLIT) + (first // 2 + _across(tl.arange(0, BLOCK_K // 2), SPLIT)), there, 0)
         group = first // BLOCK_K
-        factor = tl.load(_along(scale, SPLIT) + group, there, 0.0).to(tl.float32)
+        if scales is None:
+            factor = tl.load(_along(scale, SPLIT) + group, there, 0.0).to(tl.float32)
+        else:
+            factor = scales
         part = tl.dot(_numbers(codes, even, "low", INTERPRET), even)
         part = tl.dot(_numbers(codes, even, "high", INTERPRET), odd, part)
         if ZEROS:
