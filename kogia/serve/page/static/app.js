@@ -324,8 +324,10 @@ class App {
   }
 
   toggleSidebar(open = !document.body.classList.contains("sidebar-open")) {
-    document.body.classList.toggle("sidebar-open", open);
-    element("shade").hidden = !open;
+    // where there is room for it, it is always there
+    const covers = open && matchMedia("(max-width: 760px)").matches;
+    document.body.classList.toggle("sidebar-open", covers);
+    element("shade").hidden = !covers;
     if (open) element("search").focus();
   }
 
