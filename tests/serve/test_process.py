@@ -115,3 +115,10 @@ def test_an_address_in_use_and_a_model_that_is_not_there_are_errors_of_the_user(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["serve", str(model), "--host", "0.0.0.0"])
     assert "--api-key-file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["fastapi", "nh3"])
+def test_what_is_not_installed_is_named_with_the_way_to_it(model, monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["serve", str(model), "--port", "0"]) == 2
+    assert f"takes {name}, not installed here; pip install 'kogia[server]'" in capsys.readouterr().err
