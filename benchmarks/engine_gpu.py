@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches whose step is profiled")
     parser.add_argument("--profile-host", type=int, metavar="BATCH", help="0: of one long prompt")
     parser.add_argument("--profile-prefill", action="store_true")
+    parser.add_argument("--long", action="store_true", help="what 63k more tokens of context add to a step of batch 1")
     parser.add_argument("--lazy", action="store_true", help="record graphs when they are needed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -82,6 +83,12 @@ def main() -> None:
         host_profile(engine, args.profile_host)
     if args.profile_prefill:
         profile_prefill(engine)
+    if args.long:
+        del engine, model
+        torch.cuda.empty_cache()
+        added, short = zip(*long_context(args.layers, args.rounds))
+        say("decode-ctx64k-added-ms", median(added), "ms", low=min(added), high=max(added), limit=0.75,
+            short_ms=round(median(short), 3))  # fmt: skip
 
 
 def peer_figures(file: Path) -> dict[str, float]:
@@ -122,20 +129,20 @@ def copy_rate() -> float:
     return 2 * a.numel() / median(times) / 1e9
 
 
-def v2_lite_config(layers: int = 27, mtp_layers: int = 0) -> Any:
+def v2_lite_config(layers: int = 27, mtp_layers: int = 0, max_position: int = 16384) -> Any:
     from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 
     mla = MLAConfig(num_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
                     v_head_dim=128)  # fmt: skip
     moe = MoEConfig(num_experts=64, num_shared_experts=2, topk=6, expert_dim=1408, num_dense_layers=1)
     return ModelConfig(vocab_size=32000, dim=2048, num_layers=layers, ffn_dim=10944, attention=mla, moe=moe,
-                       max_position=16384, init_std=0.02, num_mtp_layers=mtp_layers)  # fmt: skip
+                       max_position=max_position, init_std=0.02, num_mtp_layers=mtp_layers)  # fmt: skip
 
 
-def v2_lite(layers: int = 27, mtp_layers: int = 0) -> Any:
+def v2_lite(layers: int = 27, mtp_layers: int = 0, max_position: int = 16384) -> Any:
     from kogia.model.transformer import build_model
 
-    return build_model(v2_lite_config(layers, mtp_layers), device="cuda", dtype=torch.bfloat16)
+    return build_model(v2_lite_config(layers, mtp_layers, max_position), device="cuda", dtype=torch.bfloat16)
 
 
 def build_engine(model: Any, **options: Any) -> Any:
@@ -171,6 +178,27 @@ def decode(engine: Any, batch: int, tokens: int = 128) -> tuple[float, float]:
     timed(engine, prompts, 8)
     one = timed(engine, prompts, 1)
     return batch * tokens / (timed(engine, prompts, tokens + 1) - one), batch * 512 / one
+
+
+def long_context(layers: int, rounds: int) -> list[tuple[float, float]]:
+    """(what a step at a context of 65k takes beyond one at 2k, the latter), milliseconds."""
+    engine = build_engine(v2_lite(layers, max_position=67584), num_blocks=1100)
+    found = []
+    for _ in range(rounds):
+        short, long = step_ms(engine, 2048), step_ms(engine, 2048 + 63 * 1024)
+        found.append((long - short, short))
+    return found
+
+
+def step_ms(engine: Any, context: int, steps: int = 100) -> float:
+    """Of a decode step of one sequence behind a prompt of `context` tokens."""
+    engine.add(prompts_of(1, context)[0], params_of(steps + 60))
+    for _ in range(-(-context // engine.config.max_batch_tokens) + 40):
+        engine.step()
+    _, seconds = timed_call(lambda: [engine.step() for _ in range(steps)])
+    while engine.num_unfinished:
+        engine.step()
+    return seconds / steps * 1e3
 
 
 def prefill(engine: Any, count: int, length: int) -> float:
