@@ -1,13 +1,14 @@
 """Host time of a decode step: planning, packing, launching and settling, with a device that costs nothing.
 
-    python benchmarks/host_time.py [--batches 1 64 256] [--rounds 5] [--profile]
-                                   [--gpu LAYERS] [--out benchmarks/results/host_time.json]
+    python benchmarks/host_time.py [--batches 1 64 256] [--rounds 5] [--profile] [--gpu LAYERS]
+                                   [--peer EARLIER.json] [--out benchmarks/results/host_time.json]
 
 The graphs of the steps are replaced by ones that do nothing, so that what is left is the host's; the microseconds of
 launching a graph itself are not in it. Beside each figure stands that of a host whose caches are cold: in place of the
 model's part 64 MiB are read, as weights would be on a CPU, which takes no part in the time. Every row decodes one token
-a step, drawn at temperature 1. Figures are medians of rounds, with the least and the greatest, and so are the phases,
-which are timed in rounds of their own; with --profile, what takes the time.
+a step, drawn at temperature 1; in the rows "heard" each has a listener who gets its tokens. --peer names an earlier
+result, whose figures stand beside. Figures are medians of rounds, with the least and the greatest, and so are the
+phases, which are timed in rounds of their own; with --profile, what takes the time.
 
 With --gpu nothing is replaced: the model is that of engine_gpu.py with so many layers, and what the host waits for the
 device is a phase of its own, "wait", which is not in the figure.
@@ -15,6 +16,7 @@ device is a phase of its own, "wait", which is not in the figure.
 
 import argparse
 import cProfile
+import json
 import pstats
 import sys
 import time
@@ -54,20 +56,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of a round")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--gpu", type=int, metavar="LAYERS")
+    parser.add_argument("--peer", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    peer = {} if args.peer is None else {row["id"]: row["value"] for row in json.loads(args.peer.read_text())["rows"]}
+
+    def say(name: str, engine: Any, batch: int) -> None:
+        found = measured(name, engine, batch, args.rounds, args.steps)
+        rows.append(found | ({"peer": peer[name]} if name in peer else {}))
+        print(rows[-1], flush=True)
+
     for batch in args.batches:
         engine = idle_engine(batch) if args.gpu is None else gpu_engine(batch, args.gpu)
         step_seconds(engine, 30)
-        for name, size in (("", 0), ("-cold", COLD_BYTES))[: 2 if args.gpu is None else 1]:
-            Idle.weights = np.zeros(size // 4, dtype=np.float32)
-            rows.append(measured(f"host-b{batch}{name}", engine, batch, args.rounds, args.steps))
-            print(rows[-1], flush=True)
-        Idle.weights = np.zeros(0)
+        say(f"host-b{batch}", engine, batch)
         if args.profile:
             profile(engine, args.steps)
+        if args.gpu is None:
+            Idle.weights = np.zeros(COLD_BYTES // 4, dtype=np.float32)
+            say(f"host-b{batch}-cold", engine, batch)
+            Idle.weights = np.zeros(0)
+            engine = idle_engine(batch, stream=True)
+            step_seconds(engine, 30)
+            say(f"host-b{batch}-heard", engine, batch)
     if args.out:
         write_result(args.out, "host_time", rows)
 
@@ -111,9 +124,9 @@ def phase_seconds(engine: Any, steps: int) -> dict[str, float]:
 
 
 def _timed(work: Callable[..., Any], found: list[float]) -> Callable[..., Any]:
-    def timed(*args: Any) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
         idle, started = Idle.seconds, time.perf_counter()
-        result = work(*args)
+        result = work(*args, **kwargs)
         found.append(time.perf_counter() - started - (Idle.seconds - idle))
         return result
 
@@ -129,7 +142,7 @@ def profile(engine: Any, steps: int) -> None:
     pstats.Stats(profiler).sort_stats("tottime").print_stats(28)
 
 
-def idle_engine(batch: int) -> Any:
+def idle_engine(batch: int, *, stream: bool = False) -> Any:
     """An engine with `batch` sequences under way, whose steps take the path of recorded ones without a model."""
     from kogia.engine import engine as engine_module
     from kogia.engine import graphs
@@ -154,7 +167,7 @@ def idle_engine(batch: int) -> Any:
     engine = engine_module.Engine(build_model(config, dtype=torch.bfloat16), None, settings)
     params = SamplingParams(temperature=1.0, max_tokens=3990, ignore_eos=True, seed=1)
     for index in range(batch):
-        engine.add([5 + index % 40] * 100, params)
+        engine.add([5 + index % 40] * 100, params, stream=stream)
     return engine
 
 

@@ -44,6 +44,7 @@ def written(text: str) -> str:
         "packed": packed_table(),
         "cpu": cpu_table(),
         "cores": cores_table(),
+        "host": host_table(),
     }
     for name, table in tables.items():
         begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
@@ -126,6 +127,18 @@ def cpu_table() -> list[str]:
         for id, row in rows.items()
         if id.startswith("cpu-")
     ]
+    return lines
+
+
+def host_table() -> list[str]:
+    """What Python and NumPy take of a decode step, with warm caches and with cold ones."""
+    rows = results("host_time")
+    lines = _measured("host_time") + _head("sequences", "caches", "us a step (spread)", "us a sequence", "at 1c56bc1")
+    for id, row in rows.items():
+        batch, *kind = id.removeprefix("host-b").split("-")
+        caches = {"cold": "cold", "heard": "warm; each has a listener"}.get("".join(kind), "warm")
+        spread = f"{row['value']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
+        lines.append(_line(batch, caches, spread, f"{row['per_row']:.2f}", f"{row['peer']:.0f}"))
     return lines
 
 

@@ -25,10 +25,12 @@ MOST_BYTES = 1 << 20
 MOST_DEPTH = 100
 """Of the objects and lists in a JSON schema."""
 CPU_SECONDS = 5.0
-"""For one grammar to be compiled and to give its first mask."""
+"""For one grammar to be compiled and tried."""
 MEMORY_BYTES = 512 << 20
 """What it may allocate for that."""
 WALL_SECONDS = 60.0
+EXPLORED = 16
+"""Tokens of one text that a grammar is tried with."""
 MOST_KEPT = 32
 """Compiled grammars that are kept for requests to come."""
 KINDS = ("json", "regex", "choice", "grammar")
@@ -56,10 +58,19 @@ class ResponseFormat:
             )
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
-        if self.choice is not None and not all(self.choice or ("",)):
-            raise ValueError(f"response_format.choice = {self.choice}: must be at least one text, and none empty")
-        if (size := len(self.source[1].encode())) > MOST_BYTES:
-            raise ValueError(f"response_format.{given[0]} has {size:,} bytes: must have at most {MOST_BYTES:,}")
+        if isinstance(self.choice, list):
+            object.__setattr__(self, "choice", tuple(self.choice))
+        if self.choice is not None and not _is_texts(self.choice):
+            raise ValueError(f"response_format.choice = {self.choice!r:.80}: must be at least one text, and none empty")
+        kind, text = given[0], self.source[1]
+        if kind in ("regex", "grammar") and not isinstance(getattr(self, kind), str):
+            raise ValueError(f"response_format.{kind} = {getattr(self, kind)!r:.80}: must be a text")
+        if (size := len(text.encode(errors="replace"))) > MOST_BYTES:
+            raise ValueError(f"response_format.{kind} has {size:,} bytes: must have at most {MOST_BYTES:,}")
+        if any(not part.isascii() and _has_surrogates(part) for part in (text, *(self.choice or ()))):
+            raise ValueError(
+                f"response_format.{kind} holds half a character (a surrogate), which no text has; leave it out"
+            )
 
     @property
     def source(self) -> tuple[str, str]:
@@ -68,6 +79,14 @@ class ResponseFormat:
             if text is not None:
                 return kind, str(text)
         return "choice", json.dumps(self.choice)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(text, str) and text for text in value)
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _schema_text(schema: str | Mapping[str, Any]) -> str:
@@ -103,7 +122,7 @@ class Compiler:
 
     def __init__(self, tokenizer: str, vocab: int, eos_ids: Sequence[int]) -> None:
         """`tokenizer` is the text of a tokenizer.json. Raises ValueError where llguidance is missing or refuses it."""
-        self._library = _library()
+        self._library, self._eos_ids = _library(), list(eos_ids)
         self._words = np.zeros(-(-vocab // 64), dtype=np.int64)
         # the library wants its own size exactly
         self._place = self._words.ctypes.data, 4 * -(-vocab // 32)
@@ -125,6 +144,17 @@ class Compiler:
             raise ValueError(_one_line(matcher.get_error()))
         return matcher
 
+    def explore(self, matcher: Any) -> None:
+        """Follow one text for some tokens. Raises ValueError for a grammar that goes beyond llguidance's limits there:
+        it would end every request that has it."""
+        for _ in range(EXPLORED):
+            bits = np.unpackbits(self.next_words(matcher).view(np.uint8), bitorder="little")
+            allowed = np.setdiff1d(np.flatnonzero(bits), self._eos_ids)
+            if not len(allowed):
+                return
+            if not matcher.consume_token(int(allowed[len(allowed) // 2])):
+                raise ValueError(_one_line(matcher.get_error()))
+
     def next_words(self, matcher: Any) -> Words:
         """The tokens that may be next, the end token among them where the text may end. Raises ValueError where that
         goes beyond llguidance's limits."""
@@ -142,6 +172,7 @@ def _library() -> Any:
 
 
 def _one_line(text: str) -> str:
+    text = text.replace("<non-verbose/>", "")
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:300]
 
 

@@ -23,7 +23,7 @@ def main(channel: socket.socket) -> None:
         for line in lines:
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal's default action ends the process
             try:
-                compiler.next_words(compiler.start(*json.loads(line)))
+                compiler.explore(compiler.start(*json.loads(line)))
                 reply = {"error": None}
             except ValueError as error:
                 reply = {"error": str(error)}

@@ -57,6 +57,7 @@ def test_what_only_generate_has_is_checked_there_too(name, value):
 
 OTHER_TYPES = """
 import numpy as np
+from kogia.engine.grammar import ResponseFormat
 from kogia.engine.request import SamplingParams
 from kogia.inference.config import GenerateConfig
 from kogia.rl.config import RLConfig
@@ -84,6 +85,14 @@ for name, value in refused:
         assert str(error).startswith(f"{name} = {value!r}: must be"), error
     else:
         raise AssertionError((name, value))
+for name, value in [("choice", "yes"), ("choice", (1, 2)), ("regex", 5), ("grammar", ("start: A",))]:
+    try:
+        ResponseFormat(**{name: value})
+    except ValueError as error:
+        assert str(error).startswith(f"response_format.{name} = {value!r}: must be"), error
+    else:
+        raise AssertionError((name, value))
+assert ResponseFormat(choice=["a", "b"]) == ResponseFormat(choice=("a", "b"))
 try:
     RLConfig("m", seed=None)
 except ValueError as error:

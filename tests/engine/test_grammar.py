@@ -310,6 +310,8 @@ def test_stopping_a_thought_that_is_closed_changes_nothing(model, tokenizer):
         ({"json": {"type": "integer", "x": float}}, "response_format.json is no JSON"),
         ({"choice": ()}, r"choice = \(\): must be at least one text, and none empty"),
         ({"choice": ("a", "")}, "none empty"),
+        ({"choice": ("a", "\ud800")}, "response_format.choice holds half a character"),
+        ({"regex": "a\udfff"}, "response_format.regex holds half a character"),
         ({"regex": "a" * (MOST_BYTES + 1)}, r"response_format.regex has 1,048,577 bytes: must have at most 1,048,576"),
     ],
 )
@@ -342,6 +344,10 @@ def test_a_schema_that_is_too_deep_is_refused_however_deep_it_is(as_text):
             ResponseFormat(json={"type": "integer", "multipleOf": 62_615_533}),
             "response_format.json: compiling it .*; simplify",
         ),
+        (ResponseFormat(regex="((((a{1,100}){1,100}){1,100}){1,100}){1,100}"), "regex: .*too many expressions"),
+        (ResponseFormat(choice=tuple(f"choice {i}" for i in range(5000))), "choice: .*max is 2000"),
+        (ResponseFormat(grammar="start: " + "(" * 5000 + '"a"' + ")" * 5000), "grammar: .*too deeply nested"),
+        (ResponseFormat(json="[1]"), "json: schema must be an object or boolean; correct it"),
     ],
 )
 def test_a_grammar_that_is_wrong_or_a_bomb_is_refused_in_time_and_leaves_nothing_behind(

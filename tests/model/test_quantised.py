@@ -6,7 +6,10 @@ import pytest
 import torch
 from checkpoint.tiny import CONFIG, DENSE
 
-from kogia.model.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig
+from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
+from kogia.engine.request import SamplingParams
+from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig
 from kogia.model.linear import Linear
 from kogia.model.packed import pack
 from kogia.model.quantised import build_packed, make_packed, packable
@@ -81,3 +84,32 @@ def test_zeros_are_held_and_filled():
     want.pack("int4", asymmetric=True)
     assert all(torch.equal(tensor, want.state_dict()[name]) for name, tensor in layer.state_dict().items())
     assert model.lm_head.weight_zero_point.shape == (50, 1)
+
+
+@pytest.mark.parametrize("dim, ffn, expert", [(96, 160, 32), (160, 64, 96), (64, 96, 160)])
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_the_engine_runs_int4_rows_of_any_multiple_of_32_as_it_runs_what_they_stand_for(kind, dim, ffn, expert):
+    """Kernels take multiples of 64; rows of others meet kernels of their neighbours within one layer."""
+    latent = MLAConfig(num_heads=2, kv_lora_rank=96, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+    config = replace(
+        WIDE, dim=dim, ffn_dim=ffn, num_mtp_layers=0, init_std=0.2, max_position=64,
+        attention=latent if kind == "mla" else GQAConfig(num_heads=2, head_dim=32),
+        moe=MoEConfig(num_experts=4, topk=2, expert_dim=expert, num_shared_experts=1, num_dense_layers=1),
+    )  # fmt: skip
+    packed = build_packed(config, "int4", device="cpu", dtype=torch.float32, seed=3)
+    dense = build_model(config, dtype=torch.float32, seed=3)
+    layers = dict(packed.named_modules())
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            layer = layers[name.rpartition(".")[0]]
+            if isinstance(layer, Linear) and name.endswith(".weight"):
+                parameter.copy_(layer.dense_weight(torch.float32))
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=True, ignore_eos=True)
+    prompts = [[3, 1, 4, 1, 5], [9, 2]]
+    got, want = (
+        Engine(model, None, EngineConfig(num_blocks=20, block_size=4)).generate(prompts, params)
+        for model in (packed, dense)
+    )
+    for (mine,), (theirs,) in zip(got, want, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=2e-3)

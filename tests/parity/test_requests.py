@@ -185,6 +185,24 @@ def assert_same_scores(a: Completion, b: Completion) -> None:
             np.testing.assert_allclose(list((left or {}).values()), list((right or {}).values()), atol=1e-4)
 
 
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_stop_string_ends_the_same_text_however_the_work_is_cut(model, tokenizer, cut):
+    params = replace(asked("allowed_token_ids", 1.0), n=2)
+    whole = uncut(model, tokenizer, "allowed_token_ids")
+    stop = whole[0][0].text[5:7]
+    texts = [[completion.text.partition(stop) for completion in group] for group in whole]
+    ends = replace(params, stop=("never", stop), min_tokens=3)
+    other = engine(model, tokenizer, **CUTS[cut])
+    for keeps in (False, True):
+        got = other.generate(PROMPTS, replace(ends, include_stop_str_in_output=keeps))
+        for group, expected in zip(got, texts, strict=True):
+            for completion, (before, found, _) in zip(group, expected, strict=True):
+                if len(before) + len(found) > 3:  # else it stood before `min_tokens`, and was text
+                    assert completion.text == before + (found if keeps else "")
+                    assert completion.finish_reason == ("stop" if found else "length")
+    assert got[0][0].finish_reason == "stop"
+
+
 @pytest.mark.parametrize("name", ASKED)
 def test_a_prefix_hit_changes_nothing(model, tokenizer, name):
     warm = engine(model, tokenizer, num_draft_tokens=1)

@@ -82,7 +82,12 @@ class App {
   }
 
   get model() {
-    return this.models.find((each) => each.name === this.current.settings.model) ?? this.models[0];
+    return this.served(this.current.settings.model);
+  }
+
+  /** The model of a name, or the first where it is not served (any more). */
+  served(name) {
+    return this.models.find((each) => each.name === name) ?? this.models[0];
   }
 
   // Drawing -----------------------------------------------------------------------------------------------------------
@@ -216,16 +221,18 @@ class App {
 
   /** Has a message answered, once for each of the settings; two answers stand side by side. */
   answer(parent, settings) {
-    const ids = settings.map(newId);
+    if (!this.models.length) return;
+    const asked = settings.map((each) => ({ ...each, model: this.served(each.model).name }));
+    const ids = asked.map(newId);
     const conversationId = this.current.id;
     let next = this.current;
     // the first is added last: it is the one that is selected
-    for (const at of [...ids.keys()].reverse()) next = addNode(next, emptyAnswer(ids[at], parent, settings[at]), Date.now());
+    for (const at of [...ids.keys()].reverse()) next = addNode(next, emptyAnswer(ids[at], parent, asked[at]), Date.now());
     next = pairNodes(next, parent, ids.length === 2 ? ids : null);
     const blocks = ids.map((id) => this.messages.begin(id));
     const controllers = ids.map((id) => this.running.set(id, new AbortController()).get(id));
     this.change(next);
-    ids.forEach((id, at) => this.run(conversationId, id, requestOf(next, parent, settings[at]), blocks[at], controllers[at]));
+    ids.forEach((id, at) => this.run(conversationId, id, requestOf(next, parent, asked[at]), blocks[at], controllers[at]));
   }
 
   async run(conversationId, id, body, blocks, controller) {
@@ -294,11 +301,10 @@ class App {
     const panel = element("panel");
     panel.replaceChildren(h("p", { role: "status", class: "soft" }, "Running the answer once more…"));
     const settings = node.settings ?? PLAIN_SETTINGS;
-    const body = { ...requestOf(this.current, node.parent, { ...settings, model: node.model ?? settings.model }), token_ids: node.token_ids };
+    const body = { ...requestOf(this.current, node.parent, { ...settings, model: node.model }), token_ids: node.token_ids };
     try {
       const trace = await api.trace(body);
-      const model = this.models.find((each) => each.name === trace.model) ?? this.model;
-      if (this.panel === node.id) inspectView(panel, trace, model, () => this.closePanel());
+      if (this.panel === node.id) inspectView(panel, trace, this.served(trace.model), () => this.closePanel());
     } catch (error) {
       panel.replaceChildren(h("div", { class: "row" }, h("span", { class: "space" }), button("Close", "close", () => this.closePanel())), h("p", { class: "notice", role: "alert" }, error.message));
     }

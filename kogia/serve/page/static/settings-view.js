@@ -51,6 +51,7 @@ function expertsField(value, model, set) {
 }
 
 function field(name, input) {
+  input.setAttribute("aria-label", name); // a label that holds a list would be named by what is chosen, too
   return h("label", { class: input.tagName === "TEXTAREA" ? "field wide" : "field" }, h("span", {}, name), input);
 }
 
