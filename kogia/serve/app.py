@@ -10,6 +10,7 @@ from kogia.serve import (
     anthropic,
     deepseek,
     health,
+    metrics,
     openai_chat,
     openai_completions,
     openai_models,
@@ -18,11 +19,13 @@ from kogia.serve import (
 )
 from kogia.serve.errors import ApiError, answer_api_error, answer_validation, response_to
 from kogia.serve.guard import Guard
+from kogia.serve.metrics import Metrics
 from kogia.serve.page import files, routes
 from kogia.serve.state import ServerState
 
 ROUTERS = (
     health.router,
+    metrics.router,
     openai_models.router,
     openai_chat.router,
     openai_completions.router,
@@ -39,6 +42,7 @@ def create_app(state: ServerState) -> FastAPI:
     """Routes find `state` as `request.app.state.server`."""
     app = FastAPI(title="kogia", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = state
+    app.state.metrics = Metrics(state)
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, answer_api_error)

@@ -109,6 +109,7 @@ async def run(
     The engine checks a request, and compiles its grammar, in a thread: no other client waits for that.
     """
     state.check_ready()
+    began = state.clock()
     submitting = asyncio.ensure_future(asyncio.to_thread(served.engine.submit, prompt.token_ids, params))
     try:
         stream = await asyncio.shield(submitting)
@@ -117,7 +118,7 @@ async def run(
         raise
     except ValueError as error:
         raise refused(error, ("messages", "prompt", "response_format", "logit_bias", "active_experts")) from None
-    running = Running(id, served, caller, stream, params, prompt.token_ids, prompt.opens_thought, is_text)
+    running = Running(id, served, caller, stream, params, prompt.token_ids, prompt.opens_thought, is_text, began)
     state.begin(running)
     return running
 
@@ -145,6 +146,8 @@ async def pieces(
         async with contextlib.aclosing(aiter(running.stream)) as events:  # type: ignore[arg-type]
             async for event in events:
                 index, own = readers[event.request_id]
+                if event.token_ids:
+                    state.note_tokens(running, index, len(event.token_ids))
                 piece = own.read(index, event)
                 _check(piece, running)
                 yield piece

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from kogia.serve.config import ServeConfig
 
-PARTS = ("fastapi", "uvicorn", "markdown_it", "nh3", "pygments", "latex2mathml")
+PARTS = ("fastapi", "uvicorn", "prometheus_client", "markdown_it", "nh3", "pygments", "latex2mathml")
 """Modules of the extra `server`."""
 
 

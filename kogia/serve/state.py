@@ -72,6 +72,10 @@ class Running:
     """Whether its answer starts inside a thought."""
     is_text: bool = False
     """Its answer is the continuation of a text, with no thoughts or calls to tell apart."""
+    began: float = 0.0
+    """When it came, by the server's clock."""
+    token_times: dict[int, float] = field(default_factory=dict)
+    """When tokens of each of its answers came last, by its number."""
     reason: str | None = None
     """Why the server gave it up."""
 
@@ -87,6 +91,9 @@ class ServerState:
         self.running: dict[str, Running] = {}
         """By the id of the answer."""
         self.status = Status.LOADING
+        self.clock = time.monotonic
+        self.on_tokens: list[Callable[[Running, int, int, float], None]] = []
+        """Told of tokens that have come: the request, which of its answers, how many, and when."""
         self.on_end: list[Callable[[Running], None]] = []
         """Told of every request that has ended, however it did."""
         self._ignored: set[tuple[str, str]] = set()
@@ -113,6 +120,13 @@ class ServerState:
 
     def begin(self, running: Running) -> None:
         self.running[running.id] = running
+
+    def note_tokens(self, running: Running, index: int, count: int) -> None:
+        """Tokens of one of a request's answers have come."""
+        now = self.clock()
+        for listener in self.on_tokens:
+            listener(running, index, count, now)
+        running.token_times[index] = now
 
     def end(self, running: Running) -> None:
         """Free what a request holds, whether or not it has ended: within the engine's next step."""

@@ -41,6 +41,7 @@ def test_work_takes_a_key_and_health_does_not(locked):
         response = httpx.get(locked.url + "/v1/models", headers=headers)
         assert refusal(response, 401)["code"] == "invalid_api_key"
         refusal(post(locked, "/v1/chat/completions", {"messages": HELLO}, headers=headers), 401)
+        refusal(httpx.get(locked.url + "/metrics", headers=headers), 401)
     for headers in (bearer(ALICE), bearer(BOB), {"x-api-key": ALICE}, {"authorization": f"bearer {BOB}"}):
         assert httpx.get(locked.url + "/v1/models", headers=headers).status_code == 200
 
