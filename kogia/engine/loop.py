@@ -90,6 +90,14 @@ class Stream:
         finally:
             self.cancel()
 
+    async def arrived(self) -> list[TokenEvent]:
+        """Wait for news, and take all there is; nothing at the end. Raises what a step raises."""
+        events: list[TokenEvent] = []
+        if await self._arrival():
+            while self._events:
+                events.append(self._events.popleft())
+        return events
+
     def __await__(self) -> Generator[None, None, list[Completion]]:
         return self._all().__await__()
 
@@ -100,6 +108,13 @@ class Stream:
 
     async def _arrival(self) -> bool:
         """Wait until the loop's own thread has brought an event; False at the end."""
+        if not self._has_news():
+            await self._news()
+        if not self._events:
+            self._raise_error()
+        return bool(self._events)
+
+    async def _news(self) -> None:
         running, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -114,9 +129,6 @@ class Stream:
                 arrived.clear()
         finally:
             self._wakes.remove(wake)
-        if not self._events:
-            self._raise_error()
-        return bool(self._events)
 
     def _has_news(self) -> bool:
         return bool(self._events) or self.has_ended

@@ -143,16 +143,40 @@ async def pieces(
 
     readers = {request_id: (index, new_reader()) for index, request_id in enumerate(running.stream.request_ids)}
     try:
-        async with contextlib.aclosing(aiter(running.stream)) as events:  # type: ignore[arg-type]
-            async for event in events:
+        while events := await running.stream.arrived():
+            for event in _joined(events):
                 index, own = readers[event.request_id]
                 if event.token_ids:
                     state.note_tokens(running, index, len(event.token_ids))
                 piece = own.read(index, event)
                 _check(piece, running)
                 yield piece
+            if not running.stream.has_ended:
+                await asyncio.sleep(state.chunk_seconds)
     finally:
         state.end(running)
+
+
+def _joined(events: list[TokenEvent]) -> list[TokenEvent]:
+    """One event per request, in place of several that have come meanwhile."""
+    if len(events) == 1:
+        return events
+    own: dict[int, list[TokenEvent]] = {}
+    for event in events:
+        own.setdefault(event.request_id, []).append(event)
+    return [each[0] if len(each) == 1 else _join_events(each) for each in own.values()]
+
+
+def _join_events(events: list[TokenEvent]) -> TokenEvent:
+    tops = [top for event in events for top in event.top_logprobs or ()]
+    return TokenEvent(
+        events[0].request_id,
+        [token for event in events for token in event.token_ids],
+        [value for event in events for value in event.logprobs],
+        "".join(event.text for event in events),
+        events[-1].completion,
+        tops if any(event.top_logprobs is not None for event in events) else None,
+    )
 
 
 def _check(piece: Piece, running: Running) -> None:

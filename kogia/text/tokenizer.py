@@ -221,6 +221,17 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one byte-level token stands for; empty for an id outside the vocabulary, as in `decode`."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._find_bytes(token_id)
+        return known
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        """What `token_bytes` has found: a stream asks for each token again and again."""
+        return {}
+
+    def _find_bytes(self, token_id: int) -> bytes:
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""

@@ -82,10 +82,13 @@ def same(server, body):
 def test_the_client_lists_the_model_and_asks_it(client, server):
     (name,) = [model.id for model in client.models.list()]
     assert client.models.retrieve(name).id == name
-    answer = client.chat.completions.create(model=name, messages=HELLO, max_completion_tokens=12, seed=3, temperature=1)
+    never = {server.tokenizer.token_id("</think>"): -100}
+    answer = client.chat.completions.create(
+        model=name, messages=HELLO, max_completion_tokens=12, seed=3, temperature=1, logit_bias=never
+    )
     assert answer.object == "chat.completion" and answer.model == name and answer.choices[0].finish_reason == "length"
     prompt = render_prompt([Message("user", "hello")], server.tokenizer)
-    params = SamplingParams(max_tokens=12, seed=3, top_p=0.95)
+    params = SamplingParams(max_tokens=12, seed=3, top_p=0.95, logit_bias=never)
     ((completion,),) = server.engine.generate([prompt.token_ids], params)
     assert answer.choices[0].message.reasoning_content == completion.thinking
     assert answer.choices[0].message.content == completion.answer == ""  # the thought did not end: no answer
@@ -215,7 +218,8 @@ def test_answers_in_json_match_their_schema(client):
 
 
 def test_thoughts_are_stopped_on_demand(server):
-    body = {"messages": HELLO, "stream": True, "max_tokens": 60, "ignore_eos": True}
+    never = {str(server.tokenizer.token_id("</think>")): -100}
+    body = {"messages": HELLO, "stream": True, "max_tokens": 60, "ignore_eos": True, "logit_bias": never}
     chunks, asked = [], False
     for chunk in events(server, CHAT, body):
         chunks.append(chunk)
@@ -239,7 +243,8 @@ def test_thinking_is_turned_off_in_all_its_words(server, switch):
 
 def test_a_thought_ends_where_its_budget_does_and_may_be_hidden(server):
     for budget in ({"thinking_token_budget": 4}, {"thinking": {"type": "enabled", "budget_tokens": 4}}):
-        body = {"messages": HELLO, "max_tokens": 20, "ignore_eos": True, **budget}
+        never = {str(server.tokenizer.token_id("</think>")): -100}  # but where the budget forces it
+        body = {"messages": HELLO, "max_tokens": 20, "ignore_eos": True, "logit_bias": never, **budget}
         answer = post(server, CHAT, body).json()
         assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 4
         assert answer["choices"][0]["message"]["content"]

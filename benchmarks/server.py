@@ -1,0 +1,137 @@
+"""What HTTP costs: tokens per second of streams at 16 clients, beside those of the bare engine with as many sequences.
+
+    python benchmarks/server.py [--clients 16] [--tokens 400] [--rounds 5] [--out benchmarks/results/server.json]
+
+The demonstration's model with random weights, on a CPU. Server and clients are two processes, the bare engine
+is a third, which waits while the others run; rounds take turns, so that both see the same machine. Each client opens a
+connection, streams one chat completion over the loopback and reads every chunk; tokens per second count from the first
+request to the last token. Time to the first chunk is of the same requests, which all arrive at once.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from result import row, write_result
+
+VOCAB, BAR = 526, 10.0
+QUESTION = "numbers 4 6 15 target 17"
+BODY = {"messages": [{"role": "user", "content": QUESTION}], "ignore_eos": True, "stream": True, "temperature": 1.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/server.json"))
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.engine:
+        run_engine(args.engine, args.clients, args.tokens)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(save_model_in(Path(folder)), args.clients, args.tokens, args.rounds)
+    write_result(args.out, "server", rows)
+    print(json.dumps(rows, indent=1))
+
+
+def save_model_in(folder: Path) -> Path:
+    from kogia.checkpoint.hf import save_model
+    from kogia.model.presets import preset
+    from kogia.model.transformer import build_model
+    from kogia.text.tokenizer import train_bpe
+
+    tokenizer = train_bpe([Path(__file__).read_text(), QUESTION * 20], VOCAB)
+    return save_model(build_model(preset("kogia-demo"), seed=0), folder / "model", tokenizer)
+
+
+def measure(model: Path, clients: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Rounds of the engine and of the server by turns; the first one warms up."""
+    flags = ["--clients", str(clients), "--tokens", str(tokens), "--engine", str(model)]
+    engine = subprocess.Popen(
+        [sys.executable, __file__, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    words = ["serve", str(model), "--port", "0", "--device", "cpu", "--draft-tokens", "0"]
+    server = subprocess.Popen([sys.executable, "-m", "kogia.cli", *words], stderr=subprocess.PIPE, text=True)
+    assert engine.stdin and engine.stdout and server.stderr
+    try:
+        port = int(server.stderr.readline().split()[0].rpartition(":")[2])
+        bare, served, firsts = [], [], []
+        for number in range(rounds + 1):
+            engine.stdin.write("go\n")
+            engine.stdin.flush()
+            bare.append(float(engine.stdout.readline()))
+            rate, waits = asyncio.run(ask_all(port, clients, tokens, number))
+            served.append(rate)
+            firsts += waits if number else []
+    finally:
+        for process in (engine, server):
+            process.kill()
+            process.wait()
+    shares = [100 * (1 - with_http / without) for without, with_http in zip(bare[1:], served[1:])]
+    own = {"clients": clients, "tokens": tokens, "rounds": rounds}
+    return [
+        row(
+            "server-overhead-percent", median(shares), "%", low=min(shares), high=max(shares), limit=BAR,
+            engine_tokens_per_second=round(median(bare[1:]), 1), server_tokens_per_second=round(median(served[1:]), 1),
+            **own,
+        ),
+        row("server-first-chunk-ms-p99", 1000 * quantiles(firsts, n=100)[98], "ms", low=1000 * min(firsts),
+            high=1000 * max(firsts), median=round(1000 * median(firsts), 2), **own),
+    ]  # fmt: skip
+
+
+def run_engine(model: str, clients: int, tokens: int) -> None:
+    """Tokens per second of the engine alone, a line for every line that comes in."""
+    from kogia.engine.request import SamplingParams
+    from kogia.engine.threads import generation_threads
+    from kogia.inference.llm import LLM
+    from kogia.model.costs import num_params
+    from kogia.text.chat import Message, render_prompt
+
+    llm = LLM(model, device="cpu")
+    prompt = render_prompt([Message("user", QUESTION)], llm.tokenizer).token_ids
+    with generation_threads(None, num_params(llm.model.config)):
+        for number, _ in enumerate(sys.stdin):
+            each = [SamplingParams(max_tokens=tokens, ignore_eos=True, top_p=0.95, seed=number * 100 + i)
+                    for i in range(clients)]  # fmt: skip
+            started = time.perf_counter()
+            llm.engine.generate([prompt] * clients, each)
+            print(clients * tokens / (time.perf_counter() - started), flush=True)
+
+
+async def ask_all(port: int, clients: int, tokens: int, number: int) -> tuple[float, list[float]]:
+    """(tokens per second of all streams, seconds to the first chunk of each)."""
+    started = time.perf_counter()
+    asked = [ask(port, {**BODY, "max_tokens": tokens, "seed": number * 100 + i}) for i in range(clients)]
+    firsts = await asyncio.gather(*asked)
+    return clients * tokens / (time.perf_counter() - started), list(firsts)
+
+
+async def ask(port: int, body: dict[str, Any]) -> float:
+    """Read a whole stream; seconds to the first chunk with text."""
+    started, first = time.perf_counter(), 0.0
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"  # noqa: E501
+    writer.write(head.encode() + data)
+    end = b""
+    while part := await reader.read(65536):
+        if not first and b"reasoning" in part:
+            first = time.perf_counter() - started
+        end = (end + part)[-100:]
+    writer.close()
+    assert b"[DONE]" in end, end
+    return first
+
+
+if __name__ == "__main__":
+    main()
