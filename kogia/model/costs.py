@@ -12,7 +12,7 @@ SHORT_CONTEXT = 4096
 """FLOPs are given at this length beside the one asked for, as the reports do."""
 _FP8_SCALE_WIDTH = 128  # numbers of an FP8 row that share one float32 scale
 _FP8_BLOCK = 128  # rows and columns of an FP8 weight that share one float32 scale
-_LOGIT_CHUNK = 1 << 20  # logits held at a time by ops/logprob.py
+_LOGIT_CHUNK, _LOGIT_ROWS = 1 << 17, 256  # logits, or rows of them, that ops/logprob.py holds at a time
 
 
 class Component(Enum):
@@ -344,8 +344,10 @@ def train_memory(config: ModelConfig, batch_tokens: int) -> TrainMemory:
     weights = 4 * (num_params(config) + num_mtp_params(config))
     layers = range(config.num_layers + config.num_mtp_layers)
     floats = sum(_layer_floats(config, layer) for layer in layers) + 6 * config.dim * (1 + config.num_mtp_layers)
-    activations = 4 * floats * batch_tokens
-    return TrainMemory(weights, weights, 2 * weights, activations, activations // 3 + 12 * _LOGIT_CHUNK)
+    head_gradients = config.vocab_size * config.dim * (1 + config.num_mtp_layers)
+    activations = 4 * (floats * batch_tokens + head_gradients)
+    logits = max(_LOGIT_CHUNK, _LOGIT_ROWS * config.vocab_size)
+    return TrainMemory(weights, weights, 2 * weights, activations, activations // 3 + 12 * logits)
 
 
 def _layer_floats(config: ModelConfig, layer: int) -> int:
@@ -359,5 +361,5 @@ def _layer_floats(config: ModelConfig, layer: int) -> int:
     kept += 5 * dim
     if moe is None or not config.is_moe_layer(layer):
         return kept + 4 * config.ffn_dim
-    routed = moe.topk * (2 * dim + 4 * moe.expert_dim)
+    routed = moe.topk * 2 * moe.expert_dim
     return kept + routed + 4 * moe.num_shared_experts * moe.expert_dim + 4 * moe.num_experts + 2 * dim

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
 from kogia.model.linear import Linear
 from kogia.model.routing import Routing
 from kogia.ops.embed import embed
-from kogia.ops.logprob import linear_logprob
+from kogia.ops.logprob import linear_logprob, linear_loss
 from kogia.ops.moe import Activation, SharedExperts, silu_mul
 from kogia.ops.norm import add_rms_norm, rms_norm
 from kogia.ops.segments import Segments
@@ -90,8 +90,14 @@ class Head(Linear):
         x: Float[Tensor, "rows dim"],
         targets: Int[Tensor, " rows"] | None = None,
         temperature: float = 1.0,
-    ) -> Float[Tensor, "rows vocab"] | tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """Logits; or, given `targets`, their log-probabilities and the entropies, without ever holding the logits."""
+        *,
+        summed: bool = False,
+        counted: Bool[Tensor, " rows"] | None = None,
+    ) -> Float[Tensor, "rows vocab"] | tuple[Tensor, ...]:
+        """Logits; or, given `targets`, their log-probabilities and the entropies, without ever holding the logits; or,
+        `summed`, the loss of those that are `counted`, which alone has a gradient, in front of the two."""
         if targets is None:
             return super().forward(x)
+        if summed:
+            return linear_loss(x, self.dense_weight(x.dtype), targets, counted)
         return linear_logprob(x, self.operand(), targets, temperature)

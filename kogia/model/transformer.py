@@ -28,6 +28,7 @@ from kogia.model.rotary import Rotary
 from kogia.model.routing import Routing
 from kogia.ops.cpu import pages
 from kogia.ops.moe import Activation
+from kogia.ops.segments import take_rows
 
 
 class Layer(nn.Module):
@@ -207,10 +208,19 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         """(log-probabilities as in `logprobs`, entropies of the same predictions), from `forward`'s output."""
         rows = batch.segments.later_rows if rows is None else rows
-        normed = self.model.norm(hidden[rows - 1])
+        normed = self.model.norm(take_rows(hidden, rows - 1))
         values, entropy = self.lm_head(normed, batch.token_ids[rows], temperature)
         zeros = values.new_zeros(batch.num_tokens)
         return zeros.index_copy(0, rows, values), zeros.index_copy(0, rows, entropy)
+
+    def loss_from_hidden(
+        self, hidden: Float[Tensor, "tokens dim"], batch: PackedTokens, rows: Int[Tensor, " rows"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """(summed negative log-probability of the tokens `rows`, sum of their entropies), from `forward`'s output: what
+        `logprobs_from_hidden` gives, in one pass over the head."""
+        normed = self.model.norm(take_rows(hidden, rows - 1))
+        loss, _, entropy = self.lm_head(normed, batch.token_ids[rows], summed=True)
+        return loss, entropy.sum()
 
     def routers(self) -> list[Router]:
         """Routers of all mixture layers in order, the MTP modules' last."""

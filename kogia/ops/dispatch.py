@@ -73,6 +73,8 @@ class Op(Generic[P, R]):
         self.name = reference.__name__
         self.modules = modules
         self._backends: dict[str, tuple[Backend, ...]] = {}
+        for device in ("cpu", "cuda"):  # now: torch.compile cannot trace a dictionary that grows
+            self.backends(device)
         self.chosen: str | None = None
         """Set by `use_backend`; None leaves the choice to the arguments."""
         update_wrapper(self, reference)

@@ -55,5 +55,16 @@ def grouped_linear(
     return torch.cat([*out, x.new_zeros(nobodys, width)])
 
 
+@op(cpu=("kogia.ops.cpu.products",), any=("kogia.ops.aten.linear",))
+def grouped_outer(
+    a: Float[Tensor, "routed out"], b: Float[Tensor, "routed in"], counts: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts out in"]:
+    """a_e^T b_e over the rows of each expert, without gradients: the gradient of a stack of weights. Rows beyond the
+    sum of `counts` are zero in one of the two, and may be anybody's."""
+    sizes = [*counts.tolist(), a.shape[0] - int(counts.sum())]
+    parts = zip(a.split(sizes)[:-1], b.split(sizes)[:-1], strict=True)
+    return torch.stack([part.T @ rows for part, rows in parts])
+
+
 def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     return dequantize(weight, dtype) if isinstance(weight, Packed) else weight

@@ -9,6 +9,7 @@ A token may use fewer or more experts than the model was trained with (`Activati
 An expert id of -1 is nobody: such a copy of a token is sorted last, not counted, and weighs nothing in the sum.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kogia.ops.dispatch import op
-from kogia.ops.linear import grouped_linear, linear
+from kogia.ops.linear import grouped_linear, grouped_outer, linear
 from kogia.ops.packed import Packed
 from kogia.ops.segments import Segments
 
@@ -258,11 +259,26 @@ def gathered_sum(
 ) -> Float[Tensor, "tokens dim"]:
     """sum_j weights[t, j] * y[inverse[t * topk + j]] and what is `added`, without gradients; weights are rounded to the
     dtype of y."""
-    by_copy = y.index_select(0, inverse)
-    total = torch.bmm(weights.to(y.dtype)[:, None], by_copy.view(*weights.shape, y.shape[1])).squeeze(1)
-    for each in added:
+    return _added(_weighted_sum(y.index_select(0, inverse), weights), added)
+
+
+def _weighted_sum(by_copy: Tensor, weights: Tensor) -> Tensor:
+    return torch.bmm(weights.to(by_copy.dtype)[:, None], by_copy.view(*weights.shape, by_copy.shape[1])).squeeze(1)
+
+
+def _added(total: Tensor, parts: Iterable[Tensor]) -> Tensor:
+    for each in parts:
         total = each + total
     return total
+
+
+@op(cuda=("kogia.ops.triton.experts",))
+def sum_copies(
+    y: Float[Tensor, "routed dim"], inverse: Int[Tensor, " routed"], topk: int
+) -> Float[Tensor, "tokens dim"]:
+    """sum_j y[inverse[t * topk + j]], without gradients."""
+    by_copy = y.index_select(0, inverse).view(-1, topk, y.shape[1])
+    return by_copy.to(_wide(y)).sum(1).to(y.dtype)
 
 
 def combine(
@@ -275,10 +291,7 @@ def combine(
     if not torch.is_grad_enabled():
         return gathered_sum(y, order.inverse, weights, *added)
     by_copy: Tensor = _ToCopies.apply(y, order.order, order.inverse)  # pyright: ignore[reportAssignmentType]
-    total = torch.bmm(weights.to(y.dtype)[:, None], by_copy.view(*weights.shape, y.shape[1])).squeeze(1)
-    for each in added:
-        total = each + total
-    return total
+    return _added(_weighted_sum(by_copy, weights), added)
 
 
 SharedExperts = tuple[Tensor | Packed, Tensor | Packed, Tensor | Packed]
@@ -297,8 +310,15 @@ def mix_experts(
     residual: Float[Tensor, "tokens dim"] | None = None,
 ) -> Float[Tensor, "tokens dim"]:
     """residual + sum_j weights[t, j] * FFN_{expert_ids[t, j]}(x[t]) + FFN_shared(x[t]), over experts stored as
-    [experts, gate | up, width, dim] and [experts, dim, width]."""
+    [experts, gate | up, width, dim] and [experts, dim, width].
+
+    With gradients it is `_Experts`, unless weights are packed, which take none, or shared experts come along.
+    """
     order = order_by_expert(expert_ids, len(gate_up))
+    weights = weights.masked_fill(expert_ids < 0, 0.0)
+    if torch.is_grad_enabled() and shared is None and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        y: Tensor = _Experts.apply(x, weights, gate_up, down, order.order, order.inverse, order.counts)  # pyright: ignore[reportAssignmentType]
+        return y if residual is None else residual + y
     rows = grouped_linear(dispatch(x, expert_ids.shape[1], order), gate_up, order.counts)
     y = grouped_linear(silu_mul(*rows.chunk(2, dim=-1)), down, order.counts)
     added = []
@@ -307,13 +327,76 @@ def mix_experts(
         added.append(linear(silu_mul(linear(x, gate), linear(x, up)), back))
     if residual is not None:
         added.append(residual)
-    return combine(y, weights.masked_fill(expert_ids < 0, 0.0), order, *added)
+    return combine(y, weights, order, *added)
+
+
+class _Experts(torch.autograd.Function):
+    """The routed experts in training, keeping of every copy of a token gate and up alone.
+
+    The gates weigh what goes into the down-projection instead of what comes out: the sum is the same, and the gradient
+    of a gate is a product of narrow rows that are there anyway (SonicMoE, arXiv 2512.14080). The backward pass gathers
+    the rows of tokens again, and computes silu(gate) * up again with its gradient. Copies are summed by gathering them
+    there, too, so that two runs are equal bit for bit.
+    """
+
+    @staticmethod
+    def forward(ctx, *operands: Tensor) -> Tensor:
+        """`operands`: x, weights, gate_up, down, and the fields of an ExpertOrder."""
+        x, weights, gate_up, down, order, inverse, counts = operands
+        topk = weights.shape[1]
+        by_row = weights.flatten().index_select(0, order)
+        both = grouped_linear(x.index_select(0, order // topk), gate_up, counts)
+        y = grouped_linear(weighted_silu_mul(both, by_row), down, counts)
+        ctx.save_for_backward(x, both, by_row, gate_up, down, order, inverse, counts)
+        ctx.topk = topk
+        return sum_copies(y, inverse, topk)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, both, by_row, gate_up, down, order, inverse, counts = ctx.saved_tensors
+        token = order // ctx.topk
+        grad_y = grads[0].index_select(0, token)
+        grad_hidden = grouped_linear(grad_y, down.transpose(1, 2), counts)
+        grad_both, grad_by_row, hidden = weighted_silu_mul_backward(grad_hidden, both, by_row)
+        grad_gate_up = grad_down = None
+        if ctx.needs_input_grad[2]:
+            grad_down = grouped_outer(grad_y, hidden, counts)
+            grad_gate_up = grouped_outer(grad_both, x.index_select(0, token), counts).view_as(gate_up)
+        grad_rows = grouped_linear(grad_both, gate_up.flatten(1, 2).transpose(1, 2), counts)
+        grad_weights = grad_by_row.index_select(0, inverse).view(-1, ctx.topk)
+        return sum_copies(grad_rows, inverse, ctx.topk), grad_weights, grad_gate_up, grad_down, None, None, None
 
 
 @op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",), cpu=("kogia.ops.cpu.moe",))
 def silu_mul(gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
     """silu(gate) * up, the inside of SwiGLU."""
     return F.silu(gate) * up
+
+
+@op(cuda=("kogia.ops.triton.experts",))
+def weighted_silu_mul(
+    both: Float[Tensor, "routed gate_and_up"], weights: Float[Tensor, " routed"]
+) -> Float[Tensor, "routed width"]:
+    """weights * silu(gate) * up of rows [gate ; up], rounded once, without gradients."""
+    gate, up = both.to(_wide(both)).chunk(2, -1)
+    return (F.silu(gate) * up).mul_(weights[:, None]).to(both.dtype)
+
+
+@op(cuda=("kogia.ops.triton.experts",))
+def weighted_silu_mul_backward(
+    grad: Float[Tensor, "routed width"], both: Float[Tensor, "routed gate_and_up"], weights: Float[Tensor, " routed"]
+) -> tuple[Float[Tensor, "routed gate_and_up"], Float[Tensor, " routed"], Float[Tensor, "routed width"]]:
+    """(gradient of `both`, gradient of `weights`, the forward's result) of `weighted_silu_mul`."""
+    gate, up = both.to(_wide(both)).chunk(2, -1)
+    activated = F.silu(gate)
+    product, weighted = activated * up, grad * weights[:, None]
+    grad_both = torch.cat((torch.ops.aten.silu_backward(weighted * up, gate), weighted * activated), -1)
+    grad_weights = (grad * product).sum(-1)
+    return grad_both.to(both.dtype), grad_weights, product.mul_(weights[:, None]).to(both.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def sequence_balance_loss(

@@ -29,13 +29,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = _wide(x) * scale
-        grad = _wide(grads[0])
-        grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0)
-        weighted = grad * _wide(weight)
-        inner = (weighted * normed).mean(-1, keepdim=True)
-        grad_x = weighted.sub_(normed.mul_(inner)).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        normed, grad, factor = _wide(x) * scale, _wide(grads[0]), _wide(weight)
+        product = grad * normed
+        inner = (product @ factor).div_(-x.shape[-1])[..., None]
+        grad_x = (grad * factor).addcmul_(normed, inner).mul_(scale)
+        return grad_x.to(x.dtype), product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype), None
 
 
 @op(cuda=("kogia.ops.triton.norm",), invariant_cuda=("kogia.ops.triton.norm",), cpu=("kogia.ops.cpu.norm",))

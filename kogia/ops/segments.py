@@ -123,6 +123,11 @@ class _FromGrid(torch.autograd.Function):
         return grad.new_zeros((ctx.num_slots, *grad.shape[1:])).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
+def take_rows(x: Float[Tensor, "tokens ..."], rows: Int[Tensor, " rows"]) -> Float[Tensor, "rows ..."]:
+    """`x[rows]` of rows that are all different: the backward pass copies them back, nothing is added up."""
+    return _FromGrid.apply(x, rows)  # pyright: ignore[reportReturnType]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Bucket:
     """Sequences of similar length laid out as a [seqs, width] grid."""
@@ -143,7 +148,7 @@ class Bucket:
 
     def to_grid(self, x: Float[Tensor, "tokens ..."]) -> Float[Tensor, "seqs width ..."]:
         """This bucket's rows of packed `x`, zeros behind the end of each sequence."""
-        picked: Tensor = x if self.rows is None else _FromGrid.apply(x, self.rows)  # pyright: ignore
+        picked = x if self.rows is None else take_rows(x, self.rows)
         if self.slots is not None:
             picked = _ToGrid.apply(picked, self.slots, self.num_seqs * self.width)  # pyright: ignore
         return picked.view(self.num_seqs, self.width, *x.shape[1:])
@@ -151,7 +156,7 @@ class Bucket:
     def from_grid(self, x: Float[Tensor, "seqs width ..."]) -> Float[Tensor, "rows ..."]:
         """The rows of a grid without its padding, as they lie in the packed order of this bucket."""
         flat = x.reshape(self.num_seqs * self.width, *x.shape[2:])
-        return flat if self.slots is None else _FromGrid.apply(flat, self.slots)  # pyright: ignore[reportReturnType]
+        return flat if self.slots is None else take_rows(flat, self.slots)
 
 
 def _buckets(segments: Segments) -> list[Bucket]:

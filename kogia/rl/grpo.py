@@ -33,6 +33,7 @@ from kogia.eval.sample import choose_problems, fitting_problems, load_tasks
 from kogia.model.costs import num_params
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
+from kogia.ops.cpu import pages
 from kogia.plan.dry_run import Line, cache_memory, print_dry_run, training_memory
 from kogia.rl.advantage import group_advantages, is_zero_variance, overlong_penalty, random_rewards
 from kogia.rl.config import RLConfig
@@ -138,6 +139,7 @@ def build_planned(plan: Plan, stack: ExitStack) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     seed_random(config.seed)
+    pages.keep_freed()
     out = Path(config.out)
     stack.enter_context(hold_run_dir(config))
     checkpoint = open_run_dir(config)

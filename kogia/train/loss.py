@@ -43,9 +43,8 @@ def supervised_loss(model: Transformer, batch: Batch, weights: LossWeights, nest
     step = model.step(batch.tokens, routing=routing, latent_ranks=ranks)
     hidden = model(batch.tokens, step=step)
     rows = batch.loss_rows
-    logprobs, entropy = model.logprobs_from_hidden(hidden, batch.tokens, rows=rows)
-    main = -logprobs.sum()
-    metrics: Metrics = {"loss": main.detach(), "entropy": entropy.detach().sum()}
+    main, entropy = model.loss_from_hidden(hidden, batch.tokens, rows)
+    metrics: Metrics = {"loss": main.detach(), "entropy": entropy}
     total = main
     depths = model.config.num_mtp_layers if weights.mtp else 0
     for depth, loss in enumerate(mtp_losses(model, hidden, batch.tokens, rows, step, depths)):
@@ -74,8 +73,8 @@ def mtp_losses(
     for depth in range(depths):
         hidden = model.mtp_hidden(depth, hidden, shifted_ids(tokens, depth + 1), step)
         sources, targets, counted = mtp_targets(tokens, rows, depth)
-        logprobs, _ = model.lm_head(model.mtp_norm(depth, hidden[sources]), targets)
-        losses.append(-logprobs.masked_fill(~counted, 0.0).sum())
+        normed = model.mtp_norm(depth, hidden.index_select(0, sources))
+        losses.append(model.lm_head(normed, targets, summed=True, counted=counted)[0])
     return losses
 
 
@@ -124,7 +123,7 @@ def validation_loss(model: Transformer, batches: list[Batch]) -> dict[str, float
     for batch in (b.to(device) for b in batches):
         step, rows = model.step(batch.tokens), batch.loss_rows
         hidden = model(batch.tokens, step=step)
-        main = -model.logprobs_from_hidden(hidden, batch.tokens, rows=rows)[0].sum()
+        main, _ = model.loss_from_hidden(hidden, batch.tokens, rows)
         sums += torch.stack([main, *mtp_losses(model, hidden, batch.tokens, rows, step, depths)]).double()
     means = (sums / sum(batch.num_loss_tokens for batch in batches)).tolist()
     names = ["val_loss", *(f"val_mtp_loss_{depth + 1}" for depth in range(depths))]

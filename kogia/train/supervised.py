@@ -31,6 +31,7 @@ from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
 from kogia.files import replacing_directory
 from kogia.model.transformer import Transformer, build_model
+from kogia.ops.cpu import pages
 from kogia.plan.dry_run import print_dry_run, training_memory
 from kogia.sinks import open_sinks
 from kogia.text.chat import render_text
@@ -94,6 +95,7 @@ def build_planned(plan: Plan) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     seed_random(config.seed)
+    pages.keep_freed()
     device, out = pick_device(config.device), Path(config.out)
     checkpoint = open_run_dir(config)
     tokenizer = build_tokenizer(config, checkpoint)

@@ -1,6 +1,9 @@
 """Weights in large pages are tensors like any other."""
 
 import copy
+import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,3 +24,32 @@ def test_memory_in_large_pages_holds_what_is_put_there_and_copies_are_ordinary(d
 
 def test_nothing_has_pages_on_the_meta_device():
     assert pages.empty(torch.Size((4096, 4096)), torch.float32, "meta").is_meta
+
+
+FREED = """
+import resource, sys, torch
+from kogia.ops.cpu import pages
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    pages.keep_freed()
+
+def step():
+    held = [torch.ones(1_000_000) for _ in range(12)]
+
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_what_a_training_process_frees_it_keeps():
+    faults = {}
+    for kind in ("given back", "kept"):
+        done = subprocess.run([sys.executable, "-c", FREED, kind], capture_output=True, text=True, check=True)
+        faults[kind] = int(done.stdout)
+    assert faults["kept"] < 100
+    assert faults["kept"] < faults["given back"] / 10

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kogia.ops import logprob
-from kogia.ops.logprob import linear_logprob
+from kogia.ops.logprob import linear_logprob, linear_loss
 
 
 def plain(hidden, weight, targets, temperature):
@@ -26,7 +26,7 @@ def test_values_and_gradients_do_not_depend_on_the_chunks(rows, chunk, temperatu
     want, want_entropy = plain(hidden, weight, targets, temperature)
     want_grads = torch.autograd.grad(want, (hidden, weight), upstream)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprob, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(logprob, "chunk_rows", lambda *_: max(1, chunk // 11))
         got, entropy = linear_logprob(hidden, weight, targets, temperature)
         got_grads = torch.autograd.grad(got, (hidden, weight), upstream)
     torch.testing.assert_close((got, entropy), (want, want_entropy), rtol=1e-11, atol=1e-11)
@@ -34,7 +34,7 @@ def test_values_and_gradients_do_not_depend_on_the_chunks(rows, chunk, temperatu
 
 
 def test_numerical_differentiation_agrees(monkeypatch):
-    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 14)  # two rows of seven
+    monkeypatch.setattr(logprob, "chunk_rows", lambda *_: 2)
     hidden, weight, targets = example(3, 4, 7)
     assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, targets, 0.7)[0], (hidden, weight))
 
@@ -48,9 +48,9 @@ def test_entropy_is_that_of_a_uniform_and_of_a_certain_prediction_and_has_no_gra
     assert not entropy.requires_grad
 
 
-@pytest.mark.parametrize("chunk", [1 << 20, 64])
+@pytest.mark.parametrize("chunk", [20, 2])
 def test_bfloat16_inputs_give_float32_logprobs_and_bfloat16_gradients(monkeypatch, chunk):
-    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(logprob, "chunk_rows", lambda *_: chunk)
     hidden, weight, targets = example(12, 16, 32, torch.bfloat16)
     values, entropy = linear_logprob(hidden, weight, targets)
     values.sum().backward()
@@ -71,3 +71,49 @@ def test_huge_logits_stay_finite():
     values.sum().backward()
     for tensor in (values, entropy, hidden.grad, weight.grad):
         assert tensor.isfinite().all()
+
+
+@given(rows=st.integers(0, 9), chunk=st.integers(1, 4), masked=st.booleans())
+def test_the_summed_loss_and_its_gradient_are_the_plain_formula(rows, chunk, masked):
+    hidden, weight, targets = example(rows, 5, 11, seed=rows)
+    counted = torch.arange(rows) % 3 != 1 if masked else None
+    logprobs, want_entropy = plain(hidden, weight, targets, 1.0)
+    want = -(logprobs if counted is None else logprobs[counted]).sum()
+    want_grads = torch.autograd.grad(0.3 * want, (hidden, weight))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprob, "chunk_rows", lambda *_: chunk)
+        loss, values, entropy = linear_loss(hidden, weight, targets, counted)
+        got_grads = torch.autograd.grad(0.3 * loss, (hidden, weight))
+        with torch.no_grad():
+            assert torch.allclose(linear_loss(hidden, weight, targets, counted)[0], want, rtol=1e-11)
+    torch.testing.assert_close((loss, values, entropy), (want, logprobs, want_entropy), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(got_grads, want_grads, rtol=1e-10, atol=1e-10)
+    assert not values.requires_grad
+    assert not entropy.requires_grad
+
+
+def test_numerical_differentiation_agrees_with_the_summed_loss(monkeypatch):
+    monkeypatch.setattr(logprob, "chunk_rows", lambda *_: 2)
+    hidden, weight, targets = example(3, 4, 7)
+    counted = torch.tensor([True, False, True])
+    assert torch.autograd.gradcheck(lambda h, w: linear_loss(h, w, targets, counted)[0], (hidden, weight))
+
+
+def test_the_bfloat16_loss_is_as_near_to_float64_as_its_inputs_allow(monkeypatch):
+    monkeypatch.setattr(logprob, "chunk_rows", lambda *_: 5)
+    hidden, weight, targets = example(12, 16, 32, torch.bfloat16)
+    loss, _, _ = linear_loss(hidden, weight, targets)
+    loss.backward()
+    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    want = -plain(*wide, targets, 1.0)[0].sum()
+    want.backward()
+    torch.testing.assert_close(loss.double(), want, rtol=0.01, atol=0.1)
+    for ours, theirs in zip((hidden, weight), wide, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0.05, atol=0.1)
+
+
+def test_chunks_keep_products_large_at_a_large_vocabulary():
+    assert logprob.chunk_rows(129280, torch.empty(0)) == 256
+    assert logprob.chunk_rows(512, torch.empty(0)) == 256
+    assert logprob.chunk_rows(16, torch.empty(0)) == 8192

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kogia.ops.dispatch import use_backend
-from kogia.ops.linear import grouped_linear
+from kogia.ops.linear import grouped_linear, grouped_outer
 from kogia.ops.moe import (
     Activation,
     affinities,
     combine,
     dispatch,
     gate_weights,
+    mix_experts,
     order_by_expert,
     route,
     select_experts,
@@ -235,6 +236,67 @@ def test_poisoned_memory_never_shows_and_two_runs_are_bitwise_equal(width):
     idle = [1, 2, 5, 6, 7, 8]
     assert runs[2][2][idle].eq(0).all()
     assert runs[2][3][idle].eq(0).all()
+
+
+def experts_loop(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Token by token, choice by choice, as DeepSeekMoE equation 9 writes it."""
+    rows = []
+    for t in range(len(x)):
+        row = x[t] * 0
+        for j, e in enumerate(ids[t].tolist()):
+            if e >= 0:
+                row = row + weights[t, j] * (down[e] @ (F.silu(gate_up[e, 0] @ x[t]) * (gate_up[e, 1] @ x[t])))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("nobody", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("tokens", "topk", "experts"), [(1, 1, 4), (7, 2, 4), (20, 3, 5), (2, 4, 9)], ids=str)
+def test_experts_in_training_have_the_values_and_gradients_of_the_loop(tokens, topk, experts, nobody):
+    torch.manual_seed(tokens)
+    dim, width = 8, 12
+    leaves = [torch.randn(tokens, dim), torch.rand(tokens, topk), torch.randn(experts, 2, width, dim)]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, torch.randn(experts, dim, width))]
+    ids = pick(tokens, topk, experts).masked_fill(torch.rand(tokens, topk) < nobody, -1)
+    upstream = torch.randn(tokens, dim)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    want = experts_loop(wide[0], ids, *wide[1:])
+    want = [want, *torch.autograd.grad(want, wide, upstream.double(), materialize_grads=True)]
+    poison([tokens * topk * 2 * width, tokens * topk * dim, *(leaf.numel() for leaf in leaves)])
+    got = mix_experts(leaves[0], ids, *leaves[1:])
+    got = [got, *torch.autograd.grad(got, leaves, upstream)]
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_whose_weights_are_frozen_pass_the_gradient_on():
+    torch.manual_seed(0)
+    x, weights, ids = torch.randn(6, 8, requires_grad=True), torch.rand(6, 2), pick(6, 2, 4)
+    gate_up, down = torch.randn(4, 2, 12, 8), torch.randn(4, 8, 12)
+    results = mix_experts(x, ids, weights, gate_up, down), experts_loop(x, ids, weights, gate_up, down)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in results), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
+@pytest.mark.parametrize("counts", [[300, 0, 190, 0], [0, 0, 0, 490], [100, 100, 100, 90]], ids=str)
+def test_the_gradient_of_a_stack_is_the_product_over_each_experts_rows_in_poisoned_memory(backend, counts):
+    torch.manual_seed(0)
+    a, b = torch.randn(490, 64), torch.randn(490, 96)
+    a[sum(counts) :] = 0.0
+    poison([4 * 64 * 96])
+    with use_backend(backend, ["grouped_outer"]):
+        got = grouped_outer(a, b, torch.tensor(counts))
+    parts = zip(a.double().split([*counts, 490 - sum(counts)])[:4], b.split([*counts, 490 - sum(counts)]), strict=False)
+    want = torch.stack([part.T @ rows.double() for part, rows in parts])
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_pass_numerical_differentiation_in_float64():
+    torch.manual_seed(0)
+    leaves = [torch.randn(4, 3), torch.rand(4, 2), torch.randn(3, 2, 4, 3), torch.randn(3, 3, 4)]
+    leaves = [leaf.double().requires_grad_() for leaf in leaves]
+    ids = torch.tensor([[0, 2], [2, -1], [0, 2], [-1, -1]])
+    assert torch.autograd.gradcheck(lambda x, *rest: mix_experts(x, ids, *rest), leaves)
 
 
 def test_the_gate_comes_first_and_is_the_one_activated():

@@ -128,3 +128,19 @@ def test_bfloat16_is_rotated_in_float32_and_rounded_once(rotate):
     got = rotate(x, cos, sin)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, rotate(x.float(), cos, sin).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_neighbouring_pairs_may_start_at_an_odd_place_in_memory(first, tokens):
+    row = torch.randn(tokens, first + 6 + first % 2)
+    cos, sin = rope_angles(torch.arange(tokens) + 1, inverse_frequencies(6, 100.0))
+    x = row[:, None, first : first + 6].requires_grad_()
+    got = rotate_interleaved(x, cos, sin)
+    angle = torch.atan2(sin, cos).double()
+    even, odd = x[:, 0, 0::2].double(), x[:, 0, 1::2].double()
+    want = torch.stack((even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()), -1)
+    torch.testing.assert_close(got[:, 0].double(), want.flatten(1), rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(got)
+    back = rotate_interleaved(grad, cos, -sin)  # a rotation's transpose is the rotation back
+    torch.testing.assert_close(torch.autograd.grad(got, x, grad)[0], back, rtol=1e-5, atol=1e-6)

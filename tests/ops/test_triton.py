@@ -15,13 +15,15 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="kernels need Triton")
 
-from kogia.ops import attention, cache, latent, moe, norm, sample  # noqa: E402
+from kogia.ops import attention, cache, latent, logprob, moe, norm, sample  # noqa: E402
 from kogia.ops.cache import LatentRow, LayerCache  # noqa: E402
 from kogia.ops.packed import Packed  # noqa: E402
 from kogia.ops.segments import segments_of  # noqa: E402
 from kogia.ops.triton import attention as triton_attention  # noqa: E402
+from kogia.ops.triton import experts as triton_experts  # noqa: E402
 from kogia.ops.triton import latent as triton_latent  # noqa: E402
 from kogia.ops.triton import linear as triton_linear  # noqa: E402
+from kogia.ops.triton import logprob as triton_logprob  # noqa: E402
 from kogia.ops.triton import moe as triton_moe  # noqa: E402
 from kogia.ops.triton import norm as triton_norm  # noqa: E402
 from kogia.ops.triton import packed as triton_packed  # noqa: E402
@@ -586,3 +588,54 @@ def test_hoppers_attention_compiles_to_products_that_need_not_wait_for_one_anoth
     assert products == 36 + 2 * 4  # 576 numbers 16 at a time; 64 keys, in each of the two groups
     assert waits == 3  # one for each group; serialised products would have one each
     assert spills == 0
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 24), (5, 130), (3, 2100)], ids=str)
+def test_weighted_activations_of_experts_and_their_gradients_equal_the_reference(rows, width):
+    both, grad = draw(rows, 2 * width), draw(rows, width, seed=1)
+    weights = draw(rows, seed=2).float()
+    assert triton_experts.weighted_silu_mul_backward_supports(grad, both, weights) is None
+    close(triton_experts.weighted_silu_mul(both, weights), moe.weighted_silu_mul.reference(both, weights))
+    got = triton_experts.weighted_silu_mul_backward(grad, both, weights)
+    for ours, theirs in zip(got, moe.weighted_silu_mul_backward.reference(grad, both, weights), strict=True):
+        close(ours, theirs)
+
+
+def test_the_gradient_of_weighted_activations_is_that_of_numerical_differentiation():
+    both, weights = draw(3, 8).double().requires_grad_(), draw(3, seed=1).double().requires_grad_()
+    grad = draw(3, 4, seed=2).double()
+    gate, up = both.chunk(2, -1)
+    want = torch.autograd.grad(torch.nn.functional.silu(gate) * up * weights[:, None], (both, weights), grad)
+    got = moe.weighted_silu_mul_backward.reference(grad, both.detach(), weights.detach())
+    torch.testing.assert_close(got[:2], want)
+
+
+@pytest.mark.parametrize(("tokens", "topk", "dim"), [(1, 1, 16), (5, 3, 40), (4, 2, 2100)], ids=str)
+def test_copies_are_summed_as_the_reference_sums_them(tokens, topk, dim):
+    y, inverse = draw(tokens * topk, dim), torch.randperm(tokens * topk).to(DEVICE)
+    assert triton_experts.sum_copies_supports(y, inverse, topk) is None
+    close(triton_experts.sum_copies(y, inverse, topk), moe.sum_copies.reference(y, inverse, topk))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 5), (4, 64), (3, 4099)], ids=str)
+def test_the_gradient_of_the_loss_takes_the_place_of_the_logits(rows, vocab, masked):
+    logits = draw(rows, vocab, std=4.0)
+    targets = (torch.arange(rows) * 7 % vocab).to(DEVICE)
+    counted = (torch.arange(rows) % 2 == 0).to(DEVICE) if masked else None
+    assert triton_logprob.loss_gradient_supports(logits, targets, counted) is None
+    want = logprob.loss_gradient.reference(logits.clone(), targets, counted)
+    got = triton_logprob.loss_gradient(logits, targets, counted)
+    assert got[2] is logits
+    for ours, theirs in zip(got, want, strict=True):
+        close(ours, theirs)
+
+
+def test_huge_and_infinitely_small_logits_leave_the_loss_finite():
+    logits = draw(2, 40, std=1e4)
+    logits[:, 3] = float("-inf")
+    targets = logits.argmax(-1)
+    want = logprob.loss_gradient.reference(logits.clone(), targets)[0]
+    values, _, gradient = triton_logprob.loss_gradient(logits, targets)
+    close(values, want)
+    assert gradient.isfinite().all()

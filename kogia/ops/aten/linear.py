@@ -22,9 +22,13 @@ def grouped_linear(
     in use dense, the host would have to wait for `counts`."""
     if isinstance(weight, Packed):
         weight = dequantize(weight, x.dtype)
+    return F.grouped_mm(x, weight.flatten(1, -2).transpose(1, 2), offs=_ends(counts, x))
+
+
+def _ends(counts: Tensor, x: Tensor) -> Int[Tensor, " experts"]:
     ends = counts.cumsum(0).int()
     ends[-1:].fill_(x.shape[0])  # an assignment would copy the number from the host and wait for it
-    return F.grouped_mm(x, weight.flatten(1, -2).transpose(1, 2), offs=ends)
+    return ends
 
 
 def grouped_linear_supports(x: Tensor, weight: Tensor | Packed, counts: Tensor) -> str | None:
@@ -37,4 +41,20 @@ def grouped_linear_supports(x: Tensor, weight: Tensor | Packed, counts: Tensor) 
     for name, width in (("input", x.shape[1]), ("output", math.prod(shape[1:-1]))):
         if width * x.element_size() % _ALIGNMENT:
             return f"grouped_mm wants rows of a multiple of {_ALIGNMENT} bytes; {width} {name} numbers are not"
+    return None
+
+
+def grouped_outer(
+    a: Float[Tensor, "routed out"], b: Float[Tensor, "routed in"], counts: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts out in"]:
+    """One `grouped_mm`. Rows that are nobody's, of which one of the two is zero, go to the last expert."""
+    return F.grouped_mm(a.T, b, offs=_ends(counts, a))
+
+
+def grouped_outer_supports(a: Tensor, b: Tensor, counts: Tensor) -> str | None:
+    if a.dtype not in _DTYPES or b.dtype != a.dtype:
+        return f"grouped_mm takes operands of one of {_DTYPES}, not {a.dtype} and {b.dtype}"
+    for width in (a.shape[1], b.shape[1]):
+        if width * a.element_size() % _ALIGNMENT:
+            return f"grouped_mm wants rows of a multiple of {_ALIGNMENT} bytes; {width} numbers are not"
     return None

@@ -95,6 +95,19 @@ def grouped_linear_supports(x: Tensor, weight: Tensor | Packed, counts: Tensor) 
     return _refusal(x, weight, size=x.shape[0] * weight[0].numel() // len(weight))
 
 
+def grouped_outer(
+    a: Float[Tensor, "routed out"], b: Float[Tensor, "routed in"], counts: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts out in"]:
+    """One product per expert."""
+    sizes = [*counts.tolist(), a.shape[0] - int(counts.sum())]
+    parts = zip(a.split(sizes)[:-1], b.split(sizes)[:-1], strict=True)
+    return torch.stack([multiply(part.T, rows.T) for part, rows in parts])
+
+
+def grouped_outer_supports(a: Tensor, b: Tensor, counts: Tensor) -> str | None:
+    return _refusal(a, b, size=a.numel() * b.shape[1] // len(counts))
+
+
 def _refusal(*tensors: Tensor, size: int) -> str | None:
     if size < WORTH:
         return f"it is for {WORTH} multiplications and more, not {size}"
