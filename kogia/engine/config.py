@@ -192,8 +192,8 @@ class EngineConfig:
     it hides the planning; on a CPU, which has nothing to hide it behind, a sequence that ends would only run one token
     more."""
     graphs: bool | None = None
-    """Record decode steps as graphs, one per size of batch; on a CPU those of up to 16 tokens. None: where the model's
-    kernels allow it."""
+    """Record decode steps as graphs, one per size of batch; on a CPU those of up to 16 tokens, or 256 where the
+    vocabulary is small. None: where the model's kernels allow it."""
     deterministic: bool | None = None
     """Batch-invariant: tokens and log-probabilities are the same bit for bit whatever else runs, however prompts are
     cut and whatever prefixes are found. Slower (docs/deterministic.md); not with pruning or sparse attention. None:

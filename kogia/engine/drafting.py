@@ -161,7 +161,7 @@ class DraftGraphs:
         """Of up to `most` sequences of up to `longest` tokens, with the engine's own number of experts."""
         self.model, self.cache, self.state, self.experts = model, cache, state, experts
         self.width = 1 + state.drafts.shape[1]
-        self.sizes = recorded_sizes(most, model.device, self.width)
+        self.sizes = recorded_sizes(most, model.device, model.config.vocab_size, self.width)
         ahead = self.width + cache.lookahead
         """Positions past the known tokens that a step looks at."""
         self.contexts = [length for length in CONTEXTS if length < longest + ahead] + [longest + ahead]

@@ -109,16 +109,20 @@ def _parts(numbers: Any) -> tuple[Any, Any]:
     return flat[:fields].reshape(NUM_FIELDS, size), flat[fields:].reshape(size, width - NUM_FIELDS)
 
 
-def recorded_sizes(most: int, device: torch.device, width: int = 1) -> list[int]:
-    """Numbers of sequences of recorded steps, up to `most` of `width` tokens each. On a CPU, where nobody's sequences
-    take time and many tokens hide what stands between the kernels, all of up to 16 tokens."""
-    if device.type == "cpu":
-        return list(range(1, min(most, max(1, _TOKENS_ON_CPU // width)) + 1))
-    most = min(most, SIZES[-1] // width)
-    return sorted({size for size in SIZES if size < most} | {most})
+def recorded_sizes(most: int, device: torch.device, vocab_size: int, width: int = 1) -> list[int]:
+    """Numbers of sequences of recorded steps, up to `most` of `width` tokens each. On a CPU nobody's sequences take
+    time, so that all numbers of up to 16 tokens are recorded. More are where the vocabulary, and with it the model, is
+    small: many tokens of a larger one hide what stands between the kernels, and what a recording keeps grows."""
+    if device.type != "cpu":
+        most = min(most, SIZES[-1] // width)
+        return sorted({size for size in SIZES if size < most} | {most})
+    tokens = min(_TOKENS_ON_CPU, max(_EXACT_ON_CPU, _LOGITS_ON_CPU // vocab_size))
+    most = max(1, min(most, tokens // width))
+    exact = range(1, min(most, _EXACT_ON_CPU // width) + 1)
+    return sorted({size for size in SIZES if size < most} | {most, *exact})
 
 
-_TOKENS_ON_CPU = 16
+_EXACT_ON_CPU, _TOKENS_ON_CPU, _LOGITS_ON_CPU = 16, 256, 1 << 19
 
 
 class DecodeGraphs:
@@ -130,7 +134,7 @@ class DecodeGraphs:
         """Of up to `most` sequences, 512 at most, with contexts of up to `longest` tokens; `newest` is the runner's."""
         self.model, self.cache, self.newest, self.experts = model, cache, newest, experts
         self.is_gpu = model.device.type == "cuda"
-        self.sizes = recorded_sizes(most, model.device)
+        self.sizes = recorded_sizes(most, model.device, model.config.vocab_size)
         self.contexts = [length for length in CONTEXTS if length < longest] + [longest]
         self._widths = [-(-context // cache.block_size) for context in self.contexts]
         self._nobody = np.array([0, 0, cache.spare_slot, 1, len(newest) - 1, 0, 0, 0, 0, 0])

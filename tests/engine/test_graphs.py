@@ -108,10 +108,14 @@ def test_experts_without_a_kernel_are_no_reason_to_fail_but_for_steps_that_are_n
 def test_no_step_of_more_sequences_than_the_kernels_take_is_recorded():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for most, sizes in ((1, [1]), (5, [1, 2, 3, 4, 5]), (600, [*SIZES])):
-        assert recorded_sizes(most, gpu) == sizes
-    assert recorded_sizes(600, gpu, 3)[-2:] == [160, 170]
-    assert recorded_sizes(5, cpu) == [1, 2, 3, 4, 5] and recorded_sizes(600, cpu) == [*range(1, 17)]
-    assert recorded_sizes(600, cpu, 3) == [1, 2, 3, 4, 5]
+        assert recorded_sizes(most, gpu, 129280) == sizes
+    assert recorded_sizes(600, gpu, 129280, 3)[-2:] == [160, 170]
+    assert recorded_sizes(5, cpu, 129280) == [*range(1, 6)] and recorded_sizes(600, cpu, 129280) == [*range(1, 17)]
+    assert recorded_sizes(600, cpu, 129280, 3) == [1, 2, 3, 4, 5]
+    assert recorded_sizes(600, cpu, 16384) == [*range(1, 17), 20, 24, 28, 32]
+    assert recorded_sizes(600, cpu, 500) == [*range(1, 17), *(size for size in SIZES if 16 < size <= 256)]
+    assert recorded_sizes(600, cpu, 500, 3) == [*range(1, 6), *(size for size in SIZES if 5 < size < 85), 85]
+    assert recorded_sizes(19, cpu, 500) == [*range(1, 17), 19]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,18 @@ def test_drawing_with_filters_is_recorded_where_a_kernel_takes_them_and_each_row
     assert len(drawn) > 10 and all(drawn)
     assert [c[0].token_ids for c in engine.generate(PROMPTS[:2], params[:2])] == want[:2]
     assert not drawn[-1], "no filter is on"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [17, 31, 37])
+def test_on_a_cpu_nobodys_sequences_beside_them_change_no_token_of_a_small_model(dtype, count):
+    model, prompts = wide(dtype=dtype), [[3 + (7 * i + j) % 50 for j in range(5)] for i in range(count)]
+    engine = engine_of(model, max_sequences=40)
+    if engine.runner.graphs is None:
+        pytest.skip("no kernels here")
+    want = outputs(engine_of(model, max_sequences=40, graphs=False), SAMPLED, prompts)
+    assert outputs(engine, SAMPLED, prompts) == want
+    assert engine.runner.graphs.sizes[-1] == 40
 
 
 @pytest.mark.parametrize(
