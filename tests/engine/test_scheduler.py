@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kogia.engine.config import EngineConfig
 from kogia.engine.request import Request, SamplingParams
 from kogia.engine.scheduler import Scheduler
+from kogia.engine.sequences import Settings
 from kogia.engine.step import StepPlan, StepResult
 
 EOS = 1
@@ -131,6 +132,15 @@ class Simulation:
         for row in [row for row, request in enumerate(table.requests) if request is not None]:
             for index, block in enumerate(table.row_blocks(row)):
                 owners.setdefault(block, []).append((row, index))
+            assert (table.blocks[row, table.num_blocks[row] :] == table.blocks[row, 0]).all(), (
+                "its tail is its own block"
+            )
+        for rows in (self.scheduler.running, *(plan.rows for plan, _, _ in self.flights)):
+            for name, found in vars(table.settings(rows)).items():
+                fresh = getattr(Settings(table, rows), name)
+                assert np.array_equal(found, fresh), (
+                    f"{name} of rows {rows} is not what their requests ask for any more"
+                )
         assert pool.ref_counts == [len(owners.get(block, ())) for block in range(pool.num_blocks)]
         assert pool.num_free == pool.num_blocks - len(owners)
         for holders in owners.values():
@@ -173,10 +183,12 @@ class TrafficMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         n=st.integers(1, 3),
         priority=st.integers(-1, 1),
+        temperature=st.sampled_from([0.0, 1.0]),
+        top_p=st.sampled_from([0.5, 1.0]),
     )
-    def add(self, prompt: list[int], max_tokens: int, n: int, priority: int) -> None:
+    def add(self, prompt: list[int], max_tokens: int, n: int, **params) -> None:
         for _ in range(n):
-            request = make_request(len(self.added), prompt, max_tokens, priority=priority)
+            request = make_request(len(self.added), prompt, max_tokens, **params)
             if request.max_length - 1 > self.capacity:
                 with pytest.raises(ValueError, match="the whole cache holds"):
                     self.simulation.scheduler.add(request)
