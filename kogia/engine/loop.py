@@ -317,12 +317,14 @@ class StreamLoop:
         """Wait for `ready` (False) or for the engine to be free (True, and it is taken)."""
         with self._lock:
             self._changed.wait_for(lambda: ready() or self._turn is None)
-            if ready():
-                if is_driver:
-                    self._thread = None
-                return False
-            self._turn = turn
-            return True
+            is_ready = ready()
+            if not is_ready:
+                self._turn = turn
+            elif is_driver:
+                self._thread = None
+        return (
+            not is_ready
+        )  # not within: behind a return there CPython 3.11 may leave the lock held where a line raises
 
     def _run_step(self, turn: object) -> None:
         """One step by whoever has taken the turn."""
@@ -338,17 +340,16 @@ class StreamLoop:
         the engine has nothing left to do.
         """
         with self._lock:
-            if self._turn is not turn:
-                return
-            try:
-                self.num_steps += 1
-                for event in events:
-                    self._deliver(event)
-                if is_idle and not self._arrivals:
-                    self._give_up_lost()
-            finally:
-                self._turn = None
-                self._changed.notify_all()
+            if self._turn is turn:
+                try:
+                    self.num_steps += 1
+                    for event in events:
+                        self._deliver(event)
+                    if is_idle and not self._arrivals:
+                        self._give_up_lost()
+                finally:
+                    self._turn = None
+                    self._changed.notify_all()
 
     def _give_up_lost(self) -> None:
         """Tell streams that will never hear of their requests: an interrupt came while news were handed over."""
