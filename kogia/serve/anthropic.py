@@ -6,7 +6,6 @@ from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -14,7 +13,7 @@ from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import Chat, Turn, start, turn_prompt
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Body, Count, Flag, Name, Part, Stops, Text
+from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Body, Count, Flag, Name, Part, Stops, Text, items
 from kogia.serve.generation import new_id, usage
 from kogia.serve.openai_chat import ThinkingSwitch
 from kogia.serve.prompts import CalledFunction, CalledTool, ChatMessage
@@ -43,7 +42,7 @@ class Block(Part):
     is_error: Flag | None = None
 
 
-Blocks = Annotated[list[Block], Field(max_length=MOST_MESSAGES)]
+Blocks = Annotated[list[Block], items(MOST_MESSAGES)]
 
 
 class AnthropicMessage(Part):
@@ -72,9 +71,9 @@ class Conversed(Body):
     """What counts as input."""
 
     model: Name | None = None
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[AnthropicMessage], items(MOST_MESSAGES, 1)]
     system: Text | Blocks | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[AnthropicTool], items(MOST_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: ThinkingSwitch | None = None
 

@@ -91,8 +91,8 @@ def refused(error: ValueError, fields: Sequence[str]) -> ApiError:
 def validation(error: RequestValidationError | ValidationError) -> ApiError:
     """400 for the first value that has the wrong type or is out of its range."""
     found = error.errors()
-    # of the branches of a union, the one that got furthest is what was meant
-    first = max(found, key=lambda each: (len(each["loc"]), -found.index(each)))
+    # of the branches of a union, the one that got furthest is what was meant, or the one of the right type
+    first = max(found, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     if first["type"] == "json_invalid":
         return ApiError("the body is no JSON; send an object with content-type application/json")
     field = _field(first["loc"])

@@ -5,7 +5,7 @@ Every number has a range, so that none of them can make the server allocate or l
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST_COMPLETIONS = 8
 MOST_TOKENS = 2**20
@@ -17,6 +17,20 @@ MOST_MESSAGES = 10_000
 MOST_TOOLS = 128
 MOST_PROMPTS = 256
 
+
+def items(most: int, least: int = 0) -> Any:
+    """How many a list may have. The first wrong one ends it: a body of a million wrong ones is one error, not a million
+    that are put together while all other clients wait."""
+    return Field(min_length=least, max_length=most, fail_fast=True)
+
+
+def _not_more_biases(given: Any) -> Any:
+    """Before they are looked at, for the same reason."""
+    if isinstance(given, dict) and len(given) > MOST_BIASES:
+        raise ValueError(f"must have at most {MOST_BIASES} tokens, not {len(given)}")
+    return given
+
+
 Real = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Whole = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -26,8 +40,9 @@ Token = Annotated[Whole, Field(ge=0, lt=2**31)]
 Count = Annotated[Whole, Field(ge=1, le=MOST_TOKENS)]
 Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP_CHARS)]
-Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS)]
-TokenIds = Annotated[list[Token], Field(max_length=MOST_TOKENS)]
+Stops = Annotated[list[Stop], items(MOST_STOPS)]
+TokenIds = Annotated[list[Token], items(MOST_TOKENS)]
+Biases = Annotated[dict[str, Real], BeforeValidator(_not_more_biases)]
 Penalty = Annotated[Real, Field(ge=-2, le=2)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 

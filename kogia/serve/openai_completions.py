@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_LOGPROBS, MOST_PROMPTS, Flag, Text, TokenIds, Whole
+from kogia.serve.fields import MOST_LOGPROBS, MOST_PROMPTS, Flag, Text, TokenIds, Whole, items
 from kogia.serve.generation import Piece, collect, merge, new_id, pieces, run, timings, usage
 from kogia.serve.logprobs import TextLogprobs, prompt_logprobs, routed_experts
 from kogia.serve.openai_chat import StreamOptions
@@ -28,8 +28,8 @@ from kogia.text.tokenizer import Tokenizer
 router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
-Texts = Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-Prompts = Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+Texts = Annotated[list[Text], items(MOST_PROMPTS, 1)]
+Prompts = Annotated[list[TokenIds], items(MOST_PROMPTS, 1)]
 
 
 class CompletionBody(SamplingBody):

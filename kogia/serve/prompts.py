@@ -4,10 +4,8 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Flag, Name, Part, Text
+from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Flag, Name, Part, Text, items
 from kogia.serve.sampling import Thinking
 from kogia.serve.state import ServedModel
 from kogia.text.chat import Message, Prompt, ToolCall, continue_prompt, has_thinking_switch, render_prompt
@@ -20,7 +18,7 @@ class ContentPart(Part):
     refusal: Text | None = None
 
 
-Content = Text | Annotated[list[ContentPart], Field(max_length=MOST_MESSAGES)]
+Content = Text | Annotated[list[ContentPart], items(MOST_MESSAGES)]
 
 
 class CalledFunction(Part):
@@ -43,7 +41,7 @@ class ChatMessage(Part):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     """The same by another name."""
-    tool_calls: Annotated[list[CalledTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[CalledTool], items(MOST_TOOLS)] | None = None
     tool_call_id: Name | None = None
     prefix: Flag | None = None
     """Of the last message, an assistant's: go on with it. DeepSeek's word for it."""
@@ -53,7 +51,7 @@ class ChatMessage(Part):
         return self.reasoning_content or self.reasoning
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+Messages = Annotated[list[ChatMessage], items(MOST_MESSAGES, 1)]
 
 
 @dataclass(frozen=True)

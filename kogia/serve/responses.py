@@ -17,7 +17,7 @@ from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import Chat, Turn, start
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Count, Flag, Name, Part, Text
+from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Count, Flag, Name, Part, Text, items
 from kogia.serve.generation import new_id, usage
 from kogia.serve.prompts import CalledFunction, CalledTool, ChatMessage, Content
 from kogia.serve.sampling import EFFORTS, Effort, Format, JsonSchema, SamplingBody, Thinking, format_of
@@ -73,10 +73,10 @@ class Reasoning(Part):
 
 
 class ResponsesBody(SamplingBody):
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
+    input: Text | Annotated[list[Item], items(MOST_MESSAGES, 1)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[ResponseTool], items(MOST_TOOLS)] | None = None
     tool_choice: Choice | ChosenTool | None = None
     parallel_tool_calls: Flag | None = None
     reasoning: Reasoning | None = None

@@ -14,10 +14,10 @@ from kogia.engine.request import SamplingParams
 from kogia.serve.access import Caller
 from kogia.serve.errors import ApiError, refused
 from kogia.serve.fields import (
-    MOST_BIASES,
     MOST_COMPLETIONS,
     MOST_LOGPROBS,
     MOST_STOPS,
+    Biases,
     Body,
     Count,
     Flag,
@@ -34,6 +34,7 @@ from kogia.serve.fields import (
     TokenIds,
     Whole,
     given,
+    items,
 )
 from kogia.serve.state import ServedModel
 from kogia.text.chat import Prompt
@@ -73,7 +74,7 @@ class StructuredOutputs(Part):
 
     json_: dict[str, Any] | Text | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(max_length=1000)] | None = None
+    choice: Annotated[list[Text], items(1000)] | None = None
     grammar: Text | None = None
 
     @property
@@ -95,11 +96,11 @@ class SamplingBody(Body):
     min_p: Share | None = None
     seed: Seed | None = None
     stop: Stop | Stops | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Token], items(MOST_STOPS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[Real, Field(ge=0.01, le=100)] | None = None
-    logit_bias: Annotated[dict[str, Real], Field(max_length=MOST_BIASES)] | None = None
+    logit_bias: Biases | None = None
     min_tokens: Annotated[Whole, Field(ge=0, le=2**20)] | None = None
     ignore_eos: Flag | None = None
     include_stop_str_in_output: Flag | None = None

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kogia.engine.grammar import ResponseFormat
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_TOOLS, Flag, Part, Text
+from kogia.serve.fields import MOST_TOOLS, Flag, Part, Text, items
 from kogia.text.tokenizer import Tokenizer
 from kogia.text.tools import ToolFormat
 
@@ -50,7 +50,7 @@ class NamedTool(Part):
     function: NamedFunction
 
 
-Tools = Annotated[list[Tool], Field(max_length=MOST_TOOLS)]
+Tools = Annotated[list[Tool], items(MOST_TOOLS)]
 Choice = Literal["none", "auto", "required"]
 
 

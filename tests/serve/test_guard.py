@@ -53,6 +53,21 @@ def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(server):
     assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({"prompt": [{}] * 500_000}, "prompt.0"),
+        ({"prompt": [[1] * 500_000 + ["x"]]}, "prompt.0.500000"),
+        ({"prompt": "a", "logit_bias": {str(i): "x" for i in range(300_000)}}, "logit_bias"),
+        ({"prompt": "a", "stop": ["x"] * 100_000}, "stop"),
+    ],
+)
+def test_a_body_with_very_many_wrong_values_costs_no_more_than_one(server, body, param):
+    started = time.monotonic()
+    assert refusal(post(server, "/v1/completions", body))["param"] == param
+    assert time.monotonic() - started < 5  # each error compared with all others took hours
+
+
 @pytest.mark.parametrize("head", [b"", b"Host: a b\r\n", b"Host: x\r\nHost: y\r\n", b"Host: evil.example\r\n"])
 def test_hosts_that_are_not_this_machine_are_refused(server, head):
     answer = raw(server, b"GET /v1/models HTTP/1.1\r\n" + head + b"Connection: close\r\n\r\n")

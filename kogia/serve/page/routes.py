@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import turn_prompt
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import Body, Text, TokenIds
+from kogia.serve.fields import MOST_TOKENS, Body, Text, Token, items
 from kogia.serve.generation import collect, new_id, pieces, run
 from kogia.serve.openai_chat import ChatBody, start_chat
 from kogia.serve.page.answer import Answer
@@ -29,11 +29,11 @@ MOST_TEXT_CHARS = 2**18
 
 
 class RenderBody(Body):
-    texts: Annotated[list[Annotated[Text, Field(max_length=MOST_TEXT_CHARS)]], Field(max_length=MOST_TEXTS)]
+    texts: Annotated[list[Annotated[Text, Field(max_length=MOST_TEXT_CHARS)]], items(MOST_TEXTS)]
 
 
 class TraceBody(ChatBody):
-    token_ids: Annotated[TokenIds, Field(min_length=1)]
+    token_ids: Annotated[list[Token], items(MOST_TOKENS, 1)]
     """Of the answer to `messages`."""
 
 
