@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from result import row, write_result
-
 from kogia.cores import keep_to_cores
 
 HERE = Path(__file__).parent
@@ -44,6 +42,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return print(json.dumps(speed(args.child, args.cores)))
+    from result import row, write_result  # with torch, which a child loads once its cores are settled
+
     found: dict[tuple[int, str, bool], list[float]] = {}
     for _ in range(args.rounds):
         for busy in (False, True):
@@ -65,7 +65,7 @@ def child(threads: int, place: str) -> float:
     flags, variables = PLACES[place]
     words = [sys.executable, __file__, "--child", str(threads), *(flag.format(cores=CORES[threads]) for flag in flags)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    return json.loads(subprocess.run(words, env=inherited | variables, check=True, capture_output=True).stdout)
+    return json.loads(subprocess.run(words, env=inherited | variables, check=True, stdout=subprocess.PIPE).stdout)
 
 
 @contextmanager
