@@ -1,18 +1,25 @@
 """The processor's cores: which of them this process may use, and keeping it to some. Torch-free.
 
-A mask for the whole process is what is kept. Binding each thread to a core of its own was no better: a thread cannot
-then leave a core that another program wants, and decoding with two threads on two idle cores was a sixth slower
-(`benchmarks/cores.py`).
+A mask for the whole process is what is kept. OpenMP can bind each thread to a core of its own (OMP_PROC_BIND=true),
+which helps beside a busy program (`benchmarks/cores.py`); but it binds the main thread too, and with it every process
+that this one starts, as those that verify answers.
 """
 
 import os
+import sys
 
 
 def usable_cores() -> list[int]:
     """The numbers of the cores that this process may run on; where the system has no such bound, of all."""
-    if hasattr(os, "sched_getaffinity"):
+    if hasattr(os, "sched_getaffinity") and not _is_bound():
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def _is_bound() -> bool:
+    """Whether OpenMP, once it is there, has bound this thread, whose mask then tells nothing of the process."""
+    asked = os.environ.get("OMP_PROC_BIND", "").lower() not in ("", "false") or "GOMP_CPU_AFFINITY" in os.environ
+    return asked and "torch" in sys.modules
 
 
 def keep_to_cores(text: str) -> None:

@@ -66,6 +66,12 @@ def test_spans_and_numbers_name_cores(restored):
         keep_to_cores(str(USABLE[-1] + 1))
 
 
+def test_a_thread_that_openmp_has_bound_says_nothing_of_the_process():
+    code = "import torch; torch.ones(9); from kogia.cores import check_threads, usable_cores; check_threads(%d)"
+    variables = os.environ | {"OMP_PROC_BIND": "true"}
+    subprocess.run([sys.executable, "-c", code % len(USABLE)], check=True, env=variables)
+
+
 @pytest.mark.parametrize("text", ["", "x", "1-", "-1", "3-1", "0,,1", "0 1", "0-99999999999", "1.5", "²"])
 def test_what_is_no_list_of_cores_is_refused(text):
     with pytest.raises(ValueError, match="give numbers and spans of cores, as 0-3,8"):
