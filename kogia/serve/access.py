@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from kogia import log
 from kogia.serve.errors import ApiError
+from kogia.serve.exchange import current
 from kogia.text.files import read_text
 
 _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
@@ -93,6 +94,8 @@ def authenticate(request: Request) -> Caller:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+    if (exchange := current.get()) is not None:
+        exchange.caller = caller.name
     return caller
 
 

@@ -42,6 +42,9 @@ class ServeConfig:
     """After SIGTERM or Ctrl-C: how long requests that run may go on. No new ones are taken."""
     keep_alive_seconds: float = 15.0
     """A stream that is silent for so long gets a comment, so that nothing on its way takes it for dead."""
+    access_log: str | None = None
+    """File that gets a line of JSON per request: who, what it took, how it ended, and nothing that was said; - is the
+    standard output."""
     draft_tokens: int | None = None
     """Tokens drafted per step by the MTP module; None takes engine.num_draft_tokens, or if that is 0 one where the
     model has the module."""

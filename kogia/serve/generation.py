@@ -16,6 +16,7 @@ from kogia.engine.loop import Stream
 from kogia.engine.request import Completion, SamplingParams, TokenEvent, TopLogprobs
 from kogia.serve.access import Caller
 from kogia.serve.errors import ApiError, refused
+from kogia.serve.exchange import current
 from kogia.serve.state import Running, ServedModel, ServerState
 from kogia.text.chat import Prompt, ToolCall
 from kogia.text.thoughts import ThoughtSplitter
@@ -120,6 +121,8 @@ async def run(
         raise refused(error, ("messages", "prompt", "response_format", "logit_bias", "active_experts")) from None
     running = Running(id, served, caller, stream, params, prompt.token_ids, prompt.opens_thought, is_text, began)
     state.begin(running)
+    if (exchange := current.get()) is not None:
+        exchange.running.append(running)
     return running
 
 
@@ -246,7 +249,7 @@ def usage(running: Sequence[Running], completions: Sequence[Completion]) -> dict
     """Tokens of requests, in OpenAI's and DeepSeek's words: hits and misses make up the prompts."""
     num_prompt = sum(len(each.prompt_ids) for each in running)
     num_new = sum(len(each.token_ids) for each in completions)
-    num_cached = sum(_num_cached(each) for each in running)
+    num_cached = sum(each.num_cached for each in running)
     num_thought = sum(_num_thought(each) for each in running)
     return {
         "prompt_tokens": num_prompt,
@@ -257,11 +260,6 @@ def usage(running: Sequence[Running], completions: Sequence[Completion]) -> dict
         "prompt_cache_hit_tokens": num_cached,
         "prompt_cache_miss_tokens": num_prompt - num_cached,
     }
-
-
-def _num_cached(running: Running) -> int:
-    """Prompt tokens that nobody had to compute for any of its answers: those that come after the first find more."""
-    return min((each.num_cached_tokens for each in running.stream.completions.values()), default=0)
 
 
 def _num_thought(running: Running) -> int:
@@ -275,10 +273,10 @@ def timings(running: Running) -> dict[str, Any]:
     """What the slowest part of a request took, in llama.cpp's words: milliseconds, tokens and tokens per second."""
     completions = list(running.stream.completions.values())
     queue, prefill, decode = (max(part) * 1000 for part in zip(*(each.times for each in completions)))
-    num_prompt, num_new = len(running.prompt_ids) - _num_cached(running), sum(len(c.token_ids) for c in completions)
+    num_prompt, num_new = len(running.prompt_ids) - running.num_cached, sum(len(c.token_ids) for c in completions)
     return {
         "queue_ms": queue,
-        "cache_n": _num_cached(running),
+        "cache_n": running.num_cached,
         "prompt_n": num_prompt,
         "prompt_ms": prefill,
         "prompt_per_second": num_prompt / max(prefill, 1e-3) * 1000,

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kogia import log
 from kogia.serve.config import is_loopback
 from kogia.serve.errors import ApiError, internal, response_to
+from kogia.serve.exchange import Exchange, current
 from kogia.serve.state import ServerState
 
 MOST_BODY_BYTES = 8 << 20
@@ -43,16 +44,21 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send)
+        exchange = Exchange(f"req_{uuid.uuid4().hex}", scope["method"], self._state.clock())
+        current.set(exchange)
+        transfer = _Transfer(exchange, scope, receive, send)
         try:
             self._check(scope)
-            await exchange.read_body()
-            await self._app(scope, exchange.receive, exchange.send)
+            await transfer.read_body()
+            await self._app(scope, transfer.receive, transfer.send)
         except ApiError as error:
-            await exchange.refuse(error)
+            await transfer.refuse(error)
         except Exception:  # noqa: BLE001 - whatever it is, the client learns its id alone
             log.warn(f"request {exchange.id} failed:\n{traceback.format_exc()}")
-            await exchange.refuse(internal(exchange.id))
+            await transfer.refuse(internal(exchange.id))
+        finally:
+            exchange.route = getattr(scope.get("route"), "path", None)
+            self._state.note_exchange(exchange)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -77,15 +83,15 @@ class Guard:
         return is_loopback(name) or name == self._state.config.host
 
 
-class _Exchange:
+class _Transfer:
     """One request on its way in and its answer on the way out."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.id = f"req_{uuid.uuid4().hex}"
+    def __init__(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        self._exchange = exchange
         self._scope, self._receive, self._send = scope, receive, send
         self._body: bytes | None = None
         self._has_begun = False
-        scope.setdefault("state", {})["request_id"] = self.id
+        scope.setdefault("state", {})["request_id"] = exchange.id
 
     async def read_body(self) -> None:
         """Raises 413 for one that is too large, 408 for one that does not arrive."""
@@ -107,9 +113,9 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._has_begun = True
+            self._has_begun, self._exchange.status = True, message["status"]
             headers = MutableHeaders(raw=message.setdefault("headers", []))
-            headers["x-request-id"] = self.id
+            headers["x-request-id"] = self._exchange.id
             for name, value in SECURITY_HEADERS.items():
                 headers.setdefault(name, value)
         await self._send(message)

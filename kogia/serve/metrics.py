@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
+from kogia.serve.exchange import Exchange
 from kogia.serve.page.facts import mixture_layers
 from kogia.serve.state import Running, ServedModel, ServerState
 
@@ -116,11 +117,25 @@ class Metrics(Collector):
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._of: dict[ServedModel, ModelMetrics] = {}
+        self._num_exchanges: dict[tuple[str, str], int] = {}
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
         state.on_tokens.append(lambda running, *news: self.of(running.model).note_tokens(running, *news))
         state.on_end.append(lambda running: self.of(running.model).note_end(running, state.clock()))
+
+        state.on_exchange.append(self._note_exchange)
+
+    def _note_exchange(self, exchange: Exchange) -> None:
+        """By route and status, of which there are so many and no more."""
+        key = exchange.route or "none", str(exchange.status or "none")
+        self._num_exchanges[key] = self._num_exchanges.get(key, 0) + 1
+
+    def _exchanges(self) -> Metric:
+        family = CounterMetricFamily("kogia_http_requests", "Answers sent.", labels=("route", "status"))
+        for key, count in self._num_exchanges.items():
+            family.add_metric(key, count)
+        return family
 
     def of(self, model: ServedModel) -> ModelMetrics:
         return self._of.setdefault(model, ModelMetrics())
@@ -137,6 +152,7 @@ class Metrics(Collector):
                 histogram(own).add_to(family, _labels(model))
             yield family
         yield _ended(each)
+        yield self._exchanges()
         yield _expert_load(each)
 
 

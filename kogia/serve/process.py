@@ -19,6 +19,7 @@ from kogia.inference.config import FILTERS, engine_options, filtered_sampling
 from kogia.inference.llm import LLM
 from kogia.model.costs import num_params
 from kogia.serve.access import Keys
+from kogia.serve.access_log import access_log
 from kogia.serve.app import create_app
 from kogia.serve.config import ServeConfig
 from kogia.serve.guard import MOST_HEADER_BYTES
@@ -101,8 +102,9 @@ class Process(uvicorn.Server):
     async def run(self, listener: socket.socket) -> None:  # type: ignore[override]
         """Serve until `stop`. Raises what loading raises."""
         self._loop = asyncio.get_running_loop()
-        loading = asyncio.ensure_future(self._load_and_say(listener))
-        await self.serve(sockets=[listener])
+        with access_log(self.state):
+            loading = asyncio.ensure_future(self._load_and_say(listener))
+            await self.serve(sockets=[listener])
         if loading.done():
             loading.result()
         if self._error is not None:

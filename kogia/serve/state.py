@@ -17,6 +17,7 @@ from kogia.model.config import ModelConfig
 from kogia.serve.access import Caller, Keys
 from kogia.serve.config import ServeConfig
 from kogia.serve.errors import ApiError
+from kogia.serve.exchange import Exchange
 from kogia.text.tokenizer import Tokenizer
 from kogia.text.tools import ToolFormat, tool_format
 
@@ -79,10 +80,18 @@ class Running:
     """Its answer is the continuation of a text, with no thoughts or calls to tell apart."""
     began: float = 0.0
     """When it came, by the server's clock."""
+    first_token: float | None = None
     token_times: dict[int, float] = field(default_factory=dict)
     """When tokens of each of its answers came last, by its number."""
+    num_tokens: int = 0
+    """That have come, of all its answers."""
     reason: str | None = None
     """Why the server gave it up."""
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that nobody had to compute for any answer: those that come after the first find more."""
+        return min((each.num_cached_tokens for each in self.stream.completions.values()), default=0)
 
 
 class ServerState:
@@ -101,6 +110,8 @@ class ServerState:
         """Told of tokens that have come: the request, which of its answers, how many, and when."""
         self.on_end: list[Callable[[Running], None]] = []
         """Told of every request that has ended, however it did."""
+        self.on_exchange: list[Callable[[Exchange], None]] = []
+        """Told of everything that was asked, when its answer is sent."""
         self._ignored: set[tuple[str, str]] = set()
 
     def add(self, model: ServedModel, names: Sequence[str] = ()) -> None:
@@ -137,7 +148,14 @@ class ServerState:
         now = self.clock()
         for listener in self.on_tokens:
             listener(running, index, count, now)
+        running.num_tokens += count
         running.token_times[index] = now
+        if running.first_token is None:
+            running.first_token = now
+
+    def note_exchange(self, exchange: Exchange) -> None:
+        for listener in self.on_exchange:
+            listener(exchange)
 
     def end(self, running: Running) -> None:
         """Free what a request holds, whether or not it has ended: within the engine's next step."""

@@ -131,3 +131,12 @@ def test_a_histogram_counts_what_is_at_most_each_bound(values):
         assert found[str(bound)] == (each <= bound).sum()
     assert found["+Inf"] == found["x_count"] == len(each)
     assert found["x_sum"] == pytest.approx(float(each.sum()))
+
+
+def test_answers_are_counted_by_route_and_status_and_addresses_that_lead_nowhere_are_one(server):
+    for path in ("/nowhere", "/v1/else", "/v1/models", "/v1/models"):
+        httpx.get(server.url + path)
+    found = scrape(server)
+    assert value(found, "kogia_http_requests_total", route="none", status="404") >= 2
+    assert value(found, "kogia_http_requests_total", route="/v1/models", status="200") >= 2
+    assert not any("nowhere" in each.labels["route"] for each in found["kogia_http_requests_total"])

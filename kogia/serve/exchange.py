@@ -1,0 +1,28 @@
+"""One request and its answer, as those who watch the server see it: without what was said."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kogia.serve.state import Running
+
+
+@dataclass(eq=False)
+class Exchange:
+    id: str
+    method: str
+    began: float
+    """By the server's clock, in seconds."""
+    route: str | None = None
+    """With names in place of what varies; None where there is no such route."""
+    caller: str | None = None
+    """Name of the key; None where nobody has been asked for one."""
+    status: int | None = None
+    """None where the client left before there was one."""
+    running: list["Running"] = field(default_factory=list)
+    """What the engine was given for it."""
+
+
+current: ContextVar[Exchange | None] = ContextVar("current", default=None)
+"""That which the running code belongs to."""
