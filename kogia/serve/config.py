@@ -26,6 +26,9 @@ class ServeConfig:
     api_key_file: str | None = None
     """File with the keys that open the server, one a line; an optional name stands before it, as in `alice: KEY`. A key
     may be given by its SHA-256, as `sha256:HEX`."""
+    limits_file: str | None = None
+    """TOML file with what each key may use: a table per name, or `default`, of requests_per_minute, tokens_per_minute
+    and concurrent_requests."""
     name: tuple[str, ...] = ()
     """Names that requests call the model by; the first is the one that is shown. None is the last part of `path`."""
     max_tokens: int | None = None
@@ -70,6 +73,8 @@ class ServeConfig:
         engine_options(self.engine, self.draft_tokens)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens = {self.max_tokens}: must be at least 1")
+        if self.limits_file is not None and self.api_key_file is None:
+            raise ValueError(f"limits_file = {self.limits_file!r}: limits are for keys; name them by api_key_file")
         if self.api_key_file is None and not is_loopback(self.host):
             raise ValueError(
                 f"host = {self.host!r}: whoever reaches this address could use the model, read the prompts of others "

@@ -105,25 +105,32 @@ async def run(
     *,
     is_text: bool = False,
 ) -> Running:
-    """Start a request. Raises 400 for what the engine refuses.
-
-    The engine checks a request, and compiles its grammar, in a thread: no other client waits for that.
-    """
+    """Start a request. Raises 400 for what the engine refuses, 429 where the caller has used what is his."""
     state.check_ready()
     began = state.clock()
-    submitting = asyncio.ensure_future(asyncio.to_thread(served.engine.submit, prompt.token_ids, params))
+    state.limiter.admit(caller.name, began)
     try:
-        stream = await asyncio.shield(submitting)
-    except asyncio.CancelledError:  # the client has left meanwhile
-        submitting.add_done_callback(_give_up)
+        stream = await _submit(served, prompt, params)
+    except BaseException:
+        state.limiter.leave(caller.name)
         raise
-    except ValueError as error:
-        raise refused(error, ("messages", "prompt", "response_format", "logit_bias", "active_experts")) from None
     running = Running(id, served, caller, stream, params, prompt.token_ids, prompt.opens_thought, is_text, began)
     state.begin(running)
     if (exchange := current.get()) is not None:
         exchange.running.append(running)
     return running
+
+
+async def _submit(served: ServedModel, prompt: Prompt, params: SamplingParams) -> Stream:
+    """In a thread: the engine checks a request, and compiles its grammar, and no other client waits for that."""
+    submitting = asyncio.ensure_future(asyncio.to_thread(served.engine.submit, prompt.token_ids, params))
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:  # the client has left meanwhile
+        submitting.add_done_callback(_give_up)
+        raise
+    except ValueError as error:
+        raise refused(error, ("messages", "prompt", "response_format", "logit_bias", "active_experts")) from None
 
 
 def _give_up(submitting: "asyncio.Future[Stream]") -> None:

@@ -18,6 +18,7 @@ from kogia.serve.access import Caller, Keys
 from kogia.serve.config import ServeConfig
 from kogia.serve.errors import ApiError
 from kogia.serve.exchange import Exchange
+from kogia.serve.limits import Limiter
 from kogia.text.tokenizer import Tokenizer
 from kogia.text.tools import ToolFormat, tool_format
 
@@ -100,6 +101,7 @@ class ServerState:
     def __init__(self, config: ServeConfig, keys: Keys | None = None) -> None:
         self.config = config
         self.keys = keys or Keys()
+        self.limiter = Limiter.read(config.limits_file, [caller.name for caller in self.keys.callers])
         self.models: dict[str, ServedModel] = {}
         """By every name that requests may use."""
         self.running: dict[str, Running] = {}
@@ -148,9 +150,12 @@ class ServerState:
         now = self.clock()
         for listener in self.on_tokens:
             listener(running, index, count, now)
+        is_first = running.first_token is None
+        used = count + (len(running.prompt_ids) if is_first else 0)
+        self.limiter.take_tokens(running.caller.name, used, now)
         running.num_tokens += count
         running.token_times[index] = now
-        if running.first_token is None:
+        if is_first:
             running.first_token = now
 
     def note_exchange(self, exchange: Exchange) -> None:
@@ -161,6 +166,7 @@ class ServerState:
         """Free what a request holds, whether or not it has ended: within the engine's next step."""
         running.stream.cancel()
         if self.running.pop(running.id, None) is not None:
+            self.limiter.leave(running.caller.name)
             for listener in self.on_end:
                 listener(running)
 
