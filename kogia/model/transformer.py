@@ -11,6 +11,8 @@ Parameter names are those of the Hugging Face checkpoints; only the routed exper
 """
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +29,7 @@ from kogia.model.packed import PackedTokens
 from kogia.model.rotary import Rotary
 from kogia.model.routing import Routing
 from kogia.ops.cpu import pages
+from kogia.ops.dispatch import which
 from kogia.ops.moe import Activation
 from kogia.ops.segments import take_rows
 
@@ -118,6 +121,7 @@ class Transformer(nn.Module):
         self.lm_head = Head(config.dim, config.vocab_size)
         self.tie_head()
         self.rotary = Rotary(config)
+        self._is_compiled = False
 
     @property
     def device(self) -> torch.device:
@@ -150,6 +154,8 @@ class Transformer(nn.Module):
         cos, sin = self.rotary(batch.positions)
         if routing is not None:
             routing.bind(batch.segments)
+        if self._is_compiled and cache is None:
+            _ = batch.segments.buckets  # made here: the compiler cannot trace how
         if latent_ranks is not None:
             latent_ranks = latent_ranks[batch.segments.owner]
         return StepContext(batch.segments, cos, sin, cache, routing, latent_ranks, activation)
@@ -221,6 +227,19 @@ class Transformer(nn.Module):
         normed = self.model.norm(take_rows(hidden, rows - 1))
         loss, _, entropy = self.lm_head(normed, batch.token_ids[rows], summed=True)
         return loss, entropy.sum()
+
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Let torch.compile fuse every layer, each as one graph, forward and backward; the first passes take long.
+
+        Layers of one kind share compiled kernels by the compiler's own cache. Batches whose sequences have other
+        lengths, and other numbers of tokens, are compiled again.
+        """
+        which(self.device)  # loads the backends of the ops: imports cannot be traced
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 8 * len(self.model.layers))
+        for layer in self.model.layers:
+            layer.compile(backend=backend)
+        self._is_compiled = True
 
     def routers(self) -> list[Router]:
         """Routers of all mixture layers in order, the MTP modules' last."""

@@ -5,10 +5,14 @@ which the last `lengths[s]` are this step's, so row i of them sees keys up to it
 Either may be sparse: a lightning indexer then picks the keys of every query (kogia.ops.sparse).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kogia.ops.cache import KVRow, LatentRow, LayerCache
 from kogia.ops.dispatch import op
@@ -35,7 +39,7 @@ def varlen_attention(
         assert index is None, "sparse attention with a context is the cache's"
         return _with_context(q, k, v, segments, keys, scale)
     heads, qk_dim, v_dim = q.shape[1], q.shape[2], v.shape[2]
-    if v_dim < qk_dim:  # the fused CPU and flash kernels want equal widths; zero columns of v change nothing
+    if v_dim < qk_dim and q.device.type == "cpu":  # the fused kernel wants equal widths; zero columns change nothing
         v = F.pad(v, (0, qk_dim - v_dim))
     out = None if segments.buckets[0].rows is None else q.new_zeros(q.shape[0], heads, v_dim)
     for bucket in segments.buckets:
@@ -43,13 +47,24 @@ def varlen_attention(
         mask = None
         if index is not None and bucket.width > index.topk:
             mask = selected_keys(index, bucket)[:, None]
-        attended = F.scaled_dot_product_attention(
-            *grid, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != heads
-        )
+        with _kernels(q):
+            attended = F.scaled_dot_product_attention(
+                *grid, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != heads
+            )
         rows = bucket.from_grid(attended.transpose(1, 2))[..., :v_dim]
         out = rows if out is None else out.index_copy(0, bucket.rows, rows)  # pyright: ignore
     assert out is not None
     return out
+
+
+def _kernels(q: Tensor) -> AbstractContextManager[Any]:
+    """Which kernel PyTorch tries first: cuDNN's takes keys and values of unlike widths, as latent attention's are."""
+    return sdpa_kernel(_PREFERRED, set_priority=True) if q.device.type == "cuda" else nullcontext()
+
+
+_PREFERRED = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 
 
 def _with_context(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments, scale: float) -> Tensor:
