@@ -58,11 +58,13 @@ def main() -> None:
 
     rows = []
     with worktree(args.base) as base:
+        words = ["git", "rev-parse", "--short=7", "HEAD"]
+        commit = subprocess.run(words, cwd=base, check=True, capture_output=True, text=True).stdout.strip()
         if args.demo is not None:
             for seed in args.demo:
                 rows.append(demo_row(base, seed, args.scale))
                 print(rows[-1], file=sys.stderr)
-                write_result(args.out or RESULTS / "seams_demo.json", f"demonstration, beside {args.base}", rows)
+                write_result(args.out or RESULTS / "seams_demo.json", f"demonstration, beside {commit}", rows)
             return
         for id, work in WORK.items():
             pairs = [(child(ROOT, work), child(base, work)) for _ in range(args.rounds + 1)][1:]  # the first warms up
@@ -75,7 +77,7 @@ def main() -> None:
             rows.append(row(id, median(ratios), "ratio", low=min(ratios), high=max(ratios), limit=LIMIT, **speeds))
             print(rows[-1], file=sys.stderr)
             write_result(
-                args.out or RESULTS / "seams.json", f"seams, beside {args.base}", rows
+                args.out or RESULTS / "seams.json", f"seams, beside {commit}", rows
             )  # after each: what is measured is not lost
 
 
