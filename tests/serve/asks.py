@@ -28,3 +28,8 @@ def refusal(response: httpx.Response, status: int = 400) -> dict[str, Any]:
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def letters(server: Any) -> dict[str, Any]:
+    """Keeps a random model to tokens of letters, so that what it writes is never empty, an end or a tag."""
+    return {"allowed_token_ids": server.tokenizer.encode("theanswer")}

@@ -7,7 +7,7 @@ import httpx2 as httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve.asks import HELLO, events, post
+from serve.asks import HELLO, events, letters, post
 
 from kogia.text.tools import DEEPSEEK
 
@@ -28,8 +28,14 @@ def client(server):
     return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
 
 
-def test_the_client_asks_and_streams_thought_and_text(client):
-    kwargs = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "system": "be brief", "extra_body": {"seed": 3}}
+def test_the_client_asks_and_streams_thought_and_text(client, server):
+    kwargs = {
+        "model": "tiny",
+        "messages": HELLO,
+        "max_tokens": 20,
+        "system": "be brief",
+        "extra_body": {"seed": 3, **letters(server)},
+    }
     kwargs["thinking"] = {"type": "enabled", "budget_tokens": 4}
     message = client.messages.create(**kwargs)
     assert [block.type for block in message.content] == ["thinking", "text"] and message.stop_reason == "max_tokens"
@@ -59,7 +65,9 @@ def test_a_tool_is_called_and_its_result_goes_back(client, server, choice):
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "picked"}]}
     said = [*HELLO, {"role": "assistant", "content": [call.model_dump(exclude_none=True)]}]
     answer = client.messages.create(
-        messages=[*said, {"role": "user", "content": [result]}], **{**kwargs, "max_tokens": 3}
+        messages=[*said, {"role": "user", "content": [result]}],
+        extra_body=letters(server),
+        **{**kwargs, "max_tokens": 3},
     )
     assert answer.content[0].type == "text"
     with pytest.raises(anthropic.BadRequestError, match="tool_call_id"):
@@ -96,7 +104,7 @@ def test_streaming_equals_not_streaming(server, text, thinks):
         assert own["input" if own["type"] == "tool_use" else own["type"]] == value
 
 
-def test_a_stop_sequence_is_named_and_an_answer_goes_on(client):
+def test_a_stop_sequence_is_named_and_an_answer_goes_on(client, server):
     kwargs = {"model": "tiny", "max_tokens": 50, "thinking": {"type": "disabled"}}
     forced = {"extra_body": {"structured_outputs": {"choice": ["one two three"]}}}
     message = client.messages.create(messages=HELLO, stop_sequences=["zzz", " three"], **kwargs, **forced)
@@ -108,7 +116,7 @@ def test_a_stop_sequence_is_named_and_an_answer_goes_on(client):
     ended = client.messages.create(messages=HELLO, **kwargs, **forced)
     assert (ended.content[0].text, ended.stop_reason) == ("one two three", "end_turn")
     begun = [*HELLO, {"role": "assistant", "content": "The answer is"}]
-    assert client.messages.create(messages=begun, **kwargs).content[0].type == "text"
+    assert client.messages.create(messages=begun, extra_body=letters(server), **kwargs).content[0].type == "text"
 
 
 @pytest.mark.parametrize("change, says", [

@@ -2,7 +2,7 @@
 
 import openai
 import pytest
-from serve.asks import HELLO, post, refusal
+from serve.asks import HELLO, letters, post, refusal
 
 from kogia.serve.errors import ApiError
 from kogia.serve.openai_completions import HOLES, fill_prompt
@@ -39,16 +39,18 @@ def test_thinking_is_switched_and_what_was_thought_is_not_in_the_next_prompt(cli
     body = {"messages": again, "max_tokens": 1, "return_token_ids": True, "thinking": {"type": "disabled"}}
     answer = post(server, "/chat/completions", body).json()
     text = server.tokenizer.decode(answer["prompt_token_ids"])
-    assert message.reasoning_content not in text and message.content in text
+    assert f"<think>\n{message.reasoning_content}" not in text and message.content in text
     assert "reasoning_content" not in answer["choices"][0]["message"]
 
 
 def test_an_answer_is_continued_from_its_prefix_and_from_its_thought(beta, server):
     begun = {"role": "assistant", "content": "```python\n", "prefix": True}
-    answer = beta.chat.completions.create(model="tiny", messages=[*HELLO, begun], max_tokens=3, stop=["```"])
+    answer = beta.chat.completions.create(
+        model="tiny", messages=[*HELLO, begun], max_tokens=3, stop=["```"], extra_body=letters(server)
+    )
     assert answer.choices[0].message.content
     thought = {"role": "assistant", "content": "", "reasoning_content": "Let me see", "prefix": True}
-    body = {"messages": [*HELLO, thought], "max_tokens": 3, "return_token_ids": True}
+    body = {"messages": [*HELLO, thought], "max_tokens": 3, "return_token_ids": True, **letters(server)}
     answer = post(server, "/beta/chat/completions", body).json()
     assert server.tokenizer.decode(answer["prompt_token_ids"]).endswith("<think>\nLet me see")
     assert answer["choices"][0]["message"]["reasoning_content"] and not answer["choices"][0]["message"]["content"]

@@ -8,7 +8,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve.asks import HELLO, events, post, refusal
+from serve.asks import HELLO, events, letters, post, refusal
 
 from kogia.engine.request import SamplingParams
 from kogia.text.chat import Message, render_prompt
@@ -237,7 +237,9 @@ def test_thoughts_are_stopped_on_demand(server):
     {"chat_template_kwargs": {"thinking": False}},
 ])  # fmt: skip
 def test_thinking_is_turned_off_in_all_its_words(server, switch):
-    message = post(server, CHAT, {"messages": HELLO, "max_tokens": 5, **switch}).json()["choices"][0]["message"]
+    message = post(server, CHAT, {"messages": HELLO, "max_tokens": 5, **letters(server), **switch}).json()["choices"][
+        0
+    ]["message"]
     assert message["content"] and "reasoning_content" not in message
 
 
@@ -257,7 +259,7 @@ def test_a_thought_ends_where_its_budget_does_and_may_be_hidden(server):
 def test_an_answer_goes_on_from_its_beginning(server):
     begun = {"role": "assistant", "content": "The answer is"}
     for more in ({"prefix": True}, {}):
-        body = {"messages": [*HELLO, begun | more], "max_tokens": 4, "return_token_ids": True}
+        body = {"messages": [*HELLO, begun | more], "max_tokens": 4, "return_token_ids": True, **letters(server)}
         answer = post(server, CHAT, body | ({} if more else {"continue_final_message": True})).json()
         text = server.tokenizer.decode(answer["prompt_token_ids"])
         assert text.endswith("</think>\n\nThe answer is")

@@ -6,7 +6,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve.asks import events, post, refusal
+from serve.asks import events, letters, post, refusal
 
 from kogia.text.tools import DEEPSEEK
 
@@ -30,8 +30,9 @@ def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
-def test_basic_text(client):
-    answer = client.responses.create(model="tiny", input="hello", max_output_tokens=9, reasoning=OFF)
+def test_basic_text(client, server):
+    kwargs = {"reasoning": OFF, "extra_body": letters(server)}
+    answer = client.responses.create(model="tiny", input="hello", max_output_tokens=9, **kwargs)
     (message,) = answer.output
     assert answer.object == "response" and message.type == "message" and message.content[0].text == answer.output_text
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
@@ -59,14 +60,15 @@ def test_system_prompt_and_several_turns(client, server):
     assert short.usage.input_tokens == post(server, "/tokenize", {"messages": said}).json()["count"]
 
 
-def test_a_thought_is_an_item_of_its_own(client):
-    kwargs = {"model": "tiny", "input": "hello", "max_output_tokens": 12, "extra_body": {"thinking_token_budget": 3}}
+def test_a_thought_is_an_item_of_its_own(client, server):
+    kwargs = {"model": "tiny", "input": "hello", "max_output_tokens": 12, "extra_body": letters(server)}
+    kwargs["extra_body"] |= {"thinking_token_budget": 3}
     answer = client.responses.create(**kwargs)
     assert [item.type for item in answer.output] == ["reasoning", "message"]
     assert answer.usage.output_tokens_details.reasoning_tokens == 3 and answer.output[0].content[0].text
 
 
-def test_tool_calling_and_its_results(client):
+def test_tool_calling_and_its_results(client, server):
     kwargs = {"model": "tiny", "tools": [PICK], "reasoning": OFF, "max_output_tokens": 200}
     for choice in ("required", {"type": "function", "name": "pick"}):
         answer = client.responses.create(
@@ -77,7 +79,9 @@ def test_tool_calling_and_its_results(client):
         assert json.loads(call.arguments)["n"] in (1, 2)
     said = [{"role": "user", "content": "hello"}, call.model_dump(exclude_none=True)]
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "picked"}
-    after = client.responses.create(input=[*said, result], **{**kwargs, "max_output_tokens": 3})
+    after = client.responses.create(
+        input=[*said, result], extra_body=letters(server), **{**kwargs, "max_output_tokens": 3}
+    )
     assert after.output[0].type == "message"
     with pytest.raises(openai.BadRequestError, match="tool_call_id"):
         client.responses.create(input=[*said, {**result, "call_id": "x"}], **kwargs)
@@ -97,8 +101,10 @@ def test_a_schema_is_followed(client):
     assert json.loads(answer.output_text)["n"] in (1, 2)
 
 
-def test_the_client_follows_a_stream(client):
-    with client.responses.stream(model="tiny", input="hello", max_output_tokens=8, reasoning=OFF) as stream:
+def test_the_client_follows_a_stream(client, server):
+    with client.responses.stream(
+        model="tiny", input="hello", max_output_tokens=8, reasoning=OFF, extra_body=letters(server)
+    ) as stream:
         seen = list(stream)
     text = "".join(event.delta for event in seen if event.type == "response.output_text.delta")
     assert [event.sequence_number for event in seen] == list(range(len(seen)))
