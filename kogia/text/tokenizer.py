@@ -64,6 +64,10 @@ _WORDS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+LONG_CHARS = 4096
+"""Texts above it are encoded as a batch of one: that call lets other threads run meanwhile, the other one does not, and
+a request may bring 8 million characters."""
+
 
 class Tokenizer:
     """A `tokenizer.json` with what the files beside it say; `save` writes all of them back as they were read."""
@@ -136,6 +140,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written out in `text` become their ids; no BOS is added."""
+        if len(text) > LONG_CHARS:
+            return self.encode_batch([text])[0]
         with panics_as_errors("encoding"):
             return self.backend.encode(sound(text), add_special_tokens=False).ids
 

@@ -1,4 +1,5 @@
 import json
+from threading import Event, Thread
 
 import pytest
 from hypothesis import given, settings
@@ -82,6 +83,25 @@ def test_digits_are_split_into_groups_of_at_most_three():
 
 def test_batches_encode_as_single_texts_do():
     assert TOKENIZER.encode_batch(CORPUS[:50]) == [TOKENIZER.encode(text) for text in CORPUS[:50]]
+
+
+def test_a_long_text_is_encoded_as_it_would_be_whole_and_other_threads_run_meanwhile():
+    line, started, ended = "1 + 1 = 2, é 名\n", Event(), Event()
+    assert TOKENIZER.encode(line * 1000) == TOKENIZER.backend.encode(line * 1000, add_special_tokens=False).ids
+    text = "a" * 500_000
+
+    def encode() -> None:
+        started.set()
+        TOKENIZER.encode(text)
+        ended.set()
+
+    thread, turns = Thread(target=encode), 0
+    thread.start()
+    started.wait()
+    while not ended.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 10
 
 
 def test_the_trained_vocabulary_is_the_same_every_time(tmp_path):
