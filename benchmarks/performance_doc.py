@@ -37,6 +37,7 @@ def written(text: str) -> str:
     """`text` with each table as the results have it now."""
     tables = {
         "h200": engine_table("engine_gpu"),
+        "alone": [*engine_table("engine_gpu_alone"), *alone_lines()],
         "h100": engine_table("engine_gpu_h100"),
         "mtp": mtp_table(),
         "kernels": kernel_table(),
@@ -158,14 +159,27 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"
 
 
+def alone_lines() -> list[str]:
+    """What the engine's run measured besides speeds."""
+    row = results("engine_gpu_alone")["decode-ctx64k-added-ms"]
+    added = f"{row['value']:.2f} ms ({row['low']:.2f} to {row['high']:.2f})"
+    return [_line("63k more tokens of context add to a step of batch 1", added)]
+
+
 def kernel_table() -> list[str]:
-    lines = _measured("kernels_gpu") + _head("kernel", "case", "us", "TB/s", "TFLOP/s", "error")
-    for id, row in results("kernels_gpu").items():
-        if id.startswith(("attention", "experts", "prefill")) and row["value"]:
-            name, _, case = id.partition("-")
+    lines = _head("kernel", "case", "us", "TB/s", "TFLOP/s", "error", "commit, date")
+    files = {"prefill": "kernels_gpu", "attention": "kernels_gpu_attention", "experts": "kernels_gpu_experts"}
+    for name, file in files.items():
+        measured = f"{_file(file)['commit'][:7]}, {_file(file)['date']}"
+        for id, row in results(file).items():
+            if not id.startswith(name) or not row["value"]:
+                continue
+            case = id.partition("-")[2]
             rates = [f"{row[k]:.2f}" if k in row else "" for k in ("tbps", "tflops")]
             lines.append(
-                _line(name, case, f"{row['value']:.1f}", *rates, f"{row['error']:.4f}" if "error" in row else "")
+                _line(
+                    name, case, f"{row['value']:.1f}", *rates, f"{row['error']:.4f}" if "error" in row else "", measured
+                )
             )
     return lines
 
