@@ -52,6 +52,8 @@ class Keys:
         file = Path(path).expanduser()
         if os.name == "posix" and file.is_file() and file.stat().st_mode & 0o077:
             log.warn(f"{file}: others on this machine can read these keys; chmod 600 {file}")
+        if not file.exists():
+            raise ValueError(f"{file}: no such file; --api-key-file names one with a key a line")
         lines = [(number, line.strip()) for number, line in enumerate(read_text(file).splitlines(), 1)]
         callers = [_caller(f"{file}:{number}", line) for number, line in lines if line and not line.startswith("#")]
         if not callers:

@@ -9,6 +9,7 @@ import re
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,7 +26,7 @@ BODY_SECONDS = 60.0
 """For a whole body to arrive."""
 MOST_URL_BYTES = 2048
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
-_KEY_NAMES = ("key=", "api_key=", "api-key=", "apikey=", "token=", "access_token=")
+_KEY_NAMES = ("key=", "x-api-key=", "authorization=", "api_key=", "api-key=", "apikey=", "token=", "access_token=")
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -75,7 +76,7 @@ class Guard:
         query = scope["query_string"].decode("latin-1").lower()
         if len(scope["raw_path"]) + len(query) > MOST_URL_BYTES:
             raise ApiError(f"the address must have at most {MOST_URL_BYTES} bytes", 414)
-        if any(part.startswith(_KEY_NAMES) for part in query.split("&")):
+        if any(unquote(part).startswith(_KEY_NAMES) for part in query.split("&")):
             raise ApiError("keys in addresses end up in logs: send it as `Authorization: Bearer KEY`", 400)
 
     def _is_own(self, host: str) -> bool:

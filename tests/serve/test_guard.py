@@ -94,8 +94,9 @@ def test_path_tricks_find_nothing(server, path):
     assert answer.split(b" ")[1] == b"404", answer
 
 
-def test_a_key_in_the_address_is_refused(server):
-    error = refusal(httpx.get(server.url + "/v1/models?api_key=secret"))
+@pytest.mark.parametrize("name", ["api_key", "a=1&api%5Fkey", "Authorization"])
+def test_a_key_in_the_address_is_refused(server, name):
+    error = refusal(httpx.get(f"{server.url}/v1/models?{name}=secret"))
     assert "logs" in error["message"] and "secret" not in error["message"]
 
 
