@@ -4,7 +4,8 @@
 computed on the device in the meantime: how many drafts were accepted, what the last token is, where the next drafts go.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +127,16 @@ class Runner:
         else:
             self._newest.index_copy_(0, upload["sampled_rows"], found["tokens"])
         return Flight(plan, Download(Bundle(found)))
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Within the block, no step is recorded or replayed."""
+        kept = self.graphs, self.draft_graphs
+        self.graphs = self.draft_graphs = None
+        try:
+            yield
+        finally:
+            self.graphs, self.draft_graphs = kept
 
     def records_drafts(self, rows: NDArray[np.int64]) -> bool:
         """Whether steps of these sequences are recorded, when each runs its newest token and drafts alone: not with

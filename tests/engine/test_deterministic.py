@@ -11,6 +11,7 @@ from kogia.engine.config import EngineConfig, PruneConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import Completion, SamplingParams
 from kogia.model.config import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig
+from kogia.model.presets import preset
 from kogia.model.transformer import Transformer, build_model
 
 LATENT = ModelConfig(
@@ -175,6 +176,26 @@ def test_a_measurement_is_deterministic_where_that_was_left_open():
     with pytest.raises(KeyboardInterrupt), open_engine.deterministic():
         raise KeyboardInterrupt
     assert not open_engine.is_deterministic
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_a_measurement_replays_no_recorded_step_and_steps_are_recorded_again_after_it(dtype, drafts):
+    model = build_model(replace(preset("kogia-demo"), init_std=0.2), seed=2, dtype=dtype)
+    options = {"num_draft_tokens": drafts, "prefix_cache": False}
+    prompts = [PROMPT[i:] for i in range(20)]
+    open_engine = engine(model, deterministic=None, **options)
+    graphs = open_engine.runner.graphs
+    if graphs is None:
+        pytest.skip("steps are not recorded on this machine")
+    before = open_engine.generate(prompts, PARAMS)
+    with open_engine.deterministic():
+        measured = open_engine.generate(prompts, PARAMS)
+    alone = engine(model, **options).generate(prompts, PARAMS)
+    assert [bits(each) for (each,) in measured] == [bits(each) for (each,) in alone]
+    after = open_engine.generate(prompts, PARAMS)
+    assert open_engine.runner.graphs is graphs
+    assert [each.token_ids for (each,) in after] == [each.token_ids for (each,) in before]
 
 
 @pytest.mark.parametrize("said", [True, False])

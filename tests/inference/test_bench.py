@@ -147,7 +147,8 @@ def test_doctor_names_every_op_and_the_rates(capsys):
     assert max(map(len, shown.splitlines())) <= 110
     assert main(["doctor", "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["ops"]["grouped_linear"] == {"aten": None, "reference": None}
+    found_by_name = found["ops"]["grouped_linear"]  # "cpu" says why where no compiler is at hand
+    assert set(found_by_name) == {"cpu", "aten", "reference"} and found_by_name["aten"] is None
     assert found["copy_gb_per_second"] > 0 and set(found["tflops"]) == {"bfloat16", "float32"}
 
 

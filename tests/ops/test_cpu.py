@@ -656,11 +656,32 @@ def test_a_recording_does_again_what_was_done_with_what_its_inputs_hold_now(dtyp
     assert torch.equal(replayed, step()) and torch.equal(written, rows) and not torch.equal(replayed, first)
 
 
-def test_a_step_that_asks_for_a_number_is_not_recorded():
+@pytest.mark.parametrize(
+    "ask", [lambda x: x.sum().item(), lambda x: torch.equal(x, x + 1), lambda x: bool(x.sum() > 0)]
+)
+def test_a_step_that_asks_for_a_number_is_not_recorded(ask):
     with pytest.raises(RuntimeError, match="asks for a number"), recording():
-        draw(3).sum().item()
+        ask(draw(3))
     with recording():
         pass
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: torch.promote_types(x.dtype, torch.float64),
+        lambda x: torch.result_type(x, 1.0),
+        lambda x: torch.can_cast(x.dtype, torch.float64),
+    ],
+)
+def test_a_step_that_asks_for_types_is_recorded(ask):
+    x = draw(3)
+    with recording() as made:
+        ask(x)
+        result = x + 1
+    x.add_(1)
+    made.replay()
+    assert torch.equal(result, x + 1)
 
 
 def test_a_machine_without_a_compiler_or_the_instructions_says_so_and_one_that_fails_leaves_nothing(

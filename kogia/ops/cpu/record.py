@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kogia.ops.cpu.build import library
 
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
+_OF_TYPES = {"aten::promote_types", "aten::result_type", "aten::can_cast"}
+"""Their answers hang on the types of tensors, which are as they were, and not on what is in them."""
 
 
 class Recording:
@@ -51,11 +53,11 @@ class Recording:
         """Raises RuntimeError for one that asks for a number: what follows may depend on it."""
         self._kept.append((args, kwargs, result))
         name, schema = function.name().split(".")[0], function._schema
-        if name == "aten::_local_scalar_dense":
-            raise RuntimeError("a step that asks for a number of its tensors cannot be recorded")
         is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in schema.returns)
-        if name in _ALLOCATIONS or is_view:
+        if name in _ALLOCATIONS or name in _OF_TYPES or is_view:
             return
+        if isinstance(result, int | float | complex):
+            raise RuntimeError(f"a step that asks for a number of its tensors ({name}) cannot be recorded")
         self.close()
         self._parts.append(lambda: _again(function, args, kwargs, None if schema.is_mutable else result))
 

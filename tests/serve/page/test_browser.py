@@ -320,6 +320,7 @@ def test_a_server_with_keys_asks_for_one_and_its_page_works_on_another_machine(b
         for _ in range(2):
             expect(page.locator(".greeting h2")).to_have_text("tiny")
             page.reload()
+        expect(page.locator(".greeting h2")).to_have_text("tiny")  # until then nothing can be asked
         answering(page, "yes")
         ask(page)
         ended(page)
