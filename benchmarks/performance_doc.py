@@ -43,6 +43,7 @@ def written(text: str) -> str:
         "kernels": kernel_table(),
         "two": two_gpu_table(),
         "packed": packed_table(),
+        "training": training_table(),
         "cpu": cpu_table(),
         "cores": cores_table(),
         "host": host_table(),
@@ -195,6 +196,18 @@ def packed_table() -> list[str]:
         ratio = row["value"] / rows[f"decode-bf16-{batch}"]["value"]
         speed = f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"
         lines.append(_line(name, batch.removeprefix("b"), speed, f"{ratio:.2f}"))
+    return lines
+
+
+def training_table() -> list[str]:
+    lines = _measured("training") + _head("who", "sequences", "tokens/s (spread)", "peak memory (GB)", "MFU, causal")
+    for id, row in results("training").items():
+        if "memory_gb" in row:
+            who, how, batch = id.removeprefix("train-1b-").split("-")
+            name = "torchtitan 0.2.2" if who == "peer" else "kogia"
+            lines.append(
+                _line(f"{name}, {how}", batch[1:], _spread(row), str(row["memory_gb"]), f"{row['mfu_causal']:.0%}")
+            )
     return lines
 
 
