@@ -47,6 +47,14 @@ class StreamOptions(Part):
     continuous_usage_stats: Flag | None = None
 
 
+def last_chunk(head: dict[str, Any], end: dict[str, Any], options: StreamOptions | None) -> bytes:
+    """What ends a stream, without a choice: usage, where it is asked for, and what else concerns all choices. Nothing
+    where there is neither."""
+    if options is None or not options.include_usage:
+        end = {name: value for name, value in end.items() if name != "usage"}
+    return encode({**head, "choices": [], **end}) if end else b""
+
+
 class ChatBody(SamplingBody):
     messages: Messages
     max_tokens: Count | None = None
@@ -160,7 +168,7 @@ class ChatReply:
                         completions.append(piece.completion)
                     if not piece.is_empty or self._shows_tokens:
                         yield self._piece(piece)
-            yield self._last(completions)
+            yield last_chunk(self._head(), self._end(completions), self._body.stream_options)
             yield DONE
         except ApiError as error:
             yield encode(error.body)
@@ -212,13 +220,6 @@ class ChatReply:
             more = {**(more or {}), **routed_experts(completion)}
         choice = {"index": index, "delta": delta, "finish_reason": reason, **(more or {})}
         return encode({**self._head(), "choices": [choice]})
-
-    def _last(self, completions: list[Completion]) -> bytes:
-        """Without a choice: usage and what else concerns all of them; nothing where none of it is asked for."""
-        end = self._end(completions)
-        if self._body.stream_options is None or not self._body.stream_options.include_usage:
-            del end["usage"]
-        return encode({**self._head(), "choices": [], **end}) if end else b""
 
     def _end(self, completions: list[Completion]) -> dict[str, Any]:
         body, running = self._body, self._running

@@ -17,7 +17,7 @@ from kogia.serve.errors import ApiError
 from kogia.serve.fields import MOST_LOGPROBS, MOST_PROMPTS, Flag, Text, TokenIds, Whole, items
 from kogia.serve.generation import Piece, collect, merge, new_id, pieces, run, timings, usage
 from kogia.serve.logprobs import TextLogprobs, prompt_logprobs, routed_experts
-from kogia.serve.openai_chat import StreamOptions
+from kogia.serve.openai_chat import StreamOptions, last_chunk
 from kogia.serve.sampling import Format, SamplingBody, format_of, sampling_params
 from kogia.serve.sse import DONE, EventStream, encode, until_gone
 from kogia.serve.state import Running, ServedModel, ServerState
@@ -185,7 +185,7 @@ class CompletionReply:
                         completions.append(piece.completion)
                     if not piece.is_empty or self._body.logprobs is not None or self._body.return_token_ids:
                         yield self._piece(piece)
-            yield self._last(completions)
+            yield last_chunk(self._head(), self._end(completions), self._body.stream_options)
             yield DONE
         except ApiError as error:
             yield encode(error.body)
@@ -252,12 +252,6 @@ class CompletionReply:
         extras = {} if completion is None else routed_experts(completion)
         choice = {"index": index, "text": text, "finish_reason": reason, **(more or {}), **extras}
         return encode({**self._head(), "choices": [choice]})
-
-    def _last(self, completions: list[Completion]) -> bytes:
-        end = self._end(completions)
-        if self._body.stream_options is None or not self._body.stream_options.include_usage:
-            del end["usage"]
-        return encode({**self._head(), "choices": [], **end}) if end else b""
 
     def _end(self, completions: list[Completion]) -> dict[str, Any]:
         used = usage(self._running, completions)
