@@ -39,7 +39,6 @@ class Block(Part):
     input: dict[str, Any] | None = None
     tool_use_id: Name | None = None
     content: "Text | Blocks | None" = None
-    is_error: Flag | None = None
 
 
 Blocks = Annotated[list[Block], items(MOST_MESSAGES)]

@@ -54,8 +54,13 @@ class Part(BaseModel):
 
     @property
     def unknown(self) -> list[str]:
-        """Names that have a value and no meaning here."""
-        return [name for name, value in (self.model_extra or {}).items() if value is not None]
+        """Names that have a value and no meaning here, those of inner objects behind a dot: "stream_options.pace"."""
+        names = [name for name, value in (self.model_extra or {}).items() if value is not None]
+        for field in type(self).model_fields:
+            value = getattr(self, field)
+            inner = value if isinstance(value, list) else [value]
+            names += [f"{field}.{name}" for part in inner if isinstance(part, Part) for name in part.unknown]
+        return list(dict.fromkeys(names))
 
 
 class Body(Part):

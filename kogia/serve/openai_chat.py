@@ -44,7 +44,6 @@ class TemplateSwitches(Part):
 
 class StreamOptions(Part):
     include_usage: Flag | None = None
-    continuous_usage_stats: Flag | None = None
 
 
 def last_chunk(head: dict[str, Any], end: dict[str, Any], options: StreamOptions | None) -> bytes:

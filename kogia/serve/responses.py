@@ -64,7 +64,6 @@ class TextFormat(Part):
 
 class TextOptions(Part):
     format: TextFormat | None = None
-    verbosity: Name | None = None
 
 
 class Reasoning(Part):

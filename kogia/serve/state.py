@@ -188,9 +188,9 @@ class ServerState:
             await asyncio.sleep(0.02)
 
     def note_ignored(self, where: str, names: Sequence[str]) -> None:
-        """Say once of each field that it has no effect here."""
-        fresh = [name for name in names if (where, name) not in self._ignored]
-        if fresh and len(self._ignored) < 1000:
+        """Say once of each field that it has no effect here, of a thousand in all."""
+        fresh = [name for name in names if (where, name) not in self._ignored][: 1000 - len(self._ignored)]
+        if fresh:
             self._ignored |= {(where, name) for name in fresh}
             log.info(
                 f"{where}: fields without effect here are passed over: {', '.join(map(log.printable, fresh))[:300]}"
