@@ -7,6 +7,7 @@ mask of allowed tokens per sample, is bounded by llguidance's own limits. Torch-
 
 import importlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -123,11 +124,12 @@ class Compiler:
     def __init__(self, tokenizer: str, vocab: int, eos_ids: Sequence[int]) -> None:
         """`tokenizer` is the text of a tokenizer.json. Raises ValueError where llguidance is missing or refuses it."""
         self._library, self._eos_ids = _library(), list(eos_ids)
+        unspelt, self._special_ids = _without_spellings(tokenizer)
         self._words = np.zeros(-(-vocab // 64), dtype=np.int64)
         # the library wants its own size exactly
         self._place = self._words.ctypes.data, 4 * -(-vocab // 32)
         try:
-            self._tokenizer = self._library.LLTokenizer(tokenizer, n_vocab=vocab, eos_token=list(eos_ids))
+            self._tokenizer = self._library.LLTokenizer(unspelt, n_vocab=vocab, eos_token=list(eos_ids))
         except Exception as error:
             raise ValueError(f"this tokenizer cannot be used with llguidance: {error}") from error
 
@@ -136,7 +138,9 @@ class Compiler:
         library = self._library
         limits = library._lib.LLParserLimits(verbose_errors=False)
         try:
-            grammar = library.grammar_from("lark" if kind == "grammar" else kind, text)
+            if kind == "grammar":
+                kind, text = "lark", _numbered(text, self._special_ids)
+            grammar = library.grammar_from(kind, text)
             matcher = library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         except Exception as error:  # noqa: BLE001 - as above
             raise ValueError(_one_line(str(error))) from None
@@ -162,6 +166,41 @@ class Compiler:
         if matcher.is_error():
             raise ValueError(_one_line(matcher.get_error()))
         return self._words.copy()
+
+
+def _without_spellings(tokenizer: str) -> tuple[str, dict[str, int]]:
+    """(a tokenizer.json whose special tokens have names that no text holds, their ids by their own names). Text that a
+    grammar leaves no choice about llguidance tokenises; where that spelt a special token, it would allow only this, and
+    then refuse it, as it is no text."""
+    setup = json.loads(tokenizer)
+    specials = {token["content"]: token["id"] for token in setup["added_tokens"] if _is_special(token)}
+    names = {name: f"\ufdd0{id}\ufdd0" for name, id in specials.items()}  # no character, by definition
+    for token in setup["added_tokens"]:
+        if token["content"] in names:
+            token |= {"content": names[token["content"]], "special": True}
+    model = setup["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): id for piece, id in model["vocab"].items()}
+    else:  # a unigram model's, in order of the ids
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return json.dumps(setup), specials
+
+
+def _is_special(token: Mapping[str, Any]) -> bool:
+    """Whether an added token is to llguidance: Qwen's tags too, which the tokenizer calls none."""
+    name = token["content"]
+    return token["special"] or (name.startswith("<") and name.endswith(">"))
+
+
+_LARK = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
+"""What may hold angle brackets in a Lark grammar: texts, comments, regular expressions, and special tokens."""
+
+
+def _numbered(lark: str, ids: Mapping[str, int]) -> str:
+    """A Lark grammar that names special tokens by their ids."""
+    return _LARK.sub(lambda part: f"<[{ids[part[0]]}]>" if part[0] in ids else part[0], lark)
 
 
 def _library() -> Any:

@@ -373,6 +373,56 @@ def test_a_grammar_that_takes_too_long_ends_its_process_alone(tokenizer, monkeyp
     assert grammars._worker is not worker
 
 
+@pytest.fixture(scope="module")
+def formats(model, tokenizer) -> Engine:
+    return engine(model, tokenizer)
+
+
+TAGS = (END_THINK, "<｜end▁of▁sentence｜>")
+SPELT = {
+    "choice": lambda tag: ResponseFormat(choice=(tag,)),
+    "choice_within": lambda tag: ResponseFormat(choice=(f"a{tag}b",)),
+    "regex": lambda tag: ResponseFormat(regex=re.escape(tag) + "[0-9]"),
+    "regex_within": lambda tag: ResponseFormat(regex=f"(a|b){re.escape(tag)}"),
+    "json": lambda tag: ResponseFormat(json={"const": f"{tag}x", "x-guidance": {"whitespace_flexible": False}}),
+    "json_name": lambda tag: ResponseFormat(
+        json={"properties": {tag: {"const": 1}}, "required": [tag], "additionalProperties": False, "type": "object"}
+    ),
+    "grammar": lambda tag: ResponseFormat(grammar=f'start: "{tag}" // not {tag}, a text'),
+    "grammar_in_parts": lambda tag: ResponseFormat(grammar=f'start: "{tag[:2]}" "{tag[2:]}" /[x-z]{tag[:1]}/'),
+}
+
+
+@pytest.mark.parametrize("kind", SPELT)
+@pytest.mark.parametrize("tag", TAGS)
+def test_text_that_spells_a_special_token_is_written_as_text(formats, tokenizer, tag, kind):
+    params = SamplingParams(response_format=SPELT[kind](tag), max_tokens=80, seed=3)
+    (completion,) = formats.generate([[0, 9]], params)[0]
+    assert (completion.finish_reason, completion.error) == ("stop", None)
+    assert tag in completion.text
+    assert tokenizer.special_ids.isdisjoint(completion.token_ids[:-1])
+
+
+def test_a_tag_that_is_added_and_not_special_is_written_as_text_too(model, tokenizer):
+    """As Qwen's are."""
+    backend = json.loads(tokenizer.backend.to_str())
+    for token in backend["added_tokens"]:
+        token["special"] = token["content"] not in (THINK, END_THINK)
+    switched = Tokenizer(type(tokenizer.backend).from_str(json.dumps(backend)), tokenizer.config)
+    params = asked("choice", response_format=ResponseFormat(choice=(f"{END_THINK}b",)))
+    (completion,) = engine(model, switched).generate([[0, 9]], params)[0]
+    assert completion.text == f"{END_THINK}b"
+    assert switched.token_id(END_THINK) not in completion.token_ids
+
+
+def test_a_grammar_asks_for_a_special_token_by_its_name(model, tokenizer):
+    form = ResponseFormat(grammar=f'start: "{THINK}" {THINK} /x<\\/think>/ {END_THINK} // {THINK}')
+    (completion,) = engine(model, tokenizer).generate([[0, 9]], asked("grammar", response_format=form))[0]
+    assert completion.text == f"{THINK}{THINK}x{END_THINK}{END_THINK}"
+    specials = [token for token in completion.token_ids if token in tokenizer.special_ids]
+    assert specials == [tokenizer.token_id(THINK), tokenizer.token_id(END_THINK), tokenizer.eos_id]
+
+
 def test_formats_need_a_tokenizer_and_the_end_token(model, tokenizer):
     with pytest.raises(ValueError, match="response_format = .*: formats need a tokenizer; leave it out"):
         engine(model, None).add([5], asked("choice"))
