@@ -1,6 +1,6 @@
 """The application: all routes around one `ServerState`."""
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from kogia.serve import (
     openai_tokens,
     responses,
 )
+from kogia.serve.access import Caller, authenticate
 from kogia.serve.errors import ApiError, answer_api_error, answer_validation, response_to
 from kogia.serve.guard import Guard
 from kogia.serve.metrics import Metrics
@@ -40,16 +41,22 @@ ROUTERS = (
 
 def create_app(state: ServerState) -> FastAPI:
     """Routes find `state` as `request.app.state.server`."""
-    app = FastAPI(title="kogia", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="kogia", openapi_url=None, redirect_slashes=False)
     app.state.server = state
     app.state.metrics = Metrics(state)
     for router in ROUTERS:
         app.include_router(router)
+    app.add_api_route("/openapi.json", openapi, include_in_schema=False)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(RequestValidationError, answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_middleware(Guard, state=state)
     return app
+
+
+async def openapi(request: Request, caller: Caller = Depends(authenticate)) -> JSONResponse:
+    """What the server takes and answers. Takes a key where the server has keys."""
+    return JSONResponse(request.app.openapi())
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:

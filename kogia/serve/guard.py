@@ -8,16 +8,18 @@ import asyncio
 import re
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable
 from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kogia import log
+from kogia.serve.access import authenticate
 from kogia.serve.config import is_loopback
 from kogia.serve.errors import ApiError, internal, response_to
 from kogia.serve.exchange import Exchange, current
+from kogia.serve.memory import LARGE_BYTES, give_back
 from kogia.serve.state import ServerState
 
 MOST_BODY_BYTES = 8 << 20
@@ -50,6 +52,8 @@ class Guard:
         transfer = _Transfer(exchange, scope, receive, send)
         try:
             self._check(scope)
+            if transfer.has_body:
+                authenticate(Request(scope))  # nothing is read of those who have no key
             await transfer.read_body()
             await self._app(scope, transfer.receive, transfer.send)
         except ApiError as error:
@@ -60,6 +64,8 @@ class Guard:
         finally:
             exchange.route = getattr(scope.get("route"), "path", None)
             self._state.note_exchange(exchange)
+            if transfer.size > LARGE_BYTES:
+                asyncio.get_running_loop().run_in_executor(None, give_back)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -91,8 +97,16 @@ class _Transfer:
         self._exchange = exchange
         self._scope, self._receive, self._send = scope, receive, send
         self._body: bytes | None = None
+        self._is_read = False
+        self.size = 0
+        """Of the body, as far as it has come."""
         self._has_begun = False
         scope.setdefault("state", {})["request_id"] = exchange.id
+
+    @property
+    def has_body(self) -> bool:
+        headers = Headers(scope=self._scope)
+        return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def read_body(self) -> None:
         """Raises 413 for one that is too large, 408 for one that does not arrive."""
@@ -101,9 +115,22 @@ class _Transfer:
             raise _too_large()
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                self._body = await _body(self._receive)
+                self._body = await self._read()
         except TimeoutError:
             raise ApiError(f"the body did not arrive within {BODY_SECONDS:.0f} s", 408) from None
+        self._is_read = True
+
+    async def _read(self) -> bytes:
+        parts, more = [], True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError("the client left before its request was whole", 400)
+            parts.append(message.get("body", b""))
+            self.size, more = self.size + len(parts[-1]), message.get("more_body", False)
+            if self.size > MOST_BODY_BYTES:
+                raise _too_large()
+        return b"".join(parts)
 
     async def receive(self) -> Message:
         """The whole body, and then whatever the connection says: that the client has left."""
@@ -124,22 +151,9 @@ class _Transfer:
     async def refuse(self, error: ApiError) -> None:
         """Answer with the error, if nothing was answered yet; else all that can be done is to end."""
         if not self._has_begun:
-            # what is left of the body is not read: the connection must not be used again
-            error.headers |= {"connection": "close"} if error.status in (408, 413) else {}
+            # a body is not read behind its refusal: the connection must not be used again
+            error.headers |= {"connection": "close"} if self.has_body and not self._is_read else {}
             await response_to(error, self._scope["path"])(self._scope, self.receive, self.send)
-
-
-async def _body(receive: Callable[[], Awaitable[Message]]) -> bytes:
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError("the client left before its request was whole", 400)
-        parts.append(message.get("body", b""))
-        size, more = size + len(parts[-1]), message.get("more_body", False)
-        if size > MOST_BODY_BYTES:
-            raise _too_large()
-    return b"".join(parts)
 
 
 def _too_large() -> ApiError:

@@ -89,12 +89,11 @@ def _check(body: CompletionBody) -> None:
 
 def _encode(body: CompletionBody, served: ServedModel) -> list[list[int]]:
     """The prompts as tokens. Raises 400 for text that is none, and for holes that the model cannot fill."""
-    tokenizer = served.tokenizer
+    tokenizer, most = served.tokenizer, served.config.max_position
     try:
-        each = [tokenizer.encode_raw(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
-        if body.suffix is None:
-            return each
-        return [fill_prompt(tokenizer, prompt, body.suffix) for prompt in body.prompts]
+        if body.suffix is not None:
+            return [fill_prompt(tokenizer, prompt, body.suffix, most) for prompt in body.prompts]
+        return [tokenizer.encode_raw(prompt, most) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     except ValueError as error:
         raise ApiError(str(error), param="prompt") from None
 
@@ -106,7 +105,7 @@ HOLES = (
 """What stands before the text, in place of the hole, and behind all: DeepSeek's and Qwen's."""
 
 
-def fill_prompt(tokenizer: Tokenizer, prompt: str | list[int], suffix: str) -> list[int]:
+def fill_prompt(tokenizer: Tokenizer, prompt: str | list[int], suffix: str, most: int | None = None) -> list[int]:
     """The prompt for a text with a hole before `suffix`. Raises 400 for a model that was not trained on holes."""
     known = tokenizer.backend.token_to_id
     marks = next((marks for marks in HOLES if all(known(mark) is not None for mark in marks)), None)
@@ -115,7 +114,7 @@ def fill_prompt(tokenizer: Tokenizer, prompt: str | list[int], suffix: str) -> l
     if not isinstance(prompt, str):
         raise ApiError("suffix with a prompt of token ids: give the text", param="suffix")
     begin, hole, end = marks
-    return tokenizer.encode_raw(f"{begin}{prompt}{hole}{suffix}{end}")
+    return tokenizer.encode_raw(f"{begin}{prompt}{hole}{suffix}{end}", most)
 
 
 async def _start(

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kogia import log
 from kogia.checkpoint.directory import resolve_model_dir
@@ -22,14 +20,10 @@ from kogia.serve.access import Keys
 from kogia.serve.access_log import access_log
 from kogia.serve.app import create_app
 from kogia.serve.config import ServeConfig
+from kogia.serve.connection import IDLE_SECONDS, Protocol
 from kogia.serve.guard import MOST_HEADER_BYTES
 from kogia.serve.state import ServedModel, ServerState, Status
 from kogia.text.files import read_generation
-
-HEAD_SECONDS = 20.0
-"""For the head of a request to arrive, once a connection is open."""
-IDLE_SECONDS = 75
-"""How long a connection without requests is kept."""
 
 
 def serve(config: ServeConfig) -> int:
@@ -126,6 +120,14 @@ class Process(uvicorn.Server):
             while not self.should_exit:
                 await asyncio.sleep(0.1)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if counter % 10 == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Protocol):
+                    connection.look()
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second one ends at once."""
         if self._loop is None or self.state.status is Status.DRAINING:
@@ -143,36 +145,6 @@ class Process(uvicorn.Server):
     async def _drain(self) -> None:
         await self.state.drain(self.state.config.drain_seconds)
         self.should_exit = True
-
-
-class Protocol(H11Protocol):
-    """HTTP/1.1 that does not wait for ever for the head of a request."""
-
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._forget()
-
-    def _watch(self) -> None:
-        """Time runs from the first byte, or the connection, to the end of the head."""
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
-            self._forget()
-        elif self._timer is None:
-            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-    def _forget(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 def ready_line(served: ServedModel, url: str) -> str:

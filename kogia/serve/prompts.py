@@ -117,14 +117,14 @@ def text_of(content: Content | None, name: str) -> str:
 
 def render(said: Dialogue, served: ServedModel, thinking: Thinking) -> Prompt:
     """The prompt. Blocks: it belongs in a thread. Raises 400 for what the chat template refuses."""
-    tokenizer = served.tokenizer
+    tokenizer, most = served.tokenizer, served.config.max_position
     switch = thinking.enabled if has_thinking_switch(tokenizer) else None
     try:
-        prompt = render_prompt(said.messages, tokenizer, switch, said.tools)
+        prompt = render_prompt(said.messages, tokenizer, switch, said.tools, most)
+        if said.begun is not None:
+            return continue_prompt(prompt, said.begun.content, said.begun.reasoning, tokenizer, most)
     except ValueError as error:
         raise ApiError(str(error), param="messages") from None
-    if said.begun is not None:
-        return continue_prompt(prompt, said.begun.content, said.begun.reasoning, tokenizer)
     if thinking.enabled is False and prompt.opens_thought:
         # a template without a switch opens a thought: it is closed at once
         return Prompt(prompt.token_ids + tokenizer.encode(f"\n{END_THINK}\n\n"), opens_thought=False)

@@ -158,12 +158,13 @@ def render_prompt(
     tokenizer: Tokenizer,
     thinking: bool | None = None,
     tools: Sequence[dict[str, Any]] = (),
+    most_tokens: int | None = None,
 ) -> Prompt:
     """The only tokenisation of a conversation in the system. A BOS is there once, if the format has one.
 
     The format is the model's own chat template, or R1's where it has none. `thinking` sets that switch of templates
     that have it (V3.1, Qwen3); None leaves them their default. `tools` are functions that the model may call, as OpenAI
-    describes them; ValueError where its template knows none.
+    describes them; ValueError where its template knows none, and for what must have more than `most_tokens`.
     """
     check_thinking(thinking, tokenizer)
     _check_question(messages)
@@ -175,12 +176,13 @@ def render_prompt(
         messages, tools = _with_tools(messages, tools, form), ()
     if template is None:
         text = render_text(messages, bos=tokenizer.bos or "", eos=tokenizer.eos)
-        return Prompt.of(tokenizer.encode(text), tokenizer)
+        return Prompt.of(tokenizer.encode(text, most_tokens), tokenizer)
     last = _last_question(messages)
     turns = [_turn(message, form, keeps_thought=index > last) for index, message in enumerate(messages)]
     fixed = {"messages": turns, "add_generation_prompt": True, "tools": list(tools) or None, "documents": None}
     switches = {} if thinking is None else dict.fromkeys(THINKING_SWITCHES, thinking)
-    return Prompt.of(tokenizer.encode(template.render(tokenizer.special_tokens | fixed | switches)), tokenizer)
+    text = template.render(tokenizer.special_tokens | fixed | switches)
+    return Prompt.of(tokenizer.encode(text, most_tokens), tokenizer)
 
 
 def knows_tools(tokenizer: Tokenizer) -> bool:
@@ -215,13 +217,16 @@ def _call(call: ToolCall, *, as_text: bool) -> dict[str, Any]:
     if not as_text:
         try:
             arguments = json.loads(call.arguments)
-        except ValueError:  # a call that was cut off: the template shows it as it is
+        except (ValueError, RecursionError):  # a call that was cut off: the template shows it as it is
             arguments = call.arguments
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def continue_prompt(prompt: Prompt, content: str, reasoning: str | None, tokenizer: Tokenizer) -> Prompt:
-    """The prompt with the beginning of its answer: what a model is to go on with. Without content its thought is."""
+def continue_prompt(
+    prompt: Prompt, content: str, reasoning: str | None, tokenizer: Tokenizer, most_tokens: int | None = None
+) -> Prompt:
+    """The prompt with the beginning of its answer: what a model is to go on with. Without content its thought is.
+    ValueError for a beginning that must have more than `most_tokens`."""
     opening = "" if prompt.opens_thought else f"{THINK}\n"
     if content:
         thought = f"{opening}{reasoning}" if reasoning else ""
@@ -230,7 +235,7 @@ def continue_prompt(prompt: Prompt, content: str, reasoning: str | None, tokeniz
     else:
         text = f"{opening}{reasoning}" if reasoning else ""
     is_open = not content and (bool(reasoning) or prompt.opens_thought)
-    return Prompt(prompt.token_ids + tokenizer.encode(text), is_open)
+    return Prompt(prompt.token_ids + tokenizer.encode(text, most_tokens), is_open)
 
 
 def check_thinking(thinking: bool | None, tokenizer: Tokenizer) -> None:

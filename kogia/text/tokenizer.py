@@ -33,6 +33,7 @@ from kogia.text.files import (
     read_text,
 )
 from kogia.text.template import ChatTemplate
+from kogia.text.token_lengths import longest_token
 from kogia.text.tokenizer_file import check_tokenizer_file, panics_as_errors
 
 BOS = "<｜begin▁of▁sentence｜>"
@@ -138,8 +139,14 @@ class Tokenizer:
         for name, text in self.files.items():
             (directory / name).write_text(text, encoding="utf-8", newline="")
 
-    def encode(self, text: str) -> list[int]:
-        """Special tokens written out in `text` become their ids; no BOS is added."""
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Special tokens written out in `text` become their ids; no BOS is added.
+
+        Raises ValueError where it must have more than `most` tokens, without encoding it: those that may have fewer
+        are encoded whole, however many they turn out to have.
+        """
+        if most is not None and (least := self.least_tokens(text)) > most:
+            raise ValueError(f"a text of at least {least:,} tokens, where {most:,} fit: shorten it")
         if len(text) > LONG_CHARS:
             return self.encode_batch([text])[0]
         with panics_as_errors("encoding"):
@@ -151,9 +158,19 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast([sound(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def encode_raw(self, text: str) -> list[int]:
-        """A text to be continued as it is: with one BOS in front if this model's texts have one."""
-        return self._begun(self.encode(text))
+    def encode_raw(self, text: str, most: int | None = None) -> list[int]:
+        """A text to be continued as it is: with one BOS in front if this model's texts have one. As `encode`."""
+        return self._begun(self.encode(text, most))
+
+    def least_tokens(self, text: str) -> int:
+        """No more than the tokens that `encode` makes of a text: as if each were the longest one."""
+        if len(text) <= LONG_CHARS or self._longest_token is None:
+            return 0
+        return -(-len(text.encode(errors="replace")) // self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int | None:
+        return longest_token(self.backend)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Whole texts to learn: begun as `encode_raw` does, ended by EOS unless they have an end token already."""

@@ -6,6 +6,7 @@ import httpx2 as httpx
 import pytest
 from serve.asks import HELLO, post, refusal
 from serve.server import serving
+from serve.sockets import CHAT, connect, head, is_closed
 
 from kogia.serve.access import Keys
 
@@ -84,3 +85,18 @@ def test_keys_that_others_can_read_are_warned_of_and_none_is_kept_in_the_clear(t
     keys = Keys.read(file)
     assert "chmod 600" in capfd.readouterr().err
     assert ALICE not in repr(keys) and keys.find(ALICE) is keys.callers[0] and keys.find(BOB) is None
+
+
+def test_the_openapi_document_takes_a_key(locked):
+    refusal(httpx.get(locked.url + "/openapi.json"), 401)
+    assert httpx.get(locked.url + "/openapi.json", headers=bearer(ALICE)).json()["paths"]
+
+
+def test_no_body_is_read_of_those_who_have_no_key(locked):
+    for size in ("Content-Length: 8000000", "Transfer-Encoding: chunked"):
+        for path in (CHAT, "/nothing"):
+            with connect(locked) as client:
+                client.sendall(head(path, "POST", size))  # and nothing of it
+                answer = client.recv(65536)
+                assert b" 401 " in answer and b"connection: close" in answer.lower()
+                assert is_closed(client)

@@ -108,7 +108,7 @@ def test_other_methods_and_upgrades_are_refused(server):
 
 
 def test_a_head_that_does_not_arrive_ends_the_connection(server, monkeypatch):
-    monkeypatch.setattr("kogia.serve.process.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("kogia.serve.connection.HEAD_SECONDS", 0.2)
     with socket.create_connection(address(server)) as slow:
         slow.settimeout(5)
         started = time.monotonic()

@@ -41,7 +41,7 @@ def ask(server, number: int) -> int:
 def leave(server, body: dict) -> int:
     """Read the first chunks of a stream, and hang up."""
     body = {**body, "stream": True, "max_tokens": 400}
-    with httpx.stream("POST", server.url + CHAT, json=body) as response:
+    with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as response:
         for count, _ in enumerate(response.iter_lines()):
             if count > 3:
                 break

@@ -1,0 +1,136 @@
+"""HTTP/1.1 connections that do not wait for ever: for the head of a request, or for a client to take its answer.
+
+What a client can make a connection hold is bounded, and so is how many there are.
+"""
+
+import asyncio
+import resource
+from functools import cache
+from typing import Any, cast
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 20.0
+"""For the head of a request to arrive, once a connection is open."""
+IDLE_SECONDS = 75
+"""How long a connection without requests is kept."""
+TAKE_SECONDS = 30.0
+"""How long a client may take nothing of what was sent to it."""
+MOST_CRUMBS = 64 << 10
+"""Bytes of a request's body that are no content, above as many as are: a chunk takes as long as a kilobyte."""
+MOST_CONNECTIONS = 4096
+FILES_LEFT = 128
+"""Files that connections leave to the rest of the process."""
+
+
+class CountingTransport:
+    """A transport that knows how much was written to it."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._num_written = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self._num_written += len(data)
+        self._transport.write(data)
+
+    @property
+    def num_waiting(self) -> int:
+        """Bytes that the system has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
+    @property
+    def num_taken(self) -> int:
+        return self._num_written - self.num_waiting
+
+
+class Protocol(H11Protocol):
+    _timer: asyncio.TimerHandle | None = None
+    _since = 0.0
+    """When it was opened, or sent its last answer."""
+    _crumbs = 0
+    """See `MOST_CRUMBS`; of the request under way."""
+    _num_taken = 0
+    """Bytes that the client had taken when `look` was called last."""
+    _taken = 0.0
+    """When it was last seen to have taken some, or all."""
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._counting = CountingTransport(transport)
+        super().connection_made(cast(asyncio.Transport, self._counting))
+        self._since = self._taken = self.loop.time()
+        self._watch()
+        if len(self.connections) > most_connections():
+            self._make_room()
+
+    def data_received(self, data: bytes) -> None:
+        cycle, size = self.cycle, 0 if self.cycle is None else len(self.cycle.body)
+        super().data_received(data)
+        if self.cycle is not cycle or cycle is None:
+            self._crumbs = 0
+        else:
+            content = len(cycle.body) - size
+            self._crumbs += len(data) - 2 * content
+            if self._crumbs > MOST_CRUMBS:
+                self.transport.abort()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget()
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def look(self) -> None:
+        """End the connection if the client has taken nothing for too long. To be called every second or so."""
+        now, num_taken = self.loop.time(), self._counting.num_taken
+        if num_taken > self._num_taken or not self._counting.num_waiting:
+            self._num_taken, self._taken = num_taken, now
+        if now - self._taken > TAKE_SECONDS:
+            self.transport.abort()
+
+    def _make_room(self) -> None:
+        """End the tenth of the idle connections that has waited longest; this one, if all are at work."""
+        open_ones = [
+            each for each in self.connections if isinstance(each, Protocol) and not each.transport.is_closing()
+        ]
+        if len(open_ones) > most_connections():
+            idle = sorted(
+                (each for each in open_ones if each.is_idle and each is not self), key=lambda each: each._since
+            )
+            for each in idle[: max(1, len(idle) // 10)] or [self]:
+                each.transport.abort()
+
+    def _watch(self) -> None:
+        """Time runs from the first byte, or the connection, to the end of the head."""
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._forget()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+@cache
+def most_connections() -> int:
+    """As many as there may be, where the process may open so many files; its own limit is raised as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_CONNECTIONS + FILES_LEFT
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, soft - FILES_LEFT))

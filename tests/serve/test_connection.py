@@ -1,0 +1,168 @@
+"""Connections whose clients do not do their part: they end, and what they held is free."""
+
+import json
+import socket
+import time
+
+import httpx2 as httpx
+import pytest
+from serve.asks import HELLO, post
+from serve.sockets import CHAT, connect, head, is_closed, raw, status
+
+JSON = {"content-type": "application/json"}
+
+
+def until(condition, seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def narrow(server) -> socket.socket:
+    """A client whose connection holds next to nothing on its way, so that it is soon felt to take nothing."""
+    client = connect(server, receive_bytes=4096)
+    own = client.getsockname()
+    assert until(lambda: any(each.client == own for each in connections(server)))
+    (theirs,) = [each for each in connections(server) if each.client == own]
+    theirs.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return client
+
+
+def connections(server) -> list:
+    return list(server.process.server_state.connections)
+
+
+def whole(body: dict, *more: str) -> bytes:
+    data = json.dumps(body).encode()
+    return head(CHAT, "POST", f"Content-Length: {len(data)}", *more) + data
+
+
+def test_a_client_that_takes_nothing_of_its_stream_is_left_and_its_blocks_are_free(server, monkeypatch):
+    monkeypatch.setattr("kogia.serve.connection.TAKE_SECONDS", 0.5)
+    pool = server.engine.scheduler.pool
+    free = pool.num_free
+    body = {"messages": HELLO, "stream": True, "ignore_eos": True, "n": 8, "logprobs": True, "top_logprobs": 20}
+    with narrow(server) as client:
+        client.sendall(whole(body))
+        assert until(lambda: server.state.running)
+        assert until(lambda: not server.state.running, 20)
+        assert until(lambda: pool.num_free == free)
+        assert is_closed(client)
+    assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
+
+
+def test_a_client_that_takes_nothing_of_a_whole_answer_does_not_keep_its_connection(server, monkeypatch):
+    monkeypatch.setattr("kogia.serve.connection.TAKE_SECONDS", 0.5)
+    body = {"messages": HELLO, "max_tokens": 10, "ignore_eos": True, "n": 8, "logprobs": True, "top_logprobs": 20}
+    with narrow(server) as client:
+        client.sendall(whole(body, "Connection: close"))
+        assert until(lambda: not any(each.client == client.getsockname() for each in connections(server)), 20)
+
+
+def test_a_slow_client_that_goes_on_taking_gets_all_of_its_stream(server, monkeypatch):
+    monkeypatch.setattr("kogia.serve.connection.TAKE_SECONDS", 1.2)
+    body = {"messages": HELLO, "stream": True, "max_tokens": 20, "ignore_eos": True, "n": 4, "logprobs": True}
+    with narrow(server) as client:
+        client.sendall(whole({**body, "top_logprobs": 20}))
+        answer, started = b"", time.monotonic()
+        while not answer.endswith(b"0\r\n\r\n"):
+            part = client.recv(65536)
+            assert part, "the server hung up"
+            answer += part
+            time.sleep(0.1 if time.monotonic() - started < 2.5 else 0)
+        assert b"data: [DONE]" in answer
+
+
+def test_a_body_in_crumbs_ends_the_connection(server):
+    with connect(server) as client:
+        client.sendall(head(CHAT, "POST", "Transfer-Encoding: chunked"))
+        try:
+            for _ in range(100):
+                client.sendall(b"1\r\n \r\n" * 1000)
+        except ConnectionError:
+            return
+        assert is_closed(client)
+
+
+def test_a_body_in_chunks_of_a_fair_size_is_read(server):
+    data = json.dumps({"messages": [{"role": "user", "content": "x" * 300}], "max_tokens": 1}).encode()
+    chunks = (data[start : start + 30] for start in range(0, len(data), 30))
+    assert httpx.post(server.url + CHAT, content=chunks, headers=JSON).status_code == 200
+
+
+def test_pipelined_requests_are_answered_in_turn_and_a_flood_of_them_ends_the_connection(server):
+    get = head("/health", "GET")
+    with connect(server) as client:
+        client.sendall(get * 3)
+        answer = b""
+        while answer.count(b"HTTP/1.1 200") < 3:
+            answer += client.recv(65536)
+    with connect(server) as client:
+        client.sendall(whole({"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "stream": True}))
+        client.recv(100)
+        try:
+            for _ in range(200):
+                client.sendall(get * 100)
+        except ConnectionError:
+            return
+        assert is_closed(client)
+
+
+def test_where_there_are_too_many_connections_those_that_have_waited_longest_make_room(server, monkeypatch):
+    monkeypatch.setattr("kogia.serve.connection.most_connections", lambda: 20)
+    idle = [connect(server) for _ in range(40)]
+    try:
+        assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
+        assert is_closed(idle[0])
+        assert until(lambda: len(connections(server)) <= 20)
+    finally:
+        for client in idle:
+            client.close()
+
+
+def test_a_thousand_idle_streams_do_not_stand_in_the_way(server):
+    """Connections that have sent half of a head, kept open all at once."""
+    clients = [connect(server) for _ in range(400)]
+    try:
+        for client in clients:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+        assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00\xff" * 200 + b"\r\n\r\n",
+        b"GET /health\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /health HTTP/1.1\r\nHost : localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n folded: x\r\nX\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 100 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_is_answered_with_4xx_or_a_closed_connection(server, data):
+    with connect(server) as client:
+        client.sendall(data)
+        answer = client.recv(65536)
+        assert status(answer) in (0, 400, 413, 404, 415)
+        assert is_closed(client)
+    assert status(raw(server, head("/health", "GET"))) == 200
+
+
+def test_a_half_closed_connection_ends_cleanly(server):
+    for data in (b"", b"GET /hea", head(CHAT, "POST", "Content-Length: 50") + b"{", head("/health", "GET")):
+        with connect(server) as client:
+            client.sendall(data)
+            client.shutdown(1)
+            assert is_closed(client)
+    assert until(lambda: not server.state.running)
