@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -43,7 +44,7 @@ COMMANDS = {
         "kogia.serve.config:ServeConfig", "kogia.serve.main:main", "Answer over HTTP, as OpenAI's API does"
     ),
     "bench": Command(
-        "kogia.inference.config:BenchConfig", "kogia.inference.bench:main", "How fast a model decodes and reads here"
+        "kogia.inference.config:BenchConfig", "kogia.inference.bench_command:main", "How fast a model or any server is"
     ),
     "doctor": Command(
         "kogia.inference.config:DoctorConfig",
@@ -113,7 +114,8 @@ def _run(words: list[str]) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {name!r}; {hint}")
     command = COMMANDS[name]
-    config = parse_args(_load(command.config), words[1:], prog=f"kogia {name}", description=command.help)
+    cls = _load(command.config)
+    config = parse_args(cls, words[1:], prog=f"kogia {name}", description=inspect.getdoc(cls) or command.help)
     check_threads(getattr(config, "threads", None))
     return _load(command.main)(config) or 0
 

@@ -1,11 +1,10 @@
-"""`kogia bench MODEL`: decoding, reading prompts, and a load of arriving requests, on the engine itself.
+"""`kogia bench PATH`: decoding, reading prompts, and a load of arriving requests, on the engine itself.
 
 Decoding is timed as the difference between completions of `max_tokens` and of one token, so that reading the prompts
 counts in neither; greedy and without a tokenizer, so that no sequence ends early.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -24,6 +23,7 @@ from kogia.engine.threads import generation_threads
 from kogia.engine.traffic import cache_bytes, weight_bytes
 from kogia.files import check_target, write_json
 from kogia.inference.config import BenchConfig
+from kogia.inference.load.outcome import Outcome, figures, lines_of
 from kogia.inference.machine import copy_rate, describe
 from kogia.inference.parallel import DrawnModel, Source, StoredModel, open_parallel
 from kogia.inference.readiness import Readiness
@@ -32,8 +32,6 @@ from kogia.model.costs import num_params
 from kogia.model.presets import PRESETS, preset
 from kogia.model.quantised import build_packed
 from kogia.model.transformer import Transformer, build_model
-
-PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +85,8 @@ def main(config: BenchConfig) -> None:
         copy_bytes = copy_rate(model.device)
         speeds = [speed for batch in config.batches for speed in batch_speeds(engine, config, batch)]
         load = under_load(engine, config) if config.rate else None
-    figures = {
-        "model": config.model,
+    measured = {
+        "model": config.path,
         "random_weights": config.random_weights,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": config.quantize,
@@ -100,9 +98,9 @@ def main(config: BenchConfig) -> None:
         "speeds": [speed.to_json(copy_bytes) for speed in speeds],
         "load": load,
     }
-    print_figures(figures)
+    print_figures(measured, config.rate)
     if config.out is not None:
-        write_json(config.out, figures)
+        write_json(config.out, measured)
 
 
 def engine_for_bench(config: BenchConfig, readiness: Readiness) -> Engine:
@@ -113,16 +111,16 @@ def engine_for_bench(config: BenchConfig, readiness: Readiness) -> Engine:
         with readiness.stage("engine"):
             return Engine(model, None, config.engine)
     device = pick_device(config.device)
-    source: Source = StoredModel(config.model, config.dtype, config.quantize)
+    source: Source = StoredModel(config.path, config.dtype, config.quantize)
     if config.random_weights:
         if config.quantize not in ("auto", "none"):
             raise ValueError(
                 f"quantize = {config.quantize!r}: drawn weights are packed in one process only; leave it out, or "
                 "tensor_parallel"
             )
-        source = DrawnModel(_config_of(config.model), drawn_dtype(config, device), config.seed)
+        source = DrawnModel(_config_of(config.path), drawn_dtype(config, device), config.seed)
     else:
-        _check_has_weights(config.model)
+        _check_has_weights(config.path)
     with readiness.stage("weights and engines"):
         return open_parallel(
             source, config.engine, config.tensor_parallel, device=device, whole_experts=config.expert_parallel
@@ -132,9 +130,9 @@ def engine_for_bench(config: BenchConfig, readiness: Readiness) -> Engine:
 def open_for_bench(config: BenchConfig) -> Transformer:
     device = pick_device(config.device)
     if not config.random_weights:
-        _check_has_weights(config.model)
-        return open_model(config.model, device=device, dtype=config.dtype, quantize=config.quantize).model
-    named, chosen = _config_of(config.model), drawn_dtype(config, device)
+        _check_has_weights(config.path)
+        return open_model(config.path, device=device, dtype=config.dtype, quantize=config.quantize).model
+    named, chosen = _config_of(config.path), drawn_dtype(config, device)
     if config.quantize in ("auto", "none"):
         return build_model(named, device=device, dtype=chosen, seed=config.seed)
     return build_packed(named, config.quantize, device=device, dtype=chosen, seed=config.seed)
@@ -198,72 +196,47 @@ def step_bytes(engine: Engine, batch: int, context: float) -> float:
 
 
 def under_load(engine: Engine, config: BenchConfig) -> dict[str, Any]:
-    """Requests that arrive at random times: time to the first token, between tokens, and tokens per second."""
+    """Requests that arrive at random times, as a server's are measured (`load/outcome.py`)."""
     generator = np.random.default_rng(config.seed + 1)
-    arrivals = np.cumsum(generator.exponential(1 / config.rate, config.requests)).tolist()
-    vocab = engine.model.config.vocab_size
-    prompts = generator.integers(0, vocab, (config.requests, config.prompt_tokens)).tolist()
+    dues = np.cumsum(generator.exponential(1 / config.rate, config.requests)).tolist()
+    prompts = generator.integers(0, engine.model.config.vocab_size, (config.requests, config.prompt_tokens)).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, ignore_eos=True)
-    arrived: dict[int, float] = {}
-    seen: dict[int, float] = {}
-    first, between, num_tokens = [], [], 0
-    clock = _clock()
-    while arrivals or engine.num_unfinished:
-        while arrivals and arrivals[0] <= clock():
-            arrived[engine.add(prompts.pop(), params, stream=True)[0]] = arrivals.pop(0)
-        if not engine.num_unfinished:
-            time.sleep(max(0.0, arrivals[0] - clock()))
-            continue
-        events, now = engine.step(), clock()
-        for event in events:
-            if not event.token_ids:
-                continue
-            if event.request_id in seen:
-                between.append(now - seen[event.request_id])
-            else:
-                first.append(now - arrived[event.request_id])
-            seen[event.request_id] = now
-            num_tokens += len(event.token_ids)
-    return {
-        "rate": config.rate,
-        "requests": config.requests,
-        "tokens_per_second": num_tokens / clock(),
-        "first_token_seconds": _percentiles(first),
-        "between_tokens_seconds": _percentiles(between),
-    }
-
-
-def _clock() -> Callable[[], float]:
+    outcomes: dict[int, Outcome] = {}
     started = time.perf_counter()
-    return lambda: time.perf_counter() - started
+    while dues or engine.num_unfinished:
+        while dues and dues[0] <= time.perf_counter() - started:
+            outcomes[engine.add(prompts.pop(), params, stream=True)[0]] = Outcome(
+                dues.pop(0), num_prompt=config.prompt_tokens
+            )
+        if not engine.num_unfinished:
+            time.sleep(max(0.0, dues[0] - (time.perf_counter() - started)))
+            continue
+        events, now = engine.step(), time.perf_counter() - started
+        for event in events:
+            outcome = outcomes[event.request_id]
+            outcome.ended = now
+            outcome.num_output += len(event.token_ids)
+            outcome.times += [now] if event.token_ids else []
+    return figures(list(outcomes.values()), time.perf_counter() - started, {})
 
 
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    return {f"p{p}": float(np.percentile(seconds, p)) for p in PERCENTILES}
-
-
-def print_figures(figures: dict[str, Any]) -> None:
-    drawn = ", random weights" if figures["random_weights"] else ""
-    packed = "" if figures["quantize"] in ("auto", "none") else f", weights in {figures['quantize']}"
-    table = Table(title=f"{figures['model']} in {figures['dtype']}{packed}{drawn}")
+def print_figures(shown: dict[str, Any], rate: float) -> None:
+    drawn = ", random weights" if shown["random_weights"] else ""
+    packed = "" if shown["quantize"] in ("auto", "none") else f", weights in {shown['quantize']}"
+    table = Table(title=f"{shown['model']} in {shown['dtype']}{packed}{drawn}")
     table.add_column("work")
     for name in ("tokens/s", "spread", "GB/step", "of copy rate"):
         table.add_column(name, justify="right")
-    for speed in figures["speeds"]:
+    for speed in shown["speeds"]:
         size, share = speed["gigabytes_per_step"], speed["share_of_copy_rate"]
         spread = f"{speed['low']:,.0f} to {speed['high']:,.0f}"
         cells = ["" if size is None else f"{size:.3g}", "" if share is None else f"{share:.0%}"]
         table.add_row(speed["name"], f"{speed['tokens_per_second']:,.0f}", spread, *cells)
     console = Console()
     console.print(table)
-    for speed in figures["speeds"]:
+    for speed in shown["speeds"]:
         if "acceptance" in speed:
             print(f"{speed['name']}: {speed['acceptance']:.0%} of drafts accepted")
-    print(
-        f"{figures['machine']['device']}: memory is copied at {figures['copy_gb_per_second']:,.1f} GB/s (read + write)"
-    )
-    if (load := figures["load"]) is not None:
-        print(f"{load['requests']} requests at {load['rate']:g} per second: {load['tokens_per_second']:,.0f} tokens/s")
-        for name, key in (("first token", "first_token_seconds"), ("between tokens", "between_tokens_seconds")):
-            times = ", ".join(f"{p} {1000 * value:,.1f} ms" for p, value in load[key].items())
-            print(f"  {name}: {times}")
+    print(f"{shown['machine']['device']}: memory is copied at {shown['copy_gb_per_second']:,.1f} GB/s (read + write)")
+    if (load := shown["load"]) is not None:
+        print(lines_of(load, rate, None))

@@ -1,17 +1,30 @@
 """Settings of the commands that answer prompts. Torch-free."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype, LoadQuantize
+from kogia.config import check_least, check_seed
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 """Settings that a generation_config.json may hold too."""
+GOALS = ("ttft", "tpot", "e2el")
+"""Times that a request of a load may be held to."""
+SERVER_OPTIONS = (
+    "model", "api", "clients", "vary", "prefix_tokens", "prefixes", "prompts", "ignore_eos", "extra", "goodput",
+    "api_key_file", "api_key_env", "timeout",
+)  # fmt: skip
+ENGINE_OPTIONS = (
+    "random_weights", "batches", "rounds", "device", "dtype", "quantize", "tensor_parallel", "expert_parallel",
+    "threads", "engine",
+)  # fmt: skip
+"""Options of `BenchConfig` for a server, and for a model in the process."""
 
 
 @dataclass(frozen=True)
@@ -158,34 +171,82 @@ def engine_options(engine: EngineConfig, draft_tokens: int | None) -> dict[str, 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure how fast a model decodes and reads prompts here, and what requests wait for under a load."""
+    """Measure how fast a model runs, here or behind an address.
 
-    model: Positional[str]
+    kogia bench PATH times the engine in this process: decoding and reading prompts by themselves, and with --rate what
+    requests wait for that arrive at random. kogia bench --url URL sends requests to any server with OpenAI's API (ours,
+    vLLM's, llama.cpp's) and prints the table of `vllm bench serve`: requests and tokens per second, time to the first
+    token (TTFT), per token behind it (TPOT), between pieces of a stream (ITL) and until the end (E2EL).
+
+    kogia bench PATH --batches 1 8 64
+
+    kogia bench --url http://127.0.0.1:8000 --rate 4 --requests 200
+
+    kogia bench --url http://127.0.0.1:8000 --clients 16 --prefix-tokens 100 --goodput ttft:500 tpot:50 --out load.json
+    """
+
+    path: Positional[str] = ""
     """Model or run directory, GGUF file, or a model of the Hugging Face Hub; with --random-weights a preset, too."""
     _: KW_ONLY
-    random_weights: bool = False
-    """Draw the weights instead of loading them: speed does not depend on what they are."""
-    batches: tuple[int, ...] = (1, 8)
-    """Sequences that decode at once, one measurement each."""
     prompt_tokens: int = 128
+    """Length of each prompt."""
     max_tokens: int = 64
     """Tokens decoded behind each prompt."""
-    rounds: int = 3
-    """Measurements of each kind; the median counts, with the least and the largest beside it."""
     rate: float = 0.0
-    """Requests per second, at random times, of a load that mixes prompts and decoding; 0 measures none."""
+    """Requests per second, at random times (Poisson). 0 sends all of them to a --url at once, or whenever one of the
+    --clients is free; of a PATH it leaves the load of requests out."""
     requests: int = 32
     """Requests of that load."""
     seed: int = 0
     """Of the prompts, the arrivals and drawn weights."""
+    out: str | None = None
+    """JSON file for the figures."""
+    url: str | None = None
+    """Server to ask instead of a PATH, as http://127.0.0.1:8000. Only the options from here to `timeout` and those
+    above are for it; those below are for a PATH."""
+    model: str | None = None
+    """Name that the server knows its model by; None takes the first that it lists."""
+    api: Literal["chat", "completions"] = "chat"
+    """What is asked: /v1/chat/completions, or /v1/completions."""
+    clients: int | None = None
+    """Requests under way at once, at most: the next one is sent when one has ended. With --rate, what is due waits
+    here, and its times count from when it was due."""
+    vary: float = 0.0
+    """Lengths of prompts and answers are drawn evenly within this share of prompt_tokens and max_tokens: 0.5 makes 64
+    to 192 of 128."""
+    prefix_tokens: int = 0
+    """Of each prompt, so many tokens at its beginning are one of the shared prefixes."""
+    prefixes: int = 1
+    """How many shared prefixes there are."""
+    prompts: str | None = None
+    """File whose prompts are sent in place of random words (.jsonl, .json, .parquet: rows with "prompt" or "messages",
+    and "max_tokens" where they differ), from the beginning again where it is short."""
+    ignore_eos: bool = True
+    """Ask for answers that go on to their max_tokens, as ours, vLLM's and llama.cpp's servers do. OpenAI's knows no
+    such field: --no-ignore-eos."""
+    extra: str | None = None
+    """Further fields of each request, as JSON: '{"temperature": 1.0}'. Temperature is 0 otherwise."""
+    goodput: tuple[str, ...] = ()
+    """Goals in milliseconds, of ttft (first token), tpot (each token behind it) and e2el (the whole), as
+    `ttft:500 tpot:50`: requests per second that meet them all are counted, too."""
+    api_key_file: str | None = None
+    """File with the server's key on its first line."""
+    api_key_env: str | None = None
+    """Environment variable with the server's key."""
+    timeout: float = 600.0
+    """Seconds after which a request counts as failed."""
+    random_weights: bool = False
+    """Draw the weights instead of loading them: speed does not depend on what they are."""
+    batches: tuple[int, ...] = (1, 8)
+    """Sequences that decode at once, one measurement each."""
+    rounds: int = 3
+    """Measurements of each kind; the median counts, with the least and the largest beside it."""
     device: str = "auto"
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; drawn weights are bfloat16 on a GPU."""
     quantize: LoadQuantize = "auto"
     """Format to round the weights to when they are loaded or drawn; auto keeps int8 and int4 weights of a checkpoint as
     they are, none makes all dense."""
-    out: str | None = None
-    """JSON file for the figures."""
     tensor_parallel: int = 1
     """Processes that share the model, with a GPU each where there are any."""
     expert_parallel: bool = False
@@ -195,10 +256,32 @@ class BenchConfig:
     engine: EngineConfig = EngineConfig(prefix_cache=False)
 
     def __post_init__(self) -> None:
-        least = {"prompt_tokens": 1, "max_tokens": 2, "rounds": 1, "requests": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {bound}")
+        check_least(self, 1, "prompt_tokens", "requests", "rounds", "clients", "prefixes")
+        if not 0 <= self.rate < inf:
+            raise ValueError(f"rate = {self.rate}: requests per second, 0 for no such load")
+        if not 0 <= self.vary < 1:
+            raise ValueError(f"vary = {self.vary}: must be at least 0 and below 1")
+        if not 0 < self.timeout < inf:
+            raise ValueError(f"timeout = {self.timeout}: seconds, above 0")
+        self._check_place()
+        check_least(self, 2 if self.path else 1, "max_tokens")
+        if self.path:
+            self._check_batches()
+        else:
+            self._check_load()
+
+    def _check_place(self) -> None:
+        """Raise ValueError for options of a server with a model here, and the other way round."""
+        if bool(self.path) == (self.url is not None):
+            raise ValueError("name a model to run here, or a server by --url, and not both")
+        names = SERVER_OPTIONS if self.path else ENGINE_OPTIONS
+        defaults = {field.name: field.default for field in fields(self)}
+        given = [name for name in names if getattr(self, name) != defaults[name]]
+        if given:
+            kind = "a server, named by --url" if self.path else "a model in this process, named by its PATH"
+            raise ValueError(f"{given[0]} = {getattr(self, given[0])!r}: is for {kind}; leave it out")
+
+    def _check_batches(self) -> None:
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batches = {list(self.batches)}: name sizes of at least 1, as 1 8 64")
         if max(self.batches) > self.engine.max_sequences:
@@ -206,8 +289,40 @@ class BenchConfig:
                 f"batches = {list(self.batches)}: engine.max_sequences = {self.engine.max_sequences} run at once; "
                 "raise it or leave larger batches out"
             )
-        if not 0 <= self.rate < inf:
-            raise ValueError(f"rate = {self.rate}: requests per second, 0 for no such load")
+
+    def _check_load(self) -> None:
+        check_seed(self.seed)
+        if not 0 <= self.prefix_tokens <= self.prompt_tokens * (1 - self.vary):
+            shortest = int(self.prompt_tokens * (1 - self.vary))
+            raise ValueError(f"prefix_tokens = {self.prefix_tokens}: must lie in 0..{shortest}, the shortest prompt")
+        if self.api_key_file is not None and self.api_key_env is not None:
+            raise ValueError("api_key_file and api_key_env: give the key in one way")
+        _ = self.further_fields, self.goals
+
+    @property
+    def further_fields(self) -> dict[str, Any]:
+        """`extra` as an object. Raises ValueError for what is none."""
+        try:
+            found = json.loads(self.extra or "{}")
+        except ValueError as error:
+            raise ValueError(f"extra = {self.extra!r}: is no JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"extra = {self.extra!r}: must be a JSON object, as '{{\"top_p\": 0.9}}'")
+        return found
+
+    @property
+    def goals(self) -> dict[str, float]:
+        """`goodput` by name. Raises ValueError for what is no goal."""
+        found = {}
+        for goal in self.goodput:
+            name, _, most = goal.partition(":")
+            try:
+                found[name] = float(most)
+            except ValueError:
+                found[name] = -1.0
+            if name not in GOALS or not 0 < found[name] < inf:
+                raise ValueError(f"goodput = {goal!r}: must be {', '.join(GOALS)} with milliseconds, as ttft:500")
+        return found
 
 
 @dataclass(frozen=True)

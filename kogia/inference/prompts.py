@@ -65,7 +65,7 @@ def _read_stdin() -> str:
 def _read_file(spec: str) -> list[Question]:
     if file_kind(spec) in ("", ".txt"):
         return _read_lines(read_text(spec), spec)
-    return [_question(row, where) for where, row in read_rows(SourceConfig(spec))]
+    return [question_of(row, where) for where, row in read_rows(SourceConfig(spec))]
 
 
 def _read_lines(text: str, name: str) -> list[Question]:
@@ -73,7 +73,7 @@ def _read_lines(text: str, name: str) -> list[Question]:
     lines = list(_lines(text, name))
     if not lines or not _asks(lines[0][1]):
         return [Question.of(line) for _, line in lines]
-    return [_question(_json(line, where), where) for where, line in lines]
+    return [question_of(_json(line, where), where) for where, line in lines]
 
 
 def _lines(text: str, name: str) -> Iterator[tuple[str, str]]:
@@ -99,7 +99,8 @@ def _json(line: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error}), as the first line is; every line must hold one row") from None
 
 
-def _question(row: Any, where: str) -> Question:
+def question_of(row: Any, where: str) -> Question:
+    """What a row of a file asks. Raises ValueError that begins with `where`."""
     if isinstance(row, str):
         return Question.of(row)
     try:

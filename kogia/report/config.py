@@ -8,6 +8,8 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class ReportConfig:
+    """Write one HTML page about a run, or about all runs of a directory."""
+
     path: Positional[Path]
     """A run directory, or a directory of several, as `kogia demo` leaves it."""
     out: Path | None = None

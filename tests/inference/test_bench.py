@@ -30,11 +30,11 @@ def test_a_preset_with_drawn_weights_is_measured_and_written(tmp_path, capsys):
     assert found["speeds"][0]["gigabytes_per_step"] < found["speeds"][2]["gigabytes_per_step"]
     assert list(found["ready_seconds"]) == ["weights", "engine", "graphs", "first token"]
     load = found["load"]
-    assert load["requests"] == 5 and load["tokens_per_second"] > 0
-    for times in (load["first_token_seconds"], load["between_tokens_seconds"]):
-        assert 0 < times["p50"] <= times["p90"] <= times["p99"]
+    assert (load["completed"], load["total_input_tokens"], load["total_output_tokens"]) == (5, 40, 160)
+    for name in ("ttft", "itl", "tpot", "e2el"):
+        assert 0 < load[f"median_{name}_ms"] <= load[f"p90_{name}_ms"] <= load[f"p99_{name}_ms"]
     shown = capsys.readouterr().out
-    assert "decode, batch 3" in shown and "first token" in shown
+    assert "decode, batch 3" in shown and "P99 TTFT (ms):" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
