@@ -150,7 +150,8 @@ class Load:
         except TimeoutError:
             raise ValueError(f"{self.config.url}: nobody answers within 30 seconds") from None
         except OSError as error:
-            reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or error
+            number = error.errno or 0
+            reason = os.strerror(number) if number > 0 else error.strerror or error
             raise ValueError(f"{self.config.url}: {reason}; is the server running?") from None
 
     async def _measure_words(self) -> Sizes:
