@@ -36,6 +36,11 @@ COMMANDS = {
     "eval": Command(
         "kogia.eval.config:EvalConfig", "kogia.eval.run:main", "Measure pass@1, pass@k and lengths on a task"
     ),
+    "context": Command(
+        "kogia.eval.config:ContextConfig",
+        "kogia.eval.context:main",
+        "Measure how far back in its context a model looks",
+    ),
     "generate": Command("kogia.inference.config:GenerateConfig", "kogia.inference.generate:main", "Complete prompts"),
     "chat": Command(
         "kogia.inference.config:ChatConfig", "kogia.inference.chat:main", "Talk to a model in the terminal"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype, LoadQuantize
-from kogia.config import check_finite, check_least
+from kogia.config import check_finite, check_least, check_seed
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 from kogia.tasks.pool import MAX_TIMEOUT
 
@@ -126,3 +126,54 @@ class EvalConfig(FilteredSamplingConfig):
                 f"temperature = {self.temperature} would draw {self.num_samples} equal samples; "
                 "set num_samples = 0 and greedy"
             )
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """How far back a model looks: the loss of the same tokens behind more and more text, the loss by position, and pass
+    keys hidden at every depth of texts of every length."""
+
+    path: Positional[str]
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
+    _: KW_ONLY
+    text: tuple[str, ...] = ()
+    """Files with long documents (.txt, .jsonl, .json, each also .gz, or .parquet): losses are measured on them and pass
+    keys hidden in them. Without any, keys are hidden in sentences that say nothing, and no loss is measured."""
+    text_key: str = "text"
+    """The column of a row that holds a document."""
+    lengths: tuple[int, ...] = ()
+    """Lengths of context in tokens, rising. Empty: doubled from 128 up to the model's context."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where keys are hidden: 0 is the beginning of a text, 1 the end."""
+    keys: int = 5
+    """Keys at each depth of each length."""
+    windows: int = 16
+    """Pieces of text, each of the largest length, that losses are measured on."""
+    tail: int = 64
+    """Last tokens of a window, whose loss is measured behind contexts of every length."""
+    seed: int = 0
+    """Of the keys and of the choice of windows."""
+    name: str = "context"
+    """Of the files."""
+    out: str | None = None
+    """Directory of NAME.json and NAME.png; None is RUN/evals for a run directory or its checkpoints, else ./evals."""
+    engine: EngineConfig = EngineConfig()
+    device: str = "auto"
+    dtype: LoadDtype = "auto"
+    """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
+    quantize: LoadQuantize = "auto"
+    """Format to round the weights to when they are loaded; auto keeps int8 and int4 weights of a checkpoint as they
+    are, none makes all dense."""
+    threads: int | None = None
+    """CPU threads for PyTorch; None is one per 10 million parameters, and never more than PyTorch's own choice."""
+    quiet: bool = False
+    """No progress line."""
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_least(self, 1, "keys", "windows", "tail", "threads")
+        check_seed(self.seed)
+        if list(self.lengths) != sorted(set(self.lengths)) or any(length < 2 for length in self.lengths):
+            raise ValueError(f"lengths = {list(self.lengths)}: must rise, and each be at least 2")
+        if not self.depths or any(not 0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths = {list(self.depths)}: at least one, each in [0, 1]")

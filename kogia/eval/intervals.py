@@ -13,7 +13,7 @@ Whether two models differ where each answered once, right or wrong, is decided b
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import atan, comb, cos, pi, sin, sqrt
+from math import atan, comb, cos, inf, pi, sin, sqrt
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
@@ -60,6 +60,18 @@ def mean_interval(scores: Sequence[float]) -> Estimate:
     low, high = _t_interval(scores, (0.0, 1.0), weight=1.0)
     mean = fmean(scores)
     return Estimate(mean, max(0.0, min(low, mean)), min(1.0, max(high, mean)))
+
+
+def unbounded_interval(values: Sequence[float]) -> Estimate:
+    """Mean of values that have no bounds, such as losses, with Student's interval. Raises on no value.
+
+    Of a single value nothing is known but itself: the interval is infinite.
+    """
+    if not values:
+        raise ValueError("no values: an interval needs at least one")
+    mean = fmean(values)
+    reach = t_quantile(len(values) - 1) * stdev(values) / sqrt(len(values)) if len(values) > 1 else inf
+    return Estimate(mean, mean - reach, mean + reach)
 
 
 def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -> PairedDifference:

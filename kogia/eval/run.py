@@ -228,13 +228,18 @@ def _resumable() -> Iterator[None]:
 
 
 def output_directory(config: EvalConfig) -> Path:
-    """Where the files go: `out`, or evals/ of the run that `path` belongs to, or evals/ here."""
-    if config.out is not None:
-        return Path(config.out)
-    path = Path(config.path)
-    if path.parent.name == "checkpoints":
-        return path.parent.parent / "evals"
-    return path / "evals" if (path / "checkpoints").is_dir() else Path("evals")
+    """Where the files go."""
+    return evals_directory(config.path, config.out)
+
+
+def evals_directory(path: str, out: str | None) -> Path:
+    """`out`, or evals/ of the run that `path` belongs to, or evals/ here."""
+    if out is not None:
+        return Path(out)
+    model = Path(path)
+    if model.parent.name == "checkpoints":
+        return model.parent.parent / "evals"
+    return model / "evals" if (model / "checkpoints").is_dir() else Path("evals")
 
 
 def file_name(config: EvalConfig, spec: str) -> str:

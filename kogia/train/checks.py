@@ -18,6 +18,7 @@ from kogia.plan.dry_run import Line
 from kogia.sinks import check_sinks
 from kogia.text.tokenizer import check_vocab_size
 from kogia.train.config import SupervisedConfig
+from kogia.train.context import extended_config
 from kogia.train.indexer import check_indexer, indexed_config
 from kogia.train.loss import latent_rank
 from kogia.train.rates import FINE_TUNING, FROM_SCRATCH, INDEXING, Rate, rate_line, settle_rate
@@ -47,6 +48,8 @@ def plan_run(config: SupervisedConfig) -> Plan:
     pick_device(config.device)
     source = checkpoint or config.init
     start = read_stored(source, weights=not config.dry_run) if source else None
+    if start is not None and config.extend_context is not None and checkpoint is None:
+        start = replace(start, config=extended_config(start.config, config.extend_context))
     model = _architecture(config, start, is_resumed=checkpoint is not None)
     check_sizes(config, model)
     _check_tokenizer(config, model, checkpoint)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from kogia.config import Presets, check_finite, check_least, check_seed
 from kogia.data.config import DataConfig
-from kogia.model.config import IndexerConfig, ModelConfig
+from kogia.model.config import IndexerConfig, ModelConfig, YarnConfig
 from kogia.model.presets import preset
 from kogia.sinks import SinkName
 
@@ -101,6 +101,9 @@ class SupervisedConfig:
     that the engine may store or read fewer (`engine.rank_by_context`). None trains the full rank alone."""
     add_indexer: IndexerConfig | None = None
     """Give the model of `init` fresh lightning indexers: the first step towards sparse attention."""
+    extend_context: YarnConfig | None = None
+    """Stretch the positions of the model of `init` by YaRN, to factor times original_max_position, the length that it
+    was trained with: the first step to a longer context. data.max_seqlen says how much of it this run trains."""
     index_topk: int | None = None
     """Tokens each query attends to while training; None is the model's own number. Above data.max_seqlen: dense."""
     train_only: Literal["all", "indexer"] = "all"
@@ -160,6 +163,8 @@ class SupervisedConfig:
             )
         if self.add_indexer is not None and self.init is None:
             raise ValueError("add_indexer is for the model of `init`; in a [model] table set attention.indexer")
+        if self.extend_context is not None and self.init is None:
+            raise ValueError("extend_context is for the model of `init`; in a [model] table set attention.rope_scaling")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"exactly one of steps = {self.steps} and epochs = {self.epochs} must be given")
         if not self.data.sources:
