@@ -18,6 +18,7 @@ from kogia.serve import (
     responses,
 )
 from kogia.serve.access import Caller, authenticate
+from kogia.serve.document import openapi
 from kogia.serve.errors import ApiError, answer_api_error, answer_validation, response_to
 from kogia.serve.guard import Guard
 from kogia.serve.metrics import Metrics
@@ -46,7 +47,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.metrics = Metrics(state)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_api_route("/openapi.json", openapi, include_in_schema=False)
+    app.add_api_route("/openapi.json", openapi_document, include_in_schema=False)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(RequestValidationError, answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
@@ -54,9 +55,9 @@ def create_app(state: ServerState) -> FastAPI:
     return app
 
 
-async def openapi(request: Request, caller: Caller = Depends(authenticate)) -> JSONResponse:
+async def openapi_document(request: Request, caller: Caller = Depends(authenticate)) -> JSONResponse:
     """What the server takes and answers. Takes a key where the server has keys."""
-    return JSONResponse(request.app.openapi())
+    return JSONResponse(openapi(request.app, has_keys=bool(request.app.state.server.keys.callers)))
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
