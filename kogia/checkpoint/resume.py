@@ -1,6 +1,7 @@
 """Checkpoints of a running training: a model directory any tool can load, and `train_state/` to go on from exactly.
 
     RUN/checkpoints/step-000123/    config.json, model.safetensors, tokenizer files
+        average/                      the same of averaged weights, where there are any
         train_state/state.json        counters, loader position, Python and NumPy random states
         train_state/tensors.safetensors   optimiser moments by parameter name, PyTorch random states
 
@@ -27,6 +28,7 @@ from kogia.files import remove_stale_drafts, replacing_directory
 from kogia.model.transformer import Transformer
 from kogia.text.tokenizer import Tokenizer
 
+AVERAGE = "average"
 RANDOM = "random/"  # prefix of the random states among the tensors
 
 
@@ -40,21 +42,45 @@ class ResumeState:
 
     def count(self, *keys: str) -> int:
         """A number of `values`, found by one key after the other. Raises ValueError if it is no whole one."""
+        value = self._value(*keys)
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise _wrong_value(keys, value, "a whole number")
+        return value
+
+    def numbers(self, *keys: str) -> list[float]:
+        """Numbers of `values`, found in the same way. Raises ValueError if they are none, or not finite."""
+        value = self._value(*keys)
+        if not isinstance(value, list) or not all(type(x) in (int, float) and abs(x) < 1e300 for x in value):
+            raise _wrong_value(keys, value, "a list of numbers")
+        return [float(x) for x in value]
+
+    def _value(self, *keys: str) -> Any:
         value: Any = self.values
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        if type(value) is not int or not 0 <= value < 2**63:
-            raise ValueError(
-                f"the checkpoint's train_state/state.json: {'.'.join(keys)} = {value!r:.60}: must be a whole number; "
-                "the file is damaged, delete the checkpoint to resume from the one before it"
-            )
         return value
 
 
+def _wrong_value(keys: tuple[str, ...], value: Any, expected: str) -> ValueError:
+    return ValueError(
+        f"the checkpoint's train_state/state.json: {'.'.join(keys)} = {value!r:.60}: must be {expected}; the file is "
+        "damaged, delete the checkpoint to resume from the one before it"
+    )
+
+
 def save_checkpoint(
-    run_dir: str | Path, step: int, model: Transformer, tokenizer: Tokenizer, state: ResumeState, *, keep: int = 2
+    run_dir: str | Path,
+    step: int,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    state: ResumeState,
+    *,
+    keep: int = 2,
+    average: Transformer | None = None,
 ) -> Path:
     """Write RUN/checkpoints/step-NNNNNN and return it; then delete all but the newest `keep`.
+
+    The `average` of the weights is another model directory in it.
 
     Raises OSError with the place and the fix when it cannot be written (disk full, no run directory any more), and
     FloatingPointError when a weight or an optimiser moment is not finite; what was there is then untouched.
@@ -71,6 +97,9 @@ def save_checkpoint(
         remove_stale_drafts(parent)  # of any step, to have their space
         with replacing_directory(final) as draft:
             write_model_files(model, draft, tokenizer)
+            if average is not None:
+                (draft / AVERAGE).mkdir()
+                write_model_files(average, draft / AVERAGE, tokenizer)
             _save_train_state(draft / "train_state", step, state)
     except (OSError, SafetensorError) as error:
         raise OSError(getattr(error, "errno", None) or 0, _cannot_save(final, error)) from error

@@ -22,15 +22,17 @@ class OptimConfig:
     """On matrices only: norms and biases are not decayed."""
     clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
-    schedule: Literal["constant", "linear", "cosine", "wsd", "step"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd", "step", "v3"] = "cosine"
+    """How the rate falls after warm-up (kogia/train/schedule.py): wsd stays, then falls linearly; step falls twice, as
+    in DeepSeek-V2; v3 stays, falls as a cosine and ends in two constant parts, as in DeepSeek-V3."""
     warmup_steps: int | None = None
     """Steps from 0 to the peak rate; None takes 20, but no more than a tenth of the steps."""
     min_lr_ratio: float = 0.1
-    """Final over peak rate of linear, cosine and wsd."""
+    """Final over peak rate of linear, cosine, wsd and v3, which ends at a third of it."""
     decay_share: float = 0.2
-    """Share of the steps after warm-up in which wsd decays."""
+    """Share of what comes after warm-up in which wsd decays."""
     step_at: tuple[float, ...] = (0.6, 0.9)
-    """Shares of the steps after warm-up at which `step` multiplies the rate by 0.316."""
+    """Shares of what comes after warm-up at which `step` multiplies the rate by 0.316."""
 
     def __post_init__(self) -> None:
         check_finite(self, "optim")
@@ -63,6 +65,29 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Steps that go wrong: of a loss or gradient norm that is not finite, or far above those before. Nothing is updated
+    by one, and its batch is kept in bad_steps/ of the run."""
+
+    skips: int = 0
+    """Bad steps in a row that are left out, going on with the next batch; 0 ends the run at the first."""
+    rollbacks: int = 0
+    """Times that after one more the run goes back to its last good checkpoint, and on with the data behind the bad
+    steps; the next time it ends. Needs save_every."""
+    sigmas: float = 0.0
+    """A loss or norm this many standard deviations above the mean of the good steps before is bad too (6 is usual); 0
+    takes only what is not finite."""
+    window: int = 128
+    """Good steps that these are the mean and deviation of; half of them must be there."""
+
+    def __post_init__(self) -> None:
+        check_finite(self, "guard")
+        for name, bound in (("skips", 0), ("rollbacks", 0), ("sigmas", 0), ("window", 4)):
+            if getattr(self, name) < bound:
+                raise ValueError(f"guard.{name} = {getattr(self, name)}: must be at least {bound}")
+
+
+@dataclass(frozen=True)
 class SupervisedConfig:
     """One supervised stage: pretraining, cold-start SFT, rejection-sampled SFT or distillation."""
 
@@ -85,11 +110,16 @@ class SupervisedConfig:
     """Passes over the training documents instead of `steps`."""
     micro_batches: int = 1
     """Batches of data.batch_tokens per optimiser step (gradient accumulation)."""
+    micro_batches_first: int | None = None
+    """Those of the first step, from which they rise evenly to `micro_batches` over `ramp_steps` steps."""
+    ramp_steps: int = 0
+    """Steps over which the batch grows; 0 does not let it. All shares of a run are then shares of its tokens."""
     mtp_weight: float = 0.3
     """Weight of the multi-token-prediction loss (lambda, DeepSeek-V3 eq 25)."""
     mtp_weight_late: float = 0.1
-    """The weight from share `mtp_late_at` of the steps on."""
+    """The weight from share `mtp_late_at` of the run on."""
     mtp_late_at: float = 0.67
+    """Share of the run (DeepSeek-V3: 10 of 14.8 trillion tokens)."""
     balance_weight: float = 1e-4
     """Weight of the sequence-wise balance loss (alpha, DeepSeek-V3 eq 17)."""
     bias_update_speed: float = 1e-3
@@ -109,7 +139,13 @@ class SupervisedConfig:
     train_only: Literal["all", "indexer"] = "all"
     """`indexer` freezes everything else: the dense warm-up of sparse attention."""
     bias_freeze_at: float = 1.0
-    """Share of the steps after which the biases stay fixed (DeepSeek-V3: 0.97)."""
+    """Share of the run after which the biases stay fixed (DeepSeek-V3: 0.97)."""
+    guard: GuardConfig = GuardConfig()
+    average_decay: float = 0.0
+    """Keeps averaged weights beside the trained ones, in average/ of each checkpoint, and measures their validation
+    loss too: over about the last 1 / (1 - decay) steps, with 1 over all from `average_from` on. 0 keeps none."""
+    average_from: float = 0.0
+    """Share of the run after which steps count in the average."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
@@ -137,7 +173,7 @@ class SupervisedConfig:
     def __post_init__(self) -> None:
         check_finite(self)
         check_least(self, 1, "micro_batches", "keep_checkpoints", "eval_tokens", "tokenizer_documents", "threads")
-        check_least(self, 1, "nested_rank_min", "index_topk", "steps")
+        check_least(self, 1, "nested_rank_min", "index_topk", "steps", "micro_batches_first")
         check_seed(self.seed)
         for name in (
             "save_every",
@@ -150,8 +186,26 @@ class SupervisedConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
+        if not 0 <= self.average_decay <= 1:
+            raise ValueError(f"average_decay = {self.average_decay}: must lie in [0, 1]")
+        if not 0 <= self.average_from < 1:
+            raise ValueError(f"average_from = {self.average_from}: must lie in [0, 1)")
+        self._check_ramp()
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"epochs = {self.epochs}: must be above 0")
+
+    def _check_ramp(self) -> None:
+        check_least(self, 0, "ramp_steps")
+        if (self.micro_batches_first is None) != (self.ramp_steps == 0):
+            raise ValueError(
+                f"micro_batches_first = {self.micro_batches_first} and ramp_steps = {self.ramp_steps}: a growing batch "
+                "needs both; set the other, or neither"
+            )
+        if self.micro_batches_first is not None and self.micro_batches_first > self.micro_batches:
+            raise ValueError(
+                f"micro_batches_first = {self.micro_batches_first}: above micro_batches = {self.micro_batches}, to "
+                "which it grows; lower it"
+            )
 
     def check_complete(self) -> None:
         """Raise ValueError if a choice that has no default is missing or given twice."""
@@ -167,6 +221,11 @@ class SupervisedConfig:
             raise ValueError("extend_context is for the model of `init`; in a [model] table set attention.rope_scaling")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"exactly one of steps = {self.steps} and epochs = {self.epochs} must be given")
+        if self.guard.rollbacks and not self.save_every:
+            raise ValueError(
+                f"guard.rollbacks = {self.guard.rollbacks}: there is no checkpoint to go back to with save_every = 0; "
+                "set save_every, for example to a twentieth of the steps"
+            )
         if not self.data.sources:
             raise ValueError(
                 "data.sources is empty: give --data FILE, or add [[data.sources]] with spec = a file or module:function"

@@ -40,6 +40,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 
     Raises ValueError naming a parameter whose state is incomplete or of another shape.
     """
+    optimizer.state.clear()
     for name, parameter in model.named_parameters():
         state = {key: tensors[f"{name}/{key}"].clone() for key in ADAM_STATE if f"{name}/{key}" in tensors}
         if not state:

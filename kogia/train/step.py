@@ -9,13 +9,14 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kogia.model.moe import max_violation
 from kogia.model.transformer import Transformer
 from kogia.train.config import OptimConfig
 from kogia.train.optim import set_learning_rate
-from kogia.train.schedule import learning_rate
+from kogia.train.schedule import STEADY, Ramp, learning_rate
 
 Metrics = dict[str, Tensor | float]
 """Of a loss function: sums over the tokens that count. Of train_step: plain floats."""
@@ -47,6 +48,13 @@ B = TypeVar("B", bound=CountedBatch)
 LossFn = Callable[[Transformer, B], Loss]
 
 
+@runtime_checkable
+class Judge(Protocol):
+    def judge(self, loss: float, norm: float, trouble: str | None) -> str | None:
+        """Why a step of this loss and gradient norm is bad; None if it is good. `trouble` is what is not finite."""
+        ...
+
+
 @dataclass
 class TrainState:
     """What a step changes, and the settings it reads."""
@@ -62,6 +70,15 @@ class TrainState:
     """Steps done."""
     last_checkpoint: Path | None = None
     """For error messages: where to go back to."""
+    ramp: Ramp = STEADY
+    """Micro-batches of each step, as far as schedules go by them."""
+    guard: Judge | None = None
+    """What tells good steps from bad ones; None ends the run at a step that is not finite."""
+
+    @property
+    def done(self) -> float:
+        """The share of the run that is done."""
+        return self.ramp.share(self.step, self.num_steps)
 
 
 def train_step(
@@ -72,34 +89,53 @@ def train_step(
     The summed loss is divided by `denominator`, by default the tokens that count over all micro-batches, so that the
     split into micro-batches changes nothing. Own metrics: grad_norm before clipping, lr, tokens, max_vio (MaxVio of
     this step's expert load, mean over the mixture layers; arXiv 2408.15664) and max_vio_worst (the largest).
-    Raises FloatingPointError on a loss or gradient that is not finite, before anything is updated.
+    Raises FloatingPointError on a loss or gradient that is not finite, before anything is updated. With a guard it
+    raises none: what the guard finds bad updates nothing, counts as a step, and has the metric skipped = 1.
     """
     model = state.model
     num_tokens = sum(batch.num_loss_tokens for batch in batches)
     if num_tokens == 0:
         raise ValueError(f"step {state.step + 1}: none of its tokens counts in the loss; check the data's loss mask")
+    divisor = denominator or num_tokens
     state.optimizer.zero_grad(set_to_none=True)
     results = []
     for batch in batches:
         loss = loss_fn(model, batch)
-        (loss.total / (denominator or num_tokens)).backward()
+        (loss.total / divisor).backward()
         results.append(replace(loss, total=loss.total.detach()))
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     loads = _total_loads(results)
     values = _read([loss.total for loss in results], norm, _summed(results), _worst(results), _violations(loads))
-    _check_finite(state, *values[:2])
+    losses, grad_norm, sums, maxima, balance = values
+    lr = learning_rate(state.optim, state.step, state.num_steps, state.ramp)
+    trouble = _trouble(model, losses, grad_norm)
+    if state.guard is not None:
+        trouble = state.guard.judge(sum(losses) / divisor, grad_norm, trouble)
+    elif trouble is not None:
+        raise FloatingPointError(explain(state, state.step + 1, trouble))
+    if trouble is None:
+        _update(state, parameters, norm, lr, loads)
+    state.step += 1
+    means = {name: value / num_tokens for name, value in sums.items()}
+    skipped = {} if trouble is None else {"skipped": 1.0}
+    return {**means, **maxima, "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, **balance, **skipped}
+
+
+def _update(
+    state: TrainState,
+    parameters: list[Parameter],
+    norm: Tensor,
+    lr: float,
+    loads: Int[Tensor, "mixtures experts"] | None,
+) -> None:
+    """Clip, move the weights, move the router biases."""
     if state.optim.clip:
         clip_grads_with_norm_(parameters, state.optim.clip, norm)
-    lr = learning_rate(state.optim, state.step, state.num_steps)
     set_learning_rate(state.optimizer, lr)
     state.optimizer.step()
     if loads is not None:
-        model.update_router_biases(loads, state.bias_update_speed)
-    state.step += 1
-    _, grad_norm, sums, maxima, balance = values
-    means = {name: value / num_tokens for name, value in sums.items()}
-    return {**means, **maxima, "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, **balance}
+        state.model.update_router_biases(loads, state.bias_update_speed)
 
 
 def _total_loads(results: Sequence[Loss]) -> Int[Tensor, "mixtures experts"] | None:
@@ -142,20 +178,23 @@ def _read(
     return loss_values, norm_value, sums, maxima, balance
 
 
-def _check_finite(state: TrainState, losses: list[float], norm: float) -> None:
-    if not all(map(math.isfinite, [*losses, norm])):
-        raise FloatingPointError(_not_finite(state, losses, norm))
-
-
-def _not_finite(state: TrainState, losses: list[float], norm: float) -> str:
+def _trouble(model: Transformer, losses: list[float], norm: float) -> str | None:
+    """What of a step is not finite."""
+    if all(map(math.isfinite, [*losses, norm])):
+        return None
     bad = [f"the loss of micro-batch {i} is {value}" for i, value in enumerate(losses) if not math.isfinite(value)]
     if not bad:
-        grads = ((name, p.grad) for name, p in state.model.named_parameters() if p.grad is not None)
+        grads = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
         first = next((name for name, grad in grads if not grad.isfinite().all()), "all parameters together")
         bad = [f"the gradient norm is {norm} (first in {first})"]
+    return "; ".join(bad)
+
+
+def explain(state: TrainState, step: int, trouble: str) -> str:
+    """Why a run ends at a step (1-based), and what to do."""
     kept = f"the last good checkpoint is {state.last_checkpoint}" if state.last_checkpoint else "nothing is saved yet"
     return (
-        f"step {state.step + 1}: {'; '.join(bad)}. The weights were not updated; {kept}. "
+        f"step {step}: {trouble}. The weights were not updated; {kept}. "
         f"Lower optim.lr = {state.optim.lr} or optim.clip = {state.optim.clip}, lengthen optim.warmup_steps, or look "
         "at this step's data, then go on with --resume"
     )

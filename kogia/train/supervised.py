@@ -1,7 +1,8 @@
 """The supervised loop: pretraining, context extension, cold-start and rejection-sampled SFT, distillation.
 
-They differ in data and loss mask only. A run directory holds run.toml, metrics.jsonl, checkpoints/ and data/ (the
-tokens). Each step: loader -> train_step -> metrics -> every N steps save, then evaluate.
+They differ in data and loss mask only. A run directory holds run.toml, metrics.jsonl, checkpoints/, data/ (the
+tokens), and bad_steps/ where there were any. Each step: loader -> train_step -> metrics -> every N steps save, then
+evaluate.
 """
 
 import itertools
@@ -9,17 +10,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import ceil
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kogia import log
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
-from kogia.checkpoint.hf import load_model
+from kogia.checkpoint.hf import load_model, read_stored
 from kogia.checkpoint.open import pick_device
 from kogia.checkpoint.resume import (
+    AVERAGE,
     ResumeState,
+    checkpoints,
     load_train_state,
     restore_random,
     save_checkpoint,
@@ -36,14 +41,17 @@ from kogia.plan.dry_run import print_dry_run, training_memory
 from kogia.sinks import open_sinks
 from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe
+from kogia.train.average import Average
 from kogia.train.checks import TRAINED, Plan, plan_run, tokenizer_directory
 from kogia.train.config import SupervisedConfig
+from kogia.train.guard import BAD_STEPS, Guard, write_bad_step
 from kogia.train.indexer import prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
-from kogia.train.step import LossFn, TrainState, train_step
+from kogia.train.schedule import Ramp
+from kogia.train.step import LossFn, TrainState, explain, train_step
 
 
 @dataclass
@@ -56,6 +64,8 @@ class Run:
     state: TrainState
     loader: Loader
     validation: list[Batch]
+    guard: Guard
+    average: Average | None = None
 
 
 def main(config: SupervisedConfig) -> None:
@@ -105,11 +115,14 @@ def build_planned(plan: Plan) -> Run:
     optimizer = build_optimizer(model, config.optim)
     weights = tuple(source.weight for source in config.data.sources)
     loader = Loader(shards["train"], weights=weights, batch_tokens=config.data.batch_tokens, seed=config.seed)
-    num_steps = config.steps or ceil(
-        (config.epochs or 0) * loader.tokens_per_epoch / (config.data.batch_tokens * config.micro_batches)
+    ramp = batch_ramp(config)
+    num_steps = config.steps or ramp.steps_for(
+        (config.epochs or 0) * loader.tokens_per_epoch / config.data.batch_tokens
     )
-    state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint)
-    run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]))
+    guard = Guard(config.guard)
+    average = Average(model, config.average_decay) if config.average_decay else None
+    state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint, ramp=ramp, guard=guard)
+    run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]), guard, average)
     _describe(plan, shards, loader, num_steps)
     if checkpoint is not None:
         restore(run, checkpoint)
@@ -117,36 +130,109 @@ def build_planned(plan: Plan) -> Run:
 
 
 def train(run: Run) -> None:
-    """The loop. Leaves a checkpoint of the last step in every way it can end but by an error."""
-    config, state, title = run.config, run.state, run.out.name
+    """The loop. Leaves a checkpoint of the last step in every way it can end but by an error.
+
+    A step that the guard no longer passes over, or weights that cannot be saved, send the run back as often as
+    `guard.rollbacks` says.
+    """
+    while True:
+        try:
+            return _go_on(run)
+        except FloatingPointError as error:
+            roll_back(run, error)
+
+
+def _go_on(run: Run) -> None:
+    config, state = run.config, run.state
     log.check_in_place(run.out / RECIPE)  # making the data takes long, and makes directories
     metric_log = log.MetricLog(
         run.out,
         total_steps=state.num_steps,
-        description=title,
+        description=run.out.name,
         quiet=config.quiet,
         resume_step=state.step,
         sinks=open_sinks(config.sinks, run.out, to_dict(config), state.step),
     )
     with metric_log, GracefulStop() as stop:
         if owes_validation(run):
-            metric_log.log(state.step, validation_loss(state.model, run.validation))
+            metric_log.log(state.step, validate(run))
         while state.step < state.num_steps:
-            start = time.perf_counter()
-            batches = [run.loader.next_batch() for _ in range(config.micro_batches)]
-            num_tokens = sum(batch.tokens.num_tokens for batch in batches)
-            batches = [batch.to(state.model.device) for batch in batches]
-            metrics = train_step(state, batches, loss_for_step(config, state, batches))
-            metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - start)
+            metrics = step(run)
             metric_log.log(state.step, metrics)
             last, due, stopping = state.step == state.num_steps, is_validation_due(run), stop.requested
-            if last or stopping or _is_due(config.save_every, state.step):
+            if last or stopping or is_save_due(run):
                 save(run)
             if due and not stopping:
-                metric_log.log(state.step, validation_loss(state.model, run.validation))
+                metric_log.log(state.step, validate(run))
             if stopping and (due or not last):
                 log.info(f"stopped after step {state.step}, saved as {state.last_checkpoint}; --resume continues")
                 raise KeyboardInterrupt
+
+
+def step(run: Run) -> dict[str, float]:
+    """One optimiser step, and what it tells. Raises FloatingPointError where the guard passes over no more bad ones."""
+    config, state = run.config, run.state
+    start, position = time.perf_counter(), run.loader.state
+    batches = [run.loader.next_batch() for _ in range(state.ramp.size(state.step))]
+    num_tokens = sum(batch.tokens.num_tokens for batch in batches)
+    batches = [batch.to(state.model.device) for batch in batches]
+    metrics = train_step(state, batches, loss_for_step(config, state, batches))
+    if run.guard.reason is not None:
+        heed(run, batches, position, metrics)
+    elif run.average is not None and state.done > config.average_from:
+        run.average.update(state.model)
+    metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - start)
+    return metrics
+
+
+def heed(run: Run, batches: Sequence[Batch], position: LoaderState, metrics: dict[str, float]) -> None:
+    """Keep the batch of the bad step that was just done; raises FloatingPointError where it is one too many."""
+    state, guard = run.state, run.guard
+    place = run.out / BAD_STEPS / f"step-{state.step:06d}-{guard.rollbacks}"
+    report = {
+        "step": state.step,
+        "reason": guard.reason,
+        "checkpoint": state.last_checkpoint.name if state.last_checkpoint else None,
+        "loader": asdict(position),
+        "metrics": {name: value if isfinite(value) else None for name, value in metrics.items()},
+    }
+    try:
+        write_bad_step(place, batches, report)
+        kept = f"its batch is in {place}"
+    except (OSError, SafetensorError) as error:
+        kept = f"its batch could not be kept: {error}"
+    if guard.has_had_enough:
+        raise FloatingPointError(explain(state, state.step, f"{guard.reason}; {kept}"))
+    log.warn(f"step {state.step} is left out: {guard.reason}; {kept}")
+
+
+def roll_back(run: Run, error: FloatingPointError) -> None:
+    """Go back to the last checkpoint that no bad step led to, but not in the data: on behind the bad steps.
+
+    Raises `error` where the run may not go back, any more or at all.
+    """
+    state, guard = run.state, run.guard
+    checkpoint = next(filter(was_good, reversed(checkpoints(run.out))), None)
+    if guard.rollbacks >= run.config.guard.rollbacks or checkpoint is None:
+        raise error
+    position, rollbacks = run.loader.state, guard.rollbacks + 1
+    log.warn(f"{error}")
+    saved = load_model(read_stored(checkpoint), device=state.model.device, dtype=state.model.dtype)
+    state.model.load_state_dict(saved.state_dict())
+    restore(run, checkpoint)
+    run.loader.state, guard.rollbacks = position, rollbacks
+    log.warn(f"gone back to step {state.step}, on with other data: {rollbacks} of {run.config.guard.rollbacks} times")
+
+
+def was_good(checkpoint: Path) -> bool:
+    """Whether the step that it was saved after was none that the guard left out."""
+    resume = load_train_state(checkpoint)
+    return "guard" not in resume.values or resume.count("guard", "streak") == 0
+
+
+def is_save_due(run: Run) -> bool:
+    """Whether a checkpoint belongs to the step that was just done; none does to a bad one, which may lead back."""
+    return _is_due(run.config.save_every, run.state.step) and not run.guard.streak
 
 
 def is_validation_due(run: Run) -> bool:
@@ -160,12 +246,24 @@ def owes_validation(run: Run) -> bool:
     return is_validation_due(run) and not was_measured(run.out, run.state.step, "val_loss")
 
 
+def batch_ramp(config: SupervisedConfig) -> Ramp:
+    return Ramp(config.micro_batches, config.micro_batches_first or config.micro_batches, config.ramp_steps)
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Validation losses of the weights, and of their average."""
+    losses = validation_loss(run.state.model, run.validation)
+    if run.average is not None and run.average.count:
+        averaged = validation_loss(run.average.model, run.validation)
+        losses |= {f"{name}_average": value for name, value in averaged.items()}
+    return losses
+
+
 def loss_for_step(config: SupervisedConfig, state: TrainState, batches: Sequence[Batch]) -> LossFn[Batch]:
     """The loss function of the step on `batches`; also sets the step's bias speed. Both change late in a run."""
-    done = state.step / state.num_steps
-    moving = done < config.bias_freeze_at and config.train_only == "all"
+    moving = state.done < config.bias_freeze_at and config.train_only == "all"
     state.bias_update_speed = config.bias_update_speed if moving else 0.0
-    mtp_weight = config.mtp_weight if done < config.mtp_late_at else config.mtp_weight_late
+    mtp_weight = config.mtp_weight if state.done < config.mtp_late_at else config.mtp_weight_late
     share = sum(b.num_loss_tokens for b in batches) / sum(b.tokens.num_tokens for b in batches)
     weights = LossWeights(mtp_weight, config.balance_weight, config.indexer_weight, share)
     return partial(supervised_loss, weights=weights, nested_rank_min=config.nested_rank_min)
@@ -173,10 +271,18 @@ def loss_for_step(config: SupervisedConfig, state: TrainState, batches: Sequence
 
 def save(run: Run) -> None:
     """Write a checkpoint of the current step and remember it as the last good one."""
-    state = run.state
-    resume = ResumeState({"loader": asdict(run.loader.state)}, optimizer_tensors(state.model, state.optimizer))
+    state, average = run.state, run.average
+    values: dict[str, Any] = {"loader": asdict(run.loader.state), "guard": run.guard.values()}
+    if average is not None:
+        values["average"] = average.count
     state.last_checkpoint = save_checkpoint(
-        run.out, state.step, state.model, run.tokenizer, resume, keep=run.config.keep_checkpoints
+        run.out,
+        state.step,
+        state.model,
+        run.tokenizer,
+        ResumeState(values, optimizer_tensors(state.model, state.optimizer)),
+        keep=run.config.keep_checkpoints,
+        average=average.model if average is not None and average.count else None,
     )
 
 
@@ -186,6 +292,10 @@ def restore(run: Run, checkpoint: Path) -> None:
     run.state.step = resume.count("step")
     run.loader.state = LoaderState(resume.count("loader", "epoch"), resume.count("loader", "cursor"))
     load_optimizer_tensors(run.state.model, run.state.optimizer, resume.tensors)
+    run.guard.restore(resume)
+    if run.average is not None:
+        count = resume.count("average") if "average" in resume.values else 0
+        run.average.restore(checkpoint / AVERAGE, count)
     restore_random(resume)
     log.info(f"resuming {checkpoint} at step {run.state.step} of {run.state.num_steps}")
 
@@ -210,7 +320,8 @@ def print_plan(plan: Plan) -> None:
     config, per_step = plan.config, plan.config.data.batch_tokens * plan.config.micro_batches
     length = f"{config.epochs} epochs"
     if config.steps:
-        length = f"{config.steps:,} steps = {config.steps * per_step:,} tokens"
+        num_tokens = batch_ramp(config).before(config.steps) * config.data.batch_tokens
+        length = f"{config.steps:,} steps = {num_tokens:,} tokens"
     memory = training_memory(plan.model, config.data.batch_tokens)
     steps = ("length", f"{length}, up to {per_step:,} tokens per step")
     print_dry_run(config, plan.model, [memory, steps, plan.rate])

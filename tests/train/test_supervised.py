@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from train.tiny import ATTENTION, MOE
+from train.runs import MODEL, assert_same_run, checkpoint_contents, tiny_run
 
 from kogia.checkpoint.convert import convert
 from kogia.checkpoint.hf import load_model
@@ -20,15 +19,11 @@ from kogia.checkpoint.resume import latest_checkpoint
 from kogia.config import from_dict, load_toml, save_toml, to_dict
 from kogia.data.config import DataConfig, SourceConfig
 from kogia.log import read_metrics
-from kogia.model.config import ModelConfig
 from kogia.model.costs import num_active_params, num_params
 from kogia.train import supervised
 from kogia.train.config import OptimConfig, SupervisedConfig
 from kogia.train.supervised import build_run, main
 
-MODEL = ModelConfig(
-    vocab_size=280, dim=32, num_layers=2, ffn_dim=48, attention=ATTENTION, moe=MOE, num_mtp_layers=1, max_position=64
-)
 PROGRAM = """
 import sys
 from kogia.config import load_toml
@@ -40,16 +35,7 @@ main(load_toml(sys.argv[1], SupervisedConfig))
 
 @pytest.fixture
 def config(tmp_path) -> SupervisedConfig:
-    corpus = tmp_path / "corpus.jsonl"
-    rows = [{"text": f"the number {i} and the number {i * i} follow {i - 1}"} for i in range(300)]
-    rows += [{"prompt": f"{i} + 1?", "completion": f"count</think>{i + 1}"} for i in range(100)]
-    corpus.write_text("\n".join(map(json.dumps, rows)))
-    data = DataConfig((SourceConfig(str(corpus)),), batch_tokens=256, max_seqlen=64, val_share=0.1)
-    optim = OptimConfig(lr=3e-3, warmup_steps=2)
-    out = str(tmp_path / "run")
-    return SupervisedConfig(
-        out, model=MODEL, data=data, optim=optim, steps=40, save_every=10, eval_every=20, threads=1, quiet=True
-    )
+    return tiny_run(tmp_path)
 
 
 def start(config: SupervisedConfig, directory: Path) -> subprocess.Popen:
@@ -66,26 +52,6 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         assert process.poll() is None, f"ended with {process.returncode}: {process.stderr.read()}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def checkpoint_contents(path: Path) -> dict[str, object]:
-    tensors = {}
-    for file in path.rglob("*.safetensors"):
-        tensors |= {f"{file.name}:{name}": value for name, value in load_file(file).items()}
-    values = {str(f.relative_to(path)): json.loads(f.read_text()) for f in path.rglob("*.json")}
-    del values["train_state/state.json"]["random"]["python"]  # the type checker of the test run draws from it
-    return {**tensors, **values}
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    first, second = (checkpoint_contents(latest_checkpoint(run)) for run in (a, b))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        same = torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
-        assert same, name
-    timing = {"seconds", "tokens_per_second"}
-    lines = [[{k: v for k, v in line.items() if k not in timing} for line in read_metrics(run)] for run in (a, b)]
-    assert lines[0] == lines[1]
 
 
 def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_never_stopped_to_the_bit(config, tmp_path):
