@@ -1,14 +1,18 @@
 """Decode steps with drafts as recorded graphs: verify, then accept and draft on, without the host.
 
 Every sequence runs its newest token and the k tokens drafted behind it. One graph is the model's part; sampling comes
-behind it, as its settings differ from request to request; a second graph counts the drafts that stand (`num_accepted`),
-runs the MTP module and leaves newest token, length and next drafts where the next step finds them. So the next step can
-be launched before anyone knows how many drafts stood.
+behind it, as its settings differ from request to request; another graph counts the drafts that stand, runs the MTP
+module and leaves newest token, length and next drafts where the next step finds them. So the next step can be launched
+before anyone knows how many drafts stood.
+
+On a CPU sampling without filters is recorded as well. The host then fills in the numbers where they are read, and reads
+the tokens where they stand: between the two there is no Python but three calls.
 
 A sequence with fewer drafts than k, near its end or after a step without drafts, runs all the same: what is too much is
 written to nobody's slot, and its samples do not count.
 """
 
+from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,18 +23,25 @@ from torch import Tensor
 
 from kogia.engine.activation import ActiveExperts
 from kogia.engine.graphs import CONTEXTS, Graph, capture, recorded_sizes
-from kogia.engine.sequences import SequenceTable
-from kogia.engine.speculative import num_accepted
+from kogia.engine.inputs import Arrived
+from kogia.engine.sequences import SequenceTable, Settings
 from kogia.engine.step import StepPlan
 from kogia.engine.views import WholeCache
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
+from kogia.ops.drafts import (
+    NUM_FIELDS,
+    DraftInputs,
+    accept_drafts,
+    draft_inputs,
+    most_likely_tokens,
+    put_numbers,
+)
+from kogia.ops.embed import embed
 from kogia.ops.prefill import FEW
+from kogia.ops.sample import counter_uniforms, sample
 from kogia.ops.segments import Segments
-
-NUM_FIELDS = 5
-"""Numbers of a sequence before its tokens: table row, length, samples that count, greatest length, slots it owns."""
 
 
 class DraftState:
@@ -41,27 +52,22 @@ class DraftState:
         self.newest = newest
         self.lengths = torch.ones_like(newest)
         """[rows] known tokens, the newest included."""
-        self.drafts = newest.new_zeros(len(newest), num_drafts)
-        """[rows, drafts] guesses at what follows."""
+        self.drafts = newest.new_zeros(num_drafts, len(newest))
+        """[drafts, rows] guesses at what follows."""
 
-    def write(self, rows: Tensor, newest: Tensor, lengths: Tensor, drafts: Int[Tensor, "rows drafts"]) -> None:
-        self.newest.index_copy_(0, rows, newest)
-        self.lengths.index_copy_(0, rows, lengths)
-        self.drafts.index_copy_(0, rows, drafts)
+    def write(self, rows: Tensor, newest: Tensor, lengths: Tensor, drafts: list[Int[Tensor, " seqs"]]) -> None:
+        targets = (self.newest, self.lengths, *self.drafts.unbind())
+        for target, numbers in zip(targets, (newest, lengths, *drafts), strict=True):
+            put_numbers(target, rows, numbers)
 
 
 class Verified(NamedTuple):
-    """What the first graph leaves to the sampling and to the second."""
+    """What the first graph leaves to the sampling and to the last."""
 
     logits: Float[Tensor, "samples vocab"]
     hidden: Float[Tensor, "samples dim"]
     step: StepContext
-    token_ids: Int[Tensor, "seqs width"]
-    """The newest token and the drafts."""
-    lengths: Int[Tensor, " seqs"]
-    num_samples: Int[Tensor, " seqs"]
-    positions: Int[Tensor, " samples"]
-    """Of the samples, each one behind the token it follows."""
+    inputs: DraftInputs
 
 
 class DraftStep:
@@ -77,19 +83,27 @@ class DraftStep:
         num_blocks: int,
     ) -> None:
         self.model, self.view, self.state = model, cache, state
-        self.width = 1 + state.drafts.shape[1]
-        device = model.device
-        self.numbers = torch.from_numpy(nobody(cache, state, size, num_blocks)).to(device)
+        self.width = 1 + len(state.drafts)
+        device, tokens = model.device, size * self.width
+        self.nobody = nobody(cache, state, num_blocks)
+        self.numbers = torch.from_numpy(np.tile(self.nobody, (size, 1))).to(device)
         """What the step reads, as `DraftGraphs.layout` makes it."""
-        self.samples = torch.zeros(size * self.width, dtype=torch.int64, device=device)
+        self.samples = torch.zeros(tokens, dtype=torch.int64, device=device)
         """What was sampled, for `draft`."""
-        self.segments = Segments(
-            torch.arange(size + 1, device=device) * self.width, np.full(size, self.width, dtype=np.int64)
+        self.seeds, self.temperature = torch.zeros_like(self.samples), torch.zeros(tokens, device=device)
+        """How `draw` draws each sample."""
+        self.logprobs = torch.zeros_like(self.temperature)
+        """What `draw` says of `samples`."""
+        self._settings: Settings | None = None
+        """Those that `seeds` and `temperature` are of."""
+        self.segments, self.ones = (
+            Segments(torch.arange(size + 1, device=device) * length, np.full(size, length, dtype=np.int64))
+            for length in (self.width, 1)
         )
         self.contexts = np.full(size, num_blocks * cache.cache.block_size)
-        self.active, self.active_drafts = experts.own(size * self.width, device), experts.own(size, device)
+        self.active, self.active_drafts = experts.own(tokens, device), experts.own(size, device)
         self.verified: Verified | None = None
-        self.graphs: tuple[Graph, Graph] | None = None
+        self.graphs: RecordedDrafts | None = None
 
     @property
     def _tables(self) -> Int[Tensor, "seqs blocks"]:
@@ -97,51 +111,64 @@ class DraftStep:
 
     def verify(self) -> None:
         """Run the newest tokens and the drafts through the model."""
-        rows, given, samples, limits, num_slots = self.numbers[:, :NUM_FIELDS].T.contiguous().unbind()
-        pending, state = given == 0, self.state
-        lengths = torch.where(pending, state.lengths[rows], given)
-        newest = torch.cat((state.newest[rows][:, None], state.drafts[rows]), 1)
-        token_ids = torch.where(pending[:, None], newest, self.numbers[:, NUM_FIELDS : NUM_FIELDS + self.width])
-        samples = torch.minimum(samples, limits - lengths).clamp_min(1)
-        column = torch.arange(self.width, device=rows.device)
-        positions = lengths[:, None] - 1 + column
-        is_real = (column < samples[:, None]) & (positions < num_slots[:, None])
-        slots = torch.where(is_real, self._slots(positions), self.view.cache.spare_slot)
-        batch = PackedTokens(token_ids.flatten(), positions.flatten(), self.segments)
-        seen = lengths + self.width - 1
-        view = self.view.cache.step(slots.flatten(), self._tables, seen, self.contexts)
+        state, cache = self.state, self.view.cache
+        found = draft_inputs(
+            self.numbers, state.newest, state.lengths, state.drafts, cache.block_size, cache.spare_slot
+        )
+        batch = PackedTokens(found.token_ids.flatten(), found.positions, self.segments)
+        view = cache.step(found.slots, self._tables, found.seen, self.contexts)
         step = self.model.step(batch, view, activation=self.active)
         hidden = self.model(batch, step=step)
-        logits = self.model.logits(hidden)
-        self.verified = Verified(logits, hidden, step, token_ids, lengths, samples, (positions + 1).flatten())
+        self.verified = Verified(self.model.logits(hidden), hidden, step, found)
 
-    def _slots(self, positions: Int[Tensor, "seqs width"]) -> Int[Tensor, "seqs width"]:
-        tables, size = self._tables, self.view.cache.block_size
-        return tables.gather(1, (positions // size).clamp_max(tables.shape[1] - 1)) * size + positions % size
+    def draw(self) -> None:
+        """Sample behind every token that was run, without filters."""
+        found = self.verified
+        assert found is not None, "nothing was verified"
+        uniforms = counter_uniforms(self.seeds, found.inputs.sample_positions)
+        self.samples, self.logprobs = sample(found.logits, self.temperature, uniforms)
 
     def draft(self) -> None:
         """Accept drafts by `samples`, run the MTP module, and put down the next drafts; see `Runner._draft`."""
-        found, model = self.verified, self.model
+        found, model, size = self.verified, self.model, len(self.numbers)
         assert found is not None, "nothing was verified"
-        size = len(found.lengths)
-        grid = self.samples.view(size, self.width)
-        accepted = num_accepted(grid, found.token_ids.roll(-1, 1), found.num_samples)
+        inputs = found.inputs
+        samples = self.samples.view(size, self.width)
+        accepted = accept_drafts(samples, inputs.token_ids, inputs.num_samples, inputs.lengths)
         hidden = model.mtp_hidden(0, found.hidden, self.samples, found.step)
-        hidden = hidden.view(size, self.width, -1)[torch.arange(size, device=grid.device), accepted]
-        drafts = [self.guess(hidden, found.lengths + accepted + 1)]
-        for index in range(self.width - 2):
-            positions = found.lengths + accepted + index
+        hidden = embed(accepted.places, hidden)  # the rows of these places
+        positions, drafts = accepted.positions, [self.guess(hidden, accepted.positions)]
+        for _ in range(self.width - 2):
             cache = self.view.drafting(self._tables, positions, self.numbers[:, 4], self.contexts)
-            ones = Segments(torch.arange(size + 1, device=grid.device), np.ones(size, dtype=np.int64))
-            step = model.step(PackedTokens(drafts[-1], positions, ones), cache, activation=self.active_drafts)
+            batch = PackedTokens(drafts[-1], positions, self.ones)
+            step = model.step(batch, cache, activation=self.active_drafts)
             hidden = model.mtp_hidden(0, hidden, drafts[-1], step)
-            drafts.append(self.guess(hidden, positions + 2))
-        newest = grid.gather(1, accepted[:, None]).squeeze(1)
-        self.state.write(self.numbers[:, 0], newest, found.lengths + accepted + 1, torch.stack(drafts, 1))
+            positions = cache.layers[0].context_lens  # the next one stands where this context ends
+            drafts.append(self.guess(hidden, positions))
+        self.state.write(inputs.rows, accepted.newest, accepted.lengths, drafts)
 
     def guess(self, hidden: Float[Tensor, "seqs dim"], positions: Int[Tensor, " seqs"]) -> Int[Tensor, " seqs"]:
-        """The token at each position, as the module says. (A benchmark knows better: hence `positions`.)"""
-        return self.model.mtp_logits(0, hidden).argmax(-1)
+        """The token behind each position, as the module says. (A benchmark knows better: hence `positions`.)"""
+        return most_likely_tokens(self.model.mtp_logits(0, hidden))
+
+    def take_settings(self, settings: Settings) -> None:
+        """Draw as these requests ask for; nobody draws greedily."""
+        if settings is self._settings:
+            return
+        count = len(settings.rows) * self.width
+        seeds, temperature = self.seeds.numpy(), self.temperature.numpy()
+        seeds[:count] = np.repeat(settings.seed, self.width)
+        temperature[:count], temperature[count:] = np.repeat(settings.temperature, self.width), 0
+        self._settings = settings
+
+
+class RecordedDrafts(NamedTuple):
+    """A step's parts in their order."""
+
+    verify: Graph
+    draw: Graph | None
+    """On a CPU."""
+    draft: Graph
 
 
 class DraftGraphs:
@@ -160,7 +187,8 @@ class DraftGraphs:
     ) -> None:
         """Of up to `most` sequences of up to `longest` tokens, with the engine's own number of experts."""
         self.model, self.cache, self.state, self.experts = model, cache, state, experts
-        self.width = 1 + state.drafts.shape[1]
+        self.is_gpu = model.device.type == "cuda"
+        self.width = 1 + len(state.drafts)
         self.sizes = recorded_sizes(most, model.device, model.config.vocab_size, self.width)
         ahead = self.width + cache.lookahead
         """Positions past the known tokens that a step looks at."""
@@ -182,39 +210,73 @@ class DraftGraphs:
     def kinds(self) -> list[tuple[int, int]]:
         """Sequences and longest context of every step, the largest first, whose memory the smaller ones share. None on
         a CPU; see `DecodeGraphs`."""
-        if self.model.device.type == "cpu":
+        if not self.is_gpu:
             return []
         return [(size, context) for context in reversed(self.contexts) for size in reversed(self.sizes)]
 
     def record(self, size: int, context: int) -> None:
         """Record one kind, unless that has been done."""
-        self._at(size, -(-context // self.cache.cache.block_size))
+        self._at(size, self._num_blocks(context))
+
+    def draws(self, settings: Settings) -> bool:
+        """Whether `run` takes steps of such requests."""
+        return not (self.is_gpu or settings.is_filtered)
+
+    def run(self, plan: StepPlan, table: SequenceTable) -> Arrived:
+        """A whole step on a CPU, of requests that `draws` takes: tokens and log-probabilities of the real sequences, as
+        many of each, and their next drafts."""
+        size, num_blocks = self._kind(plan)
+        step = self._at(size, num_blocks)
+        assert step.graphs is not None and step.graphs.draw is not None, "on a CPU drawing is recorded"
+        numbers = step.numbers.numpy()
+        self._fill(numbers, plan, table)
+        numbers[len(plan.rows) :] = step.nobody
+        step.take_settings(table.settings(plan.rows))
+        for graph in (step.graphs.verify, step.graphs.draw, step.graphs.draft):
+            graph.replay()
+        count = len(plan.rows) * self.width
+        tokens, logprobs = step.samples.numpy()[:count].copy(), step.logprobs.numpy()[:count].copy()
+        return Arrived({"tokens": tokens, "logprobs": logprobs, "drafts": self.state.drafts.numpy().T[plan.rows]})
 
     def layout(self, plan: StepPlan, table: SequenceTable) -> NDArray[np.int64]:
-        """The numbers of a step, as its graphs read them. Length 0 stands for what the device knows."""
-        rows, count = plan.rows, len(plan.rows)
-        size = next(size for size in self.sizes if size >= count)
-        seen = int(plan.starts.max()) + self.width + self.cache.lookahead
-        longest = next(length for length in self.contexts if length >= min(seen, self.contexts[-1]))
-        num_blocks = -(-longest // self.cache.cache.block_size)
-        numbers = nobody(self.cache, self.state, size, num_blocks)
-        known = table.num_known[rows]
-        fields = rows, np.where(plan.is_pending, 0, known), plan.num_samples, table.max_length[rows]
-        numbers[:count, :NUM_FIELDS] = np.stack((*fields, table.num_blocks[rows] * table.block_size), 1)
-        columns = np.minimum(known[:, None] - 1 + np.arange(self.width), table.token_ids.shape[1] - 1)
-        numbers[:count, NUM_FIELDS : NUM_FIELDS + self.width] = table.token_ids[rows[:, None], columns]
-        own = table.blocks[rows, :num_blocks]
-        tables = numbers[:count, NUM_FIELDS + self.width :]
-        tables[:] = own[:, :1]
-        tables[:, : own.shape[1]] = own
+        """The numbers of a step, as its graphs read them."""
+        size, num_blocks = self._kind(plan)
+        numbers = np.tile(nobody(self.cache, self.state, num_blocks), (size, 1))
+        self._fill(numbers, plan, table)
         return numbers
+
+    def _kind(self, plan: StepPlan) -> tuple[int, int]:
+        """Sequences and blocks of the step that a plan runs as."""
+        size, context = self.sizes[bisect_left(self.sizes, len(plan.rows))], self.contexts[-1]
+        if len(self.contexts) > 1:
+            seen = min(int(plan.starts.max()) + self.width + self.cache.lookahead, context)
+            context = self.contexts[bisect_left(self.contexts, seen)]
+        return size, self._num_blocks(context)
+
+    def _num_blocks(self, context: int) -> int:
+        return -(-context // self.cache.cache.block_size)
+
+    def _fill(self, numbers: NDArray[np.int64], plan: StepPlan, table: SequenceTable) -> None:
+        """Lay out the sequences of a plan. Length 0 stands for what the device knows."""
+        rows, count, tokens = plan.rows, len(plan.rows), slice(NUM_FIELDS, NUM_FIELDS + self.width)
+        known, fields = table.num_known[rows], numbers[:count]
+        fields[:, 0], fields[:, 2], fields[:, 3] = rows, plan.num_samples, table.settings(rows).max_length
+        fields[:, 1] = known * ~plan.is_pending
+        fields[:, 4] = table.num_blocks[rows] * table.block_size
+        fields[:, tokens] = table.token_ids[rows[:, None], known[:, None] + np.arange(-1, self.width - 1)]
+        tables = fields[:, tokens.stop :]
+        own = table.blocks[rows, : tables.shape[1]]
+        width = own.shape[1]
+        tables[:, :width] = own
+        if width < tables.shape[1]:
+            tables[:, width:] = own[:, :1]
 
     def verify(self, numbers: Tensor) -> Verified:
         """Logits of the step that `layout` laid out, for nobody's sequences too. The next run overwrites them."""
         step = self._of(numbers)
         step.numbers.copy_(numbers)
         assert step.graphs is not None
-        step.graphs[0].replay()
+        step.graphs.verify.replay()
         assert step.verified is not None
         return step.verified
 
@@ -223,8 +285,8 @@ class DraftGraphs:
         step = self._of(numbers)
         step.samples[: len(samples)].copy_(samples)
         assert step.graphs is not None
-        step.graphs[1].replay()
-        return self.state.drafts[step.numbers[: len(samples) // self.width, 0]]
+        step.graphs.draft.replay()
+        return self.state.drafts[:, step.numbers[: len(samples) // self.width, 0]].T
 
     def _of(self, numbers: Tensor) -> DraftStep:
         return self._at(len(numbers), numbers.shape[1] - NUM_FIELDS - self.width)
@@ -238,19 +300,22 @@ class DraftGraphs:
     @torch.no_grad()
     def _record(self, size: int, num_blocks: int) -> DraftStep:
         step = self.make(self.model, self.cache, self.state, self.experts, size, num_blocks)
-        first = capture(step.verify, self.model.device, self._pool)
-        self._pool = first.pool()
-        first.replay()  # what the second one reads while it is recorded
-        step.graphs = first, capture(step.draft, self.model.device, self._pool)
+        device, draw = self.model.device, None
+        verify = capture(step.verify, device, self._pool)
+        self._pool = verify.pool()
+        verify.replay()  # what the others read while they are recorded
+        if not self.is_gpu:
+            draw = capture(step.draw, device, self._pool)
+        step.graphs = RecordedDrafts(verify, draw, capture(step.draft, device, self._pool))
         return step
 
 
-def nobody(cache: WholeCache, state: DraftState, size: int, num_blocks: int) -> NDArray[np.int64]:
-    """The numbers of `size` sequences that are nobody's."""
-    width, spare = 1 + state.drafts.shape[1], cache.cache.spare_slot
-    numbers = np.zeros((size, NUM_FIELDS + width + num_blocks), dtype=np.int64)
-    numbers[:, 0], numbers[:, 1:4] = len(state.newest) - 1, (1, 1, 2)
-    numbers[:, NUM_FIELDS + width :] = spare // cache.cache.block_size
+def nobody(cache: WholeCache, state: DraftState, num_blocks: int) -> NDArray[np.int64]:
+    """The numbers of a sequence that is nobody's."""
+    width, spare = 1 + len(state.drafts), cache.cache.spare_slot
+    numbers = np.zeros(NUM_FIELDS + width + num_blocks, dtype=np.int64)
+    numbers[0], numbers[1:4] = len(state.newest) - 1, (1, 1, 2)
+    numbers[NUM_FIELDS + width :] = spare // cache.cache.block_size
     return numbers
 
 

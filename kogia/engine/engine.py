@@ -406,8 +406,6 @@ class Engine:
         """Wait for the oldest step in flight and take in what it brings."""
         flight = self._flights.popleft()
         plan, result = flight.plan, flight.wait()
-        if self.config.num_draft_tokens:
-            self.stats.num_drafted += int(np.maximum(self.scheduler.num_verified(plan) - 1, 0).sum())
         outcomes, num_new = self.scheduler.settle(plan, result)
         if result.drafts.shape[1]:
             self.scheduler.propose(plan, result.drafts)
@@ -415,7 +413,8 @@ class Engine:
         gained = int(num_new.sum())
         self.stats.num_generated_tokens += gained
         if self.config.num_draft_tokens:
-            self.stats.num_accepted += int(np.maximum(num_new - 1, 0).sum())
+            self.stats.num_drafted += self.scheduler.take_drafted()
+            self.stats.num_accepted += gained - int(np.count_nonzero(num_new))
         return _Landing(plan, result.drafts.shape[1] > 0, gained)
 
     def _land_all(self) -> None:

@@ -28,7 +28,6 @@ from kogia.engine.scoring import (
     wants_prompt_top,
 )
 from kogia.engine.sequences import SequenceTable
-from kogia.engine.speculative import num_accepted
 from kogia.engine.steering import put_rules, steer
 from kogia.engine.step import StepPlan, StepResult, TopTokens
 from kogia.engine.views import CacheView, TokenRuns, WholeCache, token_runs
@@ -37,6 +36,7 @@ from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
+from kogia.ops.drafts import num_accepted
 from kogia.ops.moe import Activation
 from kogia.ops.sample import counter_uniforms, sample, token_logprobs
 from kogia.ops.segments import Segments
@@ -58,8 +58,10 @@ class Flight:
         drafts = arrays["drafts"] if "drafts" in arrays else np.empty((len(self.plan.sampled), 0), dtype=np.int64)
         tokens, logprobs = arrays["tokens"], arrays["logprobs"]
         if self._width:
-            is_asked = (np.arange(self._width) < self.plan.num_samples[:, None]).ravel()
-            tokens, logprobs = tokens[is_asked], logprobs[is_asked]
+            tokens, logprobs = tokens.reshape(-1, self._width), logprobs.reshape(-1, self._width)
+            if self.plan.num_tokens < tokens.size:
+                is_asked = np.arange(self._width) < self.plan.num_samples[:, None]
+                tokens, logprobs = tokens[is_asked], logprobs[is_asked]
         elif self.plan.only_decodes:  # a recorded step draws for nobody's sequences too
             tokens, logprobs = tokens[: len(self.plan.rows)], logprobs[: len(self.plan.rows)]
         scores, experts = arrays.get("prompt_logprobs"), arrays.get("routes")
@@ -108,12 +110,12 @@ class Runner:
 
         Logits exist for sampled rows only.
         """
-        runs = token_runs(plan)
         if self.graphs is not None and not num_drafts and self._is_recorded(plan, self.graphs):
-            return self._replay(plan, runs, self.graphs)
+            return self._replay(plan, token_runs(plan), self.graphs)
         if self.draft_graphs is not None and num_drafts and plan.only_newest and self.records_drafts(plan.rows):
             return self._verify(plan, self.draft_graphs)
         assert not (num_drafts and plan.is_pending.any()), "a step whose start the host does not know was not recorded"
+        runs = token_runs(plan)
         upload = self._upload(plan, runs, num_drafts)
         batch = self._batch(plan, upload)
         activation = self.experts.of_step(upload, self.table, plan.rows)
@@ -141,10 +143,10 @@ class Runner:
     def records_drafts(self, rows: NDArray[np.int64]) -> bool:
         """Whether steps of these sequences are recorded, when each runs its newest token and drafts alone: not with
         rules or likeliest tokens, which ask for the exact samples of each."""
-        graphs, table = self.draft_graphs, self.table
-        if graphs is None or len(rows) > graphs.most or _asks(table, rows):
+        graphs, settings = self.draft_graphs, self.table.settings(rows)
+        if graphs is None or len(rows) > graphs.most or settings.is_ruled or settings.has_top or settings.is_traced:
             return False
-        return self.experts.are_own(table, rows)
+        return self.experts.are_own(self.table, rows)
 
     def _is_recorded(self, plan: StepPlan, graphs: DecodeGraphs) -> bool:
         fits = plan.only_decodes and plan.num_tokens <= graphs.most
@@ -168,13 +170,16 @@ class Runner:
         return Flight(plan, Download(Bundle(found)))
 
     def _verify(self, plan: StepPlan, graphs: DraftGraphs) -> Flight:
-        """A step in which every sequence runs its newest token and drafts: two graphs, and the sampling in between."""
+        """A step in which every sequence runs its newest token and drafts: two graphs, and the sampling in between,
+        which is one too where `draws` says so."""
+        if graphs.draws(self.table.settings(plan.rows)):
+            return Flight(plan, graphs.run(plan, self.table), graphs.width)
         upload, whole = Upload(self._staging), graphs.whole(plan)
         upload.put("step", graphs.layout(plan, self.table))
         self._put_sampling(upload, whole, np.cumsum(whole.counts))
         upload.send()
         found = graphs.verify(upload["step"])
-        upload.replace("sample_positions", found.positions[: whole.num_tokens])
+        upload.replace("sample_positions", found.inputs.sample_positions[: whole.num_tokens])
         drawn = self._draw(upload, found.logits[: whole.num_tokens])
         drawn["drafts"] = graphs.draft(upload["step"], drawn["tokens"])
         return Flight(plan, Download(Bundle(drawn)), graphs.width)
@@ -315,7 +320,7 @@ class Runner:
         found = torch.stack(drafts, 1)
         if self.draft_graphs is not None:  # the next step may be launched before anyone has read this
             newest = samples.gather(1, accepted[:, None]).squeeze(1)
-            self.draft_graphs.state.write(upload["sampled_rows"], newest, upload["num_known"] + accepted + 1, found)
+            self.draft_graphs.state.write(upload["sampled_rows"], newest, upload["num_known"] + accepted + 1, drafts)
         return found
 
     def _one_each(
@@ -324,8 +329,3 @@ class Runner:
         count = len(token_ids)
         segments = Segments(torch.arange(count + 1, device=self.device), np.ones(count, dtype=np.int64))
         return self.model.step(PackedTokens(token_ids, positions, segments), cache, activation=activation)
-
-
-def _asks(table: SequenceTable, rows: NDArray[np.int64]) -> bool:
-    """Whether any of these sequences has rules, or wants to be told what no recorded step tells."""
-    return bool((table.is_ruled[rows] | table.is_traced[rows] | (table.num_top[rows] > 0)).any())

@@ -71,7 +71,9 @@ class Scheduler:
         self.config = config
         self.eos_ids = frozenset(eos_ids)
         self.pool = BlockPool(num_blocks)
-        self.table = SequenceTable(config.max_sequences, config.block_size, most_cache_rows)
+        self.table = SequenceTable(
+            config.max_sequences, config.block_size, most_cache_rows, spare_columns=1 + config.num_draft_tokens
+        )
         self.waiting: deque[Request] = deque()
         self.running = np.empty(0, dtype=np.int64)
         """Table rows in order of priority, then of admission."""
@@ -79,6 +81,8 @@ class Scheduler:
         """Steps planned and not yet settled."""
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
+        self.num_drafted = 0
+        """Drafts that were verified."""
         self.lookahead = max(0, config.num_draft_tokens - 1)
         """A chain of k drafts also writes k - 1 rows of its own past the tokens that run."""
         self.budget = config.max_batch_tokens
@@ -176,7 +180,9 @@ class Scheduler:
         starts, pending = table.num_computed[rows], table.num_pending[rows]
         ends, is_pending = starts + counts, pending > 0
         num_samples = np.maximum(ends - table.num_known[rows] - pending + 1, 0)
-        if self.num_drafts:  # then it is not known where those in flight start: all that they run is sampled behind
+        if (
+            self.num_drafts and self.num_flights
+        ):  # it is not known where those start: all that they run is sampled behind
             num_samples = np.where(is_pending, counts, num_samples)
         table.num_computed[rows] = ends
         table.num_pending[rows] = pending + (num_samples > 0)
@@ -235,7 +241,9 @@ class Scheduler:
         least = table.num_known[rows] + pending
         want = least - table.num_computed[rows]
         if self.num_drafts:
-            want = np.where(pending > 0, 1 + self.num_drafts, want + table.num_drafts[rows])
+            want += table.num_drafts[rows]
+            if self.num_flights:
+                want = np.where(pending > 0, 1 + self.num_drafts, want)
         want *= least < table.settings(rows).max_length
         if self._run_limit is not None:
             want = np.minimum(want, self._run_limit(table.num_computed[rows]))
@@ -387,23 +395,21 @@ class Scheduler:
         its reason is "error". Blocks that only rejected drafts needed go back. What was sampled for a sequence that
         has ended meanwhile is dropped.
         """
-        table, rows, samples = self.table, plan.rows, self.num_verified(plan)
+        table, rows, samples = self.table, plan.rows, self._num_verified(plan)
         settings, has_ended = table.settings(rows), table.has_ended[rows]
         tokens, logprobs = plan.grid(result.tokens), plan.grid(result.logprobs, fill=0)
-        column = np.arange(tokens.shape[1])
-        drafts = tokens if len(column) == 1 else self._drafts(rows, column)
+        place = rows[:, None], table.num_known[rows][:, None] + np.arange(tokens.shape[1])
+        drafts = tokens if tokens.shape[1] == 1 else table.token_ids[place]
         num_new, stopped = count_new(tokens, drafts, samples, settings.stop_ids)
         is_finite = np.isfinite(logprobs)
-        failed = self._failed(plan, is_finite, num_new) & ~has_ended
+        are_finite = bool(np.count_nonzero(is_finite) == is_finite.size)
+        failed = self._failed(plan, None if are_finite else is_finite, num_new)
         num_new[has_ended | failed] = 0
         self._note_scores(plan, result, num_new)
         if result.routes is not None:
             self._note_routes(plan, result.routes)
-        entry, offset = (column < num_new[:, None]).nonzero()
-        gained = rows[entry]
-        place = gained, table.num_known[gained] + offset
-        table.token_ids[place], table.logprobs[place] = tokens[entry, offset], logprobs[entry, offset]
-        self._advance(plan, num_new, np.logical_and.reduce(is_finite, axis=1))
+        table.token_ids[place], table.logprobs[place] = tokens, logprobs  # what is not gained stands behind the known
+        self._advance(plan, samples, num_new, are_finite or np.logical_and.reduce(is_finite, axis=1))
         full, gains = table.num_known[rows] >= settings.max_length, num_new > 0
         done = failed | (gains & (stopped | full))
         news = (done | (settings.watched & gains)).nonzero()[0]
@@ -416,12 +422,16 @@ class Scheduler:
                 self._free(int(rows[index]))
         return [each for each in outcomes if each.finish_reason is not None or each.request.stream], num_new
 
-    def _failed(self, plan: StepPlan, is_finite: NDArray[np.bool_], num_new: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Per entry, whether a token that it gained comes from logits that were not finite, or its rules have none."""
+    def _failed(
+        self, plan: StepPlan, is_finite: NDArray[np.bool_] | None, num_new: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Per entry that has not ended, whether a token that it gained comes from logits that were not finite, or its
+        rules have none; None says that all were finite."""
         table, rows = self.table, plan.rows
         failed = np.zeros(len(rows), dtype=bool)
-        if np.count_nonzero(is_finite) < is_finite.size:
+        if is_finite is not None:
             failed = (~is_finite & (np.arange(is_finite.shape[1]) < num_new[:, None])).any(axis=1)
+            failed &= ~table.has_ended[rows]
         if table.settings(rows).is_ruled:
             for index in (table.is_ruled[rows] & ~table.has_ended[rows] & (num_new > 0)).nonzero()[0].tolist():
                 rules = self._request(int(rows[index])).rules
@@ -460,34 +470,40 @@ class Scheduler:
         assert request is not None, f"row {row} is empty"
         return request
 
-    def num_verified(self, plan: StepPlan) -> NDArray[np.int64]:
+    def _num_verified(self, plan: StepPlan) -> NDArray[np.int64]:
         """Samples that count, per entry of a plan that settles next: none past the greatest length, which a step that
         was planned ahead could not know."""
         if not self.config.num_draft_tokens:
             return plan.num_samples
-        room = self.table.max_length[plan.rows] - self.table.num_known[plan.rows]
+        room = self.table.settings(plan.rows).max_length - self.table.num_known[plan.rows]
         return np.minimum(np.maximum(room, 0), plan.num_samples)
 
-    def _drafts(self, rows: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[rows, columns] what stands behind the known tokens of each row."""
-        known = self.table.num_known[rows][:, None]
-        return self.table.token_ids[rows[:, None], np.minimum(known + column, self.table.token_ids.shape[1] - 1)]
-
-    def _advance(self, plan: StepPlan, num_new: NDArray[np.int64], is_finite: NDArray[np.bool_]) -> None:
-        """Move the counters, and each block tail back to what the known tokens need."""
+    def _advance(
+        self,
+        plan: StepPlan,
+        samples: NDArray[np.int64],
+        num_new: NDArray[np.int64],
+        is_finite: NDArray[np.bool_] | bool,
+    ) -> None:
+        """Move the counters, and each block tail back to what the known tokens need; `samples` are those that count."""
         table, rows, sampled = self.table, plan.rows, plan.num_samples > 0
-        flights, drafts = table.num_flights[rows] - 1, bool(self.config.num_draft_tokens)
-        if drafts:
-            table.num_drafted[rows] += np.maximum(self.num_verified(plan) - 1, 0)
-            table.num_accepted[rows] += np.maximum(num_new - 1, 0)
-            table.num_computed[rows] -= np.where(sampled, plan.num_samples - num_new, 0)
-            table.num_drafts[rows[sampled]] = 0
+        flights = table.num_flights[rows] - 1
+        rejects = False
+        if self.config.num_draft_tokens:
+            rejected = plan.num_samples - num_new
+            rejects = bool(np.count_nonzero(rejected))
+            drafted = samples - (samples > 0)
+            self.num_drafted += int(np.add.reduce(drafted))
+            table.num_drafted[rows] += drafted
+            table.num_accepted[rows] += num_new - (num_new > 0)
+            table.num_computed[rows] -= rejected
+            table.num_drafts[rows] = 0
         table.num_known[rows] += num_new
         table.num_pending[rows] -= sampled
         table.num_flights[rows] = flights
         table.is_proved[rows] = sampled & is_finite & (flights == 0)
         self.num_flights -= 1
-        if drafts:
+        if rejects:
             self._trim(rows[sampled])
 
     def _trim(self, rows: NDArray[np.int64]) -> None:
@@ -531,14 +547,12 @@ class Scheduler:
 
     def propose(self, plan: StepPlan, drafts: NDArray[np.int64]) -> None:
         """Note guesses behind the known tokens of what the plan sampled, as far as there is room; to be verified."""
-        table, rows = self.table, plan.rows[plan.sampled]
-        lives = ~table.has_ended[rows]
-        rows, drafts = rows[lives], drafts[lives]
-        room = table.max_length[rows] - table.num_known[rows] - 1
-        table.num_drafts[rows] = np.minimum(np.maximum(room, 0), drafts.shape[1])
-        for column in range(drafts.shape[1]):
-            fits = rows[column < table.num_drafts[rows]]
-            table.token_ids[fits, table.num_known[fits] + column] = drafts[column < table.num_drafts[rows], column]
+        table, rows, most = self.table, plan.rows, drafts.shape[1]
+        if len(plan.sampled) < len(rows):
+            rows = rows[plan.sampled]
+        known = table.num_known[rows]
+        table.num_drafts[rows] = np.minimum(np.maximum(table.max_length[rows] - 1 - known, 0), most)
+        table.token_ids[rows[:, None], known[:, None] + np.arange(most)] = drafts  # there are columns for all
 
     # leaving ----------------------------------------------------------------------------------------------------------
 
@@ -592,6 +606,11 @@ class Scheduler:
     def take_prefix_hit_tokens(self) -> int:
         """Prompt tokens found in the prefix cache since the last call."""
         count, self.num_prefix_hit_tokens = self.num_prefix_hit_tokens, 0
+        return count
+
+    def take_drafted(self) -> int:
+        """Drafts verified since the last call."""
+        count, self.num_drafted = self.num_drafted, 0
         return count
 
     def _end(self, row: int, *, failed: bool = False) -> None:

@@ -27,7 +27,7 @@ class Settings:
         self.max_length = table.max_length[rows]
         self.max_cache_rows = table.max_cache_rows[rows]
         self.stop_ids = table.stop_ids[rows]
-        self.temperature = table.temperature[rows]
+        self.temperature, self.seed = table.temperature[rows], table.seed[rows]
         self.watched = table.watched[rows]
         self.is_ruled = bool(table.is_ruled[rows].any())
         self.needs_tokens = bool(table.needs_tokens[rows].any())
@@ -37,7 +37,7 @@ class Settings:
         self.is_filtered = bool((((top_k != 0) | (top_p != 1) | (min_p != 0)) & (self.temperature > 0)).any())
         self.experts = _only(table.active_experts[rows]), _only(table.expert_threshold[rows])
         """(number, threshold) of all these rows; None for what differs among them."""
-        self.drawing = np.stack((rows, table.seed[rows], top_k, *map(_packed, (self.temperature, top_p, min_p))))
+        self.drawing = np.stack((rows, self.seed, top_k, *map(_packed, (self.temperature, top_p, min_p))))
         """[6, rows] how a recorded step draws for each: its place, its seed, top-k, and end to end the float32
         temperatures, those of top-p and those of min-p."""
 
@@ -45,9 +45,12 @@ class Settings:
 class SequenceTable:
     """Rows for `max_sequences` sequences. Token and block columns grow to the longest sequence seen."""
 
-    def __init__(self, max_sequences: int, block_size: int, most_cache_rows: int = sys.maxsize) -> None:
-        """No sequence will hold more than `most_cache_rows` at once."""
-        self.block_size, self.most_cache_rows = block_size, most_cache_rows
+    def __init__(
+        self, max_sequences: int, block_size: int, most_cache_rows: int = sys.maxsize, spare_columns: int = 0
+    ) -> None:
+        """No sequence will hold more than `most_cache_rows` at once. Behind the longest there are
+        `spare_columns` for tokens: a step looks and writes past the end."""
+        self.block_size, self.most_cache_rows, self._spare = block_size, most_cache_rows, spare_columns
         self.requests: list[Request | None] = [None] * max_sequences
         self._free = list(range(max_sequences - 1, -1, -1))
         self.token_ids = np.zeros((max_sequences, 0), dtype=np.int64)
@@ -188,8 +191,8 @@ class SequenceTable:
 
     def _grow(self, length: int, num_stops: int) -> None:
         width = self.token_ids.shape[1]
-        if length > width:
-            width = max(length, 2 * width)
+        if length + self._spare > width:
+            width = max(length + self._spare, 2 * width)
             self.blocks = _widen(self.blocks, -(-width // self.block_size), repeats_first=True)
             self.logprobs = _widen(self.logprobs, width)
             self.token_ids = _widen(self.token_ids, width)  # last: after an interrupt the others are widened again

@@ -5,24 +5,12 @@ position, and a draft is accepted if and only if it EQUALS the token sampled the
 this is lossless rejection sampling (acceptance probability p(draft), the rest of the distribution otherwise), and more:
 the tokens are the very ones that decoding without drafts gives for the same seed.
 
-The rule stands here twice: on the device, which drafts on from the last accepted token without waiting for anyone, and
-on the host, which learns of the same samples later.
+The rule stands twice: on the device (`kogia.ops.drafts`), which drafts on from the last accepted token without waiting
+for anyone, and here on the host, which learns of the same samples later.
 """
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
-
-
-def num_accepted(
-    samples: Int[Tensor, "seqs width"], drafts: Int[Tensor, "seqs width"], num_samples: Int[Tensor, " seqs"]
-) -> Int[Tensor, " seqs"]:
-    """Drafts that stand. `drafts[s, j]` is the guess which sample j of sequence s decides on, for all of its
-    `num_samples` but the last; what stands beyond means nothing."""
-    column = torch.arange(samples.shape[1], device=samples.device)
-    right = (samples == drafts) & (column < num_samples[:, None] - 1)
-    return right.long().cumprod(1).sum(1)
 
 
 def count_new(
@@ -33,13 +21,16 @@ def count_new(
 ) -> tuple[Int[np.ndarray, " seqs"], Bool[np.ndarray, " seqs"]]:
     """(tokens gained: accepted drafts and one more, cut after a stop token; whether a stop token is the last of them).
 
-    Arguments as in `num_accepted`; a sequence without samples gains nothing.
+    Arguments as in `kogia.ops.drafts.num_accepted`; a sequence without samples gains nothing.
     """
     if samples.shape[1] == 1:  # no draft anywhere
         return np.minimum(num_samples, 1), (samples == stop_ids).any(axis=1) & (num_samples > 0)
-    column = np.arange(samples.shape[1])
-    right = (samples == drafts) & (column < num_samples[:, None] - 1)
-    num_new = np.where(num_samples > 0, np.cumprod(right, axis=1).sum(axis=1) + 1, 0)
-    stops = (samples[..., None] == stop_ids[:, None, :]).any(axis=-1) & (column < num_new[:, None])
+    right = samples == drafts
+    right[:, -1] = False  # behind the last sample no draft was verified
+    num_new = np.minimum(right.argmin(axis=1) + 1, num_samples)
+    stops = samples[:, :, None] == stop_ids[:, None, :]
+    if not np.count_nonzero(stops):
+        return num_new, np.zeros(len(samples), dtype=bool)
+    stops = stops.any(axis=2) & (np.arange(samples.shape[1]) < num_new[:, None])
     stopped = stops.any(axis=1)
     return np.where(stopped, stops.argmax(axis=1) + 1, num_new), stopped

@@ -38,10 +38,12 @@ class StepPlan:
     @cached_property
     def only_newest(self) -> bool:
         """Every sequence runs its newest token and the drafts behind it, none a prompt."""
-        return bool((self.counts == self.num_samples).all())
+        return not np.count_nonzero(self.counts != self.num_samples)
 
     def grid(self, flat: NDArray, fill: int = -1) -> NDArray:
-        """One value per sample, end to end, as [entries, most samples of one]."""
+        """One value per sample, end to end or as a grid already, as [entries, most samples of one]."""
+        if flat.ndim == 2:
+            return flat
         if len(flat) == len(self.rows) == len(self.sampled):
             return flat[:, None]
         column = np.arange(max(1, int(self.num_samples.max())))
@@ -68,7 +70,7 @@ class StepResult:
     """What the model made of a plan, on the host."""
 
     tokens: NDArray[np.int64]
-    """Samples of all sequences end to end, `plan.num_samples` of each."""
+    """Samples of all sequences end to end, `plan.num_samples` of each; or where those are equal a grid of them."""
     logprobs: NDArray[np.float32]
     """Of the samples, unfiltered, at the sequence's temperature. Not finite where the model's logits were not."""
     drafts: NDArray[np.int64]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,6 +15,7 @@ from kogia.engine.inputs import Upload
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.step import StepPlan
 from kogia.model.cache import PagedCache, StepCache
+from kogia.ops.drafts import next_slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,8 +94,6 @@ class WholeCache:
         num_slots: Int[Tensor, " seqs"],
         contexts: NDArray[np.int64],
     ) -> StepCache:
-        size = self.cache.block_size
-        column = (positions // size).clamp_max(block_tables.shape[1] - 1)
-        slots = block_tables.gather(1, column[:, None]).squeeze(1) * size + positions % size
-        slots = torch.where(positions < num_slots, slots, self.cache.spare_slot)
-        return self.cache.step(slots, block_tables, positions + 1, contexts)
+        spare = self.cache.spare_slot
+        slots, lens = next_slots(block_tables, positions, num_slots, self.cache.block_size, spare)
+        return self.cache.step(slots, block_tables, lens, contexts)

@@ -12,7 +12,7 @@ from kogia.model.routing import Routing
 from kogia.ops.embed import embed
 from kogia.ops.logprob import linear_logprob, linear_loss
 from kogia.ops.moe import Activation, SharedExperts, silu_mul
-from kogia.ops.norm import add_rms_norm, rms_norm
+from kogia.ops.norm import add_rms_norm, residual_sum, rms_norm
 from kogia.ops.segments import Segments
 
 
@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
     ) -> Float[Tensor, "tokens dim"]:
         """`residual` + FFN(x). `step` is what every feed-forward part takes; this one needs nothing of it."""
         y = self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
-        return y if residual is None else residual + y
+        return y if residual is None else residual_sum(residual, y)
 
     def operands(self) -> SharedExperts:
         """The weights, for an op that computes this part along with others."""

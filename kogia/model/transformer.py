@@ -30,7 +30,9 @@ from kogia.model.rotary import Rotary
 from kogia.model.routing import Routing
 from kogia.ops.cpu import pages
 from kogia.ops.dispatch import which
+from kogia.ops.linear import linear
 from kogia.ops.moe import Activation
+from kogia.ops.norm import paired_norms
 from kogia.ops.segments import take_rows
 
 
@@ -88,8 +90,9 @@ class MTPLayer(Layer):
         self, embedded: Float[Tensor, "tokens dim"], hidden: Float[Tensor, "tokens dim"], step: StepContext
     ) -> Float[Tensor, "tokens dim"]:
         """`embedded` is the embedding of the token after each row."""
-        pair = torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
-        return self.block(self.eh_proj(pair), step)
+        pair = paired_norms(embedded, hidden, (self.enorm.weight, self.hnorm.weight), self.enorm.eps)
+        joined = self.eh_proj(pair) if step.cache is None else linear(pair, self.eh_proj.weight)
+        return self.block(joined, step)
 
 
 class Decoder(nn.Module):

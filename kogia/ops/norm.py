@@ -51,3 +51,20 @@ def add_rms_norm(
     """(x + delta, rms_norm of that): the residual stream behind a block, and the next one's input."""
     total = x + delta
     return total, rms_norm(total, weight, eps)
+
+
+@op(cpu=("kogia.ops.cpu.norm",))
+def residual_sum(x: Float[Tensor, "... dim"], delta: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+    """x + delta: the residual stream behind a block that nothing normalises at once."""
+    return x + delta
+
+
+@op(cpu=("kogia.ops.cpu.norm",))
+def paired_norms(
+    first: Float[Tensor, "rows dim"],
+    second: Float[Tensor, "rows dim"],
+    weights: tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]],
+    eps: float,
+) -> Float[Tensor, "rows both"]:
+    """`rms_norm` of each with its own weight, side by side."""
+    return torch.cat((rms_norm(first, weights[0], eps), rms_norm(second, weights[1], eps)), -1)

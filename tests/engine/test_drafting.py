@@ -67,9 +67,9 @@ class Oracle(drafting.DraftStep):
     """[positions] what is to come; sequences of one test become the same."""
 
     def guess(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        said = super().guess(hidden, positions)
-        right = self.future[positions.clamp_max(len(self.future) - 1)]
-        return torch.where(positions % 3 == 0, said, right)
+        said, places = super().guess(hidden, positions), positions + 1
+        right = self.future[places.clamp_max(len(self.future) - 1)]
+        return torch.where(places % 3 == 0, said, right)
 
 
 @pytest.fixture
@@ -113,11 +113,11 @@ def assert_empty(engine: Engine) -> None:
 
 def count_recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sequences of each step that runs as a graph."""
-    assert engine.runner.draft_graphs is not None
-    found, verify = [], engine.runner.draft_graphs.verify
-    monkeypatch.setattr(
-        engine.runner.draft_graphs, "verify", lambda numbers: found.append(len(numbers)) or verify(numbers)
-    )
+    graphs, found = engine.runner.draft_graphs, []
+    assert graphs is not None
+    verify, run = graphs.verify, graphs.run
+    monkeypatch.setattr(graphs, "verify", lambda numbers: found.append(len(numbers)) or verify(numbers))
+    monkeypatch.setattr(graphs, "run", lambda plan, table: found.append(len(plan.rows)) or run(plan, table))
     return found
 
 

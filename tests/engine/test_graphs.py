@@ -141,6 +141,18 @@ def test_recorded_steps_on_a_cpu_give_the_tokens_of_steps_that_are_not(dtype, qu
     assert outputs(engine, params) == outputs(engine_of(other, graphs=False), params) != want
 
 
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_on_a_cpu_a_step_with_drafts_is_kernels_from_end_to_end(drafts, params):
+    engine = engine_of(wide(dtype=torch.float32), num_draft_tokens=drafts)
+    outputs(engine, params)
+    graphs = engine.runner.draft_graphs
+    if graphs is None:
+        pytest.skip("no kernels here")
+    parts = [part for step in graphs._recorded.values() for graph in step.graphs for part in graph._parts]
+    assert len(parts) == 3 * len(graphs._recorded) > 0, "one call for each graph, and nothing of PyTorch's in between"
+
+
 def test_drawing_with_filters_is_recorded_where_a_kernel_takes_them_and_each_row_has_its_own(monkeypatch):
     """On a CPU none does: here the reference is recorded."""
     model = wide()

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from kogia.engine.config import EngineConfig
 from kogia.engine.request import Request, SamplingParams
 from kogia.engine.scheduler import Scheduler
-from kogia.engine.speculative import count_new, num_accepted
+from kogia.engine.speculative import count_new
 from kogia.engine.step import StepPlan, StepResult
+from kogia.ops.drafts import num_accepted
 
 EOS = 1
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kogia.ops import attention, cache, latent, linear, logprob, moe, norm, rope, sample
+from kogia.ops import attention, cache, drafts, latent, linear, logprob, moe, norm, rope, sample
 from kogia.ops.cache import KVRow, LatentRow, LayerCache
 from kogia.ops.cpu import build
 from kogia.ops.cpu.record import recording
@@ -28,6 +28,7 @@ except ImportError as error:
 
 from kogia.ops.cpu import attention as cpu_attention
 from kogia.ops.cpu import common
+from kogia.ops.cpu import drafts as cpu_drafts
 from kogia.ops.cpu import embed as cpu_embed
 from kogia.ops.cpu import latent as cpu_latent
 from kogia.ops.cpu import linear as cpu_linear
@@ -40,8 +41,8 @@ from kogia.ops.cpu import sample as cpu_sample
 from kogia.ops.cpu import varlen as cpu_varlen
 
 MODULES = (
-    cpu_attention, cpu_embed, cpu_latent, cpu_linear, cpu_logprob, cpu_moe, cpu_norm, cpu_products, cpu_rope,
-    cpu_sample, cpu_varlen,
+    cpu_attention, cpu_drafts, cpu_embed, cpu_latent, cpu_linear, cpu_logprob, cpu_moe, cpu_norm, cpu_products,
+    cpu_rope, cpu_sample, cpu_varlen,
 )  # fmt: skip
 BF16 = torch.bfloat16
 LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.level()) :]
@@ -295,6 +296,64 @@ def test_logits_that_are_no_numbers_show_in_the_log_probability_and_tokens_exist
     assert logprobs.isnan().all() and tokens.min() >= 0 and tokens.max() < 50
 
 
+@torch.no_grad()
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 999))
+def test_what_runs_with_drafts_and_where_is_the_references(seqs, num_drafts, seed):
+    """Of tables of three blocks of four slots; some sequences are known to the state alone."""
+    rng = np.random.default_rng(seed)
+    newest, lengths = (torch.from_numpy(rng.integers(1, 8, 9)) for _ in range(2))
+    guesses = torch.from_numpy(rng.integers(0, 50, (num_drafts, 9)))
+    numbers = torch.from_numpy(rng.integers(0, 50, (seqs, drafts.NUM_FIELDS + 1 + num_drafts + 3)))
+    fields = rng.permutation(9)[:seqs], rng.integers(0, 8, seqs), rng.integers(1, num_drafts + 2, seqs)
+    limits, slots = rng.integers(2, 12, seqs), 4 * rng.integers(1, 4, seqs)
+    numbers[:, : drafts.NUM_FIELDS] = torch.from_numpy(np.stack((*fields, limits, slots), 1))
+    args = numbers, newest, lengths, guesses, 4, 1000
+    assert cpu_drafts.draft_inputs_supports(*args) is None
+    got, want = cpu_drafts.draft_inputs(*args), drafts.draft_inputs.reference(*args)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    tables, positions = numbers[:, -3:], torch.from_numpy(rng.integers(0, 14, seqs))
+    args = tables, positions, numbers[:, 4], 4, 1000
+    assert cpu_drafts.next_slots_supports(*args) is None
+    got, want = cpu_drafts.next_slots(*args), drafts.next_slots.reference(*args)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@torch.no_grad()
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 999))
+def test_drafts_that_stand_are_the_references(seqs, width, seed):
+    rng = np.random.default_rng(seed)
+    samples, token_ids = (torch.from_numpy(rng.integers(0, 2, (seqs, width))) for _ in range(2))
+    num_samples, lengths = (torch.from_numpy(rng.integers(1, most, seqs)) for most in (width + 1, 99))
+    args = samples, token_ids, num_samples, lengths
+    assert cpu_drafts.accept_drafts_supports(*args) is None
+    got, want = cpu_drafts.accept_drafts(*args), drafts.accept_drafts.reference(*args)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    target, places = torch.zeros(9, dtype=torch.int64), torch.from_numpy(rng.permutation(9)[:seqs])
+    assert cpu_drafts.put_numbers_supports(target, places, got.newest) is None
+    cpu_drafts.put_numbers(target, places, got.newest)
+    assert torch.equal(target, torch.zeros_like(target).index_copy_(0, places, got.newest))
+
+
+def test_what_surrounds_drafts_refuses_what_it_does_not_take_with_the_reason():
+    numbers, row = torch.ones(3, 12, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
+    assert "contiguous" in str(cpu_drafts.draft_inputs_supports(numbers[:, 1:], row, row, row[None], 4, 1000))
+    assert "side by side" in str(cpu_drafts.next_slots_supports(numbers.T, row, row, 4, 1000))
+    assert "int64" in str(cpu_drafts.accept_drafts_supports(numbers.int(), numbers, row, row))
+    assert "int64" in str(cpu_drafts.put_numbers_supports(row, row, row.float()))
+    assert "contiguous" in str(cpu_drafts.most_likely_tokens_supports(draw(4, 4).T))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vocab", [1, 31, 32, 1001])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_the_most_likely_token_is_the_first_of_the_largest(vocab, dtype):
+    logits = draw(40, vocab, dtype=dtype).mul_(2).round_()  # many are equal
+    logits[7, vocab // 2], logits[8] = torch.nan, -torch.inf
+    logits[9, vocab // 3] = torch.inf
+    assert cpu_drafts.most_likely_tokens_supports(logits) is None
+    assert torch.equal(cpu_drafts.most_likely_tokens(logits), logits.argmax(-1))
+
+
 def test_what_products_cannot_take_is_refused_with_the_reason():
     x, weight = draw(2, 64), draw(8, 64, seed=1)
     supports = cpu_linear.linear_supports
@@ -323,6 +382,25 @@ def test_norms_are_those_of_the_reference(shape, dtype):
     total, normed = cpu_norm.add_rms_norm(x, delta, weight, 1e-3)
     assert torch.equal(total, x + delta)
     torch.testing.assert_close(normed, norm.rms_norm.reference(total, weight, 1e-3))
+    assert cpu_norm.residual_sum_supports(x, delta) is None
+    assert torch.equal(cpu_norm.residual_sum(x, delta), x + delta)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "dim"), [(1, 16), (3, 33), (0, 8), (70, 96)])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_two_norms_stand_side_by_side(rows, dim, dtype):
+    first, second = (draw(rows, dim, seed=i, dtype=dtype) for i in range(2))
+    weights = draw(dim, seed=2, dtype=dtype), draw(dim, seed=3, dtype=dtype)
+    assert cpu_norm.paired_norms_supports(first, second, weights, 1e-3) is None
+    got = cpu_norm.paired_norms(first, second, weights, 1e-3)
+    torch.testing.assert_close(got, norm.paired_norms.reference(first, second, weights, 1e-3))
+    assert "one dtype" in str(cpu_norm.paired_norms_supports(first, second.double(), weights, 1e-3))
+
+
+def test_sums_of_tensors_that_are_not_alike_are_refused_with_the_reason():
+    assert "not alike" in str(cpu_norm.residual_sum_supports(draw(2, 8), draw(8)))
+    assert "no backward" in str(cpu_norm.residual_sum_supports(draw(2, 8), draw(2, 8).requires_grad_()))
 
 
 ROUTERS = [

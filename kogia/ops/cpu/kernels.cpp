@@ -652,7 +652,7 @@ struct NormArgs {
     const char* weight;
     char* total;
     char* out;
-    int64_t rows, dim;
+    int64_t rows, dim, out_row;  // the last is a stride
     double eps;
     int64_t threads;
 };
@@ -672,7 +672,24 @@ template <class T> void norm(const NormArgs& a) {
             for (int64_t i = 0; i < a.dim; i++) put(total + i, widen(x[i]) + widen(delta[i]));
             x = total;
         }
-        norm_row(x, row(a.weight, 0), a.dim, float(a.eps), const_cast<T*>(row(a.out, r)));
+        norm_row(x, row(a.weight, 0), a.dim, float(a.eps), reinterpret_cast<T*>(a.out) + r * a.out_row);
+    });
+}
+
+struct SumArgs {
+    int64_t dtype;
+    const char* x;
+    const char* delta;
+    char* out;
+    int64_t size, threads;
+};
+
+template <class T> void sum_of_both(const SumArgs& a) {
+    const int64_t part = 1 << 15;
+    parallel((a.size + part - 1) / part, a.threads, [&](int64_t i) {
+        for (int64_t j = i * part; j < std::min(a.size, (i + 1) * part); j++)
+            put(reinterpret_cast<T*>(a.out) + j,
+                widen(reinterpret_cast<const T*>(a.x)[j]) + widen(reinterpret_cast<const T*>(a.delta)[j]));
     });
 }
 
@@ -869,6 +886,25 @@ struct Queries {
     int64_t seq, key_head, first;
 };
 
+// KEYS scores times `scale`, and the largest of those that are numbers.
+float scaled_top(float* scores, float scale) {
+    Floats most = all(-std::numeric_limits<float>::infinity());
+    for (int i = 0; i < KEYS; i += LANES) {
+        Floats each = multiply_add(load(scores + i), all(scale), zeros());
+        store(scores + i, each);
+        most = larger(each, most);
+    }
+    float lanes[LANES];
+    store(lanes, most);
+    return *std::max_element(lanes, lanes + LANES);
+}
+
+float sum_of_all(const float* scores) {
+    Floats total = zeros();
+    for (int i = 0; i < KEYS; i += LANES) total = multiply_add(load(scores + i), all(1.0f), total);
+    return sum(total);
+}
+
 template <class T> void attend(const AttentionArgs& a, const Queries& tile) {
     int64_t group = a.heads / a.key_heads, begin = a.cu_seqlens[tile.seq];
     int64_t length = a.cu_seqlens[tile.seq + 1] - begin, context = a.context_lens[tile.seq];
@@ -899,12 +935,16 @@ template <class T> void attend(const AttentionArgs& a, const Queries& tile) {
         int64_t count = std::min<int64_t>(KEYS, most - j);
         typename Dense<T>::Row keys[KEYS];
         const T* values[KEYS];
+        int64_t block = j / a.block_size, offset = j % a.block_size;
         for (int64_t i = 0; i < KEYS; i++) {
-            int64_t position = j + std::min(i, count - 1);
-            int64_t slot = table[position / a.block_size] * a.block_size + position % a.block_size;
-            const T* row = reinterpret_cast<const T*>(a.rows) + slot * a.row_stride;
-            keys[i].data = row + tile.key_head * a.key_width;
-            values[i] = row + a.value_offset + tile.key_head * a.value_stride;
+            if (i < count) {
+                const T* row = reinterpret_cast<const T*>(a.rows) + (table[block] * a.block_size + offset) * a.row_stride;
+                keys[i].data = row + tile.key_head * a.key_width;
+                values[i] = row + a.value_offset + tile.key_head * a.value_stride;
+                if (++offset == a.block_size) block++, offset = 0;
+            } else {
+                keys[i] = keys[i - 1], values[i] = values[i - 1];
+            }
         }
         for (int m = 0; m < many; m += ROWS_AT_ONCE) {
             int rest = std::min(ROWS_AT_ONCE, many - m);
@@ -924,14 +964,13 @@ template <class T> void attend(const AttentionArgs& a, const Queries& tile) {
                 std::fill(weights[m], weights[m] + KEYS, T(0));
                 continue;
             }
-            float highest = best[m], added = 0;
-            for (int64_t i = 0; i < visible; i++) highest = std::max(highest, scores[m][i] *= scale);
+            std::fill(scores[m] + visible, scores[m] + KEYS, -std::numeric_limits<float>::infinity());
+            float highest = std::max(best[m], scaled_top(scores[m], scale));
             float shrink = exponential(best[m] - highest);
-            for (int64_t i = 0; i < visible; i++) scores[m][i] = exponential(scores[m][i] - highest);
-            for (int64_t i = 0; i < visible; i++) added += scores[m][i], put(weights[m] + i, scores[m][i]);
-            for (int64_t i = visible; i < KEYS; i++) weights[m][i] = 0;
+            for (int64_t i = 0; i < KEYS; i++) scores[m][i] = exponential(scores[m][i] - highest);
+            for (int64_t i = 0; i < KEYS; i++) put(weights[m] + i, scores[m][i]);
             best[m] = highest;
-            total[m] = total[m] * shrink + added;
+            total[m] = total[m] * shrink + sum_of_all(scores[m]);
             if (shrink != 1.0f)
                 for (int64_t c = 0; c < a.value_width; c++) sums[m * a.value_width + c] *= shrink;
         }
@@ -1132,6 +1171,129 @@ template <class T> void sample_row(const SampleArgs& a, int64_t r) {
     a.logprobs[r] = float(double(scaled[token] - top) - std::log(total));
 }
 
+// ----------------------------------------------------------------------------------------------------------- drafts
+
+struct DraftArgs {
+    const int64_t* numbers;  // of each sequence: the fields below, its tokens, its block table
+    int64_t stride, seqs, width;
+    const int64_t* newest;  // of each table row
+    const int64_t* lengths;
+    const int64_t* drafts;
+    int64_t drafts_row;  // stride
+    int64_t blocks, block_size, spare_slot;
+    int64_t* rows;
+    int64_t* token_ids;
+    int64_t* positions;
+    int64_t* slots;
+    int64_t* seen;
+    int64_t* known;
+    int64_t* samples;
+    int64_t* sample_positions;
+};
+
+enum DraftField { ROW, LENGTH, SAMPLES, LIMIT, SLOTS, FIELDS };
+
+// The slot of a position, or nobody's from `bound` on.
+int64_t slot_of(const int64_t* table, int64_t position, int64_t bound, int64_t block_size, int64_t spare_slot) {
+    return position < bound ? table[position / block_size] * block_size + position % block_size : spare_slot;
+}
+
+void draft_inputs(const DraftArgs& a, int64_t s) {
+    const int64_t* fields = a.numbers + s * a.stride;
+    const int64_t* given = fields + FIELDS;
+    int64_t row = fields[ROW], known = fields[LENGTH] ? fields[LENGTH] : a.lengths[row];
+    int64_t samples = std::max<int64_t>(1, std::min(fields[SAMPLES], fields[LIMIT] - known));
+    // a table is never shorter than what is bound to it; it may be where a bound is nobody's
+    int64_t bound = std::min({known - 1 + samples, fields[SLOTS], a.blocks * a.block_size});
+    for (int64_t j = 0; j < a.width; j++) {
+        int64_t position = known - 1 + j, at = s * a.width + j;
+        int64_t own = j ? a.drafts[(j - 1) * a.drafts_row + row] : a.newest[row];
+        a.token_ids[at] = fields[LENGTH] ? given[j] : own;
+        a.positions[at] = position;
+        a.sample_positions[at] = position + 1;
+        a.slots[at] = slot_of(given + a.width, position, bound, a.block_size, a.spare_slot);
+    }
+    a.rows[s] = row;
+    a.seen[s] = known - 1 + a.width;
+    a.known[s] = known;
+    a.samples[s] = samples;
+}
+
+struct NextSlotArgs {
+    const int64_t* tables;
+    int64_t table_stride, blocks;
+    const int64_t* positions;
+    int64_t seqs;
+    const int64_t* num_slots;
+    int64_t num_slots_stride, block_size, spare_slot;
+    int64_t* slots;
+    int64_t* seen;
+};
+
+struct AcceptArgs {
+    const int64_t* samples;
+    const int64_t* token_ids;
+    int64_t seqs, width;
+    const int64_t* num_samples;
+    const int64_t* lengths;
+    int64_t* places;
+    int64_t* newest;
+    int64_t* positions;
+    int64_t* known;
+};
+
+void accept_drafts(const AcceptArgs& a, int64_t s) {
+    const int64_t* samples = a.samples + s * a.width;
+    const int64_t* drafts = a.token_ids + s * a.width + 1;
+    int64_t accepted = 0, most = std::min(a.num_samples[s], a.width) - 1;
+    while (accepted < most && samples[accepted] == drafts[accepted]) accepted++;
+    a.places[s] = s * a.width + accepted;
+    a.newest[s] = samples[accepted];
+    a.positions[s] = a.lengths[s] + accepted;
+    a.known[s] = a.positions[s] + 1;
+}
+
+struct LikeliestArgs {
+    int64_t dtype;
+    const char* logits;
+    int64_t rows, vocab, threads;
+    int64_t* tokens;
+};
+
+// The first of the largest; a number that is none counts as the largest.
+template <class T> int64_t most_likely(const T* logits, int64_t vocab) {
+    float most[STRIPE];
+    bool is_number[STRIPE];
+    std::fill(most, most + STRIPE, -std::numeric_limits<float>::infinity());
+    std::fill(is_number, is_number + STRIPE, true);
+    int64_t whole = vocab / STRIPE * STRIPE;
+    for (int64_t i = 0; i < whole; i += STRIPE)
+        for (int64_t j = 0; j < STRIPE; j++) {
+            float each = widen(logits[i + j]);
+            most[j] = each > most[j] ? each : most[j];
+            is_number[j] &= each == each;
+        }
+    for (int64_t i = whole; i < vocab; i++) {
+        float each = widen(logits[i]);
+        most[0] = each > most[0] ? each : most[0];
+        is_number[0] &= each == each;
+    }
+    float top = *std::max_element(most, most + STRIPE);
+    bool all_numbers = std::find(is_number, is_number + STRIPE, false) == is_number + STRIPE;
+    for (int64_t i = 0; i < vocab; i++) {
+        float each = widen(logits[i]);
+        if (all_numbers ? each == top : each != each) return i;
+    }
+    return vocab - 1;
+}
+
+struct PutArgs {
+    int64_t* target;
+    const int64_t* places;
+    int64_t count;
+    const int64_t* numbers;
+};
+
 struct AngleArgs {
     const int64_t* positions;
     int64_t tokens;
@@ -1166,7 +1328,8 @@ template <class T> void silu_mul(const SiluArgs& a) {
         const T* gates = reinterpret_cast<const T*>(a.gate) + r * a.gate_row;
         const T* ups = reinterpret_cast<const T*>(a.up) + r * a.up_row;
         T* out = reinterpret_cast<T*>(a.out) + r * a.width;
-        for (int64_t i = 0; i < a.width; i++) {
+        const int64_t width = a.width;  // else it may be what is written, and the loop no vectors
+        for (int64_t i = 0; i < width; i++) {
             float gate = widen(gates[i]);
             put(out + i, rounded<T>(gate / (1.0f + exponential(-gate))) * widen(ups[i]));
         }
@@ -1270,6 +1433,8 @@ void kogia_route(const RouteArgs* a) {
 
 void kogia_norm(const NormArgs* a) { a->dtype == BFLOAT16 ? norm<bf16>(*a) : norm<float>(*a); }
 
+void kogia_sum(const SumArgs* a) { a->dtype == BFLOAT16 ? sum_of_both<bf16>(*a) : sum_of_both<float>(*a); }
+
 void kogia_write_latent(const WriteArgs* a) {
     a->dtype == BFLOAT16 ? write_latent<bf16>(*a) : write_latent<float>(*a);
 }
@@ -1331,6 +1496,36 @@ void kogia_sample(const SampleArgs* a) {
     parallel(a->rows, a->threads, [&](int64_t r) {
         a->dtype == BFLOAT16 ? sample_row<bf16>(*a, r) : sample_row<float>(*a, r);
     });
+}
+
+void kogia_draft_inputs(const DraftArgs* a) {
+    for (int64_t s = 0; s < a->seqs; s++) draft_inputs(*a, s);
+}
+
+void kogia_next_slots(const NextSlotArgs* a) {
+    for (int64_t s = 0; s < a->seqs; s++) {
+        int64_t position = a->positions[s];
+        int64_t bound = std::min(a->num_slots[s * a->num_slots_stride], a->blocks * a->block_size);
+        a->slots[s] = slot_of(a->tables + s * a->table_stride, position, bound, a->block_size, a->spare_slot);
+        a->seen[s] = position + 1;
+    }
+}
+
+void kogia_accept_drafts(const AcceptArgs* a) {
+    for (int64_t s = 0; s < a->seqs; s++) accept_drafts(*a, s);
+}
+
+void kogia_most_likely_tokens(const LikeliestArgs* a) {
+    spread(a->rows, a->vocab, a->threads, [&](int64_t r) {
+        if (a->dtype == BFLOAT16)
+            a->tokens[r] = most_likely(reinterpret_cast<const bf16*>(a->logits) + r * a->vocab, a->vocab);
+        else
+            a->tokens[r] = most_likely(reinterpret_cast<const float*>(a->logits) + r * a->vocab, a->vocab);
+    });
+}
+
+void kogia_put_numbers(const PutArgs* a) {
+    for (int64_t i = 0; i < a->count; i++) a->target[a->places[i]] = a->numbers[i];
 }
 
 void kogia_cached_attention(const AttentionArgs* a) {
