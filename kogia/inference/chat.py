@@ -27,7 +27,7 @@ from kogia.inference.llm import LLM
 from kogia.model.costs import num_params
 from kogia.text.chat import Message, Prompt
 from kogia.text.files import read_generation
-from kogia.text.tokenizer import END_THINK, THINK
+from kogia.text.thoughts import ThoughtSplitter
 
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
 ReadLine = Callable[[str], str | None]
@@ -196,45 +196,31 @@ def _summary(num_tokens: int, seconds: float, completion: Completion | None) -> 
 
 
 class ThoughtStyle:
-    """Writes a streamed answer, its thought dim: what stands before `</think>`. The marks may arrive in pieces.
-
-    Unless the prompt opens a thought, there is one only if the answer begins with `<think>`.
-    """
+    """Writes a streamed answer, its thought dim and on lines of its own."""
 
     def __init__(self, console: Console, prompt: Prompt) -> None:
         self._console = console
-        self._thinking = prompt.opens_thought
-        self._may_open = not prompt.opens_thought
-        self._pending = ""
+        self._thoughts = ThoughtSplitter(prompt.opens_thought)
+        self._in_thought = False
 
     def write(self, text: str) -> None:
-        self._pending += text
-        if self._may_open:
-            start = self._pending.lstrip()
-            if THINK.startswith(start):
-                return
-            self._may_open, self._thinking = False, start.startswith(THINK)
-            if self._thinking:
-                self._pending = start.removeprefix(THINK).lstrip("\n")
-        if self._thinking and END_THINK in self._pending:
-            thought, _, self._pending = self._pending.partition(END_THINK)
-            self._print(thought + "\n")
-            self._thinking = False
-        keep = self._held_back() if self._thinking else 0
-        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
-        self._print(ready)
+        self._show(*self._thoughts.push(text))
 
     def close(self) -> None:
-        self._print(self._pending + "\n")
-        self._pending = ""
+        self._show(*self._thoughts.finish())
+        self._print("\n")
 
-    def _held_back(self) -> int:
-        ends = range(min(len(END_THINK) - 1, len(self._pending)), 0, -1)
-        return next((k for k in ends if self._pending.endswith(END_THINK[:k])), 0)
+    def _show(self, thought: str, answer: str) -> None:
+        self._print(thought, "dim")
+        self._in_thought |= bool(thought)
+        if answer and self._in_thought:
+            self._print("\n")
+            self._in_thought = False
+        self._print(answer)
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, style: str | None = None) -> None:
         if text:
-            self._console.out(printable(text), style="dim" if self._thinking else None, end="", highlight=False)
+            self._console.out(printable(text), style=style, end="", highlight=False)
 
 
 @contextlib.contextmanager

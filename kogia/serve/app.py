@@ -22,7 +22,7 @@ from kogia.serve.document import openapi
 from kogia.serve.errors import ApiError, answer_api_error, answer_validation, response_to
 from kogia.serve.guard import Guard
 from kogia.serve.metrics import Metrics
-from kogia.serve.page import files, routes
+from kogia.serve.page import files, kept, routes
 from kogia.serve.state import ServerState
 
 ROUTERS = (
@@ -36,6 +36,7 @@ ROUTERS = (
     deepseek.router,
     anthropic.router,
     routes.router,
+    kept.router,
     files.router,
 )
 

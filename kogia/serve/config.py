@@ -48,6 +48,10 @@ class ServeConfig:
     access_log: str | None = None
     """File that gets a line of JSON per request: who, what it took, how it ended, and nothing that was said; - is the
     standard output."""
+    store: str | None = None
+    """Directory for the conversations of the chat page, apart for each key. None leaves them in the browser."""
+    store_megabytes: int = 256
+    """Most that the conversations of one key may take, in 10^6 bytes."""
     draft_tokens: int | None = None
     """Tokens drafted per step by the MTP module; None takes engine.num_draft_tokens, or if that is 0 one where the
     model has the module."""
@@ -73,6 +77,8 @@ class ServeConfig:
         engine_options(self.engine, self.draft_tokens)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens = {self.max_tokens}: must be at least 1")
+        if not 1 <= self.store_megabytes <= 10**6:
+            raise ValueError(f"store_megabytes = {self.store_megabytes}: must be 1 to 1000000")
         if self.limits_file is not None and self.api_key_file is None:
             raise ValueError(f"limits_file = {self.limits_file!r}: limits are for keys; name them by api_key_file")
         if self.api_key_file is None and not is_loopback(self.host):

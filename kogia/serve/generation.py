@@ -19,7 +19,7 @@ from kogia.serve.errors import ApiError, refused
 from kogia.serve.exchange import current
 from kogia.serve.state import Running, ServedModel, ServerState
 from kogia.text.chat import Prompt, ToolCall
-from kogia.text.thoughts import ThoughtSplitter
+from kogia.text.thoughts import ThoughtSplitter, num_thought_tokens
 from kogia.text.tools import CallPiece, CallReader, Read
 
 
@@ -272,8 +272,8 @@ def usage(running: Sequence[Running], completions: Sequence[Completion]) -> dict
 def _num_thought(running: Running) -> int:
     if running.is_text:
         return 0
-    prompt, tokenizer = Prompt([], running.opens_thought), running.model.tokenizer
-    return sum(prompt.num_thinking_tokens(each.token_ids, tokenizer) for each in running.stream.completions.values())
+    completions, tokenizer = running.stream.completions.values(), running.model.tokenizer
+    return sum(num_thought_tokens(each.token_ids, tokenizer, running.opens_thought) for each in completions)
 
 
 def timings(running: Running) -> dict[str, Any]:

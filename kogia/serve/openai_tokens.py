@@ -1,4 +1,4 @@
-"""vLLM's `/tokenize` and `/detokenize`: what a text, or a conversation, is to the model."""
+"""vLLM's `/tokenize`, `/detokenize` and `/tokenizer_info`: what a text, or a conversation, is to the model."""
 
 import asyncio
 from typing import Any
@@ -57,6 +57,21 @@ async def detokenize(body: DetokenizeBody, request: Request, caller: Caller = De
     if beyond is not None:
         raise ApiError(f"tokens has {beyond}: the model knows 0..{served.config.vocab_size - 1}", param="tokens")
     return {"prompt": await asyncio.to_thread(served.tokenizer.decode, body.tokens)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(
+    request: Request, model: Name | None = None, caller: Caller = Depends(authenticate)
+) -> dict[str, Any]:
+    """What a client needs to render conversations itself, in the words of tokenizer_config.json."""
+    served: ServedModel = request.app.state.server.find(model)
+    tokenizer = served.tokenizer
+    return {
+        **tokenizer.special_tokens,
+        "add_bos_token": tokenizer.adds_bos,
+        "model_max_length": served.config.max_position,
+        "chat_template": tokenizer.template_source,
+    }
 
 
 def _tokens(body: TokenizeBody, served: ServedModel) -> list[int]:

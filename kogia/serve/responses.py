@@ -59,7 +59,15 @@ class ChosenTool(Part):
 
 class TextFormat(Part):
     type: Literal["text", "json_object", "json_schema"]
+    name: Name | None = None
+    description: Text | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    def shown(self) -> dict[str, Any]:
+        """As an answer tells it; whatever was asked, a schema is strict."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        return {**self.model_dump(by_alias=True), "strict": True}
 
 
 class TextOptions(Part):
@@ -88,6 +96,11 @@ class ResponsesBody(SamplingBody):
     include: list[Name] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     user: Text | None = None
+    max_tool_calls: Count | None = None
+    """Of tools that a server runs itself: here there are none."""
+    service_tier: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
 
     @property
     def turn(self) -> Turn:
@@ -263,18 +276,25 @@ class ResponseReply:
             "error": None,
             "incomplete_details": None,
             "instructions": body.instructions,
+            "frequency_penalty": params.params.frequency_penalty,
             "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
             "metadata": body.metadata or {},
             "model": params.model.name,
             "output": list(self._output),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "presence_penalty": params.params.presence_penalty,
             "previous_response_id": None,
+            "prompt_cache_key": body.prompt_cache_key,
             "reasoning": {"effort": reasoning.effort, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": "default",
             "store": False,
             "temperature": params.params.temperature,
-            "text": {"format": text.model_dump(by_alias=True, exclude_none=True)},
+            "text": {"format": text.shown()},
             "tool_choice": _dumped(body.tool_choice or "auto"),
-            "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "top_logprobs": 0,
             "top_p": params.params.top_p,
             "truncation": "disabled",
             "usage": None,

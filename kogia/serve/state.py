@@ -16,6 +16,7 @@ from kogia.inference.llm import LLM
 from kogia.model.config import ModelConfig
 from kogia.serve.access import Caller, Keys
 from kogia.serve.config import ServeConfig
+from kogia.serve.conversations import ConversationStore
 from kogia.serve.errors import ApiError
 from kogia.serve.exchange import Exchange
 from kogia.serve.limits import Limiter
@@ -102,6 +103,8 @@ class ServerState:
         self.config = config
         self.keys = keys or Keys()
         self.limiter = Limiter.read(config.limits_file, [caller.name for caller in self.keys.callers])
+        self.store = ConversationStore.of(config)
+        """None where conversations stay in the browser."""
         self.models: dict[str, ServedModel] = {}
         """By every name that requests may use."""
         self.running: dict[str, Running] = {}

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kogia.text.stream import IncrementalDecoder
+from kogia.text.stream import num_tokens_within
 from kogia.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 from kogia.text.tools import DEEPSEEK, ToolFormat, describe_tools, tool_format
 
@@ -110,12 +110,7 @@ class Prompt:
         end = text.rfind(END_THINK)
         if end < 0:
             return len(token_ids) if self.opens_thought or _begins_thought(text) else 0
-        decoder, length = IncrementalDecoder(tokenizer), 0
-        for count, token_id in enumerate(token_ids):
-            length += len(decoder.push([token_id]))
-            if length > end:
-                return count
-        return len(token_ids)
+        return num_tokens_within(token_ids, tokenizer, end)
 
 
 def render_text(messages: Sequence[Message], *, bos: str = BOS, eos: str = EOS) -> str:

@@ -74,3 +74,13 @@ class _Pieces:
 
     def _is_byte(self, token_id: int) -> bool:
         return _BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(token_id) or "") is not None
+
+
+def num_tokens_within(token_ids: Sequence[int], tokenizer: Tokenizer, num_chars: int) -> int:
+    """How many tokens lie within the first characters of their text: those before the one that goes beyond."""
+    decoder, length = IncrementalDecoder(tokenizer), 0
+    for count, token_id in enumerate(token_ids):
+        length += len(decoder.push([token_id]))
+        if length > num_chars:
+            return count
+    return len(token_ids)

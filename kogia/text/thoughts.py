@@ -1,6 +1,9 @@
 """The thought of an answer, told from the rest while both still come."""
 
-from kogia.text.tokenizer import END_THINK, THINK
+from collections.abc import Sequence
+
+from kogia.text.stream import num_tokens_within
+from kogia.text.tokenizer import END_THINK, THINK, Tokenizer
 
 
 class ThoughtSplitter:
@@ -69,6 +72,18 @@ class ThoughtSplitter:
             ready = ready.lstrip()
             self._is_fresh = not ready
         return ready
+
+
+def num_thought_tokens(token_ids: Sequence[int], tokenizer: Tokenizer, opens_thought: bool) -> int:
+    """Tokens of an answer before the `</think>` that ends its thought, where a `ThoughtSplitter` finds one: all of them
+    where it never ends."""
+    text = tokenizer.decode(token_ids)
+    if not opens_thought and not text.lstrip().startswith(THINK):
+        return 0
+    before, closing, _ = text.partition(END_THINK)
+    if not closing:
+        return len(token_ids)
+    return num_tokens_within(token_ids, tokenizer, len(before))
 
 
 def held_back(text: str, marks: tuple[str, ...]) -> int:

@@ -13,6 +13,7 @@ from kogia.text.chat import (
     render_prompt,
     render_text,
 )
+from kogia.text.thoughts import num_thought_tokens
 from kogia.text.tokenizer import BOS, CHAT_TEMPLATE, END_THINK, EOS, THINK, Tokenizer, train_bpe
 
 TOKENIZER = train_bpe([f"numbers {a} {b} target {a + b} no\n" for a in range(30) for b in range(9)], 500)
@@ -233,6 +234,13 @@ def test_thinking_tokens_where_the_tag_is_no_token(tmp_path):
     ids = [*thought, *tokenizer.encode("</think>"), *tokenizer.encode("7")]
     assert len(ids) > len(thought) + 2
     assert INSIDE.num_thinking_tokens(ids, tokenizer) == len(thought)
+
+
+def test_tokens_of_a_thought_that_is_shown_are_those_before_the_tag_that_ends_it():
+    begin, end = TOKENIZER.token_id("<think>"), TOKENIZER.token_id("</think>")
+    for ids, opened, closed in (([9, end, 9, end, 9], 1, 0), ([begin, 9, end, 9], 2, 2), ([9, 9], 2, 0), ([], 0, 0)):
+        assert num_thought_tokens(ids, TOKENIZER, opens_thought=True) == opened
+        assert num_thought_tokens(ids, TOKENIZER, opens_thought=False) == closed
 
 
 THOUGHTFUL, BARE, OPEN = "2+2\n</think>\n\n4", "</think>\n\n4", "<think>\n2+2"

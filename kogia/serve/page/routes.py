@@ -22,6 +22,7 @@ from kogia.serve.sse import EventStream, until_gone
 from kogia.serve.state import ServedModel, ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.text.chat import Prompt
+from kogia.text.thoughts import num_thought_tokens
 
 router = APIRouter(route_class=StrictRoute, include_in_schema=False)
 MOST_TEXTS = 200
@@ -41,7 +42,8 @@ class TraceBody(ChatBody):
 async def models(request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
     state: ServerState = request.app.state.server
     state.check_ready()
-    return {"models": [model_facts(served.name, served) for served in dict.fromkeys(state.models.values())]}
+    models = [model_facts(served.name, served) for served in dict.fromkeys(state.models.values())]
+    return {"models": models, "keeps": state.store is not None}
 
 
 @router.post("/page/render")
@@ -77,4 +79,4 @@ async def _traced(state: ServerState, served: ServedModel, body: TraceBody, call
     running = await run(state, served, caller, scored, params, new_id("trace-"))
     (found,) = await collect(pieces(state, running))
     traced = await asyncio.to_thread(trace_of, served, answer, len(prompt.token_ids), found.completion)
-    return {**traced, "thought_tokens": prompt.num_thinking_tokens(answer, served.tokenizer)}
+    return {**traced, "thought_tokens": num_thought_tokens(answer, served.tokenizer, prompt.opens_thought)}

@@ -8,6 +8,7 @@ import { activeParams, balance, countExperts, decodeExperts, short, shareWords }
 import { applyEvent, emptyAnswer, requestOf } from "./static/generate.js";
 import { levelOf } from "./static/inspect-view.js";
 import { readEvents } from "./static/sse.js";
+import { serverStore } from "./static/store.js";
 import { fromFile, toFile, toMarkdown } from "./static/transfer.js";
 import * as tree from "./static/tree.js";
 
@@ -195,4 +196,95 @@ test("answers side by side say in what they differ", () => {
   assert.equal(differences(answer({}), answer({ active_experts: 4 })), "experts by default");
   assert.equal(differences(answer({}, "one"), answer({}, "two")), "one");
   assert.equal(differences(answer({}), answer({})), "the same settings");
+});
+
+/** A server of a few lines: revisions as /page/conversations has them. */
+function keeping(files = new Map()) {
+  const refuse = (status) => Object.assign(new Error(`${status}`), { status });
+  const pause = () => new Promise((resolve) => setTimeout(resolve, 1));
+  let most = 0;
+  let under = 0;
+  return {
+    files,
+    most: () => most,
+    list: async () => [...files.keys()].map((id) => ({ id })),
+    read: async (id) => structuredClone(files.get(id) ?? (() => { throw refuse(404); })()),
+    write: async (id, revision, conversation) => {
+      most = Math.max(most, ++under);
+      await pause();
+      under--;
+      const stands = files.get(id)?.revision ?? 0;
+      if (stands !== revision) throw refuse(409);
+      files.set(id, { revision: stands + 1, conversation: structuredClone(conversation) });
+      return { revision: stands + 1 };
+    },
+    remove: async (id) => void files.delete(id),
+  };
+}
+
+test("two tabs that write one conversation keep what both have written", async () => {
+  const server = keeping();
+  const [one, other] = [serverStore(server), serverStore(server)];
+  const start = conversation(...TURNS.slice(0, 2));
+  await one.put(start);
+  await other.all();
+  const [mine, theirs] = [["x", "a"], ["y", "a"]].map(([id, parent]) => tree.addNode(start, { id, parent, role: "user", content: id }, 9));
+  const written = await Promise.all([one.put(mine), other.put(theirs)]);
+  const kept = server.files.get("c").conversation;
+  assert.deepEqual(Object.keys(kept.nodes).sort(), ["a", "q", "x", "y"]);
+  assert.ok(written.some((each) => Object.keys(each.nodes).length === 4), "and one of them hears of it");
+});
+
+test("an answer that streams on does not overwrite what another tab has written meanwhile", async () => {
+  const server = keeping();
+  const [one, other] = [serverStore(server), serverStore(server)];
+  const start = conversation(...TURNS.slice(0, 2));
+  await one.put(start);
+  await other.all();
+  await other.put(tree.addNode(start, { id: "y", parent: "a", role: "user", content: "theirs" }, 9));
+  const states = ["so", "so far", "so far so good"].map((content) => tree.changeNode(start, "a", { content }));
+  const written = await Promise.all(states.map((each) => one.put(each)));
+  const kept = server.files.get("c").conversation;
+  assert.deepEqual([kept.nodes.a.content, kept.nodes.y.content], ["so far so good", "theirs"]);
+  assert.deepEqual(Object.keys(written[0].nodes).sort(), ["a", "q", "y"]);
+});
+
+test("of one conversation a single writing is under way, and the last state is what is kept", async () => {
+  const server = keeping();
+  const store = serverStore(server);
+  const states = Array.from({ length: 20 }, (_, at) => ({ ...conversation(...TURNS), title: `${at}` }));
+  await Promise.all(states.map((each) => store.put(each)));
+  assert.equal(server.most(), 1);
+  assert.equal(server.files.get("c").conversation.title, "19");
+  assert.ok(server.files.get("c").revision <= 3);
+});
+
+test("what another tab has deleted is kept again where this one still writes it", async () => {
+  const server = keeping();
+  const store = serverStore(server);
+  await store.put(conversation(...TURNS));
+  server.files.delete("c");
+  await store.put(conversation(...TURNS));
+  assert.equal(server.files.get("c").revision, 1);
+  await store.remove("c");
+  await store.remove("c");
+  assert.deepEqual(await store.all(), []);
+});
+
+test("a server that keeps nothing is an error for whoever writes, and the next writing is tried", async () => {
+  const server = keeping();
+  const write = server.write;
+  server.write = async () => { throw Object.assign(new Error("full"), { status: 507 }); };
+  const store = serverStore(server);
+  await assert.rejects(store.put(conversation(...TURNS)), /full/);
+  server.write = write;
+  await store.put(conversation(...TURNS));
+  assert.equal(server.files.size, 1);
+});
+
+test("an answer that has ended in another tab is not overwritten by one that streams", () => {
+  const ended = tree.addNode(conversation(...TURNS), { id: "z", parent: "b", role: "assistant", content: "all of it", state: "done" }, 9);
+  const streaming = tree.changeNode(ended, "z", { content: "all", state: "streaming" });
+  assert.equal(tree.mergeConversations(streaming, ended).nodes.z.content, "all of it");
+  assert.equal(tree.mergeConversations(ended, streaming).nodes.z.content, "all of it");
 });

@@ -328,3 +328,37 @@ def test_a_server_with_keys_asks_for_one_and_its_page_works_on_another_machine(b
         expect(page.locator(".answer .copy")).to_have_class("copy done")
         assert page.evaluate("localStorage.length") == 0 and "a-key" not in page.content()
         context.close()
+
+
+def test_a_server_that_keeps_conversations_shows_them_in_every_browser_and_puts_two_tabs_together(
+    browser, model, tmp_path
+):
+    with serving(model, store=str(tmp_path / "kept")) as keeping:
+        contexts = [browser.new_context() for _ in range(2)]
+        page = opened(contexts[0], keeping)
+        expect(page.locator(".greeting")).to_contain_text("is kept on this server")
+        answering(page, "yes")
+        ask(page, "one question")
+        ended(page)
+        other = opened(contexts[1], keeping)  # another browser
+        other.get_by_role("button", name="one question").first.click()
+        expect(other.locator(".answer > .prose")).to_have_text("yes")
+        for tab, text in ((page, "from the first tab"), (other, "from the second tab")):
+            answering(tab, "no")
+            ask(tab, text)
+            ended(tab, 2)
+        expect(other.locator(".branches")).to_have_count(1)  # both questions follow the first answer
+        page.reload()
+        page.get_by_role("button", name="one question").first.click()
+        expect(page.locator(".question").last).to_contain_text("from the second tab")
+        full = {"status": 507, "content_type": "application/json", "body": '{"error": {"message": "the disk is full"}}'}
+        page.route("**/page/conversations/*", lambda route: route.fulfill(**full))
+        ask(page, "and now?")
+        expect(page.locator("#notice")).to_have_text("The server does not keep this conversation: the disk is full")
+        page.unroute("**/page/conversations/*")
+        other.get_by_role("button", name="Delete one question").click()
+        other.get_by_role("button", name="Delete", exact=True).click()
+        expect(other.locator(".conversations")).to_contain_text("No conversations yet")
+        assert other.evaluate("indexedDB.databases().then((all) => all.length)") <= 1
+        for context in contexts:
+            context.close()

@@ -17,10 +17,10 @@ export function rememberKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
-async function ask(path, body, signal) {
+async function ask(path, body, signal, method = body === undefined ? "GET" : "POST") {
   const key = sessionStorage.getItem(KEY);
   const response = await fetch(path, {
-    method: body === undefined ? "GET" : "POST",
+    method,
     headers: { ...(body === undefined ? {} : { "content-type": "application/json" }), ...(key ? { authorization: `Bearer ${key}` } : {}) },
     body: body === undefined ? undefined : JSON.stringify(body),
     signal,
@@ -33,8 +33,18 @@ async function ask(path, body, signal) {
 
 const json = async (...args) => (await ask(...args)).json();
 
-/** The models that are served, with what the page shows of each. */
-export const models = async () => (await json("/page/models")).models;
+/** {models, keeps}: the models that are served, with what the page shows of each, and whether the server keeps conversations. */
+export const models = () => json("/page/models");
+
+const keptPath = (id) => `/page/conversations/${encodeURIComponent(id)}`;
+
+/** The conversations that the server keeps. */
+export const kept = {
+  list: async () => (await json("/page/conversations")).conversations,
+  read: (id) => json(keptPath(id)),
+  write: (id, revision, conversation) => json(keptPath(id), { revision, conversation }),
+  remove: (id) => json(keptPath(id), undefined, undefined, "DELETE"),
+};
 
 /** Blocks of HTML of each text. */
 export const render = async (texts) => (await json("/page/render", { texts })).blocks;

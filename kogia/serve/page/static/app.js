@@ -10,9 +10,9 @@ import { inspectView } from "./inspect-view.js";
 import { MessagesView } from "./messages-view.js";
 import { settingsView } from "./settings-view.js";
 import { sidebar } from "./sidebar.js";
-import { forgetfulStore, openStore } from "./store.js";
+import { forgetfulStore, openStore, serverStore } from "./store.js";
 import { fromFile, toFile, toMarkdown } from "./transfer.js";
-import { PLAIN_SETTINGS, addNode, changeNode, newConversation, pairNodes, selectNode, selectedPath, settled, siblingsOf, titleOf } from "./tree.js";
+import { PLAIN_SETTINGS, addNode, changeNode, mergeConversations, newConversation, pairNodes, selectNode, selectedPath, settled, siblingsOf, titleOf } from "./tree.js";
 
 const SAVE_PAUSE = 500; // ms between two savings of an answer that streams
 const element = (id) => document.getElementById(id);
@@ -25,6 +25,7 @@ class App {
     this.conversations = new Map();
     this.models = [];
     this.running = new Map(); // id of an answer -> AbortController
+    this.inBrowser = new Set(); // ids of conversations that stay in this browser
     this.saved = new Map(); // id of a conversation -> time
     this.panel = null;
     this.messages = new MessagesView(element("messages"), {
@@ -43,7 +44,7 @@ class App {
       remove: (conversation) => this.remove(conversation),
       importFile: (file) => this.importFile(file),
       exportAll: () => download("conversations.json", toFile([...this.conversations.values()])),
-      help,
+      help: () => help(Boolean(this.serverStore)),
     });
     element("shade").addEventListener("click", () => this.toggleSidebar(false));
     document.addEventListener("keydown", (event) => this.key(event));
@@ -55,17 +56,39 @@ class App {
     if (matchMedia("(hover: hover)").matches) this.composer.focus(); // a phone's keyboard would cover half of the page
   }
 
+  /** Conversations of this browser. Where the server keeps them, new ones go there, and those that are here stay here. */
   async loadStore() {
-    this.store = await openStore().catch(forgetfulStore);
-    for (const each of await this.store.all()) this.conversations.set(each.id, settled(each));
+    this.browserStore = await openStore().catch(forgetfulStore);
+    const own = await this.browserStore.all();
+    this.inBrowser = new Set(own.map((each) => each.id));
+    this.takeAll(own);
+  }
+
+  async loadKept() {
+    this.serverStore = serverStore(api.kept);
+    try {
+      this.takeAll(await this.serverStore.all());
+    } catch (error) {
+      announce(`The server's conversations cannot be read: ${error.message}`);
+    }
+  }
+
+  storeOf(id) {
+    return this.serverStore && !this.inBrowser.has(id) ? this.serverStore : this.browserStore;
+  }
+
+  takeAll(conversations) {
+    for (const each of conversations.filter(isConversation)) this.conversations.set(each.id, settled(each));
     const last = this.conversations.get(sessionStorage.getItem("kogia-current"));
     if (last && !selectedPath(this.current).length) this.current = last;
   }
 
   async loadModels() {
     try {
-      this.models = await api.models();
+      const { models, keeps } = await api.models();
+      this.models = models;
       this.problem = null;
+      if (keeps && !this.serverStore) await this.loadKept();
     } catch (error) {
       this.problem = error.message;
       if (error.status === 401) await this.askKey();
@@ -123,7 +146,7 @@ class App {
       { class: "greeting" },
       h("h2", {}, model.name),
       h("p", {}, `${short(model.params)} parameters${experts}.`),
-      h("p", { class: "soft" }, `Reads and writes up to ${formatted(model.context)} tokens. What you write stays in this browser and on the server that answers.`),
+      h("p", { class: "soft" }, `Reads and writes up to ${formatted(model.context)} tokens. ${this.serverStore ? "What you write is kept on this server." : "What you write stays in this browser and on the server that answers."}`),
     );
   }
 
@@ -146,7 +169,27 @@ class App {
   save(conversation) {
     if (!Object.keys(conversation.nodes).length) return;
     this.saved.set(conversation.id, Date.now());
-    this.store?.put(conversation).catch(() => announce("The browser does not keep this conversation"));
+    const store = this.storeOf(conversation.id);
+    store?.put(conversation).then(
+      (written) => {
+        element("notice").hidden = true;
+        if (store === this.serverStore) this.takeMerged(written);
+      },
+      (error) => this.notKept(error),
+    );
+  }
+
+  /** What another tab has added to a conversation of this one. */
+  takeMerged(written) {
+    const own = this.conversations.get(written.id);
+    if (!own || Object.keys(written.nodes).every((id) => own.nodes[id])) return;
+    this.change(mergeConversations(own, written), { save: false });
+  }
+
+  notKept(error) {
+    const notice = element("notice");
+    notice.textContent = error?.status ? `The server does not keep this conversation: ${error.message}` : "This conversation is not kept: it lasts as long as this page";
+    notice.hidden = false;
   }
 
   // Conversations -----------------------------------------------------------------------------------------------------
@@ -169,7 +212,7 @@ class App {
     if (!(await confirmed("Delete this conversation?", conversation.title || "New conversation", "Delete"))) return;
     this.stop(conversation);
     this.conversations.delete(conversation.id);
-    await this.store.remove(conversation.id);
+    await this.storeOf(conversation.id).remove(conversation.id).catch((error) => this.notKept(error));
     if (conversation.id === this.current.id) this.open(null);
     else this.draw();
   }
@@ -362,6 +405,13 @@ class App {
     else if (this.runningHere().length) this.stop();
     else this.closePanel();
   }
+}
+
+/** What a store brings may be of another version, or damaged: enough that the page can draw it. */
+function isConversation(value) {
+  const fits = typeof value?.id === "string" && typeof value.title === "string" && Number.isFinite(value.updated);
+  const parts = ["nodes", "selected", "pairs", "settings"];
+  return fits && parts.every((name) => value[name] !== null && typeof value[name] === "object");
 }
 
 function download(name, text, type = "application/json") {

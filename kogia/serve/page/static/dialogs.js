@@ -49,7 +49,9 @@ const KEYS = [
   ["Alt+I", "tokens and experts of the last answer"],
 ];
 
-export function help() {
+/** `keeps`: whether conversations are kept on the server. */
+export function help(keeps) {
   const rows = KEYS.flatMap(([key, words]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, words)]);
-  return ask("Keys", h("dl", { class: "keys" }, ...rows), h("p", { class: "soft" }, "Conversations stay in this browser; the server keeps none. Export them to take them elsewhere."), h("div", { class: "row end" }, h("button", { value: "" }, "Close")));
+  const where = keeps ? "New conversations are kept on this server, for your key alone. Export them to take them elsewhere." : "Conversations stay in this browser; the server keeps none. Export them to take them elsewhere.";
+  return ask("Keys", h("dl", { class: "keys" }, ...rows), h("p", { class: "soft" }, where), h("div", { class: "row end" }, h("button", { value: "" }, "Close")));
 }

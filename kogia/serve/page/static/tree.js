@@ -86,6 +86,25 @@ export function messagesFor(conversation, id, system = conversation.settings.sys
   return system.trim() ? [{ role: "system", content: system }, ...turns] : turns;
 }
 
+/** One conversation as two tabs have it: all messages of both. Where they differ, mine counts, but for an answer that has ended
+ * in the other while it still streams in mine. */
+export function mergeConversations(mine, other) {
+  const nodes = { ...other.nodes };
+  for (const [id, node] of Object.entries(mine.nodes)) {
+    if (!(node.state === "streaming" && nodes[id] && nodes[id].state !== "streaming")) nodes[id] = node;
+  }
+  const later = mine.updated >= other.updated ? mine : other;
+  return {
+    ...other,
+    ...mine,
+    title: later.title || mine.title || other.title,
+    updated: later.updated,
+    nodes,
+    selected: { ...other.selected, ...mine.selected },
+    pairs: { ...other.pairs, ...mine.pairs },
+  };
+}
+
 /** After a reload nothing streams any more. */
 export function settled(conversation) {
   const nodes = Object.fromEntries(
