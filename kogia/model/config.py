@@ -8,6 +8,8 @@ follow the papers: DeepSeekMoE section 3, DeepSeek-V2 section 2.1 (MLA), DeepSee
 from dataclasses import dataclass
 from typing import Literal
 
+Recompute = Literal["none", "attention", "feed_forward", "layer"]
+"""What of a layer a backward pass may do again: the one part, the other, or all of it."""
 MAX_LAYERS = 2_000
 """Decoder and prediction layers of one model; published ones have up to about 130."""
 _SMALLEST = 1e-30  # positive number that a setting may be

@@ -1,12 +1,16 @@
 """Small modules every part of the model shares."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kogia.model.cache import StepCache
+from kogia.model.config import Recompute
 from kogia.model.linear import Linear
 from kogia.model.routing import Routing
 from kogia.ops.embed import embed
@@ -30,6 +34,14 @@ class StepContext:
     """How much of each token's latent is left; nested dropout, without a cache only."""
     activation: Activation | None = None
     """How many routed experts tokens use; None is the number that the model was trained with."""
+    recompute: Recompute = "none"
+    """What of each layer the backward pass does again, instead of having kept it."""
+
+    def run(self, part: Recompute, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`compute(*args)`, which is `part` of a layer. Routers repeat their choices and count once (`Routing`)."""
+        if self.recompute != part or not torch.is_grad_enabled():
+            return compute(*args)
+        return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
 
 class Embedding(nn.Embedding):

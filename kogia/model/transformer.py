@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kogia.model.cache import StepCache
-from kogia.model.config import MLAConfig, ModelConfig
+from kogia.model.config import MLAConfig, ModelConfig, Recompute
 from kogia.model.gqa import GQA
 from kogia.model.indexer import Indexer
 from kogia.model.layers import Embedding, FeedForward, Head, ResidualNorm, RMSNorm, StepContext
@@ -53,13 +53,16 @@ class Layer(nn.Module):
             self.mlp = FeedForward(dim, config.ffn_dim)
 
     def block(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
-        x, normed = self.post_attention_layernorm(x, self.self_attn(self.input_layernorm(x), step))
-        return self.mlp(normed, step, residual=x)
+        x, normed = self.post_attention_layernorm(x, step.run("attention", self._attend, x, step))
+        return step.run("feed_forward", self.mlp, normed, step, x)
+
+    def _attend(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
+        return self.self_attn(self.input_layernorm(x), step)
 
 
 class DecoderLayer(Layer):
     def forward(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
-        return self.block(x, step)
+        return step.run("layer", self.block, x, step)
 
 
 class SharedHead(nn.Module):
@@ -90,6 +93,11 @@ class MTPLayer(Layer):
         self, embedded: Float[Tensor, "tokens dim"], hidden: Float[Tensor, "tokens dim"], step: StepContext
     ) -> Float[Tensor, "tokens dim"]:
         """`embedded` is the embedding of the token after each row."""
+        return step.run("layer", self._paired, embedded, hidden, step)
+
+    def _paired(
+        self, embedded: Float[Tensor, "tokens dim"], hidden: Float[Tensor, "tokens dim"], step: StepContext
+    ) -> Float[Tensor, "tokens dim"]:
         pair = paired_norms(embedded, hidden, (self.enorm.weight, self.hnorm.weight), self.enorm.eps)
         joined = self.eh_proj(pair) if step.cache is None else linear(pair, self.eh_proj.weight)
         return self.block(joined, step)
@@ -147,12 +155,13 @@ class Transformer(nn.Module):
         routing: Routing | None = None,
         latent_ranks: Int[Tensor, " seqs"] | None = None,
         activation: Activation | None = None,
+        recompute: Recompute = "none",
     ) -> StepContext:
         """What the layers share in the passes over one batch: those of the main model and of its MTP modules.
 
         `routing` gives the choice of experts or records it. `latent_ranks` cuts the latents of each sequence to a
         prefix: nested dropout in training, or a model's loss at a smaller rank; without a cache only. `activation` is
-        how many routed experts each token uses.
+        how many routed experts each token uses. `recompute` saves memory in training: what a backward pass does again.
         """
         cos, sin = self.rotary(batch.positions)
         if routing is not None:
@@ -161,7 +170,7 @@ class Transformer(nn.Module):
             _ = batch.segments.buckets  # made here: the compiler cannot trace how
         if latent_ranks is not None:
             latent_ranks = latent_ranks[batch.segments.owner]
-        return StepContext(batch.segments, cos, sin, cache, routing, latent_ranks, activation)
+        return StepContext(batch.segments, cos, sin, cache, routing, latent_ranks, activation, recompute)
 
     def forward(
         self, batch: PackedTokens, cache: StepCache | None = None, step: StepContext | None = None

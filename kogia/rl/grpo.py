@@ -47,7 +47,7 @@ from kogia.tasks.task import Problem, Task
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
-from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from kogia.train.optim import build_optimizer
 from kogia.train.rates import REINFORCING, rate_line, settle_rate
 from kogia.train.run_dir import RECIPE, check_run_dir, hold_run_dir, open_run_dir, was_measured
 from kogia.train.step import Loss, TrainState, train_step
@@ -370,7 +370,7 @@ def grpo_loss(model: Transformer, batch: PolicyBatch, *, config: RLConfig, weigh
 def save(run: Run) -> None:
     """Write a checkpoint of the current step and remember it as the last good one."""
     state = run.state
-    tensors = optimizer_tensors(state.model, state.optimizer)
+    tensors = state.optimizer.tensors()
     if run.reference is not None:
         tensors |= {f"reference/{name}": tensor for name, tensor in run.reference.state_dict().items()}
     resume = ResumeState({"rollouts": run.rollouts, "updates": state.step}, tensors)
@@ -383,7 +383,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     """Put step counts, optimiser, reference and random states back; the weights are already the checkpoint's."""
     resume = load_train_state(checkpoint)
     run.rollouts, run.state.step = resume.count("rollouts"), resume.count("updates")
-    load_optimizer_tensors(run.state.model, run.state.optimizer, resume.tensors)
+    run.state.optimizer.load(resume.tensors)
     if run.reference is not None:
         stored = {k.removeprefix("reference/"): v for k, v in resume.tensors.items() if k.startswith("reference/")}
         if stored.keys() != run.reference.state_dict().keys():

@@ -7,6 +7,7 @@ with nothing is left in it. With decay = 1 it stays the mean of all steps that c
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,12 +27,12 @@ class Average:
         """Steps in it; none yet makes it no model to use."""
 
     @torch.no_grad()
-    def update(self, model: Transformer) -> None:
-        """Take in what a step has made of the weights."""
+    def update(self, model: Transformer, weights: Sequence[Tensor]) -> None:
+        """Take in what a step has made of the model, of whose parameters `weights` are the float32 masters, if any."""
         self.count += 1
         rate = max(1.0 - self.decay, 1.0 / self.count)
-        new = [tensor.float() for tensor in averaged(model)]
-        torch._foreach_lerp_(averaged(self.model), new, rate)
+        new = [weight.float() for weight in weights]
+        torch._foreach_lerp_([*self.model.parameters(), *biases(self.model)], [*new, *biases(model)], rate)
 
     def restore(self, saved: Path, count: int) -> None:
         """Go on from the model directory `saved`, which is there unless `count` is 0."""
@@ -40,7 +41,7 @@ class Average:
         self.count = count
 
 
-def averaged(model: Transformer) -> list[Tensor]:
-    """The parameters, each once, and the router biases."""
-    biases = (router.e_score_correction_bias for router in model.routers())
-    return [*(p.data for p in model.parameters()), *(bias for bias in biases if bias is not None)]
+def biases(model: Transformer) -> list[Tensor]:
+    """Those of the routers that have one."""
+    found = (router.e_score_correction_bias for router in model.routers())
+    return [bias for bias in found if bias is not None]

@@ -5,19 +5,25 @@ from typing import Annotated, Literal
 
 from kogia.config import Presets, check_finite, check_least, check_seed
 from kogia.data.config import DataConfig
-from kogia.model.config import IndexerConfig, ModelConfig, YarnConfig
+from kogia.model.config import IndexerConfig, ModelConfig, Recompute, YarnConfig
 from kogia.model.presets import preset
 from kogia.sinks import SinkName
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule (DeepSeek-V3 section 4.2). Shared by every stage, GRPO included."""
+    """The optimiser and its learning-rate schedule (DeepSeek-V3 section 4.2). Shared by every stage, GRPO included."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """Muon moves the matrices of layers, experts included, by orthogonal updates; embeddings, head, routers and norms
+    stay with AdamW. Both take the same rates."""
     lr: float | None = None
     """Peak learning rate; None takes one for the size of the model and the kind of training (kogia.train.rates)."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    muon_momentum: float = 0.95
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """What moments are kept in between steps (DeepSeek-V3: bfloat16)."""
     weight_decay: float = 0.1
     """On matrices only: norms and biases are not decayed."""
     clip: float = 1.0
@@ -44,6 +50,8 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"optim.{name} = {value}: must not be negative")
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"optim.muon_momentum = {self.muon_momentum}: must lie in [0, 1)")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas = {self.betas}: each must lie in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -104,12 +112,17 @@ class SupervisedConfig:
     """A tokenizer is trained on at most this many documents of each source, the first ones."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in and is saved as; of bfloat16 weights the optimiser keeps float32 masters."""
     steps: int | None = None
     """Optimiser steps; exactly one of `steps` and `epochs`."""
     epochs: float | None = None
     """Passes over the training documents instead of `steps`."""
     micro_batches: int = 1
     """Batches of data.batch_tokens per optimiser step (gradient accumulation)."""
+    recompute: Recompute = "none"
+    """Saves memory for time: what of each layer is not kept for the backward pass, which does it again. Routers choose
+    once, and their load is counted once."""
     micro_batches_first: int | None = None
     """Those of the first step, from which they rise evenly to `micro_batches` over `ramp_steps` steps."""
     ramp_steps: int = 0

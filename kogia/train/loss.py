@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kogia.data.loader import Batch
-from kogia.model.config import MLAConfig, ModelConfig
+from kogia.model.config import MLAConfig, ModelConfig, Recompute
 from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.routing import Routing
@@ -36,11 +36,17 @@ class LossWeights:
     and indexers give, to the scale of sums over those that count. One number: micro-batches may be cut anywhere."""
 
 
-def supervised_loss(model: Transformer, batch: Batch, weights: LossWeights, nested_rank_min: int | None = None) -> Loss:
+def supervised_loss(
+    model: Transformer,
+    batch: Batch,
+    weights: LossWeights,
+    nested_rank_min: int | None = None,
+    recompute: Recompute = "none",
+) -> Loss:
     """Loss of one micro-batch and its parts, all summed over tokens."""
     ranks = None if nested_rank_min is None else nested_ranks(model, batch.tokens, nested_rank_min)
     routing = Routing(losses=True)
-    step = model.step(batch.tokens, routing=routing, latent_ranks=ranks)
+    step = model.step(batch.tokens, routing=routing, latent_ranks=ranks, recompute=recompute)
     hidden = model(batch.tokens, step=step)
     rows = batch.loss_rows
     main, entropy = model.loss_from_hidden(hidden, batch.tokens, rows)

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from kogia.model.moe import max_violation
 from kogia.model.transformer import Transformer
 from kogia.train.config import OptimConfig
-from kogia.train.optim import set_learning_rate
+from kogia.train.optim import Optimizer
 from kogia.train.schedule import STEADY, Ramp, learning_rate
 
 Metrics = dict[str, Tensor | float]
@@ -60,7 +60,7 @@ class TrainState:
     """What a step changes, and the settings it reads."""
 
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     optim: OptimConfig
     num_steps: int
     """Length of the schedule."""
@@ -97,19 +97,19 @@ def train_step(
     if num_tokens == 0:
         raise ValueError(f"step {state.step + 1}: none of its tokens counts in the loss; check the data's loss mask")
     divisor = denominator or num_tokens
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     results = []
     for batch in batches:
         loss = loss_fn(model, batch)
         (loss.total / divisor).backward()
         results.append(replace(loss, total=loss.total.detach()))
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = state.optimizer.with_gradients()
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     loads = _total_loads(results)
     values = _read([loss.total for loss in results], norm, _summed(results), _worst(results), _violations(loads))
     losses, grad_norm, sums, maxima, balance = values
     lr = learning_rate(state.optim, state.step, state.num_steps, state.ramp)
-    trouble = _trouble(model, losses, grad_norm)
+    trouble = _trouble(state.optimizer, losses, grad_norm)
     if state.guard is not None:
         trouble = state.guard.judge(sum(losses) / divisor, grad_norm, trouble)
     elif trouble is not None:
@@ -132,8 +132,7 @@ def _update(
     """Clip, move the weights, move the router biases."""
     if state.optim.clip:
         clip_grads_with_norm_(parameters, state.optim.clip, norm)
-    set_learning_rate(state.optimizer, lr)
-    state.optimizer.step()
+    state.optimizer.step(lr)
     if loads is not None:
         state.model.update_router_biases(loads, state.bias_update_speed)
 
@@ -178,13 +177,13 @@ def _read(
     return loss_values, norm_value, sums, maxima, balance
 
 
-def _trouble(model: Transformer, losses: list[float], norm: float) -> str | None:
+def _trouble(optimizer: Optimizer, losses: list[float], norm: float) -> str | None:
     """What of a step is not finite."""
     if all(map(math.isfinite, [*losses, norm])):
         return None
     bad = [f"the loss of micro-batch {i} is {value}" for i, value in enumerate(losses) if not math.isfinite(value)]
     if not bad:
-        grads = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        grads = ((name, weight.grad) for name, weight in optimizer.weights.items() if weight.grad is not None)
         first = next((name for name, grad in grads if not grad.isfinite().all()), "all parameters together")
         bad = [f"the gradient norm is {norm} (first in {first})"]
     return "; ".join(bad)

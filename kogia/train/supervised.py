@@ -48,7 +48,7 @@ from kogia.train.guard import BAD_STEPS, Guard, write_bad_step
 from kogia.train.indexer import prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, supervised_loss, validation_loss
-from kogia.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from kogia.train.optim import build_optimizer
 from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
 from kogia.train.schedule import Ramp
 from kogia.train.step import LossFn, TrainState, explain, train_step
@@ -180,7 +180,7 @@ def step(run: Run) -> dict[str, float]:
     if run.guard.reason is not None:
         heed(run, batches, position, metrics)
     elif run.average is not None and state.done > config.average_from:
-        run.average.update(state.model)
+        run.average.update(state.model, list(state.optimizer.weights.values()))
     metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - start)
     return metrics
 
@@ -266,7 +266,7 @@ def loss_for_step(config: SupervisedConfig, state: TrainState, batches: Sequence
     mtp_weight = config.mtp_weight if state.done < config.mtp_late_at else config.mtp_weight_late
     share = sum(b.num_loss_tokens for b in batches) / sum(b.tokens.num_tokens for b in batches)
     weights = LossWeights(mtp_weight, config.balance_weight, config.indexer_weight, share)
-    return partial(supervised_loss, weights=weights, nested_rank_min=config.nested_rank_min)
+    return partial(supervised_loss, weights=weights, nested_rank_min=config.nested_rank_min, recompute=config.recompute)
 
 
 def save(run: Run) -> None:
@@ -280,7 +280,7 @@ def save(run: Run) -> None:
         state.step,
         state.model,
         run.tokenizer,
-        ResumeState(values, optimizer_tensors(state.model, state.optimizer)),
+        ResumeState(values, state.optimizer.tensors()),
         keep=run.config.keep_checkpoints,
         average=average.model if average is not None and average.count else None,
     )
@@ -291,7 +291,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     resume = load_train_state(checkpoint)
     run.state.step = resume.count("step")
     run.loader.state = LoaderState(resume.count("loader", "epoch"), resume.count("loader", "cursor"))
-    load_optimizer_tensors(run.state.model, run.state.optimizer, resume.tensors)
+    run.state.optimizer.load(resume.tensors)
     run.guard.restore(resume)
     if run.average is not None:
         count = resume.count("average") if "average" in resume.values else 0
@@ -330,13 +330,13 @@ def print_plan(plan: Plan) -> None:
 def _build_model(plan: Plan, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device) -> Transformer:
     config = plan.config
     if plan.start is not None:
-        model = load_model(plan.start, device=device, dtype=torch.float32)
+        model = load_model(plan.start, device=device, dtype=getattr(torch, config.dtype))
         if config.add_indexer is not None and checkpoint is None:
             model = with_indexer(model, config.add_indexer, config.seed)
         return model
     bos_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as Qwen's files do without one
     model_config = replace(plan.model, bos_id=bos_id, eos_id=tokenizer.eos_id)
-    return build_model(model_config, device=device, seed=config.seed)
+    return build_model(model_config, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
 
 
 def _validation(config: SupervisedConfig, shard: Shard) -> list[Batch]:

@@ -16,7 +16,7 @@ from kogia.config import from_dict, to_dict
 from kogia.data.loader import LoaderState
 from kogia.log import read_metrics
 from kogia.train import supervised
-from kogia.train.config import GuardConfig, SupervisedConfig
+from kogia.train.config import GuardConfig, OptimConfig, SupervisedConfig
 from kogia.train.guard import Guard, read_bad_step
 from kogia.train.supervised import main
 
@@ -280,7 +280,12 @@ def test_the_average_is_that_of_the_weights_after_each_step_and_is_a_model_with_
         assert average.config == load_model(out).config == replace(MODEL, bos_id=average.config.bos_id)
 
 
-def test_a_run_with_all_schedules_and_an_average_resumes_exactly(config):
+HALF = {"dtype": "bfloat16", "recompute": "layer", "optim": OptimConfig(lr=3e-3, kind="muon", moments="bfloat16")}
+
+
+@pytest.mark.parametrize("fields", [{}, HALF], ids=["float32", "bfloat16"])
+def test_a_run_with_all_schedules_and_an_average_resumes_exactly(config, fields):
+    config = replace(config, **fields)
     full = replace(
         config,
         steps=12,
