@@ -15,6 +15,8 @@ from kogia.terminal import LiveLine, conclude, info, printable, warn
 __all__ = ["conclude", "info", "printable", "warn"]
 
 METRICS_FILE = "metrics.jsonl"
+ROUTING_FILE = "routing.jsonl"
+"""The load of every expert over a run (kogia.train.routing_log)."""
 ON_POLICY = {
     "reward": "reward",
     "accuracy": "accuracy",

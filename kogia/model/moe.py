@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kogia.model.config import MoEConfig
 from kogia.model.layers import FeedForward, StepContext
 from kogia.model.linear import Linear
-from kogia.ops.moe import Routed, SharedExperts, mix_experts, route, sequence_balance_loss
+from kogia.ops.moe import Routed, SharedExperts, balance_losses, mix_experts, route
 
 
 class Router(nn.Module):
@@ -50,8 +50,8 @@ class Router(nn.Module):
         if routing is not None:
             routing.record(self.mixture, routed.expert_ids, c.num_experts)
             if routing.losses:
-                loss = sequence_balance_loss(routed.scores, routed.expert_ids, step.segments)
-                routing.add_balance_loss(self.mixture, loss)
+                losses = balance_losses(routed.scores, routed.expert_ids, step.segments, routing.balance)
+                routing.add_balance_losses(self.mixture, losses)
         return routed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":

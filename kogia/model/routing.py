@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kogia.ops.moe import expert_counts
+from kogia.ops.moe import Balance, expert_counts
 from kogia.ops.segments import Segments
 
 
@@ -20,13 +20,19 @@ class Routing:
     them; it counts nothing twice. That needs `use_reentrant=False`: the other kind runs first without gradients.
     """
 
-    def __init__(self, given: Mapping[int, Int[Tensor, "tokens topk"]] | None = None, *, losses: bool = False) -> None:
+    def __init__(
+        self,
+        given: Mapping[int, Int[Tensor, "tokens topk"]] | None = None,
+        *,
+        losses: bool = False,
+        balance: Balance = Balance(),
+    ) -> None:
         """`given` are ids to replay, by mixture; those left out choose for themselves, and -1 is nobody.
 
-        With `losses` the balance loss of every router and the loss of every indexer are computed as well.
+        With `losses` the balance losses of every router and the loss of every indexer are computed as well.
         """
         self.given = dict(given or {})
-        self.losses = losses
+        self.losses, self.balance = losses, balance
         self.chosen: dict[int, Tensor] = {}
         """Mixture -> [tokens, topk] expert ids."""
         self._counts: dict[int, Tensor] = {}
@@ -50,8 +56,8 @@ class Routing:
             self.chosen[mixture] = expert_ids
             self._counts[mixture] = expert_counts(expert_ids, num_experts)
 
-    def add_balance_loss(self, mixture: int, loss: Float[Tensor, ""]) -> None:
-        self._balance.setdefault(mixture, loss)
+    def add_balance_losses(self, mixture: int, losses: Float[Tensor, " losses"]) -> None:
+        self._balance.setdefault(mixture, losses)
 
     def add_indexer_loss(self, layer: int, loss: Float[Tensor, ""]) -> None:
         self._indexer.setdefault(layer, loss)
@@ -63,9 +69,18 @@ class Routing:
         idle = torch.zeros_like(next(iter(self._counts.values())))
         return torch.stack([self._counts.get(mixture, idle) for mixture in range(num_mixtures)])
 
+    @property
+    def num_copies(self) -> int:
+        """Copies of tokens that the choices ask for, nobody's among them."""
+        return sum(ids.numel() for ids in self.chosen.values())
+
     def balance_loss(self) -> Float[Tensor, ""] | None:
-        """Sequence-wise balance loss summed over tokens and mixtures (DeepSeek-V3 eq 17-20); None without mixtures."""
-        return _total(self._balance)
+        """The balance loss of experts summed over tokens and mixtures (DeepSeek-V3 eq 17-20); None without mixtures."""
+        return None if (losses := self.balance_losses()) is None else losses[0]
+
+    def balance_losses(self) -> Float[Tensor, " losses"] | None:
+        """All of `kogia.ops.moe.balance_losses` summed over tokens and mixtures; None without mixtures."""
+        return torch.stack(list(self._balance.values())).sum(0) if self._balance else None
 
     def indexer_loss(self) -> Float[Tensor, ""] | None:
         """The indexers' own loss summed over tokens and layers (DeepSeek-V3.2 section 2.1); None without indexers."""

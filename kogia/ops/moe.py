@@ -11,6 +11,7 @@ An expert id of -1 is nobody: such a copy of a token is sorted last, not counted
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -399,20 +400,53 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def sequence_balance_loss(
-    scores: Float[Tensor, "tokens experts"], expert_ids: Int[Tensor, "tokens topk"], segments: Segments
-) -> Float[Tensor, ""]:
-    """Complementary sequence-wise balance loss (DeepSeek-V3 eq 17-20), before its factor alpha.
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """Over what loads are to be even."""
 
-    sum over sequences of T * sum_i f_i P_i, with f_i = experts / (topk T) * (copies sent to i) and P_i the sequence
-    mean of s_i / sum_j s_j. It is a SUM over tokens: divide by the token count. Perfect balance gives 1 per token.
-    The counts are those of the actual selection and carry no gradient.
+    over: Literal["sequence", "batch"] = "sequence"
+    """Each sequence by itself (DeepSeek-V2, V3), or all tokens of the pass together (DeepSeek-V3 section 4.5.3)."""
+    devices: int = 1
+    """The experts lie on as many, neighbours together; 1 leaves out the two losses of devices."""
+    reach: int = 1
+    """Devices that a token is meant to be sent to."""
+
+
+def balance_losses(
+    scores: Float[Tensor, "tokens experts"],
+    expert_ids: Int[Tensor, "tokens topk"],
+    segments: Segments,
+    balance: Balance = Balance(),
+) -> Float[Tensor, " losses"]:
+    """The balance loss of experts, and with devices those of devices and of communication, before their factors alpha.
+
+    Of each sequence of T tokens, or of the batch, with P_i the mean of s_i / sum_j s_j (DeepSeek-V3 eq 17-20 for
+    sigmoid; a softmax has sum 1, DeepSeek-V2 eq 23-31), and E_d the experts of device d:
+        experts         T sum_i f_i P_i     f_i = experts / (topk T) * (copies sent to i)
+        devices         T sum_d f'_d P'_d   f'_d = the mean of f_i over E_d,   P'_d = the sum of P_i over E_d
+        communication   T sum_d f''_d P'_d  f''_d = devices / (reach T) * (tokens sent to d)
+    They are SUMS over tokens: divide by the token count. Perfect balance gives 1 per token, each. The counts are those
+    of the actual selection and carry no gradient.
     """
-    (_, num_experts), topk, num_seqs = scores.shape, expert_ids.shape[1], segments.num_seqs
-    owner = segments.owner
+    (num_tokens, num_experts), topk, num_groups = scores.shape, expert_ids.shape[1], segments.num_seqs
+    owner, lengths = segments.owner, segments.device_lengths
+    if balance.over == "batch":
+        owner, num_groups, lengths = torch.zeros_like(owner), 1, torch.full_like(lengths[:1], num_tokens)
     normed = scores / scores.sum(-1, keepdim=True)
-    total_p = scores.new_zeros(num_seqs, num_experts).index_add(0, owner, normed)
+    total_p = scores.new_zeros(num_groups, num_experts).index_add(0, owner, normed)
     places = torch.where(expert_ids < 0, -1, owner[:, None] * num_experts + expert_ids)
-    copies = expert_counts(places, num_seqs * num_experts).view_as(total_p)
-    f = copies.to(scores.dtype) * (num_experts / topk) / segments.device_lengths[:, None]
-    return (f * total_p).sum()
+    copies = expert_counts(places, num_groups * num_experts).view_as(total_p)
+    f = copies.to(scores.dtype) * (num_experts / topk) / lengths[:, None]
+    losses = [(f * total_p).sum()]
+    if balance.devices > 1:
+        by_device = total_p.unflatten(-1, (balance.devices, -1)).sum(-1)
+        losses.append((f.unflatten(-1, (balance.devices, -1)).mean(-1) * by_device).sum())
+        sent = scores.new_zeros(num_groups, balance.devices).index_add(0, owner, _sent_to(expert_ids, normed, balance))
+        losses.append((sent * (balance.devices / balance.reach) / lengths[:, None] * by_device).sum())
+    return torch.stack(losses)
+
+
+def _sent_to(expert_ids: Tensor, like: Tensor, balance: Balance) -> Float[Tensor, "tokens devices"]:
+    """1 for the devices that a token is sent to, 0 for others."""
+    devices = torch.where(expert_ids < 0, balance.devices, expert_ids // (like.shape[1] // balance.devices))
+    return like.new_zeros(len(like), balance.devices + 1).scatter(1, devices, 1.0)[:, : balance.devices]

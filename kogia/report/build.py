@@ -3,7 +3,7 @@
 import importlib.metadata
 import importlib.resources
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from kogia.files import write_text
 from kogia.log import info
 from kogia.report.config import ReportConfig
-from kogia.report.figures import LEARNING, ROUTING, SPECULATION, Chart, Curve, draw_accuracy, draw_curves
+from kogia.report.figures import LEARNING, ROUTING, SPECULATION, Chart, Curve, draw_accuracy, draw_curves, draw_loads
 from kogia.report.load import Interval, Measurement, Run, Sample, Stage, load_run, number, read_samples
 from kogia.report.words import (
     before_and_after,
@@ -66,7 +66,7 @@ def _content(run: Run) -> dict[str, Any]:
         "chart": draw_accuracy(group, [label(m, group) for m in group]),
         "sentences": sentences,
         "learning": _charts(run.stages, LEARNING),
-        "routing": _charts(run.stages, ROUTING),
+        "routing": _charts(run.stages, ROUTING, draw_loads),
         "speculation": _charts(run.stages, SPECULATION),
         "statuses": STATUSES,
         "trajectories": trajectories(*pair, group) if pair else _alone(group),
@@ -134,8 +134,10 @@ def _alone(group: Sequence[Measurement]) -> list[Trajectory]:
     return [Trajectory(f"Problem {s.problem_id}", s.prompt, None, (plain(group[-1].stage), s)) for s in samples]
 
 
-def _charts(stages: Sequence[Stage], curves: Sequence[Curve]) -> list[tuple[str, list[Chart]]]:
-    drawn = [(stage.name, draw_curves(stage, curves)) for stage in stages]
+def _charts(
+    stages: Sequence[Stage], curves: Sequence[Curve], *others: Callable[[Stage], list[Chart]]
+) -> list[tuple[str, list[Chart]]]:
+    drawn = [(stage.name, draw_curves(stage, curves) + [c for draw in others for c in draw(stage)]) for stage in stages]
     return [(name, charts) for name, charts in drawn if charts]
 
 

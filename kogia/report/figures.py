@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from kogia.report.load import Interval, Measurement, Stage, number
 
@@ -49,7 +53,7 @@ class Curve:
 
 
 LEARNING = (
-    Curve("Loss", ("loss", "val_loss"), "per token, in nats"),
+    Curve("Loss", ("loss", "val_loss", "val_loss_average"), "per token, in nats"),
     Curve("Multi-token prediction loss", ("mtp_loss",), "per token, in nats"),
     Curve("Reward", ("reward",), "mean over the samples of a step"),
     Curve("Accuracy of rollouts", ("accuracy",), "share of samples that are right"),
@@ -63,8 +67,14 @@ LEARNING = (
     Curve("Gradient norm", ("grad_norm",)),
 )
 ROUTING = (
-    Curve("Routing load, MaxVio", ("max_vio",), "load of the fullest expert over the mean load, minus 1; 0 is balance"),
-    Curve("Balance loss", ("balance_loss",)),
+    Curve(
+        "Routing load, MaxVio",
+        ("max_vio", "max_vio_worst", "val_max_vio"),
+        "load of the fullest expert over the mean, minus 1; mean and worst of the layers, and over held-out data",
+    ),
+    Curve("Routing entropy", ("routing_entropy",), "of the load, over that of an even one; 1 is balance"),
+    Curve("Experts without a token", ("dead_experts",), "in a step, of all layers"),
+    Curve("Balance loss", ("balance", "device_balance", "communication_balance"), "1 is balance"),
 )
 SPECULATION = (Curve("MTP acceptance", ("mtp_acceptance",), "share of drafted tokens that were accepted"),)
 
@@ -88,6 +98,64 @@ def draw_curves(stage: Stage, curves: Sequence[Curve]) -> list[Chart]:
             svg = _draw_curve(f"{stage.name}-{curve.keys[0]}", curve, series)
             drawn.append(Chart(curve.title, curve.note, svg))
     return drawn
+
+
+MOMENTS = 4
+"""Of a run, that the map of loads is drawn at."""
+FULLEST = 2.0
+"""Load over the mean load at which the colours end."""
+
+
+def draw_loads(stage: Stage) -> list[Chart]:
+    """Which experts of which layers were busy, at a few moments; and MaxVio of every layer over the whole run."""
+    if len(stage.loads) < 2:
+        return []
+    relative = np.array([load.counts for load in stage.loads])
+    relative = relative / np.maximum(relative.mean(-1, keepdims=True), 1e-30)
+    steps = [load.step for load in stage.loads]
+    where = "Layers are counted from the first with experts, prediction modules last"
+    return [
+        Chart("Load of experts", f"over the mean of their layer. {where}", _draw_moments(stage.name, steps, relative)),
+        Chart("MaxVio by layer", where, _draw_violations(stage.name, steps, relative.max(-1) - 1)),
+    ]
+
+
+def _draw_moments(name: str, steps: Sequence[int], relative: NDArray[np.float64]) -> Markup:
+    chosen = sorted({round(i * (len(steps) - 1) / (MOMENTS - 1)) for i in range(MOMENTS)})
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+        panels = figure.subplots(1, len(chosen), sharey=True)
+        colours = ScalarMappable(Normalize(0.0, FULLEST), "RdBu_r")
+        for axes, place in zip(panels, chosen, strict=True):
+            axes.imshow(relative[place], aspect="auto", cmap=colours.cmap, norm=colours.norm)
+            axes.set_title(f"step {steps[place]:,}", fontsize=8)
+            axes.set_xlabel("expert")
+            _whole_ticks(axes, 3)
+        panels[0].set_ylabel("layer")
+        figure.colorbar(colours, ax=panels, extend="max", ticks=[0, 1, 2])
+        last = relative[-1]
+        told = f"at the end the busiest expert has {last.max():.2f} times its layer's mean, the idlest {last.min():.2f}"
+        return _to_svg(figure, f"{name}-loads", f"Load of experts at {len(chosen)} moments; {told}")
+
+
+def _draw_violations(name: str, steps: Sequence[int], violations: NDArray[np.float64]) -> Markup:
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        extent = (0, steps[-1], len(violations[0]) - 0.5, -0.5)
+        top = max(0.1, float(np.quantile(violations, 0.98)))
+        image = axes.imshow(violations.T, aspect="auto", cmap="magma_r", vmin=0.0, vmax=top, extent=extent)
+        axes.set_xlabel("step")
+        axes.set_ylabel("layer")
+        _whole_ticks(axes, 5)
+        figure.colorbar(image, ax=axes, extend="max")
+        ends = f"{violations[0].mean():.3g} at step {steps[0]} to {violations[-1].mean():.3g} at step {steps[-1]}"
+        return _to_svg(figure, f"{name}-violations", f"MaxVio by layer over the run: on average from {ends}")
+
+
+def _whole_ticks(axes: Axes, most: int) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
 def draw_accuracy(measurements: Sequence[Measurement], labels: Sequence[str]) -> Markup | None:

@@ -3,11 +3,11 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kogia.log import METRICS_FILE, read_metrics, writable
+from kogia.log import METRICS_FILE, ROUTING_FILE, json_lines, read_metrics, writable
 
 STAGE_ORDER = ("base", "cold_start", "grpo", "curated", "rejection_sft", "student")
 """The stages of the R1 recipe; others follow by name."""
@@ -78,6 +78,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Load:
+    """Token copies that every expert got over the steps up to one."""
+
+    step: int
+    counts: list[list[float]]
+    """By mixture and expert, as many for all."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One run directory."""
 
@@ -86,6 +95,7 @@ class Stage:
     measurements: list[Measurement]
     recipe: str | None
     """The text of run.toml."""
+    loads: list[Load] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,34 @@ def _load_stage(directory: Path, notes: list[str]) -> Stage:
     for part, there in (("metrics", metrics), ("evaluation", measurements), ("run.toml", text)):
         if not there:
             notes.append(f"{name} has no {part}")
-    return Stage(name, metrics, measurements, text)
+    return Stage(name, metrics, measurements, text, _loads(directory, name, notes))
+
+
+def _loads(directory: Path, name: str, notes: list[str]) -> list[Load]:
+    """The lines of one size that can be read; those of another one are a mistake or damage."""
+    try:
+        rows = [_load(row) for _, row in json_lines(directory / ROUTING_FILE) if row is not None]
+    except OSError as error:
+        notes.append(f"{name}/{ROUTING_FILE} is left out: {error}")
+        return []
+    loads = [load for load in rows if load is not None]
+    return [load for load in loads if _size(load) == _size(loads[0])]
+
+
+def _load(row: Mapping[str, Any]) -> Load | None:
+    step, counts = number(row.get("step")), row.get("loads")
+    if step is None or not isinstance(counts, list) or not all(isinstance(layer, list) for layer in counts):
+        return None
+    read = [[number(count) for count in layer] for layer in counts]
+    if len({len(layer) for layer in read}) != 1 or not read[0]:
+        return None
+    known = [[count for count in layer if count is not None and count >= 0] for layer in read]
+    return Load(int(step), known) if _size(Load(0, known)) == (len(read), len(read[0])) else None
+
+
+def _size(load: Load) -> tuple[int, int]:
+    """(mixtures, the fewest experts of one)."""
+    return len(load.counts), min(map(len, load.counts))
 
 
 def _fill_from_summary(stages: list[Stage], summary: Mapping[str, Any]) -> list[Stage]:
@@ -203,7 +240,7 @@ def _fill_from_summary(stages: list[Stage], summary: Mapping[str, Any]) -> list[
     for stage in stages:
         entry = entries.pop(stage.name, None)
         if entry and not stage.measurements:
-            stage = Stage(stage.name, stage.metrics, [_measurement(stage.name, "summary", entry, None)], stage.recipe)
+            stage = replace(stage, measurements=[_measurement(stage.name, "summary", entry, None)])
         filled.append(stage)
     filled += [Stage(name, [], [_measurement(name, "summary", e, None)], None) for name, e in entries.items()]
     return sorted(filled, key=lambda s: _stage_key(Path(s.name))) if entries else filled

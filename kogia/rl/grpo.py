@@ -364,7 +364,7 @@ def grpo_loss(model: Transformer, batch: PolicyBatch, *, config: RLConfig, weigh
         if weight and loss is not None:
             total = total + weight * loss
     mismatch = (logprobs.detach() - batch.behaviour_logprobs)[rows].abs().max()
-    return Loss(total, metrics, routing.loads(len(model.routers())), {"mismatch": mismatch})
+    return Loss(total, metrics, routing.loads(len(model.routers())), maxima={"mismatch": mismatch})
 
 
 def save(run: Run) -> None:

@@ -20,7 +20,7 @@ from kogia.text.tokenizer import check_vocab_size
 from kogia.train.config import SupervisedConfig
 from kogia.train.context import extended_config
 from kogia.train.indexer import check_indexer, indexed_config
-from kogia.train.loss import latent_rank
+from kogia.train.loss import balance_of, latent_rank
 from kogia.train.rates import FINE_TUNING, FROM_SCRATCH, INDEXING, Rate, rate_line, settle_rate
 from kogia.train.run_dir import check_run_dir
 
@@ -97,6 +97,7 @@ def check_sizes(config: SupervisedConfig, model: ModelConfig) -> None:
             "lower it or raise max_position"
         )
     check_indexer(model, config)
+    balance_of(config, model)
     if config.nested_rank_min is not None:
         latent_rank(model, config.nested_rank_min)
 

@@ -134,7 +134,16 @@ class SupervisedConfig:
     mtp_late_at: float = 0.67
     """Share of the run (DeepSeek-V3: 10 of 14.8 trillion tokens)."""
     balance_weight: float = 1e-4
-    """Weight of the sequence-wise balance loss (alpha, DeepSeek-V3 eq 17)."""
+    """Weight of the balance loss of experts (alpha, DeepSeek-V3 eq 17; alpha 1 of DeepSeek-V2)."""
+    balance_over: Literal["sequence", "batch"] = "sequence"
+    """What the balance losses want even loads of: each sequence, or each micro-batch as a whole."""
+    balance_devices: int | None = None
+    """Devices that the next two losses are of, each with as many neighbouring experts; None takes the groups of the
+    model."""
+    device_balance_weight: float = 0.0
+    """Weight of the balance loss of devices (alpha 2, DeepSeek-V2 eq 26)."""
+    communication_balance_weight: float = 0.0
+    """Weight of the balance loss of what devices are sent (alpha 3, DeepSeek-V2 eq 29)."""
     bias_update_speed: float = 1e-3
     """Change of a router bias per step (gamma, DeepSeek-V3 section 2.1.2); 0 freezes the biases."""
     indexer_weight: float = 1.0
@@ -186,7 +195,7 @@ class SupervisedConfig:
     def __post_init__(self) -> None:
         check_finite(self)
         check_least(self, 1, "micro_batches", "keep_checkpoints", "eval_tokens", "tokenizer_documents", "threads")
-        check_least(self, 1, "nested_rank_min", "index_topk", "steps", "micro_batches_first")
+        check_least(self, 1, "nested_rank_min", "index_topk", "steps", "micro_batches_first", "balance_devices")
         check_seed(self.seed)
         for name in (
             "save_every",
@@ -194,6 +203,8 @@ class SupervisedConfig:
             "mtp_weight",
             "mtp_weight_late",
             "balance_weight",
+            "device_balance_weight",
+            "communication_balance_weight",
             "indexer_weight",
             "bias_update_speed",
         ):

@@ -7,6 +7,7 @@ t_{i+1+k}, predicts t_{i+2+k}; a row counts only if that token is masked in and 
 main loss's denominator, so lambda means the same under any mask. L_Bal averages over tokens and sums over layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,16 @@ from torch import Tensor
 from kogia.data.loader import Batch
 from kogia.model.config import MLAConfig, ModelConfig, Recompute
 from kogia.model.layers import StepContext
+from kogia.model.moe import max_violation
 from kogia.model.packed import PackedTokens
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
+from kogia.ops.moe import Balance
+from kogia.train.config import SupervisedConfig
 from kogia.train.step import Loss, Metrics
+
+BALANCES = ("balance", "device_balance", "communication_balance")
+"""Metrics of the balance losses, each a mean over mixtures, in the order of `balance_losses`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +36,35 @@ class LossWeights:
     mtp: float
     """lambda of DeepSeek-V3 eq 25."""
     balance: float
-    """alpha of DeepSeek-V3 eq 17."""
+    """alpha of DeepSeek-V3 eq 17, alpha 1 of DeepSeek-V2."""
     indexer: float = 0.0
+    device_balance: float = 0.0
+    """alpha 2 of DeepSeek-V2."""
+    communication_balance: float = 0.0
+    """alpha 3 of it."""
+    balanced: Balance = Balance()
     share: float = 1.0
     """Tokens that count over all tokens, of the whole optimiser step: what brings sums over all tokens, as the routers
     and indexers give, to the scale of sums over those that count. One number: micro-batches may be cut anywhere."""
+
+    @property
+    def balances(self) -> tuple[float, float, float]:
+        return self.balance, self.device_balance, self.communication_balance
+
+
+def balance_of(config: SupervisedConfig, model: ModelConfig) -> Balance:
+    """Over what the balance losses of a run go. Raises ValueError for devices that the experts do not go into."""
+    weighted = config.device_balance_weight or config.communication_balance_weight
+    if model.moe is None or not weighted:
+        return Balance(config.balance_over)
+    moe, devices = model.moe, config.balance_devices or model.moe.num_groups
+    if devices < 2 or moe.num_experts % devices:
+        raise ValueError(
+            f"device_balance_weight and communication_balance_weight are of {devices} device(s) for "
+            f"model.moe.num_experts = {moe.num_experts}: set balance_devices to a divisor of it above 1"
+        )
+    reach = moe.topk_groups if devices == moe.num_groups else min(moe.topk, devices)
+    return Balance(config.balance_over, devices, reach)
 
 
 def supervised_loss(
@@ -45,7 +76,7 @@ def supervised_loss(
 ) -> Loss:
     """Loss of one micro-batch and its parts, all summed over tokens."""
     ranks = None if nested_rank_min is None else nested_ranks(model, batch.tokens, nested_rank_min)
-    routing = Routing(losses=True)
+    routing = Routing(losses=True, balance=weights.balanced)
     step = model.step(batch.tokens, routing=routing, latent_ranks=ranks, recompute=recompute)
     hidden = model(batch.tokens, step=step)
     rows = batch.loss_rows
@@ -56,14 +87,15 @@ def supervised_loss(
     for depth, loss in enumerate(mtp_losses(model, hidden, batch.tokens, rows, step, depths)):
         total = total + weights.mtp / depths * loss
         metrics[f"mtp_loss_{depth + 1}"] = loss.detach()
-    balance, imitation = routing.balance_loss(), routing.indexer_loss()
-    if weights.balance and balance is not None:
-        total = total + weights.balance * weights.share * balance
-        metrics["balance"] = weights.share * balance.detach() / len(model.routers())
+    balance, imitation = routing.balance_losses(), routing.indexer_loss()
+    for name, weight, loss in zip(BALANCES, weights.balances, () if balance is None else balance, strict=False):
+        if weight:
+            total = total + weight * weights.share * loss
+            metrics[name] = weights.share * loss.detach() / len(model.routers())
     if imitation is not None:
         total = total + weights.indexer * weights.share * imitation
         metrics["indexer"] = weights.share * imitation.detach() / len(model.indexers())
-    return Loss(total, metrics, routing.loads(len(model.routers())))
+    return Loss(total, metrics, routing.loads(len(model.routers())), num_copies=routing.num_copies)
 
 
 def mtp_losses(
@@ -123,14 +155,22 @@ def mtp_targets(
 
 @torch.no_grad()
 def validation_loss(model: Transformer, batches: list[Batch]) -> dict[str, float]:
-    """Mean nats per masked token over all batches, of the main model ("val_loss") and of each MTP depth."""
-    depths, device = model.config.num_mtp_layers, model.device
+    """Mean nats per masked token over all batches, of the main model ("val_loss") and of each MTP depth; and MaxVio of
+    the experts' load over all of them ("val_max_vio", arXiv 2408.15664's MaxVio_global), a mean over the mixtures."""
+    depths, device, loads = model.config.num_mtp_layers, model.device, []
     sums = torch.zeros(1 + depths, dtype=torch.float64, device=device)
     for batch in (b.to(device) for b in batches):
-        step, rows = model.step(batch.tokens), batch.loss_rows
+        routing = Routing()
+        step, rows = model.step(batch.tokens, routing=routing), batch.loss_rows
         hidden = model(batch.tokens, step=step)
         main, _ = model.loss_from_hidden(hidden, batch.tokens, rows)
         sums += torch.stack([main, *mtp_losses(model, hidden, batch.tokens, rows, step, depths)]).double()
+        loads.append(routing.loads(len(model.routers())))
     means = (sums / sum(batch.num_loss_tokens for batch in batches)).tolist()
     names = ["val_loss", *(f"val_mtp_loss_{depth + 1}" for depth in range(depths))]
-    return dict(zip(names, means, strict=True))
+    return dict(zip(names, means, strict=True)) | _global_violation(loads)
+
+
+def _global_violation(loads: Sequence[Tensor | None]) -> dict[str, float]:
+    counted = [load for load in loads if load is not None]
+    return {"val_max_vio": float(max_violation(torch.stack(counted).sum(0)).nanmean())} if counted else {}

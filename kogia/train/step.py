@@ -32,6 +32,8 @@ class Loss:
     """Sums over the tokens that count."""
     loads: Int[Tensor, "mixtures experts"] | None = None
     """Token copies that each expert got, by which the router biases move; None without mixtures."""
+    num_copies: int | None = None
+    """Token copies that the routers asked for; None is not told."""
     maxima: dict[str, Tensor] = field(default_factory=dict)
     """Metrics of which a step reports the largest, not the mean."""
 
@@ -70,6 +72,8 @@ class TrainState:
     """Steps done."""
     last_checkpoint: Path | None = None
     """For error messages: where to go back to."""
+    loads: Tensor | None = None
+    """[mixtures, experts] token copies of the last step, on the host; None without mixtures."""
     ramp: Ramp = STEADY
     """Micro-batches of each step, as far as schedules go by them."""
     guard: Judge | None = None
@@ -87,8 +91,9 @@ def train_step(
     """One update from the micro-batches of a step; returns the loss function's metrics per token, and its own.
 
     The summed loss is divided by `denominator`, by default the tokens that count over all micro-batches, so that the
-    split into micro-batches changes nothing. Own metrics: grad_norm before clipping, lr, tokens, max_vio (MaxVio of
-    this step's expert load, mean over the mixture layers; arXiv 2408.15664) and max_vio_worst (the largest).
+    split into micro-batches changes nothing. Own metrics: grad_norm before clipping, lr, tokens, and of the expert load
+    of this step max_vio (arXiv 2408.15664, a mean over the mixtures), max_vio_worst (the largest), dead_experts (that
+    got nothing), routing_entropy (of the load, 1 is balance) and dropped_tokens (copies that no expert got).
     Raises FloatingPointError on a loss or gradient that is not finite, before anything is updated. With a guard it
     raises none: what the guard finds bad updates nothing, counts as a step, and has the metric skipped = 1.
     """
@@ -106,8 +111,8 @@ def train_step(
     parameters = state.optimizer.with_gradients()
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     loads = _total_loads(results)
-    values = _read([loss.total for loss in results], norm, _summed(results), _worst(results), _violations(loads))
-    losses, grad_norm, sums, maxima, balance = values
+    values = _read([loss.total for loss in results], norm, loads, _summed(results), _worst(results))
+    losses, grad_norm, state.loads, sums, maxima = values
     lr = learning_rate(state.optim, state.step, state.num_steps, state.ramp)
     trouble = _trouble(state.optimizer, losses, grad_norm)
     if state.guard is not None:
@@ -118,8 +123,9 @@ def train_step(
         _update(state, parameters, norm, lr, loads)
     state.step += 1
     means = {name: value / num_tokens for name, value in sums.items()}
+    health = _health(state.loads, _copies(results))
     skipped = {} if trouble is None else {"skipped": 1.0}
-    return {**means, **maxima, "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, **balance, **skipped}
+    return {**means, **maxima, "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, **health, **skipped}
 
 
 def _update(
@@ -155,26 +161,44 @@ def _worst(results: Sequence[Loss]) -> Metrics:
     return {name: torch.stack([loss.maxima[name] for loss in results if name in loss.maxima]).max() for name in names}
 
 
-def _violations(loads: Int[Tensor, "mixtures experts"] | None) -> Metrics:
-    if loads is None:
+def _health(loads: Int[Tensor, "mixtures experts"] | None, num_copies: int | None) -> dict[str, float]:
+    """What the loads of a step say of its routing, over the mixtures that ran: an MTP module's may not."""
+    loads = None if loads is None else loads[loads.sum(-1) > 0]
+    if loads is None or len(loads) == 0:
         return {}
-    violations = max_violation(loads)  # NaN for a mixture that did not run, such as an MTP module's without its loss
-    return {"max_vio": violations.nanmean(), "max_vio_worst": violations.nan_to_num(nan=0.0).max()}
+    violations, shares = max_violation(loads), loads / loads.sum(-1, keepdim=True)
+    entropy = -torch.special.xlogy(shares, shares).sum(-1) / math.log(max(2, loads.shape[1]))
+    dropped = {} if num_copies is None else {"dropped_tokens": num_copies - float(loads.sum())}
+    return {
+        "max_vio": float(violations.mean()),
+        "max_vio_worst": float(violations.max()),
+        "dead_experts": float((loads == 0).sum()),
+        "routing_entropy": float(entropy.mean()),
+        **dropped,
+    }
+
+
+def _copies(results: Sequence[Loss]) -> int | None:
+    counted = [loss.num_copies for loss in results if loss.num_copies is not None]
+    return sum(counted) if counted else None
 
 
 def _read(
-    losses: list[Tensor], norm: Tensor, *metrics: Metrics
-) -> tuple[list[float], float, dict[str, float], dict[str, float], dict[str, float]]:
+    losses: list[Tensor], norm: Tensor, loads: Int[Tensor, "mixtures experts"] | None, *metrics: Metrics
+) -> tuple[list[float], float, Tensor | None, dict[str, float], dict[str, float]]:
     """Everything that a step tells, read from the device at once: the one time that a step waits for it."""
     tensors = [*losses, norm, *(v for part in metrics for v in part.values() if isinstance(v, Tensor))]
-    numbers: Iterator[float] = iter(torch.stack([tensor.detach().double() for tensor in tensors]).tolist())
+    flat = torch.stack([tensor.detach().double() for tensor in tensors])
+    everything = (flat if loads is None else torch.cat((flat, loads.flatten().double()))).cpu()
+    numbers: Iterator[float] = iter(everything[: len(flat)].tolist())
     loss_values, norm_value = [next(numbers) for _ in losses], next(numbers)
 
     def read(part: Metrics) -> dict[str, float]:
         return {name: next(numbers) if isinstance(value, Tensor) else value for name, value in part.items()}
 
-    sums, maxima, balance = (read(part) for part in metrics)
-    return loss_values, norm_value, sums, maxima, balance
+    sums, maxima = (read(part) for part in metrics)
+    counted = None if loads is None else everything[len(flat) :].long().view_as(loads)
+    return loss_values, norm_value, counted, sums, maxima
 
 
 def _trouble(optimizer: Optimizer, losses: list[float], norm: float) -> str | None:

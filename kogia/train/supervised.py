@@ -1,8 +1,8 @@
 """The supervised loop: pretraining, context extension, cold-start and rejection-sampled SFT, distillation.
 
-They differ in data and loss mask only. A run directory holds run.toml, metrics.jsonl, checkpoints/, data/ (the
-tokens), and bad_steps/ where there were any. Each step: loader -> train_step -> metrics -> every N steps save, then
-evaluate.
+They differ in data and loss mask only. A run directory holds run.toml, metrics.jsonl, routing.jsonl, checkpoints/,
+data/ (the tokens), and bad_steps/ where there were any. Each step: loader -> train_step -> metrics -> every N steps
+save, then evaluate.
 """
 
 import itertools
@@ -47,8 +47,9 @@ from kogia.train.config import SupervisedConfig
 from kogia.train.guard import BAD_STEPS, Guard, write_bad_step
 from kogia.train.indexer import prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
-from kogia.train.loss import LossWeights, supervised_loss, validation_loss
+from kogia.train.loss import LossWeights, balance_of, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer
+from kogia.train.routing_log import RoutingLog
 from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
 from kogia.train.schedule import Ramp
 from kogia.train.step import LossFn, TrainState, explain, train_step
@@ -65,6 +66,7 @@ class Run:
     loader: Loader
     validation: list[Batch]
     guard: Guard
+    routing: RoutingLog
     average: Average | None = None
 
 
@@ -120,9 +122,10 @@ def build_planned(plan: Plan) -> Run:
         (config.epochs or 0) * loader.tokens_per_epoch / config.data.batch_tokens
     )
     guard = Guard(config.guard)
+    routing = RoutingLog(out, num_steps)
     average = Average(model, config.average_decay) if config.average_decay else None
     state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint, ramp=ramp, guard=guard)
-    run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]), guard, average)
+    run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]), guard, routing, average)
     _describe(plan, shards, loader, num_steps)
     if checkpoint is not None:
         restore(run, checkpoint)
@@ -153,6 +156,7 @@ def _go_on(run: Run) -> None:
         resume_step=state.step,
         sinks=open_sinks(config.sinks, run.out, to_dict(config), state.step),
     )
+    log.cut_back(run.routing.path, state.step)
     with metric_log, GracefulStop() as stop:
         if owes_validation(run):
             metric_log.log(state.step, validate(run))
@@ -179,7 +183,9 @@ def step(run: Run) -> dict[str, float]:
     metrics = train_step(state, batches, loss_for_step(config, state, batches))
     if run.guard.reason is not None:
         heed(run, batches, position, metrics)
-    elif run.average is not None and state.done > config.average_from:
+    else:
+        run.routing.add(state.step, state.loads)
+    if run.guard.reason is None and run.average is not None and state.done > config.average_from:
         run.average.update(state.model, list(state.optimizer.weights.values()))
     metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - start)
     return metrics
@@ -265,7 +271,15 @@ def loss_for_step(config: SupervisedConfig, state: TrainState, batches: Sequence
     state.bias_update_speed = config.bias_update_speed if moving else 0.0
     mtp_weight = config.mtp_weight if state.done < config.mtp_late_at else config.mtp_weight_late
     share = sum(b.num_loss_tokens for b in batches) / sum(b.tokens.num_tokens for b in batches)
-    weights = LossWeights(mtp_weight, config.balance_weight, config.indexer_weight, share)
+    weights = LossWeights(
+        mtp_weight,
+        config.balance_weight,
+        config.indexer_weight,
+        config.device_balance_weight,
+        config.communication_balance_weight,
+        balance_of(config, state.model.config),
+        share,
+    )
     return partial(supervised_loss, weights=weights, nested_rank_min=config.nested_rank_min, recompute=config.recompute)
 
 
@@ -280,7 +294,7 @@ def save(run: Run) -> None:
         state.step,
         state.model,
         run.tokenizer,
-        ResumeState(values, state.optimizer.tensors()),
+        ResumeState(values, state.optimizer.tensors() | run.routing.tensors()),
         keep=run.config.keep_checkpoints,
         average=average.model if average is not None and average.count else None,
     )
@@ -293,6 +307,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     run.loader.state = LoaderState(resume.count("loader", "epoch"), resume.count("loader", "cursor"))
     run.state.optimizer.load(resume.tensors)
     run.guard.restore(resume)
+    run.routing.restore(resume)
     if run.average is not None:
         count = resume.count("average") if "average" in resume.values else 0
         run.average.restore(checkpoint / AVERAGE, count)

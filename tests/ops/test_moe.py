@@ -1,4 +1,5 @@
 import math
+import operator
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from kogia.ops.dispatch import use_backend
 from kogia.ops.linear import grouped_linear, grouped_outer
 from kogia.ops.moe import (
     Activation,
+    Balance,
     affinities,
+    balance_losses,
     combine,
     dispatch,
     gate_weights,
@@ -19,7 +22,6 @@ from kogia.ops.moe import (
     order_by_expert,
     route,
     select_experts,
-    sequence_balance_loss,
     silu_mul,
 )
 from kogia.ops.segments import segments_of
@@ -326,7 +328,7 @@ def test_balance_loss_is_the_loop_of_the_paper_in_value_and_gradient(lengths, to
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(sum(lengths), 4, generator=generator, dtype=torch.float64).requires_grad_()
     ids = pick(sum(lengths), topk, 4, seed)
-    got = sequence_balance_loss(scores, ids, segments_of(lengths))
+    (got,) = balance_losses(scores, ids, segments_of(lengths))
     want = balance_loop(scores, ids, lengths)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, scores), torch.autograd.grad(want, scores))
@@ -335,6 +337,57 @@ def test_balance_loss_is_the_loop_of_the_paper_in_value_and_gradient(lengths, to
 def test_perfect_balance_costs_one_per_token_and_collapse_costs_more():
     ids = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]])
     ends = segments_of([2, 2])
-    assert sequence_balance_loss(torch.full((4, 4), 0.3), ids, ends).item() == pytest.approx(4.0)
+    assert balance_losses(torch.full((4, 4), 0.3), ids, ends).item() == pytest.approx(4.0)
     collapsed = torch.tensor([[0.9, 0.9, 0.0, 0.0]] * 4)
-    assert sequence_balance_loss(collapsed, torch.tensor([[0, 1]] * 4), ends).item() == pytest.approx(8.0)
+    assert balance_losses(collapsed, torch.tensor([[0, 1]] * 4), ends).item() == pytest.approx(8.0)
+
+
+def balances_by_hand(scores, ids, lengths, balance: Balance) -> list[float]:
+    """Token by token and device by device, as DeepSeek-V2 writes eq 23 to 31."""
+    (_, num_experts), topk, devices = scores.shape, ids.shape[1], balance.devices
+    lengths = [sum(lengths)] if balance.over == "batch" else lengths
+    totals, start, per_device = [0.0, 0.0, 0.0], 0, num_experts // devices
+    for length in lengths:
+        rows = range(start, start + length)
+        p = [sum(float(scores[t, i] / scores[t].sum()) for t in rows) / length for i in range(num_experts)]
+        counts = [sum(ids[t].tolist().count(i) for t in rows) for i in range(num_experts)]
+        f = [num_experts / (topk * length) * count for count in counts]
+        held = [range(d * per_device, (d + 1) * per_device) for d in range(devices)]
+        p_device = [sum(p[i] for i in experts) for experts in held]
+        f_device = [sum(f[i] for i in experts) / per_device for experts in held]
+        sent = [sum(any(i in experts for i in ids[t].tolist()) for t in rows) for experts in held]
+        f_sent = [devices / (balance.reach * length) * count for count in sent]
+        totals[0] += length * sum(map(operator.mul, f, p))
+        totals[1] += length * sum(map(operator.mul, f_device, p_device))
+        totals[2] += length * sum(map(operator.mul, f_sent, p_device))
+        start += length
+    return totals
+
+
+@pytest.mark.parametrize("over", ["sequence", "batch"])
+@pytest.mark.parametrize("devices", [2, 3, 6])
+def test_losses_of_devices_are_the_formulas_of_deepseek_v2(over, devices):
+    generator = torch.Generator().manual_seed(devices)
+    scores = torch.rand(14, 6, generator=generator, dtype=torch.float64)
+    ids = scores.topk(3).indices
+    balance = Balance(over, devices, reach=2)
+    got = balance_losses(scores, ids, segments_of([5, 1, 8]), balance)
+    assert got.tolist() == pytest.approx(balances_by_hand(scores, ids, [5, 1, 8], balance))
+
+
+def test_all_balance_losses_are_one_per_token_at_perfect_balance_and_nobody_counts_nowhere():
+    ids = torch.tensor([[0, 2], [1, 3], [2, 0], [3, 1]])
+    even = balance_losses(torch.full((4, 4), 0.3), ids, segments_of([4]), Balance("sequence", 2, reach=2))
+    assert even.tolist() == pytest.approx([4.0, 4.0, 4.0])
+    nobody = balance_losses(torch.full((4, 4), 0.3), torch.full((4, 2), -1), segments_of([4]), Balance("batch", 2, 2))
+    assert nobody.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_batch_may_be_balanced_whose_sequences_are_not():
+    ids = torch.tensor([[0, 1]] * 4 + [[2, 3]] * 4)
+    scores = torch.full((8, 4), 0.1).scatter(1, ids, 0.9)
+    by_sequence, by_batch = (
+        balance_losses(scores, ids, segments_of([4, 4]), Balance(over)).item() for over in ("sequence", "batch")
+    )
+    assert by_batch == pytest.approx(8.0)
+    assert by_sequence == pytest.approx(8.0 * 1.8)

@@ -23,7 +23,8 @@ def metrics(rl: bool) -> list[dict[str, float]]:
     for step in range(1, 121):
         share = step / 120
         row = {"step": step, "seconds": 3.0 * step, "loss": 3e-7 * math.sin(step) if rl else 0.9 + 4 / step}
-        row |= {"grad_norm": 0.3 + 0.1 * math.cos(step), "max_vio": 0.8 / step, "balance_loss": 1.0 + 1e-5 * step}
+        row |= {"grad_norm": 0.3 + 0.1 * math.cos(step), "max_vio": 0.8 / step, "balance": 1.0 + 1e-5 * step}
+        row |= {"max_vio_worst": 1.3 / step, "dead_experts": 40 // step, "routing_entropy": 1 - 0.2 / step}
         if rl:
             row |= {"reward": share - 0.3, "accuracy": 0.6 * share, "entropy": 0.9 - share / 2, "kl": 1e-4 * step}
             row |= {"completion_tokens": 40 + 1000 * share, "truncated": share / 4, "clip_fraction": 1e-3 * share}
@@ -32,6 +33,13 @@ def metrics(rl: bool) -> list[dict[str, float]]:
             row |= {"val_loss": 1.0 + 4 / step}
         rows.append(row)
     return rows
+
+
+def loads(step: int) -> dict[str, object]:
+    """Six layers of 24 experts that even out."""
+    wave = [[math.sin(7 * layer + 3 * expert * expert) for expert in range(24)] for layer in range(6)]
+    counts = [[round(400 * (1 + w * (0.1 + 4 / step))) for w in layer] for layer in wave]
+    return {"step": step, "steps": 2, "loads": [[max(0, count) for count in layer] for layer in counts]}
 
 
 def interval(mean: float) -> list[float]:
@@ -45,6 +53,7 @@ def full_demo(root: Path) -> Path:
         (run / "evals").mkdir(parents=True)
         (run / "run.toml").write_text(f'out = "{name}"\nnote = "{"long " * 60}"\n')
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics(name.startswith("grpo"))))
+        (run / "routing.jsonl").write_text("".join(json.dumps(loads(step)) + "\n" for step in range(2, 121, 2)))
         for label, sampling in (("heldout", {"temperature": 1.0, "top_p": 1.0}), ("cool", {"temperature": 0.6})):
             score = 0.1 + 0.15 * number
             summary = {"name": label, "task": "countdown", "split": "test", "checkpoint": name, "seconds": 1.0}

@@ -222,3 +222,23 @@ def test_a_page_on_standard_output_leaves_the_file_that_the_shell_sends_it_to(de
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither it nor a folder in it holds"):
         write_report(tmp_path)
+
+
+def test_the_load_of_experts_is_drawn_by_layer_over_the_run(demo):
+    lines = [{"step": 10 * i, "steps": 10, "loads": [[8, 8, 8, 8], [8 + 8 * i, 8, 8, 8 - i]]} for i in range(1, 7)]
+    damaged = ['{"step": 5, "loads"', '{"step": 6, "loads": [[1, 2], [3]]}', '{"step": 7, "loads": [[1, "x"]]}', "[]"]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "\n".join(damaged)
+    (demo / "grpo" / "routing.jsonl").write_text(text)
+    (loads,) = (stage.loads for stage in load_run(demo).stages if stage.name == "grpo")
+    assert [load.step for load in loads] == [10, 20, 30, 40, 50, 60]
+    page = write_report(demo).read_text(encoding="utf-8")
+    assert "the busiest expert has 3.03 times its layer&#x27;s mean, the idlest 0.11" in page
+    assert "MaxVio by layer over the run: on average from 0.321 at step 10 to 1.01 at step 60" in page
+    for step in (10, 30, 40, 60):
+        assert f"step {step}<" in page
+
+
+@pytest.mark.parametrize("text", ["", "nothing\n", '{"step": 1, "loads": []}\n', '{"step": 1, "loads": [[]]}\n' * 3])
+def test_a_log_of_loads_that_says_nothing_draws_nothing(demo, text):
+    (demo / "grpo" / "routing.jsonl").write_text(text)
+    assert "Load of experts" not in write_report(demo).read_text(encoding="utf-8")

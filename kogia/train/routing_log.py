@@ -1,0 +1,47 @@
+"""The load of every expert over a run, on disk: what the report draws."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kogia.checkpoint.resume import ResumeState
+from kogia.log import ROUTING_FILE
+
+LINES = 100
+"""Of a whole run, about."""
+SUM = "routing/loads"  # among the tensors of a checkpoint
+
+
+class RoutingLog:
+    """Lines {"step", "steps", "loads"}: token copies per mixture and expert, added up over the last `steps` steps."""
+
+    def __init__(self, run_dir: Path, num_steps: int) -> None:
+        self.path = run_dir / ROUTING_FILE
+        self.num_steps, self.every = num_steps, -(-num_steps // LINES)
+        self.loads: Tensor | None = None
+        """[mixtures, experts] since the last line."""
+        self.steps = 0
+
+    def add(self, step: int, loads: Tensor | None) -> None:
+        """Count what a step did, and write a line where one is due."""
+        if loads is None:
+            return
+        self.loads = loads.clone() if self.loads is None else self.loads + loads
+        self.steps += 1
+        if step % self.every == 0 or step == self.num_steps:
+            line = {"step": step, "steps": self.steps, "loads": self.loads.tolist()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            self.loads, self.steps = None, 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint: what no line has yet, and of how many steps it is."""
+        if self.loads is None:
+            return {}
+        return {SUM: torch.cat((torch.full_like(self.loads[:, :1], self.steps), self.loads), 1)}
+
+    def restore(self, resume: ResumeState) -> None:
+        saved = resume.tensors.get(SUM)
+        self.loads, self.steps = (None, 0) if saved is None else (saved[:, 1:].clone(), int(saved[0, 0]))
