@@ -1,6 +1,7 @@
 """Faults, looked for: commands killed at any moment, and everything that is read, mutated.
 
     python benchmarks/faults.py --dir SCRATCH [--kills 500] [--inputs 20000] [--seed 0] [--out RESULT.json]
+    python benchmarks/faults.py --dir SCRATCH --kills 100 --inputs 0 --scenarios pretrain pretrain-all --out RESULT.json
 
 Kills: real commands (pretrain, sft, rl, eval, curate, generate, convert, report, demo) are killed by SIGKILL or SIGTERM
 at seeded changes of the file system and at seeded moments, gone on with as a user would, killed again, and compared
@@ -29,8 +30,8 @@ from faults import inputs, kills  # noqa: E402 - from the tests
 from result import commit, row, write_result  # noqa: E402
 
 WEIGHTS = {
-    "pretrain": 12, "sft": 8, "overwrite": 6, "rl": 12, "eval": 12, "curate": 8, "curate-over": 4, "generate": 3,
-    "generate-over": 3, "convert": 5, "convert-over": 7, "report": 2, "demo": 1,
+    "pretrain": 8, "pretrain-all": 8, "sft": 8, "overwrite": 6, "rl": 12, "eval": 12, "curate": 8, "curate-over": 4,
+    "generate": 3, "generate-over": 3, "convert": 5, "convert-over": 7, "report": 2, "demo": 1,
 }  # fmt: skip
 """Trials of each scenario in one round."""
 
@@ -59,13 +60,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenarios", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), help="of the kills")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/faults.json")
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
-    notes = Notes(args.dir, {"commit": commit(), "seed": args.seed, "kills": args.kills, "inputs": args.inputs})
+    settings = {"commit": commit(), "seed": args.seed, "kills": args.kills, "inputs": args.inputs}
+    notes = Notes(args.dir, settings | ({} if args.scenarios == list(WEIGHTS) else {"scenarios": args.scenarios}))
     began = time.monotonic()
-    mutate(notes, args.dir, args.inputs, args.seed, began)
-    kill(notes, args.dir, args.kills, args.seed, began)
+    if args.inputs:
+        mutate(notes, args.dir, args.inputs, args.seed, began)
+    kill(notes, args.dir, args.kills, args.seed, began, set(args.scenarios))
     write_result(args.out, "faults", rows(notes, args.seed))
     print(f"written: {args.out}")
 
@@ -93,10 +97,10 @@ def counted(notes: Notes) -> Counter[str]:
     return total
 
 
-def kill(notes: Notes, place: Path, count: int, seed: int, began: float) -> None:
-    """Trials in turns of all scenarios until there are as many kills."""
+def kill(notes: Notes, place: Path, count: int, seed: int, began: float, names: set[str]) -> None:
+    """Trials in turns of these scenarios until there are as many kills."""
     with tempfile.TemporaryDirectory(dir=place) as folder, kills.Campaign(Path(folder)) as campaign:
-        for scenario, number in trials(seed):
+        for scenario, number in trials(seed, names):
             total = sum(result.get("kills", 0) for result in notes.done.values())
             if total >= count:
                 return
@@ -112,10 +116,10 @@ def kill(notes: Notes, place: Path, count: int, seed: int, began: float) -> None
             print(f"{time.monotonic() - began:6.0f} s  {total:4} kills, about {left:.0f} s left: {unit}", flush=True)
 
 
-def trials(seed: int) -> Iterator[tuple[kills.Scenario, int]]:
+def trials(seed: int, names: set[str]) -> Iterator[tuple[kills.Scenario, int]]:
     number = Counter[str]()
     while True:
-        for scenario in kills.SCENARIOS:
+        for scenario in (each for each in kills.SCENARIOS if each.name in names):
             for _ in range(WEIGHTS[scenario.name]):
                 yield scenario, seed * 1_000_003 + number[scenario.name]
                 number[scenario.name] += 1
@@ -140,10 +144,15 @@ def rows(notes: Notes, seed: int) -> list[dict[str, Any]]:
     total = counted(notes)
     limits = {name: inputs.TARGETS[name].seconds for name in by_target}
     limits["one scanner of a long text, computing"] = inputs.SCAN_SECONDS
-    slowest = max((result["slowest"], unit) for unit, result in notes.done.items() if "slowest" in result)
-    return [
+    killed = [
         row("faults-kills", sum(by_scenario.values()), "kills", seed=seed, by_scenario=by_scenario, signals=signals),
         row("faults-kills-lost", lost, "trials", limit=0, trials=sum("how" in each for each in notes.done.values())),
+    ]
+    if not total:
+        return killed
+    slowest = max((result["slowest"], unit) for unit, result in notes.done.items() if "slowest" in result)
+    return [
+        *killed,
         row("faults-inputs", sum(total.values()), "inputs", seed=seed, by_target=by_target),
         row("faults-tracebacks", total["traceback"], "inputs", limit=0),
         row("faults-hangs", total["hang"], "inputs", limit=0, limit_seconds=limits, slowest_seconds=slowest[0]),

@@ -83,8 +83,11 @@ class Optimizer:
                 if state := _loaded(part, names[id(weight)], weight, tensors):
                     part.state[weight] = state
         for _, master in self._copies:
-            if (saved := tensors.get(f"{names[id(master)]}/{MASTER}")) is not None:
-                master.copy_(saved)
+            name = names[id(master)]
+            saved = tensors.get(f"{name}/{MASTER}", master)
+            if saved.shape != master.shape:
+                raise ValueError(f"{name}/{MASTER}: found {tuple(saved.shape)}, expected {tuple(master.shape)}")
+            master.copy_(saved)
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:

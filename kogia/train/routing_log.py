@@ -28,7 +28,9 @@ class RoutingLog:
         """Count what a step did, and write a line where one is due."""
         if loads is None:
             return
-        self.loads = loads.clone() if self.loads is None else self.loads + loads
+        if self.loads is None or self.loads.shape != loads.shape:
+            self.loads, self.steps = torch.zeros_like(loads), 0
+        self.loads = self.loads + loads
         self.steps += 1
         if step % self.every == 0 or step == self.num_steps:
             line = {"step": step, "steps": self.steps, "loads": self.loads.tolist()}
@@ -43,5 +45,11 @@ class RoutingLog:
         return {SUM: torch.cat((torch.full_like(self.loads[:, :1], self.steps), self.loads), 1)}
 
     def restore(self, resume: ResumeState) -> None:
+        """Put back what `tensors` gave. Raises ValueError for a damaged one."""
         saved = resume.tensors.get(SUM)
+        if saved is not None and (saved.ndim != 2 or saved.is_floating_point() or 0 in saved.shape):
+            raise ValueError(
+                f"the checkpoint's train_state/tensors.safetensors: {SUM} is no table of counts; the file is damaged, "
+                "delete the checkpoint to resume from the one before it"
+            )
         self.loads, self.steps = (None, 0) if saved is None else (saved[:, 1:].clone(), int(saved[0, 0]))

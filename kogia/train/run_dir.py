@@ -68,6 +68,8 @@ def _checkpoint(config: Any) -> Path | None:
     _check_place(out, config)
     checkpoint = latest_checkpoint(out)
     if config.resume:
+        if checkpoint is not None:
+            _check_architecture(out / RECIPE, config)
         return checkpoint
     if config.overwrite and config.init and Path(config.init).resolve().is_relative_to(out.resolve()):
         raise ValueError(
@@ -107,18 +109,32 @@ def _check_place(out: Path, config: Any) -> None:
         raise ValueError(f"out = {config.out!r}: holds other files and no {RECIPE}; name a new directory")
 
 
+def _check_architecture(recipe: Path, now: Any) -> None:
+    """Raise ValueError where a run would go on with another model than it has."""
+    changed = [] if _is_damaged(recipe) else _changes(recipe, now)
+    if model := [words for words in changed if words.startswith("model.")]:
+        raise ValueError(
+            f"{', '.join(model)}: the model of a run cannot change; leave it as it was, or begin another run, with "
+            "--init where it may start from this one's weights"
+        )
+
+
 def _warn_of_changes(recipe: Path, now: Any) -> None:
     """A resume is exact only under the same settings; say which ones differ, and how."""
     if _is_damaged(recipe):
         return log.warn(f"{recipe} is empty or damaged: whether the run began with these settings cannot be told")
+    if changed := _changes(recipe, now):
+        log.warn(f"resuming with other settings than the run began with: {', '.join(changed)}: no exact continuation")
+
+
+def _changes(recipe: Path, now: Any) -> list[str]:
+    """The settings that differ, each as `key = new (was old)`."""
     old, new = (dict(_entries(to_dict(config))) for config in (load_toml(recipe, type(now)), now))
-    changed = [
+    return [
         f"{key} = {new.get(key, 'none')!r} (was {old.get(key, 'none')!r})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in HARMLESS
     ]
-    if changed:
-        log.warn(f"resuming with other settings than the run began with: {', '.join(changed)}: no exact continuation")
 
 
 def _is_damaged(recipe: Path) -> bool:

@@ -139,6 +139,10 @@ class Scenario:
     """A file or directory that is the old or the new one at any time, and is there if it was."""
 
 
+GUARDED = (
+    "--average-decay 0.9 --micro-batches 2 --micro-batches-first 1 --ramp-steps 3 --guard.skips 1 --guard.rollbacks 1 "
+    "--guard.sigmas 2 --guard.window 4 --optim.kind muon --optim.moments bfloat16 --dtype bfloat16 --recompute layer"
+).split()
 OVERWRITTEN = ("pretrain", "pretrain.toml", "--out", "runs/run", "--seed", "7", "--steps", "2", "--quiet")
 CONVERT = ("convert", "model", "made/copy", "--dtype", "bfloat16", "--shard-gib", "0.00001")
 GENERATE = "generate model --file prompts.txt --out made/answers.jsonl --max-tokens 8 --seed 1 --device cpu".split()
@@ -154,6 +158,7 @@ DEMONSTRATION = (
 EVAL = "eval model --out evals --num-questions 12 --num-samples 3 --greedy --batch-questions 3 --quiet".split()
 SCENARIOS = (
     Scenario("pretrain", ("pretrain", "pretrain.toml", "--out", "runs/run", "--quiet"), resumes=True),
+    Scenario("pretrain-all", ("pretrain", "pretrain.toml", "--out", "runs/run", "--quiet", *GUARDED), resumes=True),
     Scenario("sft", tuple(SFT), resumes=True),
     Scenario(
         "overwrite", ("pretrain", "pretrain.toml", "--out", "runs/run", "--overwrite", "--quiet"), before=(OVERWRITTEN,)

@@ -302,6 +302,19 @@ def test_resuming_with_other_settings_says_which_ones(config, capsys):
     assert "other settings than the run began with: micro_batches = 2 (was 1), steps = 3 (was 2)" in warning
 
 
+def test_resuming_with_another_model_is_refused_with_the_key(config):
+    main(replace(config, steps=1))
+    for model, words in (
+        (replace(MODEL, dim=48), r"model\.dim = 48 \(was 32\): the model of a run cannot change"),
+        (replace(MODEL, moe=replace(MODEL.moe, topk=3)), r"model\.moe\.topk = 3 \(was 2\)"),
+    ):
+        for dry_run in (False, True):
+            with pytest.raises(ValueError, match=words):
+                main(replace(config, model=model, resume=True, dry_run=dry_run))
+    with pytest.raises(ValueError, match=r"optimiser state of .*optim.kind"):
+        main(replace(config, optim=replace(config.optim, kind="muon"), resume=True))
+
+
 def test_a_diverging_run_stops_with_its_checkpoints_kept(config):
     wild = replace(config, optim=OptimConfig(lr=1e30, warmup_steps=0), save_every=1)
     with pytest.raises(FloatingPointError, match=r"step \d: .*last good checkpoint is .*step-000001.*--resume"):
