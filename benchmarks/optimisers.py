@@ -32,7 +32,7 @@ from kogia.train import supervised
 from kogia.train.config import OptimConfig, SupervisedConfig
 
 ROOT = Path(__file__).parent.parent
-RATES = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
 
 
 def main() -> None:
