@@ -81,6 +81,6 @@ def test_an_untrained_model_starts_near_the_uniform_loss_and_validation_measures
     batches = [make_batch(random_sequences([30, 20], seed)) for seed in (1, 2)]
     values = validation_loss(model, batches)
     assert values["val_loss"] == pytest.approx(math.log(48), abs=0.05)
-    assert set(values) == {"val_loss", "val_mtp_loss_1"}
+    assert set(values) == {"val_loss", "val_mtp_loss_1", "val_max_vio"}
     training = supervised_loss(model, batches[0], LossWeights(mtp=0.0, balance=0.0)).total
     assert float(training.detach()) / 48 == pytest.approx(validation_loss(model, batches[:1])["val_loss"], rel=1e-5)

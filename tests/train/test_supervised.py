@@ -141,7 +141,8 @@ def test_a_signal_while_validating_is_heeded_after_the_next_step_which_is_saved(
 def test_training_learns_and_leaves_a_complete_run_directory(config, tmp_path):
     main(config)
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {"run.toml", "metrics.jsonl", "checkpoints", "data", "tokenizer"}
+    names = {"run.toml", "metrics.jsonl", "routing.jsonl", "checkpoints", "data", "tokenizer"}
+    assert {p.name for p in run.iterdir()} == names
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000030", "step-000040"]
     lines = read_metrics(run)
     steps = [line for line in lines if "loss" in line]
