@@ -16,6 +16,7 @@ from typing import Any
 
 import nh3
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -50,6 +51,7 @@ _MATH_ATTRIBUTES = set(
 _TEXT_TAGS = frozenset(
     "a blockquote br code div em h1 h2 h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead tr ul".split()
 )
+_STARS = re.compile(r"(?:(?<=\d)\*+|(?<=\))\*)(?=[\d(])", re.ASCII)
 _PLAIN = re.compile(r"[\w#.+\- ]{0,60}")
 """What an attribute may say that is no link: a size, a colour, a language."""
 
@@ -181,6 +183,7 @@ def _make_parser() -> MarkdownIt:
     markdown.validateLink = _is_safe_link  # type: ignore[method-assign]
     _bound_inline(markdown)
     add_formulas(markdown)
+    markdown.inline.ruler.before("emphasis", "product", _product)
     markdown.add_render_rule("fence", lambda _, tokens, at, *__: _code(tokens[at].content, tokens[at].info))
     markdown.add_render_rule("code_block", lambda _, tokens, at, *__: _code(tokens[at].content, ""))
     markdown.add_render_rule("image", _image)
@@ -202,6 +205,17 @@ def _bound_inline(markdown: MarkdownIt) -> None:
         return tokens
 
     markdown.inline.parse = bounded  # type: ignore[method-assign]
+
+
+def _product(state: StateInline, silent: bool) -> bool:
+    """Stars between numbers are what they are in arithmetic, and make nothing slanted or bold."""
+    found = _STARS.match(state.src, state.pos)
+    if found is None:
+        return False
+    if not silent:
+        state.pending += found[0]
+    state.pos = found.end()
+    return True
 
 
 def _is_safe_link(url: str) -> bool:
