@@ -4,6 +4,7 @@ Tensors go piece by piece between the files and the memory where they stay, so n
 pieces on the side. What they are called is in layout.py, the files in directory.py and tensorfile.py.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ from kogia.files import replacing_directory, write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_export import config_to_hf
 from kogia.model.linear import Linear
+from kogia.model.mla import MLA
 from kogia.model.quantised import make_packed
 from kogia.model.sharding import Part, Share, check_cuts, empty_share
 from kogia.model.transformer import Transformer, empty_model, materialize
@@ -131,6 +133,18 @@ def load_model(
     materialize(model, device)
     warn_of_nonfinite(in_parallel(lambda piece: piece(), _pieces(model, weights, share)), stored.directory)
     return model.eval()
+
+
+def loaded_bytes(stored: Stored, *, dtype: torch.dtype | None = None, quantize: str | None = None) -> int:
+    """What the weights of `load_model` will take, with the copies of packed ones that attention reads. No weight is
+    read. Raises ValueError as it does for weights that cannot be kept as they are."""
+    model = empty_model(stored.config, dtype or stored.dtype)
+    model.tie_head()
+    if quantize is not None:
+        _make_packed(model, weights_of(stored.tensors)[0], quantize, stored.directory)
+    copied = [module.kv_b_proj for module in model.modules() if isinstance(module, MLA) and module.kv_b_proj.format]
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return held + sum(math.prod(layer.shape) for layer in copied) * model.dtype.itemsize
 
 
 def _make_packed(model: Transformer, weights: Mapping[str, Weight], quantize: str, directory: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kogia.checkpoint.open import find_model
+from kogia.checkpoint.open import Found, find_model
 from kogia.config import from_dict
 from kogia.cores import check_threads
 from kogia.data.rows import conversation
@@ -16,7 +16,7 @@ from kogia.engine.engine import Engine
 from kogia.engine.limits import check_engine
 from kogia.engine.request import Completion, SamplingParams, TokenEvent
 from kogia.engine.threads import generation_threads
-from kogia.inference.parallel import StoredModel, open_parallel
+from kogia.inference.parallel import ParallelEngine, StoredModel, open_parallel
 from kogia.inference.readiness import Readiness
 from kogia.model.costs import num_params
 from kogia.text.chat import Message, Prompt, render_prompt
@@ -57,10 +57,7 @@ class LLM:
         """
         check_threads(threads)
         found = find_model(path, device=device, dtype=dtype, quantize=quantize)
-        if num_draft_tokens is None:
-            num_draft_tokens = min(1, found.config.num_mtp_layers)
-        config = from_dict(EngineConfig, {**engine_options, "num_draft_tokens": num_draft_tokens}, "engine")
-        check_engine(found.config, config, found.dtype)
+        config = engine_config(found, num_draft_tokens=num_draft_tokens, **engine_options)
         self.tokenizer, self.threads = found.tokenizer, threads
         self.readiness = Readiness()
         """What it took, stage by stage."""
@@ -78,6 +75,12 @@ class LLM:
         self._num_params = num_params(found.config)
         self.model = self.engine.model
         """With `tensor_parallel`, this process's share."""
+
+    def close(self) -> None:
+        """Give the memory back. Nothing can be asked any more."""
+        if isinstance(self.engine, ParallelEngine):
+            self.engine.close()
+        del self.engine, self.model
 
     def generate(
         self,
@@ -140,3 +143,12 @@ class LLM:
         if len(ids) == len(prompt):
             return ids
         return render_prompt(conversation(prompt, "the prompt"), self.tokenizer).token_ids
+
+
+def engine_config(found: Found, *, num_draft_tokens: int | None = 0, **options: Any) -> EngineConfig:
+    """The engine's settings for a model, as `LLM` takes them. Raises ValueError for what it could not be built with."""
+    if num_draft_tokens is None:
+        num_draft_tokens = min(1, found.config.num_mtp_layers)
+    config = from_dict(EngineConfig, {**options, "num_draft_tokens": num_draft_tokens}, "engine")
+    check_engine(found.config, config, found.dtype)
+    return config

@@ -10,7 +10,8 @@ from kogia.serve.errors import ApiError
 from kogia.serve.generation import Piece, pieces, run
 from kogia.serve.prompts import ChatMessage, dialogue, render
 from kogia.serve.sampling import SamplingBody, Thinking, sampling_params
-from kogia.serve.state import Running, ServedModel, ServerState
+from kogia.serve.served import ServedModel
+from kogia.serve.state import Running, ServerState
 from kogia.serve.tools import Tool, call_format
 from kogia.text.chat import Prompt
 from kogia.text.tools import ToolFormat
@@ -54,7 +55,7 @@ class Chat:
 
 async def start(state: ServerState, body: SamplingBody, turn: Turn, caller: Caller, id: str) -> Chat:
     """Begin to answer. Raises 400 for what will not do, 404 and 503 as `ServerState.find`."""
-    served = state.find(body.model)
+    served = await state.find(body.model)
     form = _tool_format(served, turn)
     prompt = await turn_prompt(served, turn)
     params = sampling_params(

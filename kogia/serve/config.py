@@ -1,5 +1,6 @@
 """Settings of `kogia serve`. Torch-free."""
 
+import re
 from dataclasses import KW_ONLY, dataclass
 from ipaddress import ip_address
 
@@ -7,8 +8,19 @@ from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype, LoadQuantize
 from kogia.engine.config import EngineConfig
-from kogia.inference.config import engine_options, filtered_sampling
+from kogia.inference.config import FILTERS, engine_options, filtered_sampling
 
+MODEL_OPTIONS = (
+    *("path", "name", "max_tokens", *FILTERS, "draft_tokens", "engine"),
+    *("tensor_parallel", "expert_parallel", "device", "dtype", "quantize"),
+)
+"""Fields of `ServeConfig` that are about one model: what a table of `models_file` may say."""
+UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for unit, base in (("B", 1000), ("iB", 1024), ("", 1024))
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:iB|B)?)")
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
 
@@ -31,6 +43,14 @@ class ServeConfig:
     and concurrent_requests."""
     name: tuple[str, ...] = ()
     """Names that requests call the model by; the first is the one that is shown. None is the last part of `path`."""
+    models_file: str | None = None
+    """TOML file with further models, a table per name: path, and what is not as this command says for the first one.
+    They are loaded when a request names them, or with at_start = true before the server is ready."""
+    memory_limit: str | None = None
+    """Most memory that weights and caches of all models may take, as 40GB or 37GiB: the model that nobody has named
+    for the longest is unloaded for another one. None unloads nothing."""
+    load_wait_seconds: float = 60.0
+    """How long a request waits for its model to be loaded before it is told to come again."""
     max_tokens: int | None = None
     """Longest answer of requests that name none; None leaves the rest of the context."""
     temperature: float | None = None
@@ -70,7 +90,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port = {self.port}: must be 0 to 65535 (0 takes a free one)")
-        for name in ("drain_seconds", "keep_alive_seconds"):
+        for name in ("drain_seconds", "keep_alive_seconds", "load_wait_seconds"):
             if not 0 < getattr(self, name) <= 86400:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0 and at most 86400 seconds")
         filtered_sampling(self, {})
@@ -79,6 +99,8 @@ class ServeConfig:
             raise ValueError(f"max_tokens = {self.max_tokens}: must be at least 1")
         if not 1 <= self.store_megabytes <= 10**6:
             raise ValueError(f"store_megabytes = {self.store_megabytes}: must be 1 to 1000000")
+        if self.memory_limit is not None:
+            num_bytes(self.memory_limit)
         if self.limits_file is not None and self.api_key_file is None:
             raise ValueError(f"limits_file = {self.limits_file!r}: limits are for keys; name them by api_key_file")
         if self.api_key_file is None and not is_loopback(self.host):
@@ -86,6 +108,14 @@ class ServeConfig:
                 f"host = {self.host!r}: whoever reaches this address could use the model, read the prompts of others "
                 "from its timing and fill its memory; name a file with keys by --api-key-file, or listen at 127.0.0.1"
             )
+
+
+def num_bytes(size: str) -> int:
+    """Of a size as people write it: 40GB, 37GiB or 37G, or bytes. Raises ValueError for what is none."""
+    match = _SIZE.fullmatch(size.strip())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"memory_limit = {size!r}: must be a size above 0, as 40GB, 37.5GiB or 40000000000")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def is_loopback(host: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kogia.serve.served import Entry
     from kogia.serve.state import Running
 
 
@@ -22,6 +23,8 @@ class Exchange:
     """None where the client left before there was one."""
     running: list["Running"] = field(default_factory=list)
     """What the engine was given for it."""
+    models: list["Entry"] = field(default_factory=list)
+    """That it uses: none of them is unloaded before it ends."""
 
 
 current: ContextVar[Exchange | None] = ContextVar("current", default=None)

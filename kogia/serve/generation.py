@@ -17,7 +17,8 @@ from kogia.engine.request import Completion, SamplingParams, TokenEvent, TopLogp
 from kogia.serve.access import Caller
 from kogia.serve.errors import ApiError, refused
 from kogia.serve.exchange import current
-from kogia.serve.state import Running, ServedModel, ServerState
+from kogia.serve.served import ServedModel
+from kogia.serve.state import Running, ServerState
 from kogia.text.chat import Prompt, ToolCall
 from kogia.text.thoughts import ThoughtSplitter, num_thought_tokens
 from kogia.text.tools import CallPiece, CallReader, Read

@@ -24,7 +24,8 @@ from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.exchange import Exchange
 from kogia.serve.page.facts import mixture_layers
-from kogia.serve.state import Running, ServedModel, ServerState
+from kogia.serve.served import Entry
+from kogia.serve.state import Running, ServerState
 
 router = APIRouter(tags=["operators"])
 REASONS = ("stop", "length", "abort", "error")
@@ -116,13 +117,13 @@ class Metrics(Collector):
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._of: dict[ServedModel, ModelMetrics] = {}
+        self._of: dict[str, ModelMetrics] = {}
         self._num_exchanges: dict[tuple[str, str], int] = {}
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
-        state.on_tokens.append(lambda running, *news: self.of(running.model).note_tokens(running, *news))
-        state.on_end.append(lambda running: self.of(running.model).note_end(running, state.clock()))
+        state.on_tokens.append(lambda running, *news: self.of(running.model.name).note_tokens(running, *news))
+        state.on_end.append(lambda running: self.of(running.model.name).note_end(running, state.clock()))
 
         state.on_exchange.append(self._note_exchange)
 
@@ -137,11 +138,12 @@ class Metrics(Collector):
             family.add_metric(key, count)
         return family
 
-    def of(self, model: ServedModel) -> ModelMetrics:
-        return self._of.setdefault(model, ModelMetrics())
+    def of(self, name: str) -> ModelMetrics:
+        """What has been counted of a model, however often it was loaded meanwhile."""
+        return self._of.setdefault(name, ModelMetrics())
 
     def collect(self) -> Iterator[Metric]:
-        each = [(model, self.of(model)) for model in dict.fromkeys(self._state.models.values())]
+        each = [(entry, self.of(entry.name)) for entry in self._state.models]
         for name, help, values in GAUGES:
             yield _family(GaugeMetricFamily, name, help, each, values)
         for name, help, values in COUNTERS:
@@ -157,11 +159,11 @@ class Metrics(Collector):
 
 
 LABELS = ("model_name", "engine")
-Each = Iterable[tuple[ServedModel, ModelMetrics]]
-Value = Callable[[ServedModel, ModelMetrics], float]
+Each = Iterable[tuple[Entry, ModelMetrics]]
+Value = Callable[[Entry, ModelMetrics], float]
 
 
-def _labels(model: ServedModel) -> list[str]:
+def _labels(model: Entry) -> list[str]:
     """vLLM numbers the engines of a model; here it is one."""
     return [model.name, "0"]
 
@@ -193,23 +195,26 @@ def _expert_load(each: Each) -> Metric:
     return family
 
 
-def _num_running(model: ServedModel, _: ModelMetrics) -> int:
-    return len(model.engine.scheduler.running)
+def _num_running(model: Entry, _: ModelMetrics) -> int:
+    return 0 if model.served is None else len(model.served.engine.scheduler.running)
 
 
-def _num_waiting(model: ServedModel, own: ModelMetrics) -> int:
+def _num_waiting(model: Entry, own: ModelMetrics) -> int:
     """Those that have not reached the scheduler, too."""
-    return max(0, model.engine.loop.num_unfinished - _num_running(model, own))
+    if model.served is None:
+        return 0
+    return max(0, model.served.engine.loop.num_unfinished - _num_running(model, own))
 
 
-def _cache_used(model: ServedModel, _: ModelMetrics) -> float:
-    pool = model.engine.scheduler.pool
+def _cache_used(model: Entry, _: ModelMetrics) -> float:
+    if model.served is None:
+        return 0.0
+    pool = model.served.engine.scheduler.pool
     return 1 - pool.num_free / pool.num_blocks
 
 
-def _acceptance(model: ServedModel, _: ModelMetrics) -> float:
-    stats = model.engine.stats
-    return stats.acceptance if stats.num_drafted else math.nan
+def _acceptance(model: Entry, _: ModelMetrics) -> float:
+    return model.stats.acceptance if model.stats.num_drafted else math.nan
 
 
 GAUGES: Sequence[tuple[str, str, Value]] = (
@@ -218,22 +223,22 @@ GAUGES: Sequence[tuple[str, str, Value]] = (
     ("vllm:kv_cache_usage_perc", "Share of the cache's blocks that sequences hold, 0 to 1.", _cache_used),
     ("vllm:gpu_cache_usage_perc", "The older name of vllm:kv_cache_usage_perc.", _cache_used),
     ("kogia_draft_acceptance", "Share of the drafts that were right since the start; NaN without any.", _acceptance),
-    (
-        "kogia_cache_bytes",
-        "Size of the cache, used or not.",
-        lambda model, _: model.engine.runner.cache.rows.nbytes,
-    ),
+    ("kogia_cache_bytes", "Size of the cache, used or not; 0 while unloaded.", lambda model, _: model.cache_bytes),
+    ("kogia_model_loaded", "1 while the model is loaded, else 0.", lambda model, _: float(model.served is not None)),
+    ("kogia_model_bytes", "What the model takes: weights and cache; 0 while unloaded.", lambda m, _: m.num_bytes),
 )
 COUNTERS: Sequence[tuple[str, str, Value]] = (
     ("vllm:prompt_tokens", "Tokens of prompts that have been read.", lambda _, own: own.prompt_tokens),
-    ("vllm:generation_tokens", "Tokens drawn.", lambda model, _: model.engine.stats.num_generated_tokens),
-    ("vllm:num_preemptions", "Sequences put back for want of room.", lambda m, _: m.engine.stats.num_preemptions),
+    ("vllm:generation_tokens", "Tokens drawn.", lambda model, _: model.stats.num_generated_tokens),
+    ("vllm:num_preemptions", "Sequences put back for want of room.", lambda m, _: m.stats.num_preemptions),
     ("vllm:prefix_cache_queries", "Tokens of prompts that were looked up.", lambda _, own: own.cache_queries),
     ("vllm:prefix_cache_hits", "Tokens of prompts that were found.", lambda _, own: own.cache_hits),
-    ("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", lambda model, _: model.engine.stats.num_drafted),
-    ("vllm:spec_decode_num_accepted_tokens", "Drafts that were right.", lambda m, _: m.engine.stats.num_accepted),
-    ("kogia_engine_steps", "Steps of the engine.", lambda model, _: model.engine.stats.num_steps),
-    ("kogia_engine_busy_seconds", "Time inside steps of the engine.", lambda model, _: model.engine.stats.seconds),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", lambda model, _: model.stats.num_drafted),
+    ("vllm:spec_decode_num_accepted_tokens", "Drafts that were right.", lambda m, _: m.stats.num_accepted),
+    ("kogia_engine_steps", "Steps of the engine.", lambda model, _: model.stats.num_steps),
+    ("kogia_model_loads", "How often the model was loaded.", lambda model, _: model.num_loads),
+    ("kogia_model_load_seconds", "Time that loading it took, together.", lambda model, _: model.load_seconds),
+    ("kogia_engine_busy_seconds", "Time inside steps of the engine.", lambda model, _: model.stats.seconds),
 )
 HISTOGRAMS: Sequence[tuple[str, str, Callable[[ModelMetrics], Histogram]]] = (
     ("vllm:time_to_first_token_seconds", "From a request to its first token.", lambda own: own.first_token),

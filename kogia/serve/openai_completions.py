@@ -19,8 +19,9 @@ from kogia.serve.generation import Piece, collect, merge, new_id, pieces, run, t
 from kogia.serve.logprobs import TextLogprobs, prompt_logprobs, routed_experts
 from kogia.serve.openai_chat import StreamOptions, last_chunk
 from kogia.serve.sampling import Format, SamplingBody, format_of, sampling_params
+from kogia.serve.served import ServedModel
 from kogia.serve.sse import DONE, EventStream, encode, until_gone
-from kogia.serve.state import Running, ServedModel, ServerState
+from kogia.serve.state import Running, ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.text.chat import Prompt
 from kogia.text.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ async def complete(body: CompletionBody, request: Request, caller: Caller) -> Re
     state: ServerState = request.app.state.server
     state.note_ignored("/v1/completions", body.unknown)
     _check(body)
-    served = state.find(body.model)
+    served = await state.find(body.model)
     prompts = await asyncio.to_thread(_encode, body, served)
     reply = CompletionReply(state, body, await _start(state, body, served, caller, prompts))
     if body.stream:

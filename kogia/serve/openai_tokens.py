@@ -12,7 +12,8 @@ from kogia.serve.fields import Body, Flag, Name, Text, TokenIds
 from kogia.serve.openai_chat import TemplateSwitches
 from kogia.serve.prompts import Messages, dialogue, render
 from kogia.serve.sampling import Thinking
-from kogia.serve.state import ServedModel, ServerState
+from kogia.serve.served import ServedModel
+from kogia.serve.state import ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.serve.tools import Tools
 
@@ -42,7 +43,7 @@ async def tokenize(body: TokenizeBody, request: Request, caller: Caller = Depend
     state.note_ignored("/tokenize", body.unknown)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError("give either a prompt or messages", param="prompt")
-    served = state.find(body.model)
+    served = await state.find(body.model)
     tokens = await asyncio.to_thread(_tokens, body, served)
     answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": served.config.max_position}
     if body.return_token_strs:
@@ -52,7 +53,7 @@ async def tokenize(body: TokenizeBody, request: Request, caller: Caller = Depend
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
-    served = request.app.state.server.find(body.model)
+    served = await request.app.state.server.find(body.model)
     beyond = next((token for token in body.tokens if token >= served.config.vocab_size), None)
     if beyond is not None:
         raise ApiError(f"tokens has {beyond}: the model knows 0..{served.config.vocab_size - 1}", param="tokens")
@@ -64,7 +65,7 @@ async def tokenizer_info(
     request: Request, model: Name | None = None, caller: Caller = Depends(authenticate)
 ) -> dict[str, Any]:
     """What a client needs to render conversations itself, in the words of tokenizer_config.json."""
-    served: ServedModel = request.app.state.server.find(model)
+    served: ServedModel = await request.app.state.server.find(model)
     tokenizer = served.tokenizer
     return {
         **tokenizer.special_tokens,

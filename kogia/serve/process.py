@@ -3,34 +3,27 @@
 import asyncio
 import signal
 import socket
-import time
-from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from kogia import log
-from kogia.checkpoint.directory import resolve_model_dir
-from kogia.engine.threads import generation_threads
-from kogia.inference.config import FILTERS, engine_options, filtered_sampling
-from kogia.inference.llm import LLM
-from kogia.model.costs import num_params
 from kogia.serve.access import Keys
 from kogia.serve.access_log import access_log
 from kogia.serve.app import create_app
 from kogia.serve.config import ServeConfig
 from kogia.serve.connection import IDLE_SECONDS, Protocol
 from kogia.serve.guard import MOST_HEADER_BYTES
-from kogia.serve.state import ServedModel, ServerState, Status
-from kogia.text.files import read_generation
+from kogia.serve.loading import size
+from kogia.serve.models import Models
+from kogia.serve.state import ServerState, Status
 
 
 def serve(config: ServeConfig) -> int:
     """Serve until a signal ends it. Raises ValueError or OSError for what will not do."""
     state = ServerState(config, Keys.read(config.api_key_file))
     with listen(config) as listener:
-        asyncio.run(Process(state, lambda: load_model(config)).run(listener))
+        asyncio.run(Process(state).run(listener))
     return 0
 
 
@@ -49,29 +42,10 @@ def listen(config: ServeConfig) -> socket.socket:
     return listener
 
 
-def load_model(config: ServeConfig) -> ServedModel:
-    """Load the model of a configuration. Raises ValueError as `LLM` does."""
-    directory = resolve_model_dir(config.path)
-    own = {} if directory.is_file() else read_generation(directory)
-    filters = filtered_sampling(config, own)
-    llm = LLM(
-        directory,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        tensor_parallel=config.tensor_parallel,
-        expert_parallel=config.expert_parallel,
-        **engine_options(config.engine, config.draft_tokens),
-    )
-    name = config.name[0] if config.name else Path(config.path).resolve().name
-    defaults = {name: getattr(filters, name) for name in FILTERS}
-    return ServedModel(name, llm, defaults, config.max_tokens)
-
-
 class Process(uvicorn.Server):
-    """One application at one socket, with a model that is loaded while it listens."""
+    """One application at one socket, with models that are loaded while it listens."""
 
-    def __init__(self, state: ServerState, load: Callable[[], ServedModel]) -> None:
+    def __init__(self, state: ServerState) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(state),
@@ -87,8 +61,6 @@ class Process(uvicorn.Server):
             )
         )
         self.state = state
-        self._load = load
-        self._began = time.perf_counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._error: BaseException | None = None
@@ -96,7 +68,7 @@ class Process(uvicorn.Server):
     async def run(self, listener: socket.socket) -> None:  # type: ignore[override]
         """Serve until `stop`. Raises what loading raises."""
         self._loop = asyncio.get_running_loop()
-        with access_log(self.state):
+        with access_log(self.state), self.state.models:
             loading = asyncio.ensure_future(self._load_and_say(listener))
             await self.serve(sockets=[listener])
         if loading.done():
@@ -106,19 +78,14 @@ class Process(uvicorn.Server):
 
     async def _load_and_say(self, listener: socket.socket) -> None:
         try:
-            served = await asyncio.to_thread(self._load)
+            await self.state.models.open()
         except BaseException as error:  # noqa: BLE001 - `run` raises it
             self._error, self.should_exit = error, True
             return
-        self.state.add(served, self.state.config.name)
-        if self.state.status is not Status.LOADING:
-            return
-        self.state.status = Status.READY
-        host, port = listener.getsockname()[:2]
-        log.info(ready_line(served, f"http://{f'[{host}]' if ':' in host else host}:{port}"))
-        with generation_threads(None, num_params(served.config)):
-            while not self.should_exit:
-                await asyncio.sleep(0.1)
+        if self.state.status is Status.LOADING:
+            self.state.status = Status.READY
+            host, port = listener.getsockname()[:2]
+            log.info(ready_line(self.state.models, f"http://{f'[{host}]' if ':' in host else host}:{port}"))
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
@@ -147,18 +114,15 @@ class Process(uvicorn.Server):
         self.should_exit = True
 
 
-def ready_line(served: ServedModel, url: str) -> str:
-    """URL, model, memory, and what it took."""
-    engine, model = served.engine, served.llm.model
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    cache = engine.runner.cache
-    tokens = cache.num_blocks * cache.block_size
+def ready_line(models: Models, url: str) -> str:
+    """URL, the first model, its memory and what it took, and which others there are."""
+    first, *others = models
+    more = "".join(f"; {entry.name} {entry.phase}" for entry in others)
+    assert first.served is not None, "it is loaded before the server is ready"
+    cache = first.served.engine.runner.cache
+    num_tokens = cache.num_blocks * cache.block_size
     return (
-        f"{url} serves {served.name}: "
-        f"weights {_size(weights)}, cache {_size(cache.rows.nbytes)} for {tokens:,} tokens, "
-        f"context {served.config.max_position:,}; {served.llm.readiness}"
+        f"{url} serves {first.name}: "
+        f"weights {size(first.need.weights)}, cache {size(cache.rows.nbytes)} for {num_tokens:,} tokens, "
+        f"context {first.config.max_position:,}; {first.served.llm.readiness}{more}"
     )
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from kogia.serve.errors import ApiError
 from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Flag, Name, Part, Text, items
 from kogia.serve.sampling import Thinking
-from kogia.serve.state import ServedModel
+from kogia.serve.served import ServedModel
 from kogia.text.chat import Message, Prompt, ToolCall, continue_prompt, has_thinking_switch, render_prompt
 from kogia.text.tokenizer import END_THINK
 

@@ -36,7 +36,7 @@ from kogia.serve.fields import (
     given,
     items,
 )
-from kogia.serve.state import ServedModel
+from kogia.serve.served import ServedModel
 from kogia.text.chat import Prompt
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

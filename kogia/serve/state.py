@@ -2,26 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
-from typing import Any
 
 from kogia import log
-from kogia.engine.engine import Engine
 from kogia.engine.loop import Stream
 from kogia.engine.request import SamplingParams
-from kogia.inference.llm import LLM
-from kogia.model.config import ModelConfig
 from kogia.serve.access import Caller, Keys
 from kogia.serve.config import ServeConfig
 from kogia.serve.conversations import ConversationStore
 from kogia.serve.errors import ApiError
-from kogia.serve.exchange import Exchange
+from kogia.serve.exchange import Exchange, current
 from kogia.serve.limits import Limiter
-from kogia.text.tokenizer import Tokenizer
-from kogia.text.tools import ToolFormat, tool_format
+from kogia.serve.models import Models
+from kogia.serve.served import ServedModel
 
 CHUNKS_PER_SECOND = 500
 """Of all streams together, roughly: a chunk costs a tenth of a millisecond."""
@@ -34,35 +29,6 @@ class Status(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     """Runs what it has, and takes no more."""
-
-
-@dataclass(eq=False)
-class ServedModel:
-    """One model that requests may name."""
-
-    name: str
-    llm: LLM
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling settings of requests that name none."""
-    max_tokens: int | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def engine(self) -> Engine:
-        return self.llm.engine
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.llm.tokenizer
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.llm.model.config
-
-    @cached_property
-    def tool_format(self) -> ToolFormat | None:
-        """How the model calls tools; None where its chat template knows none."""
-        return tool_format(self.tokenizer.template_source)
 
 
 @dataclass(eq=False)
@@ -105,8 +71,7 @@ class ServerState:
         self.limiter = Limiter.read(config.limits_file, [caller.name for caller in self.keys.callers])
         self.store = ConversationStore.of(config)
         """None where conversations stay in the browser."""
-        self.models: dict[str, ServedModel] = {}
-        """By every name that requests may use."""
+        self.models = Models(config)
         self.running: dict[str, Running] = {}
         """By the id of the answer."""
         self.status = Status.LOADING
@@ -119,21 +84,11 @@ class ServerState:
         """Told of everything that was asked, when its answer is sent."""
         self._ignored: set[tuple[str, str]] = set()
 
-    def add(self, model: ServedModel, names: Sequence[str] = ()) -> None:
-        """Serve a model by its name and further ones."""
-        self.models |= dict.fromkeys((model.name, *names), model)
-
-    def find(self, name: str | None) -> ServedModel:
-        """The model of a request that names it, or of one that names none where there is one. Raises 503 where the
-        server takes no requests, 404 for a name that it does not know."""
+    async def find(self, name: str | None) -> ServedModel:
+        """The model of a request that names it, or of one that names none where there is one, loaded. Raises 404 for a
+        name that the server does not know, 503 where it takes no requests or cannot load the model in time."""
         self.check_ready()
-        served = list(dict.fromkeys(self.models.values()))
-        if name is None and len(served) == 1:
-            return served[0]
-        if name not in self.models:
-            known = ", ".join(self.models)
-            raise ApiError(f"model = {name!r}: must be one of {known}", 404, param="model", code="model_not_found")
-        return self.models[name]
+        return await self.models.use(name, current.get())
 
     def check_ready(self) -> None:
         if self.status is not Status.READY:
@@ -162,6 +117,8 @@ class ServerState:
             running.first_token = now
 
     def note_exchange(self, exchange: Exchange) -> None:
+        """An answer has been sent, or could not be: nothing more is done for it."""
+        self.models.leave(exchange)
         for listener in self.on_exchange:
             listener(exchange)
 

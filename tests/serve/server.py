@@ -9,7 +9,7 @@ from pathlib import Path
 from kogia.engine.config import EngineConfig
 from kogia.serve.access import Keys
 from kogia.serve.config import ServeConfig
-from kogia.serve.process import Process, listen, load_model
+from kogia.serve.process import Process, listen
 from kogia.serve.state import ServerState, Status
 
 
@@ -20,11 +20,11 @@ class RunningServer:
 
     @property
     def engine(self):
-        return next(iter(self.state.models.values())).engine
+        return next(iter(self.state.models)).served.engine
 
     @property
     def tokenizer(self):
-        return next(iter(self.state.models.values())).tokenizer
+        return next(iter(self.state.models)).served.tokenizer
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def serving(directory: Path, *, engine: dict | None = None, **settings) -> Itera
     )
     state = ServerState(config, Keys.read(config.api_key_file))
     with listen(config) as listener:
-        process = Process(state, lambda: load_model(config))
+        process = Process(state)
         thread = threading.Thread(target=lambda: asyncio.run(process.run(listener)))
         thread.start()
         try:

@@ -14,6 +14,7 @@ from serve.asks import HELLO, events, refusal
 from serve.server import serving
 
 from kogia import cli
+from kogia.serve import models
 from kogia.serve.state import Status
 
 
@@ -57,8 +58,8 @@ def test_the_ready_line_says_url_model_memory_and_stages_and_sigterm_lets_stream
 def test_while_the_model_loads_the_server_lives_and_is_not_ready(model, monkeypatch):
     from serve import server as server_module
 
-    wait, load = threading.Event(), server_module.load_model
-    monkeypatch.setattr(server_module, "load_model", lambda config: (wait.wait(10), load(config))[1])
+    wait, read = threading.Event(), models.read_models
+    monkeypatch.setattr(models, "read_models", lambda config: (wait.wait(10), read(config))[1])
     started = threading.Event()
 
     def ask(port: int) -> None:

@@ -4,18 +4,19 @@ from typing import Any
 
 from kogia.model.config import ModelConfig
 from kogia.model.costs import Component, model_costs
-from kogia.serve.state import ServedModel
+from kogia.serve.served import Entry
 
 
-def model_facts(name: str, served: ServedModel) -> dict[str, Any]:
+def model_facts(entry: Entry) -> dict[str, Any]:
     """Sizes in parameters and tokens; `topk` is 0 in a model without experts."""
-    config, costs = served.config, model_costs(served.config)
+    config, costs = entry.config, model_costs(entry.config)
     return {
-        "name": name,
+        "name": entry.name,
+        "state": entry.phase,
         "context": config.max_position,
         "params": costs.params,
         "active_params": costs.active_params,
-        "defaults": {name: value for name, value in served.defaults.items() if isinstance(value, int | float)},
+        "defaults": {name: value for name, value in entry.defaults.items() if isinstance(value, int | float)},
         **_expert_facts(config),
     }
 

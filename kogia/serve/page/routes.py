@@ -18,8 +18,9 @@ from kogia.serve.page.answer import Answer
 from kogia.serve.page.facts import model_facts
 from kogia.serve.page.render import render
 from kogia.serve.page.trace import trace_of, trace_params
+from kogia.serve.served import ServedModel
 from kogia.serve.sse import EventStream, until_gone
-from kogia.serve.state import ServedModel, ServerState
+from kogia.serve.state import ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.text.chat import Prompt
 from kogia.text.thoughts import num_thought_tokens
@@ -42,8 +43,7 @@ class TraceBody(ChatBody):
 async def models(request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
     state: ServerState = request.app.state.server
     state.check_ready()
-    models = [model_facts(served.name, served) for served in dict.fromkeys(state.models.values())]
-    return {"models": models, "keeps": state.store is not None}
+    return {"models": [model_facts(entry) for entry in state.models], "keeps": state.store is not None}
 
 
 @router.post("/page/render")
@@ -63,7 +63,7 @@ async def chat(body: ChatBody, request: Request, caller: Caller = Depends(authen
 @router.post("/page/trace")
 async def trace(body: TraceBody, request: Request, caller: Caller = Depends(authenticate)) -> Response:
     state: ServerState = request.app.state.server
-    served = state.find(body.model)
+    served = await state.find(body.model)
     found = await until_gone(request.receive, _traced(state, served, body, caller))
     return JSONResponse(found or {})
 

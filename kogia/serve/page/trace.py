@@ -13,7 +13,7 @@ from kogia.engine.request import Completion, SamplingParams, TopLogprobs
 from kogia.serve.access import Caller
 from kogia.serve.logprobs import LEAST
 from kogia.serve.page.facts import mixture_layers
-from kogia.serve.state import ServedModel
+from kogia.serve.served import ServedModel
 from kogia.text.stream import IncrementalDecoder
 from kogia.text.tokenizer import Tokenizer
 

@@ -22,8 +22,6 @@ from serve.server import RunningServer, serving
 
 from kogia.checkpoint.hf import save_model
 from kogia.model.transformer import build_model
-from kogia.serve.config import ServeConfig
-from kogia.serve.process import load_model
 from kogia.text.tokenizer import train_bpe
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -226,18 +224,24 @@ def test_two_answers_are_written_side_by_side_and_one_goes_on(page, server):
     expect(page.locator(".answer .branches")).to_contain_text("/ 2")
 
 
-def test_two_models_answer_side_by_side(context, model):
-    with serving(model) as both:
-        both.state.add(load_model(ServeConfig(path=str(model), name=("other",), device="cpu")))
+def test_two_models_answer_side_by_side_the_second_loaded_for_it(context, model, tmp_path):
+    file = tmp_path / "models.toml"
+    file.write_text(f'[other]\npath = "{model}"\n')
+    with serving(model, models_file=str(file)) as both:
         page = opened(context, both)
         answering(page, "yes")
         page.keyboard.press("Alt+s")
         page.get_by_label("Compare with a second answer").check()
-        page.locator(".second").get_by_label("Model", exact=True).select_option("other")
+        chooser = page.locator(".second").get_by_label("Model", exact=True)
+        expect(chooser.locator("option")).to_have_text(["tiny", "other (not loaded)"])
+        chooser.select_option("other")
         page.keyboard.press("Escape")
         ask(page)
         ended(page, 2)
         expect(page.locator(".pair .caption")).to_have_text(["tiny", "other"])
+        assert both.state.models["other"].served is not None
+        page.keyboard.press("Alt+s")
+        expect(chooser.locator("option")).to_have_text(["tiny", "other"])
 
 
 def test_tokens_and_experts_of_an_answer_are_shown(page, server):

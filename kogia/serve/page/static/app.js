@@ -326,9 +326,11 @@ class App {
 
   // The panel ---------------------------------------------------------------------------------------------------------
 
-  settings() {
+  async settings() {
     if (this.panel === "settings") return this.closePanel();
     this.openPanel("settings");
+    if (this.models.length > 1) await this.loadModels(); // which of them are loaded may have changed
+    if (this.panel !== "settings") return;
     const change = (changed) => this.change({ ...this.current, ...changed });
     const compareWith = (other) => {
       change({ other });

@@ -26,7 +26,7 @@ function form(settings, models, change) {
   return h(
     "div",
     { class: "settings" },
-    models.length > 1 ? field("Model", choice(models.map((each) => [each.name, each.name]), settings.model ?? model.name, (value) => set("model", value))) : null,
+    models.length > 1 ? field("Model", choice(models.map((each) => [each.name, each.state === "loaded" ? each.name : `${each.name} (not loaded)`]), settings.model ?? model.name, (value) => set("model", value))) : null,
     field("System prompt", area(settings.system, (value) => set("system", value))),
     field("Thinking", choice([["", "As the model does"], ["on", "On"], ["off", "Off"]], { true: "on", false: "off" }[settings.thinking] ?? "", (value) => set("thinking", { on: true, off: false }[value] ?? null))),
     field("Longest thought, in tokens", number(settings.budget, { min: 1, step: 1, placeholder: "no limit" }, (value) => set("budget", value))),
