@@ -39,7 +39,7 @@ def test_every_range_of_the_project_holds_its_pin():
     everything = lock | pins(ROOT / "requirements/dev.txt")
     ranges = [
         *((line, lock) for line in project["project"]["dependencies"]),
-        *((line, everything) for extra in ("dev", "parquet") for line in extras[extra]),
+        *((line, everything) for extra in ("dev", "parquet", "telemetry") for line in extras[extra]),
         *((line, build) for line in project["build-system"]["requires"]),
     ]
     for line, pinned in ranges:

@@ -89,6 +89,15 @@ class BlockPool:
             if self._names[block] is not None:
                 self._forget(block)
 
+    def forget_all(self) -> int:
+        """Let nobody find any block any more. Returns how many could be found."""
+        count = len(self._index)
+        self._index.clear()
+        self._names = [None] * self.num_blocks
+        self._blank += self._cached
+        self._cached.clear()
+        return count
+
     def taint(self, blocks: Sequence[int]) -> None:
         """Note that rows of these blocks may not be finite."""
         self._tainted.update(blocks)

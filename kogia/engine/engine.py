@@ -312,6 +312,14 @@ class Engine:
                     request.weights_version = self.weights_version
             self.weights_version = self.weights_version + 1 if version is None else version
 
+    def forget_prefixes(self) -> int:
+        """Let no later request find a cached prefix; running ones keep theirs. Returns how many blocks were known."""
+        with self.loop.paused():
+            return self._forget_prefixes()
+
+    def _forget_prefixes(self) -> int:
+        return self.scheduler.pool.forget_all()
+
     def _take_weights(self, source: Transformer | Mapping[str, Tensor]) -> None:
         if source is not self.model:
             target, new = self.model.state_dict(), source.state_dict() if isinstance(source, Transformer) else source

@@ -171,6 +171,8 @@ class StreamLoop:
         self._departures: list[int] = []
         self._to_answer: list[int] = []
         """Whose thoughts are to be closed."""
+        self._num_pausing = 0
+        """Who wait for a pause: the loop's own thread, which would take its next turn at once, lets them go first."""
         self._turn: object | None = None
         """Of whoever has the engine, for steps or a pause."""
         self._thread: threading.Thread | None = None
@@ -295,10 +297,20 @@ class StreamLoop:
         """Nobody steps within the block. Waits for a step under way."""
         turn = object()
         try:
-            self._take_turn(turn)
+            self._wait_for_pause(turn)
             yield
         finally:
             self._release(turn)
+
+    def _wait_for_pause(self, turn: object) -> None:
+        with self._lock:
+            self._num_pausing += 1
+        try:
+            self._take_turn(turn)
+        finally:
+            with self._lock:
+                self._num_pausing -= 1
+                self._changed.notify_all()
 
     def _drive(self) -> None:
         turn = object()
@@ -316,7 +328,7 @@ class StreamLoop:
     def _take_turn(self, turn: object, ready: Callable[[], bool] = lambda: False, *, is_driver: bool = False) -> bool:
         """Wait for `ready` (False) or for the engine to be free (True, and it is taken)."""
         with self._lock:
-            self._changed.wait_for(lambda: ready() or self._turn is None)
+            self._changed.wait_for(lambda: ready() or (self._turn is None and not (is_driver and self._num_pausing)))
             is_ready = ready()
             if not is_ready:
                 self._turn = turn

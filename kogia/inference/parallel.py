@@ -205,6 +205,11 @@ class ParallelEngine(ShareEngine):
             self.team.tell("abort", request_id)
             return super().abort(request_id)
 
+    def _forget_prefixes(self) -> int:
+        with self._together():
+            self.team.tell("forget_prefixes")
+            return super()._forget_prefixes()
+
     def stop_thinking(self, request_id: int) -> bool:
         with self._together():
             self.team.tell("stop_thinking", request_id)
@@ -310,6 +315,8 @@ def _obey(engine: ShareEngine, command: str, *values: Any) -> None:
             engine.abort(request_id)
         case "stop_thinking", request_id:
             engine.stop_thinking(request_id)
+        case ("forget_prefixes",):
+            engine.forget_prefixes()
         case ("update_weights",):
             engine.update_weights({})
         case _:

@@ -17,6 +17,8 @@ from kogia.text.files import read_text
 
 _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _NAMED = re.compile(r"(?:([A-Za-z0-9_.-]{1,64}):\s+)?(\S+)")
+ADMIN_PREFIX = "/v1/admin"
+"""Of routes for those who manage the server."""
 LEAST_CHARS = 16
 """Of a key: shorter ones can be tried out."""
 
@@ -45,7 +47,7 @@ class Keys:
     callers: Sequence[Caller] = field(default=())
 
     @classmethod
-    def read(cls, path: str | Path | None) -> "Keys":
+    def read(cls, path: str | Path | None, option: str = "--api-key-file") -> "Keys":
         """Of a file as `ServeConfig.api_key_file` says. Raises ValueError, naming the line."""
         if path is None:
             return cls()
@@ -53,12 +55,22 @@ class Keys:
         if os.name == "posix" and file.is_file() and file.stat().st_mode & 0o077:
             log.warn(f"{file}: others on this machine can read these keys; chmod 600 {file}")
         if not file.exists():
-            raise ValueError(f"{file}: no such file; --api-key-file names one with a key a line")
+            raise ValueError(f"{file}: no such file; {option} names one with a key a line")
         lines = [(number, line.strip()) for number, line in enumerate(read_text(file).splitlines(), 1)]
         callers = [_caller(f"{file}:{number}", line) for number, line in lines if line and not line.startswith("#")]
         if not callers:
             raise ValueError(f"{file}: holds no key; write one a line")
         return cls(tuple(callers))
+
+    def check_apart(self, others: "Keys") -> None:
+        """Raise ValueError for a key that is among `others`, too."""
+        known = {caller.digest: caller.name for caller in others.callers}
+        both = next((caller for caller in self.callers if caller.digest in known), None)
+        if both is not None:
+            raise ValueError(
+                f"the admin key {both.name} is the key of {known[both.digest]}, too; draw another: what opens the "
+                "server must not manage it"
+            )
 
     def find(self, key: str | None) -> Caller | None:
         """Whose key it is. Takes the same time whichever it is."""
@@ -90,15 +102,38 @@ def authenticate(request: Request) -> Caller:
     """
     caller = request.app.state.server.keys.find(_key(request.headers))
     if caller is None:
-        raise ApiError(
-            "the key is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`",
-            401,
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        raise _no_key("key")
     if (exchange := current.get()) is not None:
         exchange.caller = caller.name
     return caller
+
+
+def authenticate_by_path(request: Request) -> None:
+    """What the route that the path leads to will ask for, before anything else of a request is read."""
+    manages = request.url.path.startswith(f"{ADMIN_PREFIX}/") and request.app.state.server.admin_keys.callers
+    (authenticate_admin if manages else authenticate)(request)
+
+
+def authenticate_admin(request: Request) -> Caller:
+    """The operator behind a request. Raises 403 for a user's key, 401 for what is none."""
+    state, key = request.app.state.server, _key(request.headers)
+    admin, user = state.admin_keys.find(key), state.keys.find(key)
+    if admin is None and user not in (None, ANYBODY):
+        raise ApiError("this key is a user's: what manages the server takes one of --admin-key-file", 403)
+    if admin is None:
+        raise _no_key("admin key")
+    if (exchange := current.get()) is not None:
+        exchange.caller = f"admin: {admin.name}"
+    return admin
+
+
+def _no_key(what: str) -> ApiError:
+    return ApiError(
+        f"the {what} is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`",
+        401,
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
 
 
 def _key(headers: Mapping[str, str]) -> str | None:

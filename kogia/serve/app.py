@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from kogia.serve import (
+    admin,
     anthropic,
     deepseek,
     health,
@@ -48,6 +49,8 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.metrics = Metrics(state)
     for router in ROUTERS:
         app.include_router(router)
+    if state.admin_keys.callers:
+        app.include_router(admin.router)
     app.add_api_route("/openapi.json", openapi_document, include_in_schema=False)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(RequestValidationError, answer_validation)

@@ -38,6 +38,9 @@ class ServeConfig:
     api_key_file: str | None = None
     """File with the keys that open the server, one a line; an optional name stands before it, as in `alice: KEY`. A key
     may be given by its SHA-256, as `sha256:HEX`."""
+    admin_key_file: str | None = None
+    """File with the keys of those who manage the server, written as those of --api-key-file and none of them; without
+    it there is no /v1/admin."""
     limits_file: str | None = None
     """TOML file with what each key may use: a table per name, or `default`, of requests_per_minute, tokens_per_minute
     and concurrent_requests."""
@@ -72,6 +75,9 @@ class ServeConfig:
     """Directory for the conversations of the chat page, apart for each key. None leaves them in the browser."""
     store_megabytes: int = 256
     """Most that the conversations of one key may take, in 10^6 bytes."""
+    otlp_endpoint: str | None = None
+    """Address of an OpenTelemetry collector, as http://127.0.0.1:4318, that gets a span per request of a model (OTLP
+    over HTTP; needs kogia[telemetry]). The only thing that the server ever asks of others. None sends nothing."""
     draft_tokens: int | None = None
     """Tokens drafted per step by the MTP module; None takes engine.num_draft_tokens, or if that is 0 one where the
     model has the module."""
@@ -101,6 +107,8 @@ class ServeConfig:
             raise ValueError(f"store_megabytes = {self.store_megabytes}: must be 1 to 1000000")
         if self.memory_limit is not None:
             num_bytes(self.memory_limit)
+        if self.otlp_endpoint is not None and not re.match(r"https?://[^/\s]+", self.otlp_endpoint):
+            raise ValueError(f"otlp_endpoint = {self.otlp_endpoint!r}: must be a URL, as http://127.0.0.1:4318")
         if self.limits_file is not None and self.api_key_file is None:
             raise ValueError(f"limits_file = {self.limits_file!r}: limits are for keys; name them by api_key_file")
         if self.api_key_file is None and not is_loopback(self.host):

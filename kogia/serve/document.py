@@ -106,7 +106,7 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 USAGE = _object(prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT)
 REASON: Schema = {"enum": ["stop", "length", "tool_calls"]}
 STATUS = _object(status=TEXT)
-MODEL = _object(id=TEXT, object={"const": "model"}, created=COUNT, owned_by=TEXT, max_model_len=COUNT)
+MODEL = _object(id=TEXT, object={"const": "model"}, created=COUNT, owned_by=TEXT, max_model_len=COUNT, state=TEXT)
 MESSAGE = _object(role={"const": "assistant"}, content=NULLABLE_TEXT)
 
 

@@ -1,5 +1,6 @@
 """One request and its answer, as those who watch the server see it: without what was said."""
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ class Exchange:
     """None where the client left before there was one."""
     running: list["Running"] = field(default_factory=list)
     """What the engine was given for it."""
+    trace: Mapping[str, str] | None = None
+    """Headers that name the trace which its client keeps of it, where somebody is told of them."""
     models: list["Entry"] = field(default_factory=list)
     """That it uses: none of them is unloaded before it ends."""
 

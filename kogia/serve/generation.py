@@ -118,6 +118,7 @@ async def run(
     running = Running(id, served, caller, stream, params, prompt.token_ids, prompt.opens_thought, is_text, began)
     state.begin(running)
     if (exchange := current.get()) is not None:
+        running.request_id = exchange.id
         exchange.running.append(running)
     return running
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kogia import log
-from kogia.serve.access import authenticate
+from kogia.serve.access import authenticate_by_path
 from kogia.serve.config import is_loopback
 from kogia.serve.errors import ApiError, internal, response_to
 from kogia.serve.exchange import Exchange, current
@@ -49,11 +49,13 @@ class Guard:
             return
         exchange = Exchange(f"req_{uuid.uuid4().hex}", scope["method"], self._state.clock())
         current.set(exchange)
+        for listener in self._state.on_begin:
+            listener(exchange, Headers(scope=scope))
         transfer = _Transfer(exchange, scope, receive, send)
         try:
             self._check(scope)
             if transfer.has_body:
-                authenticate(Request(scope))  # nothing is read of those who have no key
+                authenticate_by_path(Request(scope))  # nothing is read of those who have no key
             await transfer.read_body()
             await self._app(scope, transfer.receive, transfer.send)
         except ApiError as error:

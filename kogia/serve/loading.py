@@ -3,7 +3,7 @@
 import gc
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from kogia.engine.engine import affordable_blocks
 from kogia.engine.limits import block_bytes
 from kogia.inference.config import FILTERS, engine_options, filtered_sampling
 from kogia.inference.llm import LLM, engine_config
+from kogia.inference.parallel import ParallelEngine
 from kogia.serve.config import MODEL_OPTIONS, ServeConfig, num_bytes
+from kogia.serve.memory import give_back
 from kogia.serve.served import Entry, Need, ServedModel
 from kogia.text.files import read_generation, read_text
 
@@ -45,8 +47,31 @@ def unload_model(served: ServedModel) -> None:
     """Give back what a model takes."""
     served.llm.close()
     gc.collect()  # an engine and its loop know each other
+    give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def reload_weights(served: ServedModel, config: ServeConfig) -> None:
+    """Put the weights of a configuration in the place of a model's own, beside which they are read on the CPU first.
+
+    Raises ValueError or OSError where that cannot be; the model is as it was.
+    """
+    found = find_model(config.path, device="cpu", dtype=config.dtype, quantize=config.quantize)
+    _check_same(served, found)
+    new = found._replace(dtype=served.llm.model.dtype).open().model
+    served.engine.update_weights(new.state_dict())
+
+
+def _check_same(served: ServedModel, found: Found) -> None:
+    """Raise ValueError unless a model is of the same architecture, with the same tokenizer."""
+    engine, new = served.engine, found.config
+    own = engine.whole if isinstance(engine, ParallelEngine) else engine.model.config
+    wrong = [each.name for each in fields(own) if getattr(own, each.name) != getattr(new, each.name)]
+    if wrong:
+        raise ValueError(f"{found.directory} is of another architecture: {', '.join(wrong)} differ")
+    if found.tokenizer.backend.to_str() != served.tokenizer.backend.to_str():
+        raise ValueError(f"{found.directory} has another tokenizer; load it as a model of its own")
 
 
 def names_of(config: ServeConfig) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 from kogia import log
 from kogia.engine.threads import generation_threads
@@ -16,7 +17,7 @@ from kogia.model.costs import num_params
 from kogia.serve.config import ServeConfig, num_bytes
 from kogia.serve.errors import ApiError
 from kogia.serve.exchange import Exchange
-from kogia.serve.loading import load_model, read_models, size, unload_model
+from kogia.serve.loading import load_model, read_models, reload_weights, size, unload_model
 from kogia.serve.served import Entry, Phase, ServedModel
 
 MOST_WAITING = 100
@@ -42,6 +43,8 @@ class Models:
         self._freed = asyncio.Event()
         """A model has been left by the last of its users."""
         self._threads = ExitStack()
+        self._guest_bytes = 0
+        """Of weights that are read to take the place of others."""
 
     async def open(self) -> None:
         """Find all models, and load those that are loaded at the start. Raises ValueError for one that will not do."""
@@ -87,6 +90,7 @@ class Models:
         """The loaded model of a request, which keeps it until the exchange ends. Where it is not loaded that begins
         now, and is waited for. Raises 404 as `find`, and 503 where it cannot be loaded in time."""
         entry = self.find(name)
+        _check_drained(entry)
         if exchange is not None and entry not in exchange.models:
             exchange.models.append(entry)
             entry.num_users += 1
@@ -95,6 +99,7 @@ class Models:
             await self._arrival(entry)
         if entry.served is None:
             raise _unavailable(entry, RETRY_SECONDS if entry.phase is Phase.FAILED else 5)
+        _check_drained(entry)
         return entry.served
 
     def leave(self, exchange: Exchange) -> None:
@@ -162,6 +167,25 @@ class Models:
                 raise ApiError(f"{entry.name} answers {entry.num_users} requests; drain it first", 409, param="model")
             await self._unload(entry)
 
+    async def reload(self, entry: Entry, source: Entry) -> None:
+        """New weights for a loaded model, of the files of `source`. Running requests go on with them, and cached
+        prefixes are forgotten. Raises ValueError for another architecture, OSError for files that cannot be read, and
+        409 for a model that is not loaded: the weights stay what they were."""
+        async with self._turn:
+            if entry.served is None:
+                raise ApiError(f"{entry.name} is not loaded: its weights are read when it is", 409, param="model")
+            settings = replace(entry.settings, path=source.settings.path)
+            entry.num_users += 1  # so that it stays
+            try:
+                self._guest_bytes = entry.need.weights if entry.served.llm.model.device.type == "cpu" else 0
+                await self._make_room(entry)
+                await asyncio.to_thread(reload_weights, entry.served, settings)
+            finally:
+                self._guest_bytes = 0
+                entry.num_users -= 1
+            entry.settings = settings
+            log.info(f"{entry.name} has the weights of {settings.path}")
+
     async def _unload(self, entry: Entry) -> None:
         served, entry.served, entry.phase = entry.served, None, Phase.UNLOADED
         if served is not None:
@@ -187,7 +211,7 @@ class Models:
     @property
     def _excess(self) -> float:
         """Bytes above the limit, with what is being loaded."""
-        return self.num_bytes - self.limit
+        return self.num_bytes + self._guest_bytes - self.limit
 
     def _idle(self) -> list[Entry]:
         return [each for each in self if each.served is not None and not each.num_users]
@@ -207,6 +231,12 @@ class Models:
         loaded = [num_params(entry.config) for entry in self if entry.served is not None]
         if loaded:
             self._threads.enter_context(generation_threads(None, max(loaded)))
+
+
+def _check_drained(entry: Entry) -> None:
+    """Raise 503 for a model that takes no requests."""
+    if entry.is_drained:
+        raise ApiError(f"{entry.name} takes no requests now; try again later", 503, headers={"Retry-After": "5"})
 
 
 async def _settled(served: ServedModel) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 
 import uvicorn
@@ -16,15 +17,21 @@ from kogia.serve.connection import IDLE_SECONDS, Protocol
 from kogia.serve.guard import MOST_HEADER_BYTES
 from kogia.serve.loading import size
 from kogia.serve.models import Models
-from kogia.serve.state import ServerState, Status
+from kogia.serve.state import ServerState
 
 
 def serve(config: ServeConfig) -> int:
     """Serve until a signal ends it. Raises ValueError or OSError for what will not do."""
-    state = ServerState(config, Keys.read(config.api_key_file))
+    state = state_of(config)
     with listen(config) as listener:
         asyncio.run(Process(state).run(listener))
     return 0
+
+
+def state_of(config: ServeConfig) -> ServerState:
+    """The state of a server that has just begun. Raises ValueError for keys and limits that will not do."""
+    keys, admin_keys = Keys.read(config.api_key_file), Keys.read(config.admin_key_file, "--admin-key-file")
+    return ServerState(config, keys, admin_keys)
 
 
 def listen(config: ServeConfig) -> socket.socket:
@@ -68,7 +75,7 @@ class Process(uvicorn.Server):
     async def run(self, listener: socket.socket) -> None:  # type: ignore[override]
         """Serve until `stop`. Raises what loading raises."""
         self._loop = asyncio.get_running_loop()
-        with access_log(self.state), self.state.models:
+        with access_log(self.state), _telemetry(self.state), self.state.models:
             loading = asyncio.ensure_future(self._load_and_say(listener))
             await self.serve(sockets=[listener])
         if loading.done():
@@ -82,8 +89,8 @@ class Process(uvicorn.Server):
         except BaseException as error:  # noqa: BLE001 - `run` raises it
             self._error, self.should_exit = error, True
             return
-        if self.state.status is Status.LOADING:
-            self.state.status = Status.READY
+        self.state.is_loaded = True
+        if not self.state.is_ending:
             host, port = listener.getsockname()[:2]
             log.info(ready_line(self.state.models, f"http://{f'[{host}]' if ':' in host else host}:{port}"))
 
@@ -97,7 +104,7 @@ class Process(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second one ends at once."""
-        if self._loop is None or self.state.status is Status.DRAINING:
+        if self._loop is None or self.state.is_ending:
             self.should_exit = self.force_exit = True
             return
         log.info(f"{signal.Signals(sig).name}: no new requests, {len(self.state.running)} running ones end")
@@ -107,11 +114,20 @@ class Process(uvicorn.Server):
         """Drain, then end. In the event loop's thread."""
         task = asyncio.ensure_future(self._drain())
         self._tasks.add(task)
-        self.state.status = Status.DRAINING
+        self.state.is_ending = True
 
     async def _drain(self) -> None:
         await self.state.drain(self.state.config.drain_seconds)
         self.should_exit = True
+
+
+def _telemetry(state: ServerState) -> AbstractContextManager[None]:
+    """Imports nothing of it where it is off."""
+    if state.config.otlp_endpoint is None:
+        return nullcontext()
+    from kogia.serve.telemetry import telemetry
+
+    return telemetry(state)
 
 
 def ready_line(models: Models, url: str) -> str:

@@ -86,6 +86,8 @@ class Entry:
     """Why it could not be loaded. For the operator alone."""
     retry_at: float = 0.0
     """After a failure: when a request may have it tried again."""
+    is_drained: bool = False
+    """Takes no more requests, by an operator's word."""
     num_users: int = 0
     """Requests that have named it and are not answered yet; none of them may lose it."""
     last_used: float = 0.0

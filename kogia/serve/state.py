@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -55,6 +55,8 @@ class Running:
     """That have come, of all its answers."""
     reason: str | None = None
     """Why the server gave it up."""
+    request_id: str | None = None
+    """Of the exchange that it belongs to."""
 
     @property
     def num_cached(self) -> int:
@@ -63,23 +65,32 @@ class Running:
 
 
 class ServerState:
-    """Shared by all routes; changed in the event loop's thread alone, but for `status` while models load."""
+    """Shared by all routes; changed in the event loop's thread alone."""
 
-    def __init__(self, config: ServeConfig, keys: Keys | None = None) -> None:
+    def __init__(self, config: ServeConfig, keys: Keys | None = None, admin_keys: Keys | None = None) -> None:
+        """Raises ValueError for an admin key that is a user's, too."""
         self.config = config
         self.keys = keys or Keys()
+        self.admin_keys = admin_keys or Keys()
+        self.admin_keys.check_apart(self.keys)
         self.limiter = Limiter.read(config.limits_file, [caller.name for caller in self.keys.callers])
         self.store = ConversationStore.of(config)
         """None where conversations stay in the browser."""
         self.models = Models(config)
         self.running: dict[str, Running] = {}
         """By the id of the answer."""
-        self.status = Status.LOADING
+        self.is_loaded = False
+        """What is loaded at the start has been."""
+        self.is_drained = False
+        """By an operator, who may take it back."""
+        self.is_ending = False
         self.clock = time.monotonic
         self.on_tokens: list[Callable[[Running, int, int, float], None]] = []
         """Told of tokens that have come: the request, which of its answers, how many, and when."""
         self.on_end: list[Callable[[Running], None]] = []
         """Told of every request that has ended, however it did."""
+        self.on_begin: list[Callable[[Exchange, Mapping[str, str]], None]] = []
+        """Told of everything that is asked, with its headers."""
         self.on_exchange: list[Callable[[Exchange], None]] = []
         """Told of everything that was asked, when its answer is sent."""
         self._ignored: set[tuple[str, str]] = set()
@@ -89,6 +100,12 @@ class ServerState:
         name that the server does not know, 503 where it takes no requests or cannot load the model in time."""
         self.check_ready()
         return await self.models.use(name, current.get())
+
+    @property
+    def status(self) -> Status:
+        if self.is_ending or self.is_drained:
+            return Status.DRAINING
+        return Status.READY if self.is_loaded else Status.LOADING
 
     def check_ready(self) -> None:
         if self.status is not Status.READY:
@@ -137,7 +154,7 @@ class ServerState:
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests, and wait for those that run: those that take longer are given up."""
-        self.status = Status.DRAINING
+        self.is_ending = True
         deadline = time.monotonic() + seconds
         while self.running and time.monotonic() < deadline:
             await asyncio.sleep(0.02)

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kogia.engine.config import EngineConfig
-from kogia.serve.access import Keys
 from kogia.serve.config import ServeConfig
-from kogia.serve.process import Process, listen
+from kogia.serve.process import Process, listen, state_of
 from kogia.serve.state import ServerState, Status
 
 
@@ -38,7 +37,7 @@ def serving(directory: Path, *, engine: dict | None = None, **settings) -> Itera
         engine=EngineConfig(**{"num_blocks": 2048, **(engine or {})}),
         **settings,
     )
-    state = ServerState(config, Keys.read(config.api_key_file))
+    state = state_of(config)
     with listen(config) as listener:
         process = Process(state)
         thread = threading.Thread(target=lambda: asyncio.run(process.run(listener)))
