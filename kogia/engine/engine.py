@@ -169,13 +169,13 @@ class Engine:
     def num_generated_tokens(self) -> int:
         return self.stats.num_generated_tokens
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = True) -> Stream:
+    def submit(self, prompt: Prompt | Sequence[int], params: SamplingParams, *, stream: bool = True) -> Stream:
         """Start `params.n` continuations of a prompt; see `Stream`. Raises ValueError as `add` does."""
         return self.loop.submit(prompt, params, stream=stream)
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         on_progress: OnProgress | None = None,
     ) -> list[list[Completion]]:
@@ -185,7 +185,9 @@ class Engine:
         """
         return self.loop.generate(prompts, params, on_progress)
 
-    def requests(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[Request]:
+    def requests(
+        self, prompt: Prompt | Sequence[int], params: SamplingParams, *, stream: bool = False
+    ) -> list[Request]:
         """`params.n` continuations of a prompt, checked and not yet queued.
 
         With `stream`, `step` reports their tokens as they come, else only their ends. Raises ValueError for a prompt
@@ -194,7 +196,7 @@ class Engine:
         context or cache have not all the room that `max_tokens` asks for ends earlier, with reason "length".
         """
         limit, vocab = self.model.config.max_position, self.model.config.vocab_size
-        ids = np.asarray(prompt, dtype=np.int64)
+        ids = np.asarray(prompt.token_ids if isinstance(prompt, Prompt) else prompt, dtype=np.int64)
         if not 0 < len(ids) < limit:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens: must have 1 to {limit - 1}, the model's context is {limit} and the "
@@ -207,16 +209,17 @@ class Engine:
             )
         check_activation(self.model.config, params.active_experts, params.expert_threshold)
         self.intake.check(params)
+        given = prompt if isinstance(prompt, Prompt) else self._as_given(prompt)
         max_length = self._max_length(len(ids), params.max_tokens)
         requests = [
-            Request(next(self._ids), ids, params, derive_seed(params.seed, prompt, index), max_length)
+            Request(next(self._ids), ids, params, derive_seed(params.seed, given.token_ids, index), max_length)
             for index in range(params.n)
         ]
         for request in requests:
             request.active_experts, request.expert_threshold = experts = self.experts.of(params)
             request.salt = self.intake.salt(params, self._salt(*experts))
-            request.stream = stream
-            request.rules = self.intake.rules(params, prompt)
+            request.stream, request.given = stream, given
+            request.rules = self.intake.rules(params, given)
             if self.tokenizer is not None and (stream or params.stop):
                 request.output = TextStream(
                     self.tokenizer,
@@ -226,6 +229,9 @@ class Engine:
                 )
             self.scheduler.check(request)
         return requests
+
+    def _as_given(self, token_ids: Sequence[int]) -> Prompt:
+        return Prompt(list(token_ids), False) if self.tokenizer is None else Prompt.of(token_ids, self.tokenizer)
 
     def _max_length(self, num_prompt: int, max_tokens: int) -> int:
         """Length at which a sequence ends. Where the cache is what bounds it, that is said once."""
@@ -240,7 +246,7 @@ class Engine:
             )
         return longest
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[int]:
+    def add(self, prompt: Prompt | Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[int]:
         """Queue what `requests` makes of a prompt; returns the ids that events will name."""
         requests = self.requests(prompt, params, stream=stream)
         self.queue(requests)
@@ -289,7 +295,7 @@ class Engine:
             request.rules = TokenRules([])
         thought = next((rule for rule in request.rules.rules if isinstance(rule, Thought)), None)
         if thought is None:
-            thought = self.intake.thought(request.prompt.tolist())
+            thought = self.intake.thought(request.given)
             request.rules.add(thought, self.scheduler.generated(request))
         thought.stop()
         self.scheduler.table.note_rules(request)
@@ -457,7 +463,7 @@ class Engine:
             num_cached_tokens=request.num_cached_tokens or 0,
             num_drafted=request.num_drafted,
             num_accepted=request.num_accepted,
-            opens_thought=self._opens_thought(request.prompt),
+            opens_thought=request.given.opens_thought,
             top_logprobs=request.top_logprobs[: len(token_ids)] if num_top(request.params.logprobs) else None,
             routed_experts=self._routed_experts(request),
             error=None if request.rules is None else request.rules.error,
@@ -471,9 +477,6 @@ class Engine:
             return None
         count, found = len(request.token_ids) - 1, request.routed_experts
         return np.empty((0, 0, 0), dtype=np.int16) if found is None else found[:count].copy()
-
-    def _opens_thought(self, prompt: NDArray[np.int64]) -> bool:
-        return self.tokenizer is not None and Prompt.of(prompt.tolist(), self.tokenizer).opens_thought
 
     def _count(self, plan: StepPlan) -> None:
         stats = self.stats

@@ -11,6 +11,7 @@ from kogia.engine.request import SamplingParams
 from kogia.engine.rules import NO_PENALTIES, Allowed, BadWords, Biases, NoStopBefore, Penalised, Rule, TokenRules
 from kogia.engine.thinking import Thought
 from kogia.model.config import ModelConfig
+from kogia.text.chat import Prompt
 from kogia.text.tokenizer import Tokenizer
 
 NEEDS_TOKENIZER = {
@@ -55,7 +56,7 @@ class Intake:
         named = hash_block(b"cache salt", np.frombuffer(params.cache_salt.encode(), dtype=np.uint8))
         return hash_block(own, np.frombuffer(named, dtype=np.uint8))
 
-    def rules(self, params: SamplingParams, prompt: Sequence[int]) -> TokenRules | None:
+    def rules(self, params: SamplingParams, prompt: Prompt) -> TokenRules | None:
         """The rules of one request, whose parameters are checked; None where its tokens may be any. Raises ValueError
         for a format that cannot be compiled."""
         rules: list[Rule] = []
@@ -77,12 +78,12 @@ class Intake:
             rules.append(Biases(params.logit_bias))
         penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
         if penalties != NO_PENALTIES:
-            rules.append(Penalised(penalties, prompt if params.repetition_penalty != 1 else ()))
+            rules.append(Penalised(penalties, prompt.token_ids if params.repetition_penalty != 1 else ()))
         if thought is not None and params.thinking_token_budget is not None:
             rules.append(thought)  # the last: what it forces is more than what others allow
         return TokenRules(rules) if rules else None
 
-    def thought(self, prompt: Sequence[int], budget: int | None = None) -> Thought:
+    def thought(self, prompt: Prompt, budget: int | None = None) -> Thought:
         """The rule that bounds the thought of a request. Raises ValueError without a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("the tags of a thought need a tokenizer: build the engine with one")

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Protocol, runtime_checkable
 
 from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent
+from kogia.text.chat import Prompt
 
 OnProgress = Callable[[int, int, int], None]
 """Called after every step with (completions that have ended, completions in all, tokens generated)."""
@@ -30,7 +31,9 @@ class Steps(Protocol):
     def num_unfinished(self) -> int: ...
     @property
     def num_generated_tokens(self) -> int: ...
-    def requests(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool = False) -> list[Request]: ...
+    def requests(
+        self, prompt: Prompt | Sequence[int], params: SamplingParams, *, stream: bool = False
+    ) -> list[Request]: ...
     def queue(self, requests: Sequence[Request]) -> None: ...
     def step(self) -> list[TokenEvent]: ...
     def abort(self, request_id: int) -> Completion | None: ...
@@ -184,7 +187,7 @@ class StreamLoop:
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt | Sequence[int],
         params: SamplingParams,
         *,
         stream: bool = True,
@@ -228,7 +231,7 @@ class StreamLoop:
 
     def complete(
         self,
-        requests: Iterable[tuple[Sequence[int], SamplingParams]],
+        requests: Iterable[tuple[Prompt | Sequence[int], SamplingParams]],
         *,
         ahead: int | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -268,7 +271,7 @@ class StreamLoop:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         on_progress: OnProgress | None = None,
     ) -> list[list[Completion]]:

@@ -212,6 +212,8 @@ class Request:
     expert_threshold: float = 0.0
     salt: bytes = b""
     """What its cache rows depend on beside its tokens: goes before the name of the first block."""
+    given: Prompt = field(default_factory=lambda: Prompt([], opens_thought=False))
+    """The prompt as it was given."""
     rules: TokenRules | None = None
     """What its next token may be; None where it may be any."""
     token_ids: NDArray[np.int64] = field(init=False)

@@ -35,21 +35,21 @@ class ThoughtState:
 
 
 class Thought(Rule):
-    """The rule that a thought ends after `budget` tokens, or as soon as `stop` is called."""
+    """The rule that a thought ends after `budget` tokens, those in the prompt too, or as soon as `stop` is called."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], vocab: int, budget: int | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, vocab: int, budget: int | None = None) -> None:
         self._tokenizer, self._vocab, self._budget = tokenizer, vocab, budget
         self._is_stopped = False
         self._closing = tokenizer.encode(END_THINK)
         opening = tokenizer.encode(THINK)
-        opens = Prompt.of(prompt, tokenizer).opens_thought
         # a template with a switch leaves the tag to the model, unless it has written an empty thought
-        leaves = (
-            not opens and len(opening) == 1 and has_thinking_switch(tokenizer) and not _is_closed(prompt, tokenizer)
-        )
+        leaves = len(opening) == 1 and has_thinking_switch(tokenizer) and not _is_closed(prompt.token_ids, tokenizer)
+        leaves = leaves and not (prompt.opens_thought or prompt.is_begun)
         self.opening_ids = tuple(opening) if leaves else ()
         """The tokens by one of which the model may open a thought."""
-        self.beginning = ThoughtState(is_open=opens, may_open=leaves)
+        begun = prompt.token_ids[len(prompt.token_ids) - min(prompt.num_thought, _LONGEST_TAG) :]
+        recent = tuple(begun) if len(self._closing) > 1 else ()
+        self.beginning = ThoughtState(prompt.opens_thought, leaves, prompt.num_thought, recent=recent)
         self._state = self.beginning
 
     def stop(self) -> None:

@@ -95,7 +95,7 @@ class LLM:
         """
         each = [prompts] if isinstance(prompts, str) else prompts
         with self._threads():
-            return self.engine.generate([self._ids(p) for p in each], params or SamplingParams(), on_progress)
+            return self.engine.generate([self._given(p) for p in each], params or SamplingParams(), on_progress)
 
     def chat(
         self, messages: Sequence[Turn], params: SamplingParams | None = None, *, thinking: bool | None = None
@@ -117,7 +117,7 @@ class LLM:
         params = params or SamplingParams()
         if params.n != 1:
             raise ValueError(f"SamplingParams.n = {params.n}: a stream follows one completion; use generate()")
-        stream = self.engine.submit(self._ids(prompt), params)
+        stream = self.engine.submit(self._given(prompt), params)
         events = iter(stream)
         try:
             while True:
@@ -132,17 +132,17 @@ class LLM:
     def _threads(self) -> AbstractContextManager[None]:
         return generation_threads(self.threads, self._num_params)
 
-    def _ids(self, prompt: Given) -> list[int]:
+    def _given(self, prompt: Given) -> Prompt | list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode_raw(prompt)
         if isinstance(prompt, Prompt):
-            return prompt.token_ids
+            return prompt
         if isinstance(prompt, Message | Mapping):
             raise ValueError(f"a prompt is {prompt!r:.60}: one message is none; put it into a list, or use chat()")
         ids = [part for part in prompt if not isinstance(part, Message | Mapping)]
         if len(ids) == len(prompt):
             return ids
-        return render_prompt(conversation(prompt, "the prompt"), self.tokenizer).token_ids
+        return render_prompt(conversation(prompt, "the prompt"), self.tokenizer)
 
 
 def engine_config(found: Found, *, num_draft_tokens: int | None = 0, **options: Any) -> EngineConfig:

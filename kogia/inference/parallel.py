@@ -36,6 +36,7 @@ from kogia.model.config import ModelConfig
 from kogia.model.costs import num_params
 from kogia.model.sharding import Share, build_share, whole_shapes
 from kogia.model.transformer import Transformer
+from kogia.text.chat import Prompt
 from kogia.text.tokenizer import Tokenizer
 
 Opened = tuple[Transformer, Tokenizer | None, ModelConfig]
@@ -92,14 +93,14 @@ class Asked:
     """What a request is made of, for those who make it again."""
 
     id: int
-    prompt: list[int]
+    prompt: Prompt
     params: SamplingParams
     seed: int
     stream: bool
 
     @classmethod
     def of(cls, request: Request) -> "Asked":
-        return cls(request.id, request.prompt.tolist(), request.params, request.seed, request.stream)
+        return cls(request.id, request.given, request.params, request.seed, request.stream)
 
 
 class ShareEngine(Engine):

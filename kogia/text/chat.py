@@ -76,7 +76,11 @@ class Prompt:
 
     token_ids: list[int]
     opens_thought: bool
-    """Whether it ends in "<think>", so that the completion starts inside the thought."""
+    """Whether it ends in "<think>", or in a thought that is begun, so that the completion starts inside the thought."""
+    num_thought: int = 0
+    """Tokens that it has of this thought."""
+    is_begun: bool = False
+    """Whether it ends in the beginning of an answer, or of its thought: the model opens no other."""
 
     @classmethod
     def of(cls, token_ids: Sequence[int], tokenizer: Tokenizer) -> "Prompt":
@@ -220,17 +224,19 @@ def _call(call: ToolCall, *, as_text: bool) -> dict[str, Any]:
 def continue_prompt(
     prompt: Prompt, content: str, reasoning: str | None, tokenizer: Tokenizer, most_tokens: int | None = None
 ) -> Prompt:
-    """The prompt with the beginning of its answer: what a model is to go on with. Without content its thought is.
-    ValueError for a beginning that must have more than `most_tokens`."""
-    opening = "" if prompt.opens_thought else f"{THINK}\n"
-    if content:
-        thought = f"{opening}{reasoning}" if reasoning else ""
-        closing = f"\n{END_THINK}\n\n" if reasoning or prompt.opens_thought else ""
-        text = f"{thought}{closing}{content}"
+    """The prompt with the beginning of its answer: what a model is to go on with. Without content its thought is, which
+    may also stand in the content, behind its tag. ValueError for a beginning that must have more than `most_tokens`."""
+    if not reasoning and _begins_thought(content):
+        text = content.lstrip().removeprefix(THINK).removeprefix("\n")
+        thinks, is_open = True, END_THINK not in text
     else:
-        text = f"{opening}{reasoning}" if reasoning else ""
-    is_open = not content and (bool(reasoning) or prompt.opens_thought)
-    return Prompt(prompt.token_ids + tokenizer.encode(text, most_tokens), is_open)
+        thinks = bool(reasoning) or prompt.opens_thought
+        is_open = thinks and not content
+        text = f"{reasoning or ''}\n{END_THINK}\n\n{content}" if thinks and content else reasoning or content
+    opening = f"{THINK}\n" if thinks and not prompt.opens_thought else ""
+    ids = tokenizer.encode(opening + text, most_tokens)
+    num_thought = len(ids) - len(tokenizer.encode(opening)) if is_open else 0
+    return Prompt(prompt.token_ids + ids, is_open, num_thought, is_begun=bool(content or reasoning))
 
 
 def check_thinking(thinking: bool | None, tokenizer: Tokenizer) -> None:

@@ -14,7 +14,7 @@ from kogia.engine.grammar import MOST_BYTES, Grammars, ResponseFormat
 from kogia.engine.request import Completion, SamplingParams, report_errors
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import Transformer, build_model
-from kogia.text.chat import Message, render_prompt
+from kogia.text.chat import Message, Prompt, continue_prompt, render_prompt
 from kogia.text.tokenizer import END_THINK, THINK, Tokenizer, train_bpe
 
 CONFIG = ModelConfig(
@@ -245,6 +245,37 @@ def test_a_budget_closes_the_thought_after_so_many_tokens_and_the_answer_follows
         assert mine.answer
 
 
+@pytest.mark.parametrize(("content", "drafts"), [("", 0), (f"{THINK}\nthe answer ok", 2)], ids=["reasoning", "content"])
+def test_a_budget_counts_what_a_prompt_has_of_a_thought(model, tokenizer, content, drafts):
+    asked_first = render_prompt([Message("user", "one")], tokenizer)
+    begun = continue_prompt(asked_first, content, None if content else "the answer ok", tokenizer)
+    given = len(begun.token_ids) - len(asked_first.token_ids)
+    bound, closing = engine(model, tokenizer, num_draft_tokens=drafts), tokenizer.token_id(END_THINK)
+    params = SamplingParams(max_tokens=30, seed=3, ignore_eos=True)
+    for left in (4, 1, 0, -2):
+        each = replace(params, thinking_token_budget=given + left)
+        (completion,) = bound.generate([begun], each)[0]
+        assert completion.token_ids.index(closing) == max(0, left)
+        assert completion.opens_thought and completion.answer
+    (completion,) = bound.generate([begun], asked("choice", thinking_token_budget=given + 2))[0]
+    assert_matches("choice", completion.answer)  # its grammar waits for the end of the thought
+    request_id = bound.add(begun, params)[0]
+    assert bound.stop_thinking(request_id)
+    events: list = []
+    while bound.num_unfinished:
+        events += bound.step()
+    assert events[-1].completion.token_ids[0] == closing
+
+
+def test_an_answer_that_is_begun_opens_no_thought_where_a_template_leaves_the_tag_to_the_model(model, tokenizer):
+    template = "{% if enable_thinking is false %}{{ '</think>' }}{% endif %}"
+    switched = Tokenizer(tokenizer.backend, {**tokenizer.config, "chat_template": template})
+    likes = asked("choice", logit_bias={switched.token_id(THINK): 100.0}, thinking_token_budget=4)
+    begun = continue_prompt(Prompt([0, 9], opens_thought=False), "I say: ", None, switched)
+    (completion,) = engine(model, switched).generate([begun], likes)[0]
+    assert_matches("choice", completion.text)
+
+
 def test_a_tag_of_several_tokens_is_found_and_forced(model):
     """A tokenizer without the tag among its special tokens."""
     plain = train_bpe(["the answer is 42. " * 20], 280)
@@ -263,6 +294,9 @@ def test_a_tag_of_several_tokens_is_found_and_forced(model):
         bound = engine(model, tokenizer, num_draft_tokens=drafts)
         (completion,) = bound.generate([prompt], params)[0]
         assert tokenizer.decode(completion.token_ids[5:]).startswith(END_THINK)
+        begun = continue_prompt(Prompt(prompt, opens_thought=True), "", "the answer", tokenizer)
+        (rest,) = bound.generate([begun], replace(params, thinking_token_budget=begun.num_thought + 2))[0]
+        assert tokenizer.decode(rest.token_ids[2:]).startswith(END_THINK)
         assert completion.answer
         (choice,) = bound.generate([prompt], replace(asked("choice"), thinking_token_budget=5))[0]
         assert_matches("choice", choice.answer)

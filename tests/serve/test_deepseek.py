@@ -54,6 +54,12 @@ def test_an_answer_is_continued_from_its_prefix_and_from_its_thought(beta, serve
     answer = post(server, "/beta/chat/completions", body).json()
     assert server.tokenizer.decode(answer["prompt_token_ids"]).endswith("<think>\nLet me see")
     assert answer["choices"][0]["message"]["reasoning_content"] and not answer["choices"][0]["message"]["content"]
+    for left in (2, 0):
+        budget = len(server.tokenizer.encode("Let me see")) + left
+        given = {"messages": [*HELLO, thought], "max_tokens": 12, "thinking_token_budget": budget}
+        answer = post(server, "/beta/chat/completions", given | letters(server)).json()
+        assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == left
+        assert answer["choices"][0]["message"]["content"]
     wrong = {"role": "user", "content": "x", "prefix": True}
     refusal(post(server, "/beta/chat/completions", {"messages": [wrong]}))
 

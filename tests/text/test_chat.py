@@ -8,6 +8,7 @@ from kogia.text.chat import (
     Message,
     Prompt,
     canonical_reply,
+    continue_prompt,
     parse_response,
     render_example,
     render_prompt,
@@ -205,6 +206,29 @@ def test_raw_text_opens_a_thought_as_a_rendered_prompt_does(tmp_path, write, tex
     ids = tokenizer.encode_raw(text)
     assert Prompt.of(ids, tokenizer) == Prompt(ids, opens)
     assert Prompt.of(tuple(ids), tokenizer) == Prompt(ids, opens)
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "inside", "outside", "thought"),
+    [
+        ("", "", "", "", ""),
+        ("", "So 2", "So 2", "<think>\nSo 2", "So 2"),
+        ("<think>\nSo 2", None, "So 2", "<think>\nSo 2", "So 2"),
+        (" <think>So 2", None, "So 2", "<think>\nSo 2", "So 2"),
+        ("<think>\n", None, "", "<think>\n", ""),
+        ("It is", None, "\n</think>\n\nIt is", "It is", None),
+        ("It is", "So 2", "So 2\n</think>\n\nIt is", "<think>\nSo 2\n</think>\n\nIt is", None),
+        ("<think>\nSo 2</think>It is", None, "So 2</think>It is", "<think>\nSo 2</think>It is", None),
+        ("What is <think>?", None, "\n</think>\n\nWhat is <think>?", "What is <think>?", None),
+    ],
+)
+def test_an_answer_goes_on_from_its_beginning_or_from_that_of_its_thought(content, reasoning, inside, outside, thought):
+    for prompt, text in ((INSIDE, inside), (OUTSIDE, outside)):
+        is_given = bool(content or reasoning)
+        is_open = thought is not None and (is_given or prompt.opens_thought)
+        got = continue_prompt(prompt, content, reasoning, TOKENIZER)
+        num_thought = len(TOKENIZER.encode(thought)) if is_open else 0
+        assert got == Prompt(TOKENIZER.encode(text), is_open, num_thought, is_given)
 
 
 @pytest.mark.parametrize("prompt", [INSIDE, OUTSIDE])
