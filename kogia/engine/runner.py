@@ -28,7 +28,7 @@ from kogia.engine.scoring import (
     wants_prompt_top,
 )
 from kogia.engine.sequences import SequenceTable
-from kogia.engine.steering import put_rules, steer
+from kogia.engine.steering import edits_of, put_rules, rule_arrays
 from kogia.engine.step import StepPlan, StepResult, TopTokens
 from kogia.engine.views import CacheView, TokenRuns, WholeCache, token_runs
 from kogia.model.cache import PagedCache, StepCache
@@ -36,6 +36,7 @@ from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
+from kogia.ops.adjust import adjust_logits, sample_adjusted
 from kogia.ops.drafts import num_accepted
 from kogia.ops.moe import Activation
 from kogia.ops.sample import counter_uniforms, sample, token_logprobs
@@ -144,7 +145,7 @@ class Runner:
         """Whether steps of these sequences are recorded, when each runs its newest token and drafts alone: not with
         rules or likeliest tokens, which ask for the exact samples of each."""
         graphs, settings = self.draft_graphs, self.table.settings(rows)
-        if graphs is None or len(rows) > graphs.most or settings.is_ruled or settings.has_top or settings.is_traced:
+        if graphs is None or len(rows) > graphs.most or settings.ruled or settings.has_top or settings.is_traced:
             return False
         return self.experts.are_own(self.table, rows)
 
@@ -155,13 +156,19 @@ class Runner:
 
     def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:
         """A step in which every sequence runs one token: its graph, then the sampling, which is one too where there are
-        no rules and nothing comes with the samples."""
+        no rules and nothing comes with the samples, and one kernel on a CPU where there are rules without filters."""
         assert isinstance(self.view, WholeCache), "graphs know no other view"
         settings, token_ids = self.table.settings(plan.rows), self._token_ids(plan, runs)
         slots, contexts, tables = self.view.numbers(self.table, runs)
         step = graphs.run((token_ids, runs.positions, slots, contexts, settings.drawing), tables)
-        if settings.is_filtered in step.draws and not (settings.is_ruled or settings.has_top):
-            return Flight(plan, graphs.draw(step, filtered=settings.is_filtered))
+        if settings.is_filtered in step.draws and not settings.has_top:
+            if not settings.ruled:
+                return Flight(plan, graphs.draw(step, filtered=settings.is_filtered))
+            if not (graphs.is_gpu or settings.is_filtered):
+                arrays = rule_arrays(self.table, plan, self.model.config.vocab_size)
+                edits = edits_of({name: torch.from_numpy(array) for name, array in arrays.items()})
+                found = graphs.draw(step, filtered=False) if edits is None else graphs.draw_adjusted(step, edits)
+                return Flight(plan, found)
         upload = Upload(self._staging)
         self._put_sampling(upload, plan, np.cumsum(plan.counts))
         upload.send()
@@ -271,14 +278,15 @@ class Runner:
 
     def _draw(self, upload: Upload, logits: Float[Tensor, "samples vocab"]) -> dict[str, Tensor]:
         """Samples as the requests' rules want them, with log-probabilities that know of no rules."""
-        seeds, temperature, steered = upload.get("seeds"), upload["temperature"], steer(upload, logits)
-        tokens, logprobs = sample(
-            steered,
-            temperature,
-            None if seeds is None else counter_uniforms(seeds, upload["sample_positions"]),
-            *(upload.get(name) for name in ("top_k", "top_p", "min_p", "filtered")),
-        )
-        if steered is not logits:
+        seeds, temperature, edits = upload.get("seeds"), upload["temperature"], edits_of(upload)
+        uniforms = None if seeds is None else counter_uniforms(seeds, upload["sample_positions"])
+        filters = [upload.get(name) for name in ("top_k", "top_p", "min_p", "filtered")]
+        if edits is None:
+            tokens, logprobs = sample(logits, temperature, uniforms, *filters)
+        elif all(each is None for each in filters):
+            tokens, logprobs = sample_adjusted(logits, temperature, uniforms, *edits)
+        else:
+            tokens, _ = sample(adjust_logits(logits, *edits), temperature, uniforms, *filters)
             logprobs = token_logprobs(logits, temperature, tokens)
         return {"tokens": tokens, "logprobs": logprobs, **top_tokens(upload, logits)}
 

@@ -432,8 +432,8 @@ class Scheduler:
         if is_finite is not None:
             failed = (~is_finite & (np.arange(is_finite.shape[1]) < num_new[:, None])).any(axis=1)
             failed &= ~table.has_ended[rows]
-        if table.settings(rows).is_ruled:
-            for index in (table.is_ruled[rows] & ~table.has_ended[rows] & (num_new > 0)).nonzero()[0].tolist():
+        for index in table.settings(rows).ruled:
+            if num_new[index] and not table.has_ended[rows[index]]:
                 rules = self._request(int(rows[index])).rules
                 failed[index] |= rules is not None and rules.error is not None
         return failed

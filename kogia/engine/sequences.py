@@ -29,7 +29,8 @@ class Settings:
         self.stop_ids = table.stop_ids[rows]
         self.temperature, self.seed = table.temperature[rows], table.seed[rows]
         self.watched = table.watched[rows]
-        self.is_ruled = bool(table.is_ruled[rows].any())
+        self.ruled: list[int] = table.is_ruled[rows].nonzero()[0].tolist()
+        """Which of the rows have rules."""
         self.needs_tokens = bool(table.needs_tokens[rows].any())
         self.has_top = bool(table.num_top[rows].any())
         self.is_traced = bool(table.is_traced[rows].any())

@@ -1,37 +1,56 @@
 """The rules of a step's requests, carried to the logits they are of."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import numpy as np
-from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.inputs import Upload
 from kogia.engine.rules import NO_PENALTIES, Edit
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.step import StepPlan
-from kogia.ops.adjust import Bias, Masks, Penalties, adjust_logits
+from kogia.ops.adjust import Bias, Masks, Penalties
+
+
+class Edits(NamedTuple):
+    """What happens to a step's logits, as `kogia.ops.adjust.sample_adjusted` takes it."""
+
+    bias: Bias | None
+    penalties: Penalties | None
+    masks: Masks | None
+    bans: Tensor | None
 
 
 def put_rules(upload: Upload, table: SequenceTable, plan: StepPlan, vocab: int) -> None:
-    """Add to a step's upload what `steer` needs; nothing where no request has rules."""
-    ruled = table.is_ruled[plan.rows]
-    if not ruled.any():
-        return
-    firsts = np.cumsum(plan.num_samples) - plan.num_samples
+    """Add to a step's upload what `edits_of` needs; nothing where no request has rules."""
+    for name, array in rule_arrays(table, plan, vocab).items():
+        upload.put(name, array)
+
+
+def rule_arrays(table: SequenceTable, plan: StepPlan, vocab: int) -> dict[str, NDArray]:
+    """What the rules of a step's requests say, by the names that `edits_of` looks for."""
     edits: dict[int, Edit] = {}
-    for index in np.flatnonzero(ruled & (plan.num_samples > 0)).tolist():
-        edits.update(enumerate(_edits(table, int(plan.rows[index]), int(plan.num_samples[index])), int(firsts[index])))
-    _put_penalties(upload, edits, int(plan.num_samples.sum()), vocab)
+    for index in table.settings(plan.rows).ruled:
+        if count := int(plan.num_samples[index]):
+            first = index if plan.only_decodes else int(plan.num_samples[:index].sum())
+            edits.update(enumerate(_edits(table, int(plan.rows[index]), count), first))
+    arrays: dict[str, NDArray] = {}
     bias = [(row * vocab + token, value) for row, edit in edits.items() for token, value in edit.bias.items()]
     if bias:
-        upload.put("bias_at", np.array([at for at, _ in bias]))
-        upload.put("bias", np.array([value for _, value in bias], dtype=np.float32))
-    masks = {row: edit.mask for row, edit in edits.items() if edit.mask is not None}
-    if masks:
-        upload.put("mask_rows", np.array(list(masks)))
-        upload.put("masks", np.stack(list(masks.values())))
+        arrays["bias_at"] = np.array([at for at, _ in bias])
+        arrays["bias"] = np.array([value for _, value in bias], dtype=np.float32)
+    seen = [row for row, edit in edits.items() if edit.counts]
+    if seen:
+        arrays |= _penalties(edits, seen, int(plan.num_samples.sum()), vocab)
+    masked = [(row, edit.mask) for row, edit in edits.items() if edit.mask is not None]
+    if masked:
+        arrays["mask_rows"], arrays["masks"] = (np.array(each) for each in zip(*masked, strict=True))
     bans = [row * vocab + token for row, edit in edits.items() for token in edit.bans]
     if bans:
-        upload.put("bans", np.array(bans))
+        arrays["bans"] = np.array(bans)
+    return arrays
 
 
 def _edits(table: SequenceTable, row: int, num_samples: int) -> list[Edit]:
@@ -43,31 +62,26 @@ def _edits(table: SequenceTable, row: int, num_samples: int) -> list[Edit]:
     return request.rules.edits(table.token_ids[row, start:known], drafts, pending)
 
 
-def _put_penalties(upload: Upload, edits: dict[int, Edit], num_samples: int, vocab: int) -> None:
-    seen = {row: edit for row, edit in edits.items() if edit.counts}
-    if not seen:
-        return
-    counts = [edit.counts for edit in seen.values()]
-    upload.put("seen_at", np.concatenate([row * vocab + np.fromiter(each, int) for row, each in zip(seen, counts)]))
-    upload.put("seen_counts", np.concatenate([np.fromiter(each.values(), int) for each in counts]))
+def _penalties(edits: Mapping[int, Edit], seen: list[int], num_samples: int, vocab: int) -> dict[str, NDArray]:
+    """Of the samples whose penalties apply to something."""
+    counts = [edits[row].counts for row in seen]
+    arrays = {
+        "seen_at": np.concatenate([row * vocab + np.fromiter(each, int) for row, each in zip(seen, counts)]),
+        "seen_counts": np.concatenate([np.fromiter(each.values(), int) for each in counts]),
+    }
     for column, name in enumerate(("repetition", "frequency", "presence")):
         values = np.full(num_samples, NO_PENALTIES[column], dtype=np.float32)
-        values[list(seen)] = [edit.penalties[column] for edit in seen.values()]
-        upload.put(name, values)
+        values[seen] = [edits[row].penalties[column] for row in seen]
+        arrays[name] = values
+    return arrays
 
 
-def steer(upload: Upload, logits: Float[Tensor, "samples vocab"]) -> Float[Tensor, "samples vocab"]:
-    """The logits as the rules want them; themselves where there is none."""
-    has_bias, has_seen, has_masks = (name in upload for name in ("bias", "seen_at", "masks"))
-    bans = upload.get("bans")
-    if not (has_bias or has_seen or has_masks or bans is not None):
-        return logits
-    return adjust_logits(
-        logits,
-        Bias(upload["bias_at"], upload["bias"]) if has_bias else None,
-        Penalties(*(upload[name] for name in ("seen_at", "seen_counts", "repetition", "frequency", "presence")))
-        if has_seen
-        else None,
-        Masks(upload["mask_rows"], upload["masks"]) if has_masks else None,
-        bans,
-    )
+def edits_of(given: Upload | Mapping[str, Tensor]) -> Edits | None:
+    """What `rule_arrays` has put down; None where there is nothing."""
+    bias = Bias(given["bias_at"], given["bias"]) if "bias" in given else None
+    names = ("seen_at", "seen_counts", "repetition", "frequency", "presence")
+    penalties = Penalties(*(given[name] for name in names)) if "seen_at" in given else None
+    masks = Masks(given["mask_rows"], given["masks"]) if "masks" in given else None
+    bans = given.get("bans")
+    has_any = bias is not None or penalties is not None or masks is not None or bans is not None
+    return Edits(bias, penalties, masks, bans) if has_any else None

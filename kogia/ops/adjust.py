@@ -9,7 +9,7 @@ In this order, each on what the one before left of a row z:
     mask         only the tokens whose bits are set
     ban          not these tokens; a row of which bans would leave nothing keeps what its mask allows
 
-Entries are sparse: `at` = row * vocab + token, at most once in a list unless it is one of bans.
+Entries are sparse: `at` = row * vocab + token, the rows rising, at most once in a list unless it is one of bans.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from kogia.ops.dispatch import op
+from kogia.ops.sample import sample, token_logprobs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +44,22 @@ class Masks:
     """Rising."""
     bits: Int[Tensor, "masked words"]
     """64 tokens a word, the lowest bit first."""
+
+
+@op(cpu=("kogia.ops.cpu.adjust",))
+def sample_adjusted(
+    logits: Float[Tensor, "rows vocab"],
+    temperature: Float[Tensor, " rows"],
+    uniforms: Float[Tensor, " rows"] | None,
+    bias: Bias | None = None,
+    penalties: Penalties | None = None,
+    masks: Masks | None = None,
+    bans: Int[Tensor, " banned"] | None = None,
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """(token, log-probability in nats) per row, as `kogia.ops.sample.sample` without filters draws from the adjusted
+    logits; the log-probability is that under the logits as they were."""
+    tokens, _ = sample(adjust_logits(logits, bias, penalties, masks, bans), temperature, uniforms)
+    return tokens, token_logprobs(logits, temperature, tokens)
 
 
 def adjust_logits(

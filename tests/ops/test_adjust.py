@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kogia.engine.rules import pack_bits
-from kogia.ops.adjust import Bias, Masks, Penalties, adjust_logits
+from kogia.ops.adjust import Bias, Masks, Penalties, adjust_logits, sample_adjusted
+from kogia.ops.dispatch import use_backend
 from kogia.ops.sample import most_likely, token_logprobs
 
 VOCAB = 70
@@ -40,22 +41,74 @@ def by_loop(logits: list[float], row: dict) -> list[float]:
 def test_adjusted_logits_are_those_of_a_float64_loop(rows, seed):
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
     before = logits.clone()
+    got = adjust_logits(logits, *operands(rows))
+    expected = torch.tensor([by_loop(logits[i].double().tolist(), row) for i, row in enumerate(rows)])
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-4)
+    assert logits.equal(before)
+
+
+def operands(rows: list[dict]) -> tuple[Bias | None, Penalties | None, Masks | None, torch.Tensor | None]:
     bias = {i * VOCAB + t: b for i, row in enumerate(rows) for t, b in row["bias"].items()}
     seen = {i * VOCAB + t: c for i, row in enumerate(rows) for t, c in row["counts"].items()}
     masked = [i for i, row in enumerate(rows) if row["allowed"] is not None]
     bits = [torch.from_numpy(pack_bits(sorted(rows[i]["allowed"]), VOCAB)) for i in masked]
     bans = [i * VOCAB + t for i, row in enumerate(rows) for t in row["bans"]]
-    penalties = torch.tensor([row["penalties"] for row in rows], dtype=torch.float32).unbind(1)
-    got = adjust_logits(
-        logits,
+    penalties = torch.tensor([row["penalties"] for row in rows], dtype=torch.float32).T.contiguous()
+    return (
         Bias(torch.tensor(list(bias)), torch.tensor(list(bias.values()))) if bias else None,
         Penalties(torch.tensor(list(seen)), torch.tensor(list(seen.values())), *penalties) if seen else None,
         Masks(torch.tensor(masked), torch.stack(bits)) if masked else None,
         torch.tensor(bans) if bans else None,
     )
-    expected = torch.tensor([by_loop(logits[i].double().tolist(), row) for i, row in enumerate(rows)])
-    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-4)
-    assert logits.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", sample_adjusted.backend_names)
+@settings(max_examples=30)
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=4), seed=st.integers(0, 99), temperature=st.sampled_from([0.0, 0.3, 1.0])
+)
+def test_tokens_are_drawn_from_adjusted_logits_and_scored_by_the_models_own(backend, dtype, rows, seed, temperature):
+    if backend == "cpu" and sample_adjusted.backends("cpu")[0].load() is not None:
+        pytest.skip("no kernels for this processor")
+    random = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(len(rows), VOCAB, generator=random) * 3).to(dtype)
+    uniforms = torch.rand(len(rows), generator=random, dtype=torch.float64)
+    t = torch.tensor([temperature, 1.0, 0.0, 0.7][: len(rows)])
+    with use_backend(backend, ["sample_adjusted"]):
+        tokens, logprobs = sample_adjusted(logits, t, uniforms, *operands(rows))
+        assert sample_adjusted(logits, t, None, *operands(rows))[0].equal(
+            adjust_logits(logits, *operands(rows)).argmax(-1)
+        )
+    torch.testing.assert_close(logprobs, token_logprobs(logits, t, tokens), rtol=1e-4, atol=1e-5)
+    for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        wanted = torch.tensor(by_loop(logits[i].double().tolist(), row), dtype=torch.float64)
+        if not t[i]:
+            assert wanted[token] >= wanted.max() - 1e-4
+            continue
+        cumulative = (wanted / t[i].double()).softmax(-1).cumsum(-1)
+        assert wanted[token] > -math.inf
+        assert cumulative[token] - uniforms[i] > -1e-5
+        assert uniforms[i] - (cumulative[token - 1] if token else 0.0) > -1e-5
+
+
+@pytest.mark.parametrize("backend", sample_adjusted.backend_names)
+def test_a_likely_token_is_drawn_however_far_below_or_above_the_others_it_stands(backend):
+    """Powers over the top of all logits would be 0 for all that a mask leaves, or infinite for a bias."""
+    logits = torch.zeros(2, 5000)
+    logits[0, 3], logits[0, 4000:4002] = 400.0, torch.tensor([-90.0, -90.5])
+    masks = Masks(torch.tensor([0]), torch.from_numpy(pack_bits([4000, 4001], 5000))[None])
+    bias = Bias(torch.tensor([5000 + 4999]), torch.tensor([900.0]))
+    tokens = []
+    with use_backend(backend, ["sample_adjusted"]):
+        for uniform in (0.0, 0.5, 0.7, 1 - 2**-53):
+            got, scores = sample_adjusted(
+                logits, torch.ones(2), torch.full((2,), uniform, dtype=torch.float64), bias, None, masks
+            )
+            assert got[1] == 4999 and scores[1] == pytest.approx(-math.log(5000), rel=1e-5)
+            assert scores[0] == pytest.approx(float(logits[0, got[0]]) - 400, rel=1e-5)
+            tokens.append(int(got[0]))
+    assert tokens == [4000, 4000, 4001, 4001]
 
 
 def test_half_precision_logits_are_adjusted_in_float32():

@@ -1136,39 +1136,172 @@ uint64_t mix(uint64_t x) {  // splitmix64
 
 constexpr int64_t STRIPE = 32;  // sums and largest numbers that are kept side by side
 
-template <class T> void sample_row(const SampleArgs& a, int64_t r) {
-    const T* logits = reinterpret_cast<const T*>(a.logits) + r * a.vocab;
-    bool greedy = a.temperature[r] == 0 || !a.uniforms;
-    float temperature = a.temperature[r] == 0 ? 1.0f : a.temperature[r];
-    float* scaled = scratch<float, 1>(a.vocab + STRIPE);
-    float* powers = scratch<float, 10>(a.vocab + STRIPE);
-    float most[STRIPE], part[STRIPE] = {};
-    for (int64_t i = 0; i < a.vocab; i++) scaled[i] = widen(logits[i]) / temperature;
-    std::fill(scaled + a.vocab, scaled + a.vocab + STRIPE, -std::numeric_limits<float>::infinity());
-    std::copy(scaled, scaled + STRIPE, most);
-    for (int64_t i = 0; i < a.vocab; i += STRIPE)
-        for (int64_t j = 0; j < STRIPE; j++) most[j] = scaled[i + j] > most[j] ? scaled[i + j] : most[j];
-    float top = *std::max_element(most, most + STRIPE);
-    for (int64_t i = 0; i < a.vocab; i += STRIPE)
+// Logits of a row over its temperature, filled up with -inf to whole stripes, and their powers over that of `top`.
+struct Weighed {
+    float* scaled;
+    float* powers;
+    float top;
+    double total;
+};
+
+float largest(const float* x, int64_t count) {
+    float most[STRIPE];
+    std::copy(x, x + STRIPE, most);
+    for (int64_t i = 0; i < count; i += STRIPE)
+        for (int64_t j = 0; j < STRIPE; j++) most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
+    return *std::max_element(most, most + STRIPE);
+}
+
+void set_powers(Weighed& w, int64_t vocab, float top) {
+    const float* scaled = w.scaled;  // by itself: the compiler cannot know that no store changes `w`
+    float* powers = w.powers;
+    float part[STRIPE] = {};
+    for (int64_t i = 0; i < vocab; i += STRIPE)
         for (int64_t j = 0; j < STRIPE; j++) part[j] += powers[i + j] = exponential(scaled[i + j] - top);
-    double total = 0;
-    for (float each : part) total += each;
-    int64_t token = a.vocab - 1;
-    if (greedy) {
-        int64_t first = std::find(scaled, scaled + a.vocab, top) - scaled;
-        token = std::min(token, first);
-    } else {
-        double whole = 0, seen = 0;
-        for (int64_t i = 0; i < a.vocab; i++) whole += powers[i];
-        double point = a.uniforms[r] * whole;
-        for (int64_t i = 0; i < a.vocab; i++)
-            if ((seen += powers[i]) > point) {
-                token = i;
-                break;
-            }
+    w.top = top, w.total = 0;
+    for (float each : part) w.total += each;
+}
+
+template <class T> Weighed weighed(const T* logits, int64_t vocab, float temperature) {
+    float* scaled = scratch<float, 1>(vocab + STRIPE);
+    Weighed w = {scaled, scratch<float, 10>(vocab + STRIPE), 0, 0};
+    for (int64_t i = 0; i < vocab; i++) scaled[i] = widen(logits[i]) / temperature;
+    std::fill(scaled + vocab, scaled + vocab + STRIPE, -std::numeric_limits<float>::infinity());
+    set_powers(w, vocab, largest(scaled, vocab));
+    return w;
+}
+
+constexpr int64_t DRAWN = 8 * STRIPE;  // powers that are summed up before the place is looked for among them
+
+// The first place at which the sum of powers exceeds a share of the whole, never one whose power is 0.
+int64_t drawn(const float* powers, int64_t vocab, double uniform) {
+    int64_t blocks = (vocab + DRAWN - 1) / DRAWN, last = vocab - 1;
+    double* sums = scratch<double, 16>(blocks);
+    double whole = 0, seen = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        double part[8] = {};
+        const float* end = powers + std::min((b + 1) * DRAWN, (vocab + STRIPE - 1) / STRIPE * STRIPE);
+        for (const float* p = powers + b * DRAWN; p < end; p += 8)
+            for (int64_t j = 0; j < 8; j++) part[j] += p[j];
+        sums[b] = 0;
+        for (double each : part) sums[b] += each;
+        whole += sums[b];
     }
+    double point = uniform * whole;
+    for (int64_t b = 0; b < blocks; seen += sums[b], b++) {
+        if (!(sums[b] > 0)) continue;
+        double before = seen;
+        if (seen + sums[b] >= point)
+            for (int64_t i = b * DRAWN; i < std::min((b + 1) * DRAWN, vocab); i++)
+                if (powers[i] > 0) {
+                    last = i;
+                    if ((before += powers[i]) > point) return i;
+                }
+    }
+    return last;
+}
+
+int64_t chosen(const SampleArgs& a, int64_t r, const Weighed& w) {
+    if (a.temperature[r] != 0 && a.uniforms) return drawn(w.powers, a.vocab, a.uniforms[r]);
+    return std::min<int64_t>(a.vocab - 1, std::find(w.scaled, w.scaled + a.vocab, w.top) - w.scaled);
+}
+
+float temperature_of(const SampleArgs& a, int64_t r) { return a.temperature[r] == 0 ? 1.0f : a.temperature[r]; }
+
+template <class T> void sample_row(const SampleArgs& a, int64_t r) {
+    Weighed w = weighed(reinterpret_cast<const T*>(a.logits) + r * a.vocab, a.vocab, temperature_of(a, r));
+    int64_t token = chosen(a, r, w);
     a.tokens[r] = token;
-    a.logprobs[r] = float(double(scaled[token] - top) - std::log(total));
+    a.logprobs[r] = float(double(w.scaled[token] - w.top) - std::log(w.total));
+}
+
+// What requests ask of their tokens: entries name row * vocab + token, the rows rising.
+struct AdjustedArgs {
+    SampleArgs sample;
+    const int64_t* bias_at;
+    const float* bias;
+    int64_t biased;
+    const int64_t* seen_at;
+    const int64_t* counts;
+    int64_t seen;
+    const float* repetition;
+    const float* frequency;
+    const float* presence;
+    const int64_t* mask_rows;
+    const uint32_t* bits;  // the lower half of each word of 64 first
+    int64_t masked, words;
+    const int64_t* bans;
+    int64_t banned;
+};
+
+// The entries of a row, from `first` to before `last`.
+struct Span {
+    int64_t first, last;
+};
+
+Span entries(const int64_t* at, int64_t count, int64_t row, int64_t vocab) {
+    const int64_t* first = std::partition_point(at, at + count, [&](int64_t each) { return each < row * vocab; });
+    const int64_t* last = std::partition_point(first, at + count, [&](int64_t each) { return each < (row + 1) * vocab; });
+    return {first - at, last - at};
+}
+
+void keep_allowed(const uint32_t* bits, int64_t vocab, float* scaled, float* powers) {
+    const float none = -std::numeric_limits<float>::infinity();
+    for (int64_t first = 0; first < vocab; first += STRIPE) {  // as many as a word of 32 bits
+        uint32_t word = bits[first / STRIPE];
+        if (word == ~uint32_t(0)) continue;
+        for (uint32_t j = 0; j < STRIPE; j++) {
+            bool stays = word >> j & 1;
+            scaled[first + j] = stays ? scaled[first + j] : none;
+            powers[first + j] = stays ? powers[first + j] : 0.0f;
+        }
+    }
+}
+
+// Adding and taking away divide by the temperature as the logits did; the factors of repetition do not depend on it.
+void adjust(const AdjustedArgs& a, int64_t r, Weighed& w) {
+    const int64_t vocab = a.sample.vocab, begin = r * vocab;
+    const float temperature = temperature_of(a.sample, r), none = -std::numeric_limits<float>::infinity();
+    Span bias = entries(a.bias_at, a.biased, r, vocab), seen = entries(a.seen_at, a.seen, r, vocab);
+    for (int64_t i = bias.first; i < bias.last; i++) w.scaled[a.bias_at[i] - begin] += a.bias[i] / temperature;
+    for (int64_t i = seen.first; i < seen.last; i++) {
+        float& z = w.scaled[a.seen_at[i] - begin];
+        z = z > 0 ? z / a.repetition[r] : z * a.repetition[r];
+        z -= (a.frequency[r] * float(a.counts[i]) + (a.counts[i] > 0 ? a.presence[r] : 0)) / temperature;
+    }
+    for (int64_t i = bias.first; i < bias.last; i++)
+        w.powers[a.bias_at[i] - begin] = exponential(w.scaled[a.bias_at[i] - begin] - w.top);
+    for (int64_t i = seen.first; i < seen.last; i++)
+        w.powers[a.seen_at[i] - begin] = exponential(w.scaled[a.seen_at[i] - begin] - w.top);
+    int64_t mask = std::lower_bound(a.mask_rows, a.mask_rows + a.masked, r) - a.mask_rows;
+    if (mask < a.masked && a.mask_rows[mask] == r) keep_allowed(a.bits + 2 * mask * a.words, vocab, w.scaled, w.powers);
+    Span bans = entries(a.bans, a.banned, r, vocab);
+    float* before = scratch<float, 17>(bans.last - bans.first);
+    for (int64_t i = bans.first; i < bans.last; i++) {
+        float& z = w.scaled[a.bans[i] - begin];
+        before[i - bans.first] = z, z = none;
+    }
+    float top = largest(w.scaled, vocab);
+    if (top == none) {  // the bans would leave nothing: what stood before each first
+        for (int64_t i = bans.last - 1; i >= bans.first; i--) w.scaled[a.bans[i] - begin] = before[i - bans.first];
+        top = largest(w.scaled, vocab);
+    } else {
+        for (int64_t i = bans.first; i < bans.last; i++) w.powers[a.bans[i] - begin] = 0;
+    }
+    // far from the top of before, powers would be too small or too large to tell
+    if (std::fabs(top - w.top) < 30) w.top = top;
+    else set_powers(w, vocab, top);
+}
+
+template <class T> void sample_adjusted_row(const AdjustedArgs& a, int64_t r) {
+    const T* logits = reinterpret_cast<const T*>(a.sample.logits) + r * a.sample.vocab;
+    float temperature = temperature_of(a.sample, r);
+    Weighed w = weighed(logits, a.sample.vocab, temperature);
+    double lse = double(w.top) + std::log(w.total);
+    adjust(a, r, w);
+    int64_t token = chosen(a.sample, r, w);
+    a.sample.tokens[r] = token;
+    a.sample.logprobs[r] = float(double(widen(logits[token]) / temperature) - lse);
 }
 
 // ----------------------------------------------------------------------------------------------------------- drafts
@@ -1526,6 +1659,12 @@ void kogia_most_likely_tokens(const LikeliestArgs* a) {
 
 void kogia_put_numbers(const PutArgs* a) {
     for (int64_t i = 0; i < a->count; i++) a->target[a->places[i]] = a->numbers[i];
+}
+
+void kogia_sample_adjusted(const AdjustedArgs* a) {
+    parallel(a->sample.rows, a->sample.threads, [&](int64_t r) {
+        a->sample.dtype == BFLOAT16 ? sample_adjusted_row<bf16>(*a, r) : sample_adjusted_row<float>(*a, r);
+    });
 }
 
 void kogia_cached_attention(const AttentionArgs* a) {
