@@ -3,11 +3,12 @@
     python benchmarks/faults.py --dir SCRATCH [--kills 500] [--inputs 20000] [--seed 0] [--out RESULT.json]
     python benchmarks/faults.py --dir SCRATCH --kills 100 --inputs 0 --scenarios pretrain pretrain-all --out RESULT.json
 
-Kills: real commands (pretrain, sft, rl, eval, curate, generate, convert, report, demo) are killed by SIGKILL or SIGTERM
-at seeded changes of the file system and at seeded moments, gone on with as a user would, killed again, and compared
-with an undisturbed run (tests/faults/kills.py). Lost is a trial that could not go on, whose files differ, or that left
-anything behind. Inputs: files, flags, parameters and answers are mutated and read (tests/faults/inputs.py). A traceback
-is anything but success or an error in the project's own words; a hang is over the limit that is given beside it.
+Kills: real commands (prepare, pretrain, sft, rl, eval, curate, generate, convert, report, demo) are killed by SIGKILL
+or SIGTERM at seeded changes of the file system and at seeded moments, gone on with as a user would, killed again, and
+compared with an undisturbed run (tests/faults/kills.py). Lost is a trial that could not go on, whose files differ, or
+that left anything behind. Inputs: files, flags, parameters and answers are mutated and read (tests/faults/inputs.py). A
+traceback is anything but success or an error in the project's own words; a hang is over the limit that is given beside
+it.
 
 What is done is noted in SCRATCH/done.jsonl: a campaign that was interrupted goes on there. Equal seeds make equal
 campaigns, but for the kills at moments. It takes about 25 minutes on one core.
@@ -30,8 +31,9 @@ from faults import inputs, kills  # noqa: E402 - from the tests
 from result import commit, row, write_result  # noqa: E402
 
 WEIGHTS = {
-    "pretrain": 8, "pretrain-all": 8, "sft": 8, "overwrite": 6, "rl": 12, "eval": 12, "curate": 8, "curate-over": 4,
-    "generate": 3, "generate-over": 3, "convert": 5, "convert-over": 7, "report": 2, "demo": 1,
+    "prepare": 6, "prepare-over": 2, "pretrain": 8, "pretrain-all": 8, "sft": 8, "overwrite": 6, "rl": 12, "eval": 12,
+    "curate": 8, "curate-over": 4, "generate": 3, "generate-over": 3, "convert": 5, "convert-over": 7, "report": 2,
+    "demo": 1,
 }  # fmt: skip
 """Trials of each scenario in one round."""
 

@@ -26,6 +26,11 @@ class Command:
 _SUPERVISED = "kogia.train.config:SupervisedConfig", "kogia.train.supervised:main"
 COMMANDS = {
     "demo": Command("kogia.demo.config:DemoConfig", "kogia.demo.run:main", "The whole recipe in miniature, in minutes"),
+    "prepare": Command(
+        "kogia.prepare.config:PrepareConfig",
+        "kogia.prepare.run:main",
+        "Documents deduplicated, without tests, tokenised: data for pretrain",
+    ),
     "pretrain": Command(*_SUPERVISED, "Train a model from scratch on text"),
     "sft": Command(*_SUPERVISED, "Fine-tune a model on prompts and completions"),
     "rl": Command(

@@ -1,11 +1,19 @@
 """What to train on, as frozen values. Torch-free."""
 
+import glob
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from kogia.config import check_finite
+
+Packing = Literal["in_order", "best_fit"]
+HUB = "hf:"
+"""How the name of a data set of the Hugging Face Hub begins."""
+PREPARED = "prepare.toml"
+"""By this file a directory is known as one of `kogia prepare`."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +21,9 @@ class SourceConfig:
     """One place documents come from."""
 
     spec: str
-    """A file (.txt, .jsonl, .json, each also .gz, or .parquet), or a generator `module:function`, which is called with
-    `options`, and with `num` and `seed` where it takes them.
+    """A file (.txt, .jsonl, .json, each also .gz, or .parquet) or a pattern of files as books/*.jsonl; a data set of
+    the Hugging Face Hub as hf:org/name or hf:org/name/data/*.parquet; a directory that `kogia prepare` has written; or
+    a generator `module:function`, which is called with `options`, and with `num` and `seed` where it takes them.
 
     A row is {"text"} or {"prompt", "completion"} or {"messages"[, "completion"]} or another layout of
     docs/data-formats.md. A generator yields strings, such rows, or (problem, completion) pairs.
@@ -27,6 +36,8 @@ class SourceConfig:
     """Passed to a generator; a file ignores it."""
     text_key: str = "text"
     """The column of a row that holds a plain document. Another than "text" comes before all other layouts."""
+    template: str | None = None
+    """Makes a plain document of several columns, as "{question}\n{solution}"; before all layouts."""
     replies: Literal["all", "last"] = "all"
     """Which of the assistant's turns in a conversation are learned: all that answer a user, or the last one."""
     separator: str | None = None
@@ -40,7 +51,7 @@ class SourceConfig:
             raise ValueError(f"data source {self.spec!r}: weight = {self.weight}: must be above 0; delete the source")
         if self.num is not None and self.num < 1:
             raise ValueError(f"data source {self.spec!r}: num = {self.num}: must be at least 1; leave it out for all")
-        if self.options and file_kind(self.spec):
+        if self.options and is_of_files(self.spec):
             raise ValueError(f"data source {self.spec!r}: options belong to a generator `module:function`, not a file")
 
 
@@ -53,6 +64,9 @@ class DataConfig:
     """Files (or generators) to train on in the place of `sources`, where their specs are all there is to say."""
     batch_tokens: int = 16384
     """Most tokens in one micro-batch; whole documents are packed up to it."""
+    packing: Packing = "in_order"
+    """`best_fit` fills what a batch has left with a document of later on, and batches are nearly full; `in_order` ends
+    the batch there."""
     max_seqlen: int | None = None
     """A longer plain document is cut into pieces of this length; a longer chat example is left out and counted. None
     takes 1024, but no more than a batch and the model's context hold."""
@@ -81,7 +95,17 @@ class DataConfig:
         return min(1024, self.batch_tokens) if self.max_seqlen is None else self.max_seqlen
 
 
+def is_prepared(spec: str) -> bool:
+    """Whether a source is a directory of `kogia prepare`."""
+    return (Path(spec).expanduser() / PREPARED).is_file()
+
+
+def is_of_files(spec: str) -> bool:
+    """Whether a source is a file, a pattern of files or a data set of the Hub; else a generator makes its documents."""
+    return bool(file_kind(spec)) or spec.startswith(HUB) or glob.has_magic(spec)
+
+
 def file_kind(spec: str) -> str:
-    """The suffix of a source that is a file, without .gz; "" for a generator `module:function`."""
+    """The suffix of a file that can be read, without .gz; "" for any other."""
     kinds = (".parquet", *(kind + end for kind in (".txt", ".jsonl", ".json") for end in ("", ".gz")))
     return next((kind.removesuffix(".gz") for kind in kinds if spec.endswith(kind)), "")

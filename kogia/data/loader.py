@@ -1,8 +1,12 @@
 """Batches in an order that is a pure function of (seed, epoch), so that a resume needs two integers and no replay.
 
 In every epoch all sequences are permuted; batches take whole sequences in that order up to the token budget, and the
-batch at an epoch's end continues into the next epoch, so every batch is full. A source of weight w contributes each of
-its sequences floor(w) times and a fresh random subset of share w - floor(w).
+batch at an epoch's end continues into the next epoch, so every batch is full. With `best_fit` a sequence of later on
+fills what the next one in order leaves free (`kogia.data.packing`), and an epoch begins with a batch of its own. A
+source of weight w contributes each of its sequences floor(w) times and a fresh random subset of share w - floor(w).
+
+All ranks walk through the same batches, and rank r of R takes every R-th: the state is the same on all of them, and a
+run may go on with another number of ranks.
 """
 
 from collections.abc import Iterator
@@ -13,7 +17,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kogia.data.packing import fill, gather_rows
+from kogia.data.config import Packing
+from kogia.data.packing import best_fit, fill, gather_rows
 from kogia.data.shards import Shard
 from kogia.model.packed import PackedTokens, pack_arrays
 
@@ -67,29 +72,40 @@ class Loader:
         weights: tuple[float, ...],
         batch_tokens: int,
         seed: int,
+        packing: Packing = "in_order",
+        rank: int = 0,
+        num_ranks: int = 1,
         state: LoaderState | None = None,
     ) -> None:
         self.shard, self.weights, self.batch_tokens, self.seed = shard, weights, batch_tokens, seed
+        self.packing, self.rank, self.num_ranks = packing, rank, num_ranks
         self.state = state or LoaderState()
         self._epoch = -1
-        self._order = self._cumulative = np.zeros(0, "int64")
+        self._order = self._cumulative = self._bounds = np.zeros(0, "int64")
 
     @property
     def tokens_per_epoch(self) -> float:
         """Expected tokens of one epoch."""
-        bounds = self.shard.offsets[[0, *self.shard.source_ends]]
-        return float(np.dot(np.diff(bounds), self.weights))
+        return float(np.dot(self.shard.source_tokens, self.weights))
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """The next batch, at most `batch_tokens` long, and the state moved past it."""
+        """This rank's next batch, at most `batch_tokens` long, and the state moved past those of all ranks."""
+        batches = [self._next_sequences() for _ in range(self.num_ranks)]
+        return gather_batch(self.shard, batches[self.rank])
+
+    def _next_sequences(self) -> np.ndarray:
         parts, budget = [], self.batch_tokens
         epoch, cursor = self.state.epoch, self.state.cursor
         while True:
             self._load_epoch(epoch)
+            if self.packing == "best_fit":
+                end = int(self._bounds[np.searchsorted(self._bounds, cursor, side="right")])
+                self.state = LoaderState(epoch, end) if end < len(self._order) else LoaderState(epoch + 1)
+                return self._order[cursor:end]
             end = fill(self._cumulative, cursor, budget)
             parts.append(self._order[cursor:end])
             budget -= int(self._cumulative[end] - self._cumulative[cursor])
@@ -98,18 +114,21 @@ class Loader:
             epoch, cursor = epoch + 1, 0
             end = 0
         self.state = LoaderState(epoch, end)
-        return gather_batch(self.shard, np.concatenate(parts))
+        return np.concatenate(parts)
 
     def _load_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
         self._order = epoch_order(self.shard, self.weights, self.seed, epoch)
-        lengths = np.diff(self.shard.offsets)[self._order]
+        lengths = self.shard.lengths[self._order]
         if len(lengths) == 0 or lengths.max() > self.batch_tokens:
             raise ValueError(
                 f"data: epoch {epoch} has {len(lengths)} sequences of up to {lengths.max(initial=0)} tokens, "
                 f"batch_tokens = {self.batch_tokens}; raise batch_tokens or the source weights {self.weights}"
             )
+        if self.packing == "best_fit":
+            order, self._bounds = best_fit(lengths, self.batch_tokens)
+            self._order = self._order[order]
         self._cumulative = np.concatenate([[0], np.cumsum(lengths)])
         self._epoch = epoch
 
@@ -117,7 +136,7 @@ class Loader:
 def validation_batches(shard: Shard, *, batch_tokens: int, max_tokens: int) -> Iterator[Batch]:
     """All sequences of a shard once, in a fixed mixed order, until `max_tokens` are reached."""
     order = np.random.Generator(np.random.PCG64(0)).permutation(shard.num_sequences)
-    cumulative = np.concatenate([[0], np.cumsum(np.diff(shard.offsets)[order])])
+    cumulative = np.concatenate([[0], np.cumsum(shard.lengths[order])])
     cursor = 0
     while cursor < len(order) and cumulative[cursor] < max_tokens:
         end = fill(cumulative, cursor, batch_tokens)
@@ -127,9 +146,9 @@ def validation_batches(shard: Shard, *, batch_tokens: int, max_tokens: int) -> I
 
 def gather_batch(shard: Shard, sequences: np.ndarray) -> Batch:
     """The given sequences of a shard, end to end."""
-    starts = shard.offsets[sequences]
-    lengths = shard.offsets[sequences + 1] - starts
-    rows = gather_rows(starts, lengths)
-    mask = shard.mask[rows].astype(bool)
+    lengths = shard.lengths[sequences]
+    rows = gather_rows(shard.starts[sequences], lengths)
+    mask = np.ones(len(rows), bool) if shard.mask is None else shard.mask[rows].astype(bool)
+    mask[np.cumsum(lengths) - lengths] = False  # where a long text was cut nothing else keeps it from being predicted
     tokens = pack_arrays(shard.tokens[rows].astype("int64"), lengths)
     return Batch(tokens, torch.from_numpy(mask), int(mask.sum()))

@@ -1,9 +1,11 @@
 """Documents from files and generators, one at a time, before any tokenisation."""
 
+import glob
 import gzip
 import importlib
 import inspect
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kogia.config import resolve
-from kogia.data.config import SourceConfig, file_kind
+from kogia.data.config import HUB, SourceConfig, file_kind, is_of_files
+from kogia.data.hub import find_dataset
 from kogia.data.rows import Document, document_from_row
 
 Row = tuple[str, Any]
@@ -24,12 +27,27 @@ def read_source(source: SourceConfig) -> Iterator[Document]:
 
     Raises ValueError naming file, line and rule for a row that is no document.
     """
-    rows = read_rows(source) if file_kind(source.spec) else _read_generator(source)
+    rows = read_rows(source) if is_of_files(source.spec) else _read_generator(source)
     for index, (where, row) in enumerate(rows):
         if source.num is not None and index >= source.num:
             return
+        if source.template is not None:
+            row = _filled(source.template, row, where)
         document = document_from_row(row, where, source.text_key)
         yield document if source.replies == "all" else replace(document, learned=())
+
+
+def _filled(template: str, row: Any, where: str) -> str:
+    """The template with the values of a row's columns in the place of their names in braces; other braces stay."""
+
+    def value(name: re.Match[str]) -> str:
+        found = row.get(name[1]) if isinstance(row, dict) else None
+        if found is None:
+            told = f"only {sorted(map(str, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise ValueError(f"{where}: template {template!r} needs the column {name[1]!r}; there is {told}")
+        return str(found)
+
+    return re.sub(r"\{(\w+)\}", value, template)
 
 
 def has_document(source: SourceConfig) -> bool:
@@ -37,13 +55,40 @@ def has_document(source: SourceConfig) -> bool:
     return next(read_source(source), None) is not None
 
 
-def read_rows(source: SourceConfig) -> Iterator[Row]:
-    """The rows of a file of a kind that `file_kind` knows, before anything is made of them."""
+def source_files(source: SourceConfig) -> list[str]:
+    """The files of a source that is one of files, in the order in which they are read: that of their names.
+
+    ValueError where there is none.
+    """
+    if source.spec.startswith(HUB):
+        return find_dataset(source.spec)
     path = Path(source.spec).expanduser()
-    if not path.is_file():
-        raise ValueError(f"data source {source.spec!r}: no such file (looked in {path.absolute().parent})")
+    if path.is_file():
+        return [source.spec]
+    places = glob.glob(str(path), recursive=True)
+    found = sorted(place for place in places if file_kind(place) and Path(place).is_file())
+    if not found:
+        what = "no file of this pattern" if glob.has_magic(source.spec) else "no such file"
+        raise ValueError(f"data source {source.spec!r}: {what} (looked in {_nearest(path)})")
+    return found
+
+
+def _nearest(path: Path) -> Path:
+    """The folder in which a pattern begins."""
+    parents = path.absolute().parents
+    return next(place for place in parents if not glob.has_magic(str(place)))
+
+
+def read_rows(source: SourceConfig) -> Iterator[Row]:
+    """The rows of a source of files, before anything is made of them."""
+    for file in source_files(source):
+        yield from read_file_rows(source, file)
+
+
+def read_file_rows(source: SourceConfig, file: str) -> Iterator[Row]:
+    """The rows of one of its files."""
     readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".json": _read_json, ".parquet": _read_parquet}
-    return readers[file_kind(source.spec)](source, path)
+    yield from readers[file_kind(file)](replace(source, spec=file), Path(file).expanduser())
 
 
 def read_text(spec: str) -> str:
@@ -125,7 +170,7 @@ def _read_generator(source: SourceConfig) -> Iterator[Row]:
     if ":" not in source.spec:
         raise ValueError(
             f"data source {source.spec!r}: neither a file (.txt, .jsonl, .json, each also .gz, or .parquet) nor a "
-            "generator `module:function`"
+            "generator `module:function`, nor a directory that `kogia prepare` has written"
         )
     function = resolve(source.spec)
     arguments = _generator_arguments(function, source)

@@ -11,6 +11,7 @@ from kogia.checkpoint.directory import resolve_model_dir, resolve_tokenizer_dir
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.checkpoint.hf import Stored, read_stored
 from kogia.checkpoint.open import check_vocabulary, pick_device
+from kogia.data.shards import prepared_directory, read_prepared
 from kogia.data.sources import has_document
 from kogia.files import check_directory
 from kogia.model.config import ModelConfig
@@ -52,9 +53,9 @@ def plan_run(config: SupervisedConfig) -> Plan:
         start = replace(start, config=extended_config(start.config, config.extend_context))
     model = _architecture(config, start, is_resumed=checkpoint is not None)
     check_sizes(config, model)
-    _check_tokenizer(config, model, checkpoint)
     if checkpoint is None:  # else the tokens are there
         _check_data(config)
+    _check_tokenizer(config, model, checkpoint)
     kind = rate_kind(config)
     settled = settle_rate(config.optim, kind, model)
     data = replace(config.data, max_seqlen=min(config.data.longest, model.max_position))
@@ -69,15 +70,18 @@ def rate_kind(config: SupervisedConfig) -> Rate:
 
 
 def tokenizer_directory(config: SupervisedConfig, checkpoint: Path | None) -> Path | None:
-    """Where the tokenizer is read from: the checkpoint, `tokenizer`, `init`, or what an earlier start of this run has
-    trained; None where one is to be trained."""
+    """Where the tokenizer is read from: the checkpoint, `tokenizer`, `init`, that of prepared data, or what an earlier
+    start of this run has trained; None where one is to be trained."""
     trained = Path(config.out) / TRAINED
+    prepared = prepared_directory(config.data)
     if checkpoint is not None:
         return checkpoint
     if config.tokenizer is not None:
         return resolve_tokenizer_dir(config.tokenizer)
     if config.init is not None:
         return resolve_model_dir(config.init, weights=False)
+    if prepared is not None:
+        return prepared / TRAINED
     return trained if config.resume and trained.exists() else None
 
 
@@ -111,6 +115,9 @@ def _check_tokenizer(config: SupervisedConfig, model: ModelConfig, checkpoint: P
 
 
 def _check_data(config: SupervisedConfig) -> None:
+    if prepared := prepared_directory(config.data):
+        read_prepared(prepared)
+        return
     if config.data.cache_dir is not None:
         check_directory(Path(config.data.cache_dir).expanduser())
     filled = [source for source in config.data.sources if has_document(source)]

@@ -1,6 +1,6 @@
 """Opening a run directory: new, resumed or overwritten, the same for every training stage."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +111,7 @@ def _check_place(out: Path, config: Any) -> None:
 
 def _check_architecture(recipe: Path, now: Any) -> None:
     """Raise ValueError where a run would go on with another model than it has."""
-    changed = [] if _is_damaged(recipe) else _changes(recipe, now)
+    changed = [] if _is_damaged(recipe) else changes(load_toml(recipe, type(now)), now, HARMLESS)
     if model := [words for words in changed if words.startswith("model.")]:
         raise ValueError(
             f"{', '.join(model)}: the model of a run cannot change; leave it as it was, or begin another run, with "
@@ -123,17 +123,17 @@ def _warn_of_changes(recipe: Path, now: Any) -> None:
     """A resume is exact only under the same settings; say which ones differ, and how."""
     if _is_damaged(recipe):
         return log.warn(f"{recipe} is empty or damaged: whether the run began with these settings cannot be told")
-    if changed := _changes(recipe, now):
+    if changed := changes(load_toml(recipe, type(now)), now, HARMLESS):
         log.warn(f"resuming with other settings than the run began with: {', '.join(changed)}: no exact continuation")
 
 
-def _changes(recipe: Path, now: Any) -> list[str]:
-    """The settings that differ, each as `key = new (was old)`."""
-    old, new = (dict(_entries(to_dict(config))) for config in (load_toml(recipe, type(now)), now))
+def changes(old: Any, new: Any, harmless: Collection[str]) -> list[str]:
+    """The settings that differ between two configurations of a kind, in words, but for those that are harmless."""
+    before, now = (dict(_entries(to_dict(config))) for config in (old, new))
     return [
-        f"{key} = {new.get(key, 'none')!r} (was {old.get(key, 'none')!r})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in HARMLESS
+        f"{key} = {now.get(key, 'none')!r} (was {before.get(key, 'none')!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in harmless
     ]
 
 

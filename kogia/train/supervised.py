@@ -115,8 +115,7 @@ def build_planned(plan: Plan) -> Run:
     model = _build_model(plan, tokenizer, checkpoint, device)
     prepare_indexer(model, config)
     optimizer = build_optimizer(model, config.optim)
-    weights = tuple(source.weight for source in config.data.sources)
-    loader = Loader(shards["train"], weights=weights, batch_tokens=config.data.batch_tokens, seed=config.seed)
+    loader = _loader(config, shards["train"])
     ramp = batch_ramp(config)
     num_steps = config.steps or ramp.steps_for(
         (config.epochs or 0) * loader.tokens_per_epoch / config.data.batch_tokens
@@ -354,6 +353,11 @@ def _build_model(plan: Plan, tokenizer: Tokenizer, checkpoint: Path | None, devi
     return build_model(model_config, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
 
 
+def _loader(config: SupervisedConfig, shard: Shard) -> Loader:
+    data = config.data
+    return Loader(shard, weights=shard.weights, batch_tokens=data.batch_tokens, seed=config.seed, packing=data.packing)
+
+
 def _validation(config: SupervisedConfig, shard: Shard) -> list[Batch]:
     if shard.counts.loss_tokens == 0:
         if config.data.val_share:
@@ -371,8 +375,18 @@ def _describe(plan: Plan, shards: dict[str, Shard], loader: Loader, num_steps: i
         f"data: {counts.sequences:,} sequences, {counts.tokens:,} tokens ({counts.loss_tokens:,} count in the loss); "
         f"{held_out.documents:,} documents held out; {num_steps} steps"
     )
+    if len(shards["train"].names) > 1:
+        log.info(f"data: {_epochs_in_words(plan.config, loader, num_steps)}")
     if left_out := counts.too_long + held_out.too_long:
         log.warn(f"data: {left_out:,} chat examples longer than data.max_seqlen were left out")
+
+
+def _epochs_in_words(config: SupervisedConfig, loader: Loader, num_steps: int) -> str:
+    """How often the run visits each document of each source."""
+    tokens = batch_ramp(config).before(num_steps) * config.data.batch_tokens
+    epochs = tokens / max(1.0, loader.tokens_per_epoch)
+    visits = zip(loader.shard.names, loader.weights, strict=True)
+    return "up to " + ", ".join(f"{weight * epochs:.3g} epochs of {name}" for name, weight in visits)
 
 
 def _tokenizer_texts(config: SupervisedConfig) -> Iterator[str]:

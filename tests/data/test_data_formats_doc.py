@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kogia.data.config import DataConfig, SourceConfig
+from kogia.data.loader import gather_batch
 from kogia.data.rows import document_from_row
 from kogia.data.shards import build_shards
 from kogia.data.sources import read_source
@@ -33,8 +35,8 @@ def shown(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> str:
 
 def sequences(tokenizer: Tokenizer, path: Path, out: Path) -> list[str]:
     shard = build_shards(DataConfig(files=(str(path),)), tokenizer, out)["train"]
-    bounds = zip(shard.offsets, shard.offsets[1:], strict=False)
-    return [shown(tokenizer, shard.tokens[a:b].tolist(), shard.mask[a:b].tolist()) for a, b in bounds]
+    batches = [gather_batch(shard, np.array([i])) for i in range(shard.num_sequences)]
+    return [shown(tokenizer, b.tokens.token_ids.tolist(), b.loss_mask.int().tolist()) for b in batches]
 
 
 def errors(path: Path) -> list[str]:

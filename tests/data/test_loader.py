@@ -1,10 +1,12 @@
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kogia.data.config import Packing
 from kogia.data.loader import Loader, LoaderState, epoch_order, validation_batches
 from kogia.data.shards import Shard, ShardCounts
 
@@ -15,7 +17,7 @@ def make_shard(lengths: list[int], source_ends: tuple[int, ...] | None = None) -
     tokens = np.repeat(np.arange(len(lengths)), lengths).astype("uint16")
     mask = np.ones(len(tokens), "uint8")
     mask[offsets[:-1]] = 0
-    return Shard(tokens, mask, offsets, source_ends or (len(lengths),), ShardCounts())
+    return Shard(tokens, mask, offsets[:-1], np.diff(offsets), source_ends or (len(lengths),), ShardCounts())
 
 
 def visits(batch) -> list[int]:
@@ -26,15 +28,13 @@ def visits(batch) -> list[int]:
 corpora = st.lists(st.integers(1, 12), min_size=1, max_size=25)
 
 
-@given(corpora, st.integers(12, 60), st.integers(0, 99), st.integers(0, 8))
-def test_a_loader_resumed_anywhere_gives_the_batches_of_one_that_never_stopped(lengths, budget, seed, stop):
+@given(corpora, st.integers(12, 60), st.integers(0, 99), st.integers(0, 8), st.sampled_from(get_args(Packing)))
+def test_a_loader_resumed_anywhere_gives_the_batches_of_one_that_never_stopped(lengths, budget, seed, stop, packing):
     shard = make_shard(lengths)
-    whole = Loader(shard, weights=(1.0,), batch_tokens=budget, seed=seed)
+    whole = Loader(shard, weights=(1.0,), batch_tokens=budget, seed=seed, packing=packing)
     before = [whole.next_batch() for _ in range(stop)]
-    state = whole.state
-    resumed = Loader(
-        shard, weights=(1.0,), batch_tokens=budget, seed=seed, state=LoaderState(state.epoch, state.cursor)
-    )
+    state = LoaderState(whole.state.epoch, whole.state.cursor)
+    resumed = Loader(shard, weights=(1.0,), batch_tokens=budget, seed=seed, packing=packing, state=state)
     for _ in range(4):
         expected, found = whole.next_batch(), resumed.next_batch()
         assert expected.tokens.token_ids.tolist() == found.tokens.token_ids.tolist()
@@ -53,6 +53,31 @@ def test_every_epoch_visits_every_sequence_once_and_no_batch_could_take_one_more
     for batch, after in itertools.pairwise(batches):
         used = sum(lengths[i] for i in batch)
         assert used <= budget < used + lengths[after[0]]
+
+
+@given(corpora, st.integers(12, 60), st.integers(1, 4), st.sampled_from(get_args(Packing)))
+def test_ranks_share_the_batches_of_one_and_a_run_may_go_on_with_another_number_of_them(
+    lengths, budget, num_ranks, packing
+):
+    settings = {"weights": (1.0,), "batch_tokens": budget, "seed": 3, "packing": packing}
+    alone = Loader(make_shard(lengths), **settings)
+    ranks = [Loader(make_shard(lengths), **settings, rank=r, num_ranks=num_ranks) for r in range(num_ranks)]
+    for _ in range(3):
+        assert [visits(rank.next_batch()) for rank in ranks] == [visits(alone.next_batch()) for _ in ranks]
+    assert {rank.state for rank in ranks} == {alone.state}
+
+
+@given(corpora, st.integers(12, 60))
+def test_with_best_fit_an_epoch_is_whole_batches_that_hold_every_sequence_once(lengths, budget):
+    loader = Loader(make_shard(lengths), weights=(1.0,), batch_tokens=budget, seed=0, packing="best_fit")
+    for epoch in range(3):
+        seen: list[int] = []
+        while loader.state.epoch == epoch:
+            batch = loader.next_batch()
+            assert batch.tokens.num_tokens <= budget
+            seen += visits(batch)
+        assert sorted(seen) == list(range(len(lengths)))
+        assert loader.state == LoaderState(epoch + 1, 0)
 
 
 def test_the_order_differs_between_epochs_and_seeds_and_repeats_for_equal_ones():

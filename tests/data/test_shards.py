@@ -19,8 +19,9 @@ from tokenizer_families import (
 )
 
 from kogia.data.config import DataConfig, SourceConfig
+from kogia.data.loader import gather_batch
 from kogia.data.rows import Document, document_from_row
-from kogia.data.shards import Shard, build_shards, cut, is_held_out, join, shard_fingerprint, tokenise
+from kogia.data.shards import Shard, build_shards, is_held_out, join, open_shard, shard_fingerprint, tokenise
 from kogia.text.chat import Message, render_example
 from kogia.text.tokenizer import Tokenizer, train_bpe
 
@@ -53,8 +54,8 @@ def source(name: str, **fields) -> SourceConfig:
 
 
 def sequence(shard: Shard, i: int) -> tuple[list[int], list[int]]:
-    rows = slice(shard.offsets[i], shard.offsets[i + 1])
-    return shard.tokens[rows].tolist(), shard.mask[rows].tolist()
+    batch = gather_batch(shard, np.array([i]))
+    return batch.tokens.token_ids.tolist(), batch.loss_mask.int().tolist()
 
 
 def test_texts_become_bos_text_eos_and_chats_count_only_their_completion(tmp_path, tokenizer):
@@ -83,13 +84,19 @@ def test_a_tokenizer_without_bos_and_its_own_template_are_used(tmp_path):
     assert shard_fingerprint(data, other) != shard_fingerprint(data, qwen)
 
 
-def test_a_long_text_is_cut_so_that_every_token_is_predicted_exactly_once():
-    ids, mask = list(range(10)), [0] + [1] * 9
-    pieces = list(cut(ids, mask, 4))
-    assert [p for p, _ in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    assert [t for piece, m in pieces for t, on in zip(piece, m, strict=True) if on] == list(range(1, 10))
-    assert list(cut(ids[:4], mask[:4], 4)) == [([0, 1, 2, 3], [0, 1, 1, 1])]
-    assert [p for p, _ in cut(ids[:5], mask[:5], 4)] == [[0, 1, 2, 3], [3, 4]]
+@pytest.mark.parametrize(("num_words", "longest"), [(1, 4), (9, 4), (20, 64), (30, 7), (62, 64), (200, 2)])
+def test_a_long_text_is_cut_so_that_every_token_is_predicted_exactly_once(tmp_path, tokenizer, num_words, longest):
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(WORDS.split() * 20)[: 4 * num_words])
+    data = DataConfig(files=(str(path),), batch_tokens=64, max_seqlen=longest)
+    shard = build_shards(data, tokenizer, tmp_path / "data")["train"]
+    whole = tokenizer.encode_documents([path.read_text()])[0]
+    pieces = [sequence(shard, i) for i in range(shard.num_sequences)]
+    assert [ids[0] for ids, _ in pieces[1:]] == [ids[-1] for ids, _ in pieces[:-1]]
+    assert all(len(ids) == longest for ids, _ in pieces[:-1])
+    assert whole[:1] + [t for ids, mask in pieces for t, on in zip(ids, mask, strict=True) if on] == whole
+    assert shard.counts.loss_tokens == len(whole) - 1
+    assert shard.counts.tokens == sum(len(ids) for ids, _ in pieces) == shard.source_tokens[0]
 
 
 def test_held_out_documents_are_chosen_by_prompt_in_about_the_asked_share():
@@ -140,6 +147,28 @@ def test_damaged_shards_are_named_whatever_is_damaged(tmp_path, tokenizer, name,
     (tmp_path / "data" / name).write_bytes(content)
     with pytest.raises(ValueError, match=r"data.*delete th(at|e) folder to"):
         build_shards(data, tokenizer, tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin", "whole.bin", "offsets.bin"])
+def test_a_bit_that_flipped_is_noticed_by_the_checksum(tmp_path, tokenizer, name):
+    data = DataConfig((source("stories", num=50), source("chats")), batch_tokens=128, max_seqlen=64)
+    build_shards(data, tokenizer, tmp_path / "data")
+    file = tmp_path / "data" / "train" / name
+    content = bytearray(file.read_bytes())
+    content[-1 if name == "whole.bin" else 8] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train: damaged or truncated \(.*(checksum|disagree)"):
+        build_shards(data, tokenizer, tmp_path / "data")
+
+
+def test_one_directory_of_texts_serves_any_context_and_chats_above_it_are_left_out(tmp_path, tokenizer):
+    data = DataConfig((source("stories", num=3), source("chats")), batch_tokens=256, max_seqlen=256)
+    whole = build_shards(data, tokenizer, tmp_path / "data")["train"]
+    short = open_shard(tmp_path / "data" / "train", 12)
+    assert whole.num_sequences == 6
+    assert (short.counts.too_long, short.counts.loss_tokens) == (3, 3 * (whole.lengths[0] - 1))
+    assert short.source_ends[0] == short.source_ends[1] == short.num_sequences > 3
+    assert short.lengths.max() == 12
 
 
 def test_runs_share_tokens_in_a_cache_folder(tmp_path, tokenizer):

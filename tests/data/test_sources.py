@@ -383,3 +383,47 @@ def test_any_row_is_a_document_of_sound_text_or_an_error_that_begins_with_its_pl
         for text in (reply, *(message.content for message in prompt)):
             assert text.encode().decode() == text
         assert not prompt or prompt[-1].role == "user"
+
+
+def test_a_pattern_is_its_files_in_the_order_of_their_names_and_a_row_says_which(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "more/c.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "more" / "notes.md").write_text("no data")
+    found = [document.text for document in read_source(SourceConfig(str(tmp_path / "*.jsonl")))]
+    assert found == ["a.jsonl", "b.jsonl"]
+    deep = list(read_source(SourceConfig(str(tmp_path / "**"), num=3)))
+    assert [document.text for document in deep] == ["a.jsonl", "b.jsonl", "more/c.jsonl"]
+    assert deep[2].where.endswith("more/c.jsonl, line 1")
+    with pytest.raises(ValueError, match=r"no file of this pattern \(looked in .*more\)"):
+        list(read_source(SourceConfig(str(tmp_path / "more" / "*.txt"))))
+
+
+def test_a_template_makes_a_text_of_several_columns_and_names_one_that_is_missing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "2+2?", "solution": "{4}"}\n{"question": "3+3?"}\n')
+    plain = read_source(SourceConfig(str(path), template="{question} = {solution}"))
+    assert next(plain) == Document("2+2? = {4}")
+    with pytest.raises(
+        ValueError, match=r"line 2: template .* needs the column 'solution'; there is only \['question'\]"
+    ):
+        next(plain)
+
+
+def test_a_data_set_of_the_hub_is_its_files_in_the_cache_and_else_says_how_to_get_them(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    place = tmp_path / "hub" / "datasets--deep--songs"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(revision)
+    for name in ("data/b.jsonl", "data/a.jsonl", "readme.md"):
+        (place / "snapshots" / revision / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "snapshots" / revision / name).write_text(json.dumps({"text": name}) + "\n")
+    for spec in ("hf:deep/songs", "hf:deep/songs/data/*.jsonl"):
+        assert [d.text for d in read_source(SourceConfig(spec))] == ["data/a.jsonl", "data/b.jsonl"]
+    with pytest.raises(ValueError, match="hf download --repo-type dataset deep/dives"):
+        list(read_source(SourceConfig("hf:deep/dives")))
+    with pytest.raises(ValueError, match="write it as hf:org/name"):
+        list(read_source(SourceConfig("hf:songs")))

@@ -554,6 +554,7 @@ SOUND = {
     "pretrain": {"out": "runs/x", "steps": 2, "model": {"dim": 16, "num_layers": 2, "moe": {"num_experts": 4}}},
     "sft": {"init": "model", "out": "runs/x", "epochs": 1.0, "data": {"sources": [{"spec": "a.jsonl", "num": 3}]}},
     "distill": {"model": {"preset": "deepseek-v3"}, "out": "runs/x", "steps": 2, "optim": {"betas": [0.9, 0.95]}},
+    "prepare": {"out": "a", "vocab_size": 300, "sources": [{"spec": "a.jsonl", "weight": 2.0}], "against": ["gsm8k"]},
     "rl": {
         "init": "model",
         "tasks": ["countdown"],

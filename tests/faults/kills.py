@@ -74,6 +74,22 @@ num = 60
 lr = 3e-3
 warmup_steps = 2
 """
+PREPARE = """
+vocab_size = 270
+val_share = 0.2
+workers = 1
+[[sources]]
+spec = "rows.jsonl.gz"
+[[sources]]
+spec = "p*.txt"
+separator = "\\n"
+dedup = "none"
+[[sources]]
+spec = "kogia.tasks.synthetic:base_corpus"
+num = 60
+[[evaluations]]
+spec = "test.jsonl"
+"""
 RL = """
 init = "model"
 tasks = ["toy_task:Checksum", "toy_task:Brief"]
@@ -162,6 +178,12 @@ SCENARIOS = (
     Scenario("sft", tuple(SFT), resumes=True),
     Scenario(
         "overwrite", ("pretrain", "pretrain.toml", "--out", "runs/run", "--overwrite", "--quiet"), before=(OVERWRITTEN,)
+    ),
+    Scenario("prepare", ("prepare", "prepare.toml", "--out", "made/ready", "--quiet")),
+    Scenario(
+        "prepare-over",
+        ("prepare", "prepare.toml", "--out", "made/ready", "--quiet", "--ngram", "8", "--overwrite"),
+        before=(("prepare", "prepare.toml", "--out", "made/ready", "--quiet"),),
     ),
     Scenario("rl", ("rl", "rl.toml", "--out", "runs/run", "--quiet"), resumes=True),
     Scenario("eval", (*EVAL, *SAMPLING), resumes=True),
@@ -329,6 +351,8 @@ def make_folder(folder: Path) -> None:
     """What every scenario starts from: recipes, rows, prompts, a model that stops by itself, and foreign files."""
     folder.mkdir(parents=True)
     (folder / "pretrain.toml").write_text(PRETRAIN)
+    (folder / "prepare.toml").write_text(PREPARE)
+    (folder / "test.jsonl").write_text('{"question": "say 3"}\n{"question": "4 4 4 4 4"}\n')
     (folder / "rl.toml").write_text(RL)
     (folder / "prompts.txt").write_text("".join(f"say {i}\n" for i in range(6)))
     with gzip.GzipFile(folder / "rows.jsonl.gz", "wb", mtime=0) as rows:
@@ -368,7 +392,7 @@ def _short_recipes(directory: Path) -> None:
 def _plant(directory: Path) -> None:
     """Foreign files with names much like those that kogia makes."""
     directory.mkdir(exist_ok=True)
-    for name in ("run", "copy", "kept.jsonl", "answers.jsonl"):
+    for name in ("run", "copy", "ready", "kept.jsonl", "answers.jsonl"):
         for made in (f".{name}.tmp", f".{name}.7.tmp", f"{name}.partial", f"{name}.old"):
             (directory / made).mkdir()
             (directory / made / "mine.txt").write_text("mine")
