@@ -1,6 +1,7 @@
 """Muon beside AdamW: the loss per token of the demonstration's base model, on a CPU.
 
-    python benchmarks/optimisers.py [--steps 300] [--seeds 5] [--out benchmarks/results/optimisers.json]
+    python benchmarks/optimisers.py [--steps 300] [--batch-tokens 4096] [--seeds 5]
+        [--out benchmarks/results/optimisers.json]
 
 Both train the same model on the same tokens in the same order from the same weights, for every seed (which sets order
 and weights). The peak rate of each is the best of a grid, chosen by seed 0, which is not among the seeds that are
@@ -34,16 +35,19 @@ from kogia.train.config import OptimConfig, SupervisedConfig
 ROOT = Path(__file__).parent.parent
 RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
 
+EVAL_TOKENS = 16384
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--seeds", type=int, default=5, help="measured ones, beside seed 0 that chooses the rates")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/optimisers.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        config = prepared(Path(scratch), args.steps)
+        config = prepared(Path(scratch), args.steps, args.batch_tokens)
         grid = {kind: {lr: train(config, kind, lr, 0) for lr in rates} for kind, rates in RATES.items()}
         best = {kind: min(tried, key=lambda lr, tried=tried: tried[lr]["losses"][-1]) for kind, tried in grid.items()}
         runs = {kind: [train(config, kind, best[kind], seed) for seed in range(1, args.seeds + 1)] for kind in RATES}
@@ -51,15 +55,15 @@ def main() -> None:
     print(f"written: {args.out}")
 
 
-def prepared(scratch: Path, steps: int) -> SupervisedConfig:
+def prepared(scratch: Path, steps: int, batch_tokens: int) -> SupervisedConfig:
     """The demonstration's base model, with tokens and tokenizer that all runs share."""
     recipe = tomllib.loads((ROOT / "kogia/recipes/demo/pretrain.toml").read_text(encoding="utf-8"))
     config = from_dict(SupervisedConfig, recipe)
-    data = replace(config.data, cache_dir=str(scratch / "cache"))
+    data = replace(config.data, cache_dir=str(scratch / "cache"), batch_tokens=batch_tokens)
     config = replace(config, out=str(scratch / "first"), data=data, steps=steps, device="cpu", quiet=True, threads=1)
     supervised.build_run(config)
     tokenizer = str(scratch / "first/tokenizer")
-    return replace(config, tokenizer=tokenizer, eval_every=max(1, steps // 10), save_every=0)
+    return replace(config, tokenizer=tokenizer, eval_every=max(1, steps // 10), eval_tokens=EVAL_TOKENS)
 
 
 def train(config: SupervisedConfig, kind: Any, lr: float, seed: int) -> dict[str, Any]:
