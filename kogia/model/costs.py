@@ -6,7 +6,7 @@ Counts leave the router's bias out, as the papers do. "Active" is what one token
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from kogia.model.config import GQAConfig, MLAConfig, ModelConfig
+from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, Recompute
 
 SHORT_CONTEXT = 4096
 """FLOPs are given at this length beside the one asked for, as the reports do."""
@@ -324,7 +324,7 @@ def _fp8_bytes(width: int) -> int:
 
 @dataclass(frozen=True)
 class TrainMemory:
-    """Bytes in float32."""
+    """Bytes."""
 
     weights: int
     gradients: int
@@ -339,15 +339,31 @@ class TrainMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.temporaries
 
 
-def train_memory(config: ModelConfig, batch_tokens: int) -> TrainMemory:
-    """Of one process: float32 weights, gradients, two AdamW moments, and what backward keeps of one micro-batch."""
-    weights = 4 * (num_params(config) + num_mtp_params(config))
-    layers = range(config.num_layers + config.num_mtp_layers)
-    floats = sum(_layer_floats(config, layer) for layer in layers) + 6 * config.dim * (1 + config.num_mtp_layers)
+def train_memory(
+    config: ModelConfig,
+    batch_tokens: int,
+    *,
+    is_half: bool = False,
+    has_half_moments: bool = False,
+    has_average: bool = False,
+    recompute: Recompute = "none",
+) -> TrainMemory:
+    """Of one process: weights, gradients, two AdamW moments, and what backward keeps of one micro-batch, in float32.
+
+    With `is_half` weights and activations are 16-bit and the optimiser has float32 masters; an average is one more copy
+    of the weights. Of layers that are done again the input is kept, and one at a time all; of parts of them all counts.
+    """
+    num = num_params(config) + num_mtp_params(config)
+    layers = [_layer_floats(config, layer) for layer in range(config.num_layers + config.num_mtp_layers)]
+    kept = sum(layers) if recompute != "layer" else len(layers) * config.dim + max(layers)
+    floats = kept + 6 * config.dim * (1 + config.num_mtp_layers)
     head_gradients = config.vocab_size * config.dim * (1 + config.num_mtp_layers)
-    activations = 4 * (floats * batch_tokens + head_gradients)
+    width = 2 if is_half else 4
+    activations = width * floats * batch_tokens + 4 * head_gradients
     logits = max(_LOGIT_CHUNK, _LOGIT_ROWS * config.vocab_size)
-    return TrainMemory(weights, weights, 2 * weights, activations, activations // 3 + 12 * logits)
+    weights = (width + 4 * has_average) * num
+    optimizer = (4 * is_half + (4 if has_half_moments else 8)) * num
+    return TrainMemory(weights, 4 * num, optimizer, activations, activations // 3 + 12 * logits)
 
 
 def _layer_floats(config: ModelConfig, layer: int) -> int:

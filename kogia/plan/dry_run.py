@@ -22,8 +22,9 @@ def print_dry_run(config: Any, model: ModelConfig, lines: Iterable[Line]) -> Non
         print(f"# {label:<12}{text}")
 
 
-def training_memory(model: ModelConfig, batch_tokens: int) -> Line:
-    memory = train_memory(model, batch_tokens)
+def training_memory(model: ModelConfig, batch_tokens: int, **settings: Any) -> Line:
+    """`settings` are those of `train_memory`."""
+    memory = train_memory(model, batch_tokens, **settings)
     parts = ", ".join(f"{name} {mib(nbytes)}" for name, nbytes in asdict(memory).items())
     return "memory", f"about {mib(memory.total)} beside the libraries: {parts}"
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from kogia.model.moe import max_violation
 from kogia.model.transformer import Transformer
 from kogia.train.config import OptimConfig
 from kogia.train.optim import Optimizer
@@ -72,8 +73,8 @@ class TrainState:
     """Steps done."""
     last_checkpoint: Path | None = None
     """For error messages: where to go back to."""
-    loads: Tensor | None = None
-    """[mixtures, experts] token copies of the last step, on the host; None without mixtures."""
+    loads: NDArray[np.int64] | None = None
+    """[mixtures, experts] token copies of the last step; None without mixtures."""
     ramp: Ramp = STEADY
     """Micro-batches of each step, as far as schedules go by them."""
     guard: Judge | None = None
@@ -161,14 +162,14 @@ def _worst(results: Sequence[Loss]) -> Metrics:
     return {name: torch.stack([loss.maxima[name] for loss in results if name in loss.maxima]).max() for name in names}
 
 
-def _health(loads: Int[Tensor, "mixtures experts"] | None, num_copies: int | None) -> dict[str, float]:
+def _health(loads: NDArray[np.int64] | None, num_copies: int | None) -> dict[str, float]:
     """What the loads of a step say of its routing, over the mixtures that ran: an MTP module's may not."""
     loads = None if loads is None else loads[loads.sum(-1) > 0]
     if loads is None or len(loads) == 0:
         return {}
-    violations, shares = max_violation(loads), loads / loads.sum(-1, keepdim=True)
-    entropy = -torch.special.xlogy(shares, shares).sum(-1) / math.log(max(2, loads.shape[1]))
-    dropped = {} if num_copies is None else {"dropped_tokens": num_copies - float(loads.sum())}
+    violations, shares = loads.max(-1) / loads.mean(-1) - 1, loads / loads.sum(-1, keepdims=True)
+    entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(-1) / math.log(max(2, loads.shape[1]))
+    dropped = {} if num_copies is None else {"dropped_tokens": float(num_copies - loads.sum())}
     return {
         "max_vio": float(violations.mean()),
         "max_vio_worst": float(violations.max()),
@@ -185,19 +186,19 @@ def _copies(results: Sequence[Loss]) -> int | None:
 
 def _read(
     losses: list[Tensor], norm: Tensor, loads: Int[Tensor, "mixtures experts"] | None, *metrics: Metrics
-) -> tuple[list[float], float, Tensor | None, dict[str, float], dict[str, float]]:
+) -> tuple[list[float], float, NDArray[np.int64] | None, dict[str, float], dict[str, float]]:
     """Everything that a step tells, read from the device at once: the one time that a step waits for it."""
     tensors = [*losses, norm, *(v for part in metrics for v in part.values() if isinstance(v, Tensor))]
     flat = torch.stack([tensor.detach().double() for tensor in tensors])
-    everything = (flat if loads is None else torch.cat((flat, loads.flatten().double()))).cpu()
-    numbers: Iterator[float] = iter(everything[: len(flat)].tolist())
+    everything = (flat if loads is None else torch.cat((flat, loads.flatten().double()))).tolist()
+    numbers: Iterator[float] = iter(everything)
     loss_values, norm_value = [next(numbers) for _ in losses], next(numbers)
 
     def read(part: Metrics) -> dict[str, float]:
         return {name: next(numbers) if isinstance(value, Tensor) else value for name, value in part.items()}
 
     sums, maxima = (read(part) for part in metrics)
-    counted = None if loads is None else everything[len(flat) :].long().view_as(loads)
+    counted = None if loads is None else np.array(everything[len(flat) :], np.int64).reshape(loads.shape)
     return loss_values, norm_value, counted, sums, maxima
 
 

@@ -336,7 +336,14 @@ def print_plan(plan: Plan) -> None:
     if config.steps:
         num_tokens = batch_ramp(config).before(config.steps) * config.data.batch_tokens
         length = f"{config.steps:,} steps = {num_tokens:,} tokens"
-    memory = training_memory(plan.model, config.data.batch_tokens)
+    memory = training_memory(
+        plan.model,
+        config.data.batch_tokens,
+        is_half=config.dtype == "bfloat16",
+        has_half_moments=config.optim.moments == "bfloat16",
+        has_average=config.average_decay > 0,
+        recompute=config.recompute,
+    )
     steps = ("length", f"{length}, up to {per_step:,} tokens per step")
     print_dry_run(config, plan.model, [memory, steps, plan.rate])
 

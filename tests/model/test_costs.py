@@ -215,3 +215,14 @@ def test_weights_gradients_and_moments_are_sixteen_bytes_per_parameter():
     parameters = sum(p.numel() for p in build_model(config).parameters())
     assert memory.weights + memory.gradients + memory.optimizer == 16 * parameters
     assert memory.total == 16 * parameters + memory.activations + memory.temporaries
+    half = train_memory(config, 1024, is_half=True, has_half_moments=True, has_average=True)
+    assert half.weights + half.gradients + half.optimizer == (14 + 4) * parameters
+    assert half.activations < 0.6 * memory.activations
+
+
+def test_of_layers_that_are_done_again_one_at_a_time_counts():
+    config = MODELS["mla, experts, mtp"]
+    deeper = replace(config, num_layers=config.num_layers + 10)
+    grown = [train_memory(each, 1024, recompute="layer").activations for each in (config, deeper)]
+    assert grown[1] - grown[0] == 10 * 4 * config.dim * 1024, "ten more layers are ten more inputs"
+    assert grown[0] < train_memory(config, 1024).activations
