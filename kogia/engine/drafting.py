@@ -13,6 +13,7 @@ written to nobody's slot, and its samples do not count.
 """
 
 from bisect import bisect_left
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +39,6 @@ from kogia.ops.drafts import (
     most_likely_tokens,
     put_numbers,
 )
-from kogia.ops.embed import embed
 from kogia.ops.prefill import FEW
 from kogia.ops.sample import counter_uniforms, sample
 from kogia.ops.segments import Segments
@@ -135,8 +135,8 @@ class DraftStep:
         inputs = found.inputs
         samples = self.samples.view(size, self.width)
         accepted = accept_drafts(samples, inputs.token_ids, inputs.num_samples, inputs.lengths)
-        hidden = model.mtp_hidden(0, found.hidden, self.samples, found.step)
-        hidden = embed(accepted.places, hidden)  # the rows of these places
+        step = replace(found.step, activation=self.active_drafts)
+        hidden = model.mtp_hidden(0, found.hidden, self.samples, step, accepted.places)
         positions, drafts = accepted.positions, [self.guess(hidden, accepted.positions)]
         for _ in range(self.width - 2):
             cache = self.view.drafting(self._tables, positions, self.numbers[:, 4], self.contexts)

@@ -6,7 +6,7 @@ computed on the device in the meantime: how many drafts were accepted, what the 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from kogia.model.packed import PackedTokens
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
 from kogia.ops.adjust import adjust_logits, sample_adjusted
-from kogia.ops.drafts import num_accepted
+from kogia.ops.drafts import accept_drafts, most_likely_tokens
 from kogia.ops.moe import Activation
 from kogia.ops.sample import counter_uniforms, sample, token_logprobs
 from kogia.ops.segments import Segments
@@ -307,29 +307,28 @@ class Runner:
         whoever wrote it first: that can cost a draft, never a wrong token, since every draft is verified.
         """
         next_ids = upload["next_ids"].index_copy(0, upload["sample_rows"], tokens)
-        hidden = self.model.mtp_hidden(0, hidden, next_ids, step)
         if not len(plan.sampled):
+            self.model.mtp_hidden(0, hidden, next_ids, step)
             return tokens[:0, None].expand(0, num_drafts)
         samples, rows = tokens[upload["sample_grid"]], upload["sample_rows"][upload["sample_grid"]]
-        verified = batch.token_ids[(rows + 1).clamp_max(plan.num_tokens - 1)]
-        accepted = num_accepted(samples, verified, upload["num_samples"])
-        hidden = hidden[rows.gather(1, accepted[:, None]).squeeze(1)]
-        drafts = [self.model.mtp_logits(0, hidden).argmax(-1)]
+        accepted = accept_drafts(samples, batch.token_ids[rows], upload["num_samples"], upload["num_known"])
+        places = rows.flatten()[accepted.places]
+        activation = self.experts.of_step(upload, self.table, plan.rows, places)
+        step = replace(step, routing=None, activation=activation)
+        hidden = self.model.mtp_hidden(0, hidden, next_ids, step, places)
+        drafts = [most_likely_tokens(self.model.mtp_logits(0, hidden))]
         tables = upload["block_tables"][upload["entries"]]
         bounds = self.table.num_known[plan.rows[plan.sampled]] + plan.num_samples[plan.sampled]
-        activation = self.experts.of_step(upload, self.table, plan.rows, rows[:, 0])
         for index in range(num_drafts - 1):
             # one more pass, a position further: the module's own output and draft stand in for the main model's
-            positions = upload["num_known"] + accepted + index
+            positions = accepted.positions + index
             cache = self.view.drafting(tables, positions, upload["num_slots"], bounds + index)
             step = self._one_each(drafts[-1], positions, cache, activation)
             hidden = self.model.mtp_hidden(0, hidden, drafts[-1], step)
-            drafts.append(self.model.mtp_logits(0, hidden).argmax(-1))
-        found = torch.stack(drafts, 1)
+            drafts.append(most_likely_tokens(self.model.mtp_logits(0, hidden)))
         if self.draft_graphs is not None:  # the next step may be launched before anyone has read this
-            newest = samples.gather(1, accepted[:, None]).squeeze(1)
-            self.draft_graphs.state.write(upload["sampled_rows"], newest, upload["num_known"] + accepted + 1, drafts)
-        return found
+            self.draft_graphs.state.write(upload["sampled_rows"], accepted.newest, accepted.lengths, drafts)
+        return torch.stack(drafts, 1)
 
     def _one_each(
         self, token_ids: Tensor, positions: Tensor, cache: StepCache, activation: Activation | None

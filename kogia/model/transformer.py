@@ -30,6 +30,7 @@ from kogia.model.rotary import Rotary
 from kogia.model.routing import Routing
 from kogia.ops.cpu import pages
 from kogia.ops.dispatch import which
+from kogia.ops.embed import embed
 from kogia.ops.linear import linear
 from kogia.ops.moe import Activation
 from kogia.ops.norm import paired_norms
@@ -52,8 +53,14 @@ class Layer(nn.Module):
         else:
             self.mlp = FeedForward(dim, config.ffn_dim)
 
-    def block(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
-        x, normed = self.post_attention_layernorm(x, step.run("attention", self._attend, x, step))
+    def block(
+        self, x: Float[Tensor, "tokens dim"], step: StepContext, places: Int[Tensor, " some"] | None = None
+    ) -> Float[Tensor, "some dim"]:
+        """With `places`, only those rows go on behind the attention, for which the others are keys."""
+        attended = step.run("attention", self._attend, x, step)
+        if places is not None:
+            x, attended = embed(places, x), embed(places, attended)
+        x, normed = self.post_attention_layernorm(x, attended)
         return step.run("feed_forward", self.mlp, normed, step, x)
 
     def _attend(self, x: Float[Tensor, "tokens dim"], step: StepContext) -> Float[Tensor, "tokens dim"]:
@@ -90,17 +97,25 @@ class MTPLayer(Layer):
         self.shared_head = SharedHead(config.dim, config.norm_eps)
 
     def forward(
-        self, embedded: Float[Tensor, "tokens dim"], hidden: Float[Tensor, "tokens dim"], step: StepContext
-    ) -> Float[Tensor, "tokens dim"]:
-        """`embedded` is the embedding of the token after each row."""
-        return step.run("layer", self._paired, embedded, hidden, step)
+        self,
+        embedded: Float[Tensor, "tokens dim"],
+        hidden: Float[Tensor, "tokens dim"],
+        step: StepContext,
+        places: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "some dim"]:
+        """`embedded` is the embedding of the token after each row; `places` as in `Layer.block`."""
+        return step.run("layer", self._paired, embedded, hidden, step, places)
 
     def _paired(
-        self, embedded: Float[Tensor, "tokens dim"], hidden: Float[Tensor, "tokens dim"], step: StepContext
-    ) -> Float[Tensor, "tokens dim"]:
+        self,
+        embedded: Float[Tensor, "tokens dim"],
+        hidden: Float[Tensor, "tokens dim"],
+        step: StepContext,
+        places: Int[Tensor, " some"] | None,
+    ) -> Float[Tensor, "some dim"]:
         pair = paired_norms(embedded, hidden, (self.enorm.weight, self.hnorm.weight), self.enorm.eps)
         joined = self.eh_proj(pair) if step.cache is None else linear(pair, self.eh_proj.weight)
-        return self.block(joined, step)
+        return self.block(joined, step, places)
 
 
 class Decoder(nn.Module):
@@ -187,14 +202,16 @@ class Transformer(nn.Module):
         hidden: Float[Tensor, "tokens dim"],
         next_ids: Int[Tensor, " tokens"],
         step: StepContext,
-    ) -> Float[Tensor, "tokens dim"]:
+        places: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "some dim"]:
         """Hidden states of MTP module `depth` (from 0): row i sees `hidden[i]` and the token `next_ids[i]`.
 
         `hidden` comes from the main model for depth 0 and from the module before otherwise; `next_ids[i]` is the token
         depth + 1 places after row i, and `mtp_logits` of the result predicts the token after that one. Rows whose next
-        token lies beyond their sequence carry no meaning. Positions stay those of row i.
+        token lies beyond their sequence carry no meaning. Positions stay those of row i. With `places` only those rows
+        are wanted, and the activation of the step is theirs; the others leave their keys in the cache.
         """
-        return self._mtp_layer(depth)(self.model.embed_tokens(next_ids), hidden, step)
+        return self._mtp_layer(depth)(self.model.embed_tokens(next_ids), hidden, step, places)
 
     def logits(self, hidden: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows vocab"]:
         """Final norm and output head."""
