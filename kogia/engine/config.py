@@ -12,6 +12,7 @@ MOST_COMPLETIONS = 1_000_000
 """Of one prompt."""
 MOST_LOGPROBS = 20
 """Likeliest tokens that come with each token."""
+MOST_PHRASE_CHARS = 1000
 
 
 def _is_whole(value: Any) -> bool:
@@ -211,6 +212,9 @@ class EngineConfig:
     own."""
     prefix_cache: bool = True
     """Share the blocks of equal prefixes between sequences, and keep them after a sequence ends."""
+    thinking_end_phrase: str = ""
+    """What is written before `</think>` where a thought is closed by force, by its budget or on demand: without such
+    words of its own a model may answer as if it still thought."""
     prune: PruneConfig | None = None
     """Bounds what long contexts cost by dropping little-attended rows (latent attention only); None keeps them all."""
 
@@ -224,6 +228,12 @@ class EngineConfig:
             value, (holds, rule) = getattr(self, name), _RULES[name]
             if value is not None and not holds(value):
                 raise ValueError(f"engine.{name} = {value!r}: must be {rule}")
+        phrase = self.thinking_end_phrase
+        if len(phrase) > MOST_PHRASE_CHARS or "</think>" in phrase:
+            raise ValueError(
+                f"engine.thinking_end_phrase = {phrase[:40]!r}: must have at most {MOST_PHRASE_CHARS} characters and "
+                "no </think>, which follows it"
+            )
         table = self.rank_by_context
         tokens, ranks = [pair[0] for pair in table], [pair[1] for pair in table]
         if table and (tokens[0] != 0 or tokens != sorted(set(tokens)) or ranks != sorted(ranks, reverse=True)):

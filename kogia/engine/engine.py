@@ -117,7 +117,7 @@ class Engine:
             tokenizer.eos_ids if tokenizer else (model.config.eos_id,),
             **({} if self.pruner is None else self.pruner.limits()),
         )
-        self.intake = Intake(tokenizer, self.scheduler.eos_ids, model.config)
+        self.intake = Intake(tokenizer, self.scheduler.eos_ids, model.config, config.thinking_end_phrase)
         self.experts = ActiveExperts(model.config, config)
         view: CacheView = self.pruner or WholeCache(cache, self.scheduler.lookahead)
         if len(config.rank_by_context) > 1:  # one rank for all: the rows are that narrow, nothing is left to choose

@@ -25,8 +25,11 @@ NEEDS_TOKENIZER = {
 class Intake:
     """For the requests of one engine."""
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_ids: Collection[int], model: ModelConfig) -> None:
-        """`eos_ids` are the model's end tokens."""
+    def __init__(
+        self, tokenizer: Tokenizer | None, eos_ids: Collection[int], model: ModelConfig, phrase: str = ""
+    ) -> None:
+        """`eos_ids` are the model's end tokens, `phrase` what ends a thought that is closed by force."""
+        self._phrase = phrase
         self.tokenizer, self.eos_ids, self.vocab = tokenizer, eos_ids, model.vocab_size
         self._has_experts = model.moe is not None
 
@@ -87,7 +90,7 @@ class Intake:
         """The rule that bounds the thought of a request. Raises ValueError without a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("the tags of a thought need a tokenizer: build the engine with one")
-        return Thought(self.tokenizer, prompt, self.vocab, budget)
+        return Thought(self.tokenizer, prompt, self.vocab, budget, self._phrase)
 
     def _spellings(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """The tokens of each word at the beginning of a text and behind a space."""

@@ -25,7 +25,7 @@ class ThoughtState:
     num_tokens: int = 0
     """Of the thought."""
     num_closing: int = 0
-    """Tokens of the closing tag that stand at its end by force."""
+    """Tokens of the phrase and the tag that stand at its end by force."""
     recent: tuple[int, ...] = ()
     """The last tokens of an open thought, where its closing tag is several."""
 
@@ -35,12 +35,16 @@ class ThoughtState:
 
 
 class Thought(Rule):
-    """The rule that a thought ends after `budget` tokens, those in the prompt too, or as soon as `stop` is called."""
+    """The rule that a thought ends after `budget` tokens, those in the prompt too, or as soon as `stop` is called: with
+    `phrase` and the tag."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, vocab: int, budget: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Prompt, vocab: int, budget: int | None = None, phrase: str = ""
+    ) -> None:
         self._tokenizer, self._vocab, self._budget = tokenizer, vocab, budget
         self._is_stopped = False
-        self._closing = tokenizer.encode(END_THINK)
+        self._tag = tokenizer.encode(END_THINK)
+        self._closing = tokenizer.encode(phrase) + self._tag
         opening = tokenizer.encode(THINK)
         # a template with a switch leaves the tag to the model, unless it has written an empty thought
         leaves = len(opening) == 1 and has_thinking_switch(tokenizer) and not _is_closed(prompt.token_ids, tokenizer)
@@ -48,7 +52,7 @@ class Thought(Rule):
         self.opening_ids = tuple(opening) if leaves else ()
         """The tokens by one of which the model may open a thought."""
         begun = prompt.token_ids[len(prompt.token_ids) - min(prompt.num_thought, _LONGEST_TAG) :]
-        recent = tuple(begun) if len(self._closing) > 1 else ()
+        recent = tuple(begun) if len(self._tag) > 1 else ()
         self.beginning = ThoughtState(prompt.opens_thought, leaves, prompt.num_thought, recent=recent)
         self._state = self.beginning
 
@@ -64,7 +68,7 @@ class Thought(Rule):
         if not state.is_open:
             return state
         num_closing = state.num_closing + 1 if token == self._forced(state) else 0
-        recent = (*state.recent, token)[-_LONGEST_TAG:] if len(self._closing) > 1 else ()
+        recent = (*state.recent, token)[-_LONGEST_TAG:] if len(self._tag) > 1 else ()
         is_open = num_closing < len(self._closing) and not self._closes(token, recent)
         return ThoughtState(is_open, False, state.num_tokens + 1, num_closing, recent)
 
@@ -86,8 +90,8 @@ class Thought(Rule):
         return self._closing[state.num_closing] if state.is_open and is_due else None
 
     def _closes(self, token: int, recent: tuple[int, ...]) -> bool:
-        if len(self._closing) == 1:
-            return token == self._closing[0]
+        if len(self._tag) == 1:
+            return token == self._tag[0]
         return END_THINK in self._tokenizer.decode(recent)
 
     def _only(self, token: int) -> Words:

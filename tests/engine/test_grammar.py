@@ -158,6 +158,34 @@ def test_thoughts_with_formats_do_not_depend_on_how_the_work_is_cut(model, token
         assert max(closing) <= each.thinking_token_budget
 
 
+@pytest.mark.parametrize("cut", ["", *CUTS])
+def test_a_thought_that_is_closed_by_force_ends_with_the_phrase(model, tokenizer, cut):
+    phrase = "numbers 4."
+    closing = [*tokenizer.encode(phrase), tokenizer.token_id(END_THINK)]
+    assert len(closing) > 2
+    running = engine(model, tokenizer, thinking_end_phrase=phrase, **CUTS.get(cut, {}))
+    params = [replace(each, max_tokens=60, seed=seed) for seed in range(4) for each in MIXED]
+    num_forced = 0
+    for (completion,), each in zip(running.generate(questions(tokenizer) * 4, params), params, strict=True):
+        end = completion.token_ids.index(closing[-1]) + 1
+        if end <= each.thinking_token_budget:
+            continue  # the model has closed it by itself
+        num_forced += 1
+        assert completion.token_ids[each.thinking_token_budget : end] == closing, (
+            "the phrase comes on top of the budget"
+        )
+    assert num_forced > 3
+    stream = running.submit(questions(tokenizer)[0], SamplingParams(max_tokens=60, ignore_eos=True, seed=1))
+    stream.stop_thinking()
+    assert phrase + END_THINK in "".join(event.text for event in stream)
+
+
+@pytest.mark.parametrize("phrase", ["x" * 1001, "so</think>"])
+def test_a_phrase_that_cannot_end_a_thought_is_refused(phrase):
+    with pytest.raises(ValueError, match=r"engine.thinking_end_phrase = .* no </think>"):
+        EngineConfig(thinking_end_phrase=phrase)
+
+
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_a_prefix_hit_changes_nothing_for_formats_and_thoughts(model, tokenizer, drafts):
     prompts, params = questions(tokenizer), [replace(each, max_tokens=40, seed=5) for each in MIXED]
