@@ -1,6 +1,5 @@
 """lm-eval's `local-completions` and `local-chat-completions`, as they are, on a served model."""
 
-import httpx2 as httpx
 import pytest
 from serve.asks import HELLO, post
 
@@ -77,9 +76,3 @@ def test_conversations_are_answered(server):
     (found,) = asking.generate_until(instances("generate_until", arguments), disable_tqdm=True)
     body = {"messages": HELLO, "max_tokens": 20, "temperature": 0, "stop": ["~"], "enable_thinking": False}
     assert found == post(server, "/v1/chat/completions", body).json()["choices"][0]["message"]["content"] != ""
-
-
-def test_the_tokenizer_is_described(server):
-    found = httpx.get(server.url + "/tokenizer_info").json()
-    assert found["model_max_length"] == 4096 and found["eos_token"] == server.tokenizer.special_tokens["eos_token"]
-    assert httpx.get(server.url + "/tokenizer_info", params={"model": "other"}).status_code == 404

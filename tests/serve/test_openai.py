@@ -400,3 +400,9 @@ def test_a_silent_stream_gets_comments(model):
         ) as response:
             lines = list(response.iter_lines())
     assert lines.count(": keep-alive") >= 4 and lines[-2:] == ["data: [DONE]", ""]
+
+
+def test_the_tokenizer_is_described(server):
+    found = httpx.get(server.url + "/tokenizer_info").json()
+    assert found["model_max_length"] == 4096 and found["eos_token"] == server.tokenizer.special_tokens["eos_token"]
+    assert httpx.get(server.url + "/tokenizer_info", params={"model": "other"}).status_code == 404
