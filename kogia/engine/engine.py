@@ -44,7 +44,7 @@ from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent
 from kogia.engine.rules import TokenRules
 from kogia.engine.runner import Flight, Runner
 from kogia.engine.scheduler import Outcome, Scheduler
-from kogia.engine.step import StepPlan
+from kogia.engine.step import StepPlan, StepResult
 from kogia.engine.thinking import Thought
 from kogia.engine.views import CacheView, WholeCache
 from kogia.model.cache import PagedCache, build_cache
@@ -219,6 +219,7 @@ class Engine:
             request.active_experts, request.expert_threshold = experts = self.experts.of(params)
             request.salt = self.intake.salt(params, self._salt(*experts))
             request.stream, request.given = stream, given
+            request.is_awaited = stream
             request.rules = self.intake.rules(params, given)
             if self.tokenizer is not None and (stream or params.stop):
                 request.output = TextStream(
@@ -276,6 +277,12 @@ class Engine:
             self._judge_drafts(self.draft_switch, landed, seconds)
         events, self._news = self._news, []
         return events
+
+    def report(self, request: Request) -> TokenEvent | None:
+        """The tokens of an unfinished request that have not been reported. Where there are none, None, and the next
+        step that brings some reports them. Not while a step is under way."""
+        outcome = self.scheduler.report(request)
+        return None if outcome is None else self._event(outcome)
 
     def abort(self, request_id: int) -> Completion | None:
         """Give up a request and free its blocks; returns what it had, or None if it is not (any more) in the engine."""
@@ -420,7 +427,7 @@ class Engine:
         """Wait for the oldest step in flight and take in what it brings."""
         flight = self._flights.popleft()
         plan, result = flight.plan, flight.wait()
-        outcomes, num_new = self.scheduler.settle(plan, result)
+        outcomes, num_new = self._settle(plan, result)
         if result.drafts.shape[1]:
             self.scheduler.propose(plan, result.drafts)
         self._news += [self._event(outcome) for outcome in outcomes]
@@ -430,6 +437,9 @@ class Engine:
             self.stats.num_drafted += self.scheduler.take_drafted()
             self.stats.num_accepted += gained - int(np.count_nonzero(num_new))
         return _Landing(plan, result.drafts.shape[1] > 0, gained)
+
+    def _settle(self, plan: StepPlan, result: StepResult) -> tuple[list[Outcome], NDArray[np.int64]]:
+        return self.scheduler.settle(plan, result)
 
     def _land_all(self) -> None:
         while self._flights:

@@ -36,28 +36,40 @@ class Steps(Protocol):
     ) -> list[Request]: ...
     def queue(self, requests: Sequence[Request]) -> None: ...
     def step(self) -> list[TokenEvent]: ...
+    def report(self, request: Request) -> TokenEvent | None: ...
     def abort(self, request_id: int) -> Completion | None: ...
     def stop_thinking(self, request_id: int) -> bool: ...
 
 
 class Stream:
-    """The continuations of one prompt under way. Made by `submit`."""
+    """The continuations of one prompt under way. Made by `submit`.
 
-    def __init__(self, loop: "StreamLoop", request_ids: Sequence[int], on_end: Callable[["Stream"], None]) -> None:
-        self.request_ids = list(request_ids)
+    Events are made for those who wait: tokens that come while nobody does are in the next event, so that a step costs
+    no more for a stream than for any other request.
+    """
+
+    def __init__(self, loop: "StreamLoop", requests: Sequence[Request], on_end: Callable[["Stream"], None]) -> None:
+        self.request_ids = [request.id for request in requests]
         """One per completion, in order; events name them."""
         self.completions: dict[int, Completion] = {}
         """Request id -> completion, as they end."""
         self._loop = loop
+        self._requests = requests
         self._on_end = on_end
         self._events: deque[TokenEvent] = deque()
         self._error: BaseException | None = None
-        self._wakes: list[Callable[[], None]] = []
+        self._waiting: list[asyncio.Future[None]] = []
+        """Of asyncio; resolved when there is news."""
 
     @property
     def is_done(self) -> bool:
         """All completions are there."""
         return len(self.completions) == len(self.request_ids)
+
+    @property
+    def unfinished(self) -> list[Request]:
+        """Those without a completion."""
+        return [request for request in self._requests if request.id not in self.completions]
 
     @property
     def has_ended(self) -> bool:
@@ -67,7 +79,9 @@ class Stream:
     def __iter__(self) -> Iterator[TokenEvent]:
         """Events as they come; the last one of each continuation carries its completion. Raises what a step raises."""
         while True:
-            self._loop.wait(self._has_news)
+            if not self._has_news():
+                self._loop.ask(self)
+                self._loop.wait(self._has_news)
             if not self._events:
                 return self._raise_error()
             yield self._events.popleft()
@@ -118,20 +132,12 @@ class Stream:
         return bool(self._events)
 
     async def _news(self) -> None:
-        running, arrived = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # that event loop is closed: nobody waits in it any more
-                running.call_soon_threadsafe(arrived.set)
-
-        self._wakes.append(wake)
-        try:
-            self._loop.run_in_background()
-            while not self._has_news():  # woken, too, for what another one who waits has taken
-                await arrived.wait()
-                arrived.clear()
-        finally:
-            self._wakes.remove(wake)
+        self._loop.run_in_background()
+        while not self._has_news():  # woken, too, for what another one who waits has taken
+            arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._loop.ask(self, arrived)
+            if not self._has_news():
+                await arrived
 
     def _has_news(self) -> bool:
         return bool(self._events) or self.has_ended
@@ -146,16 +152,6 @@ class Stream:
             self.completions[event.request_id] = event.completion
             self._on_end(self)
         self._events.append(event)
-        self._notify()
-
-    def _fail(self, error: BaseException) -> None:
-        """The loop's own thread has met an error."""
-        self._error = error
-        self._notify()
-
-    def _notify(self) -> None:
-        for wake in tuple(self._wakes):
-            wake()
 
 
 class StreamLoop:
@@ -171,11 +167,15 @@ class StreamLoop:
         self._streams: dict[int, Stream] = {}
         """Request id -> who hears of it."""
         self._arrivals: list[Request] = []
-        self._departures: list[int] = []
+        self._departures: list[Request] = []
         self._to_answer: list[int] = []
         """Whose thoughts are to be closed."""
         self._num_pausing = 0
         """Who wait for a pause: the loop's own thread, which would take its next turn at once, lets them go first."""
+        self._asked: list[Stream] = []
+        """Those that somebody waits for."""
+        self._heard: list[Stream] = []
+        """Those with news that asyncio has not been told of."""
         self._turn: object | None = None
         """Of whoever has the engine, for steps or a pause."""
         self._thread: threading.Thread | None = None
@@ -193,30 +193,41 @@ class StreamLoop:
         stream: bool = True,
         on_end: Callable[[Stream], None] = lambda _: None,
     ) -> Stream:
-        """Start continuations. With `stream` events come with every token, else one at each end.
+        """Start continuations. With `stream` events bring tokens to those who wait, else there is one at each end.
 
         `on_end` is called, in whatever thread that happens, for each continuation that ends. Never waits for a step
         under way. Raises ValueError for what the engine cannot do.
         """
         requests = self._engine.requests(prompt, params, stream=stream)
-        handle = Stream(self, [request.id for request in requests], on_end)
+        for request in requests:
+            request.on_demand = True
+        handle = Stream(self, requests, on_end)
         with self._lock:
             self._arrivals += requests
             self._streams.update((request.id, handle) for request in requests)
             self._changed.notify_all()
         return handle
 
+    def ask(self, stream: Stream, arrived: asyncio.Future[None] | None = None) -> None:
+        """Have news of a stream delivered as soon as there is any, and a future of asyncio resolved then."""
+        with self._lock:
+            if arrived is not None:
+                stream._waiting.append(arrived)
+            self._asked.append(stream)
+            if self._turn is None:
+                self._exchange()
+
     def cancel(self, stream: Stream) -> None:
         """See `Stream.cancel`. While a step is under way it takes effect after it."""
         with self._lock:
-            self._departures += [each for each in stream.request_ids if each not in stream.completions]
+            self._departures += stream.unfinished
             if self._turn is None:
                 self._exchange()
 
     def stop_thinking(self, stream: Stream) -> None:
         """See `Stream.stop_thinking`. While a step is under way it takes effect after it."""
         with self._lock:
-            self._to_answer += [each for each in stream.request_ids if each not in stream.completions]
+            self._to_answer += [request.id for request in stream.unfinished]
             if self._turn is None:
                 self._exchange()
 
@@ -324,7 +335,8 @@ class StreamLoop:
             with self._lock:
                 self._thread = None
                 for stream in set(self._streams.values()):
-                    stream._fail(error)
+                    self._fail(stream, error)
+                self._wake()
         finally:
             self._release(turn)
 
@@ -362,6 +374,7 @@ class StreamLoop:
                         self._deliver(event)
                     if is_idle and not self._arrivals:
                         self._give_up_lost()
+                    self._wake()
                 finally:
                     self._turn = None
                     self._changed.notify_all()
@@ -370,7 +383,8 @@ class StreamLoop:
         """Tell streams that will never hear of their requests: an interrupt came while news were handed over."""
         lost, self._streams = set(self._streams.values()), {}
         for stream in lost:
-            stream._fail(RuntimeError(f"requests {stream.request_ids}: an interrupt lost their end; submit them again"))
+            error = RuntimeError(f"requests {stream.request_ids}: an interrupt lost their end; submit them again")
+            self._fail(stream, error)
             stream._on_end(stream)
 
     def _exchange(self) -> None:
@@ -378,15 +392,27 @@ class StreamLoop:
         arrivals, self._arrivals = self._arrivals, []
         departures, self._departures = self._departures, []
         to_answer, self._to_answer = self._to_answer, []
+        asked, self._asked = self._asked, []
         self._engine.queue(arrivals)
         for request_id in to_answer:
             self._engine.stop_thinking(request_id)
-        for request_id in departures:
-            completion = self._engine.abort(request_id)
+        for stream in asked:
+            self._report(stream.unfinished)
+        self._report(departures)
+        for request in departures:
+            completion = self._engine.abort(request.id)
             if completion is not None:
-                self._deliver(TokenEvent(request_id, [], [], "", completion))
-        if departures:
+                self._deliver(TokenEvent(request.id, [], [], "", completion))
+        if departures or asked:
+            self._wake()
             self._changed.notify_all()
+
+    def _report(self, requests: Iterable[Request]) -> None:
+        """Deliver what those that stream have to tell, or let their next tokens be delivered."""
+        for request in requests:
+            event = self._engine.report(request) if request.stream else None
+            if event is not None:
+                self._deliver(event)
 
     def _deliver(self, event: TokenEvent) -> None:
         stream = self._streams.get(event.request_id)
@@ -395,3 +421,27 @@ class StreamLoop:
         if event.completion is not None:
             del self._streams[event.request_id]
         stream._take(event)
+        self._heard.append(stream)
+
+    def _fail(self, stream: Stream, error: BaseException) -> None:
+        """Let it raise an error where it would wait."""
+        stream._error = error
+        self._heard.append(stream)
+
+    def _wake(self) -> None:
+        """Tell asyncio of what has been delivered: one call for all who wait in an event loop."""
+        waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        for stream in self._heard:
+            for arrived in stream._waiting:
+                waiting.setdefault(arrived.get_loop(), []).append(arrived)
+        for running, futures in waiting.items():
+            with suppress(RuntimeError):  # that event loop is closed: nobody waits in it any more
+                running.call_soon_threadsafe(_resolve, futures)
+        while self._heard:
+            self._heard.pop()._waiting = []
+
+
+def _resolve(futures: Iterable[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

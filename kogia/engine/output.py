@@ -20,6 +20,11 @@ class TextStream:
         self._num_sent = 0
         self._is_cut = False
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is a stop string that any token may complete; without one, tokens may be pushed late."""
+        return bool(self._stop)
+
     def push(self, token_ids: Sequence[int]) -> int | None:
         """Append tokens. At the first stop string, cut the text there and return how many tokens that took."""
         if not self._stop:

@@ -206,7 +206,16 @@ class Request:
     output: TextStream | None = None
     """Text as it grows, for requests with stop strings or a listener; None decodes once, at the end."""
     stream: bool = False
-    """Whether `Engine.step` reports every token or only the end."""
+    """Whether `Engine.step` reports new tokens or only the end."""
+    on_demand: bool = False
+    """Of one that streams: whether it reports tokens only when asked (`Engine.report`), but for the first ones and the
+    end. What it does not report costs a step nothing."""
+    is_awaited: bool = False
+    """Whether the next step that brings it tokens reports them."""
+    num_reported: int = 0
+    """Tokens of the completion that have been."""
+    row: int | None = None
+    """In the `SequenceTable`, while it runs."""
     active_experts: int = 0
     """Routed experts that its tokens use; 0 in a model that has none."""
     expert_threshold: float = 0.0

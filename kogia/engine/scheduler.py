@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from kogia.engine.blocks import BlockPool, hash_block
 from kogia.engine.config import EngineConfig
-from kogia.engine.request import FinishReason, Request, TopLogprobs
+from kogia.engine.request import FinishReason, Request, TopLogprobs, num_top
 from kogia.engine.sequences import SequenceTable
 from kogia.engine.speculative import count_new
 from kogia.engine.step import StepPlan, StepResult
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
     request: Request
     token_ids: list[int]
-    """New ones."""
+    """Those that had not been reported."""
     logprobs: list[float]
     finish_reason: FinishReason | None
     """None while it goes on."""
@@ -412,15 +412,16 @@ class Scheduler:
         self._advance(plan, samples, num_new, are_finite or np.logical_and.reduce(is_finite, axis=1))
         full, gains = table.num_known[rows] >= settings.max_length, num_new > 0
         done = failed | (gains & (stopped | full))
-        news = (done | (settings.watched & gains)).nonzero()[0]
+        news = (done | (table.watched[rows] & gains)).nonzero()[0]
         outcomes: list[Outcome] = []
         if len(news):
-            facts = rows, tokens, logprobs, num_new, failed, gains & stopped, full
-            outcomes += [self._outcome(*each) for each in zip(*(fact[news].tolist() for fact in facts), strict=True)]
+            facts = rows, tokens, num_new, failed, gains & stopped, full
+            found = [self._outcome(*each) for each in zip(*(fact[news].tolist() for fact in facts), strict=True)]
+            outcomes += [each for each in found if each is not None]
         for index in has_ended.nonzero()[0].tolist():
             if table.num_flights[rows[index]] == 0:
                 self._free(int(rows[index]))
-        return [each for each in outcomes if each.finish_reason is not None or each.request.stream], num_new
+        return outcomes, num_new
 
     def _failed(
         self, plan: StepPlan, is_finite: NDArray[np.bool_] | None, num_new: NDArray[np.int64]
@@ -520,30 +521,51 @@ class Scheduler:
         self,
         row: int,
         tokens: list[int],
-        logprobs: list[float],
         num_new: int,
         has_failed: bool,
         has_stopped: bool,
         is_full: bool,
-    ) -> Outcome:
-        """Of a row that gained the first `num_new` of these, the last of them a stop token if it `has_stopped`."""
+    ) -> Outcome | None:
+        """Of a row that gained the first `num_new` of these, the last of them a stop token if it `has_stopped`. None
+        where it goes on and nobody waits for its tokens."""
         table, request = self.table, self._request(row)
         reason: FinishReason | None = (
             "error" if has_failed else "stop" if has_stopped else "length" if is_full else None
         )
-        fresh = tokens[:num_new]
-        if request.output is not None and fresh:
+        if num_new and request.output is not None and request.output.watches:
+            fresh = tokens[:num_new]
             matched = request.output.push(request.without_stop(fresh) if has_stopped else fresh)
             if matched is not None:  # tokens after the stop string, accepted in the same step, never were
                 table.num_known[row] -= num_new - matched
-                fresh, has_stopped, reason = fresh[:matched], False, "stop"
-        top = None
-        if table.num_top[row]:
-            start = int(table.num_known[row]) - len(fresh) - len(request.prompt)
-            top = request.top_logprobs[start : start + len(fresh)]
+                has_stopped, reason = False, "stop"
+        if reason is None and not request.is_awaited:
+            return None
+        outcome = self._news(request, reason, has_stopped)
         if reason is not None:
             self._end(row, failed=has_failed)
-        return Outcome(request, fresh, logprobs[: len(fresh)], reason, has_stopped, top)
+        return outcome
+
+    def _news(self, request: Request, reason: FinishReason | None = None, has_stopped: bool = False) -> Outcome:
+        """What has not been reported of a request."""
+        token_ids, logprobs = self.table.known(request)
+        start = len(request.prompt) + request.num_reported
+        fresh = token_ids[start:].tolist()
+        if fresh and request.output is not None and not request.output.watches:
+            request.output.push(request.without_stop(fresh) if has_stopped else fresh)
+        top = None
+        if num_top(request.params.logprobs):
+            top = request.top_logprobs[request.num_reported : request.num_reported + len(fresh)]
+        request.num_reported += len(fresh)
+        self.table.await_news(request, request.stream and not request.on_demand)
+        return Outcome(request, fresh, logprobs[start:].tolist(), reason, has_stopped, top)
+
+    def report(self, request: Request) -> Outcome | None:
+        """The tokens of an unfinished request that have not been reported. Where there are none, None, and the next
+        step that brings some reports them."""
+        if len(self.table.known(request)[0]) > len(request.prompt) + request.num_reported:
+            return self._news(request)
+        self.table.await_news(request, True)
+        return None
 
     def propose(self, plan: StepPlan, drafts: NDArray[np.int64]) -> None:
         """Note guesses behind the known tokens of what the plan sampled, as far as there is room; to be verified."""
@@ -576,10 +598,7 @@ class Scheduler:
 
     def generated(self, request: Request) -> NDArray[np.int64]:
         """The tokens of its completion that are known."""
-        for row in self.running.tolist():
-            if self.table.requests[row] is request:
-                return self.table.token_ids[row, len(request.prompt) : self.table.num_known[row]]
-        return request.token_ids[len(request.prompt) :]
+        return self.table.known(request)[0][len(request.prompt) :]
 
     def recompute_all(self) -> None:
         """Send every running sequence back to the queue and forget all prefixes: no cache row is valid any more.

@@ -28,7 +28,6 @@ class Settings:
         self.max_cache_rows = table.max_cache_rows[rows]
         self.stop_ids = table.stop_ids[rows]
         self.temperature, self.seed = table.temperature[rows], table.seed[rows]
-        self.watched = table.watched[rows]
         self.ruled: list[int] = table.is_ruled[rows].nonzero()[0].tolist()
         """Which of the rows have rules."""
         self.needs_tokens = bool(table.needs_tokens[rows].any())
@@ -96,7 +95,7 @@ class SequenceTable:
         """The experts of its tokens are wanted."""
         self.priority = np.zeros(max_sequences, dtype=np.int64)
         self.watched = np.zeros(max_sequences, dtype=bool)
-        """Text is wanted at every step: stop strings, or a listener."""
+        """The next tokens are looked at: for stop strings, or as somebody waits for them."""
         self._settings: Settings | None = None
         """Of the rows that were asked for last."""
 
@@ -136,17 +135,30 @@ class SequenceTable:
         self.num_top[row] = num_top(params.logprobs)
         self.is_traced[row], self.priority[row] = params.return_routed_experts, params.priority
         self.num_scored[row] = len(request.prompt) - 1 if params.prompt_logprobs else 0
-        self.watched[row] = request.stream or request.output is not None
-        self.requests[row] = request
+        self.requests[row], request.row = request, row
         self.note_rules(request)
+        self.await_news(request, request.is_awaited)
         return self._free.pop()
+
+    def await_news(self, request: Request, is_awaited: bool) -> None:
+        """Whether the next tokens of a request are to be reported."""
+        request.is_awaited = is_awaited
+        if request.row is not None:
+            self.watched[request.row] = is_awaited or (request.output is not None and request.output.watches)
+
+    def known(self, request: Request) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """All tokens that are known of a request, and their log-probabilities; views."""
+        if request.row is None:
+            return request.token_ids, request.logprobs
+        end = self.num_known[request.row]
+        return self.token_ids[request.row, :end], self.logprobs[request.row, :end]
 
     def note_rules(self, request: Request) -> None:
         """Take in that a request's rules have changed; nothing where it has no row."""
         self._settings = None
-        rows = [row for row, each in enumerate(self.requests) if each is request]
-        self.is_ruled[rows] = request.rules is not None
-        self.needs_tokens[rows] = request.rules is not None and request.rules.needs_tokens
+        if request.row is not None:
+            self.is_ruled[request.row] = request.rules is not None
+            self.needs_tokens[request.row] = request.rules is not None and request.rules.needs_tokens
 
     def scored(self, plan: StepPlan) -> NDArray[np.int64]:
         """Per entry of a plan, how many of the tokens that run are followed by one whose log-probability is wanted."""
@@ -164,13 +176,16 @@ class SequenceTable:
 
     def close(self, row: int) -> None:
         """Empty a row that no step in flight runs."""
-        assert self.requests[row] is not None, f"row {row} is empty"
+        request = self.requests[row]
+        assert request is not None, f"row {row} is empty"
         assert self.num_flights[row] == 0, f"row {row} has {self.num_flights[row]} steps in flight"
-        self.requests[row] = None
+        self.requests[row] = request.row = None
         self._free.append(row)
 
     def clear(self) -> None:
         """Empty all rows. Steps in flight are forgotten."""
+        for request in filter(None, self.requests):
+            request.row = None
         self.requests = [None] * len(self.requests)
         self._free = list(range(len(self.requests) - 1, -1, -1))
         self.num_flights[:] = 0

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.checkpoint.open import find_model, pick_device
@@ -30,7 +31,7 @@ from kogia.engine.engine import Engine, affordable_blocks, check_weights
 from kogia.engine.memory import cache_budget
 from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent
 from kogia.engine.scheduler import Outcome
-from kogia.engine.step import StepPlan
+from kogia.engine.step import StepPlan, StepResult
 from kogia.engine.threads import generation_threads
 from kogia.model.config import ModelConfig
 from kogia.model.costs import num_params
@@ -96,11 +97,10 @@ class Asked:
     prompt: Prompt
     params: SamplingParams
     seed: int
-    stream: bool
 
     @classmethod
     def of(cls, request: Request) -> "Asked":
-        return cls(request.id, request.given, request.params, request.seed, request.stream)
+        return cls(request.id, request.given, request.params, request.seed)
 
 
 class ShareEngine(Engine):
@@ -115,12 +115,12 @@ class ShareEngine(Engine):
         if group.rank:
             self.draft_switch = None  # the first rank's clock decides
         self.digest = 0
-        """Of all that has come of all steps so far."""
+        """Of all that has been sampled in all steps so far."""
 
-    def _event(self, outcome: Outcome) -> TokenEvent:
-        tokens = np.array([outcome.request.id, *outcome.token_ids], dtype=np.int64)
-        self.digest = zlib.crc32(tokens.tobytes(), self.digest)
-        return super()._event(outcome)
+    def _settle(self, plan: StepPlan, result: StepResult) -> tuple[list[Outcome], NDArray[np.int64]]:
+        for numbers in (plan.rows, result.tokens):
+            self.digest = zlib.crc32(numbers.tobytes(), self.digest)
+        return super()._settle(plan, result)
 
     def _retreat(self, plan: StepPlan) -> None:
         """What one rank has no memory for, the others have run: the team ends."""
@@ -129,7 +129,7 @@ class ShareEngine(Engine):
     def take(self, asked: Sequence["Asked"]) -> None:
         """Queue what the first rank has queued."""
         for each in asked:
-            (request,) = self.requests(each.prompt, replace(each.params, n=1), stream=each.stream)
+            (request,) = self.requests(each.prompt, replace(each.params, n=1))
             request.id, request.seed, request.params = each.id, each.seed, each.params
             self.queue([request])
 

@@ -95,10 +95,11 @@ def _caller(place: str, line: str) -> Caller:
     return Caller(match[1] or f"key {digest[:8]}", digest)
 
 
-def authenticate(request: Request) -> Caller:
+async def authenticate(request: Request) -> Caller:
     """The caller of a request, by its key. Raises 401 where a key is asked for and this is none.
 
-    The dependency of every route that does work: what a caller may use is checked here, too.
+    The dependency of every route that does work: what a caller may use is checked here, too. It waits for nothing; a
+    coroutine, as others are given a thread.
     """
     caller = request.app.state.server.keys.find(_key(request.headers))
     if caller is None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 from ipaddress import ip_address
 
 from tyro.conf import Positional
@@ -126,6 +127,7 @@ def num_bytes(size: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+@lru_cache(64)
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
     try:

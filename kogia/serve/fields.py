@@ -56,8 +56,7 @@ class Part(BaseModel):
     def unknown(self) -> list[str]:
         """Names that have a value and no meaning here, those of inner objects behind a dot: "stream_options.pace"."""
         names = [name for name, value in (self.model_extra or {}).items() if value is not None]
-        for field in type(self).model_fields:
-            value = getattr(self, field)
+        for field, value in vars(self).items():
             inner = value if isinstance(value, list) else [value]
             names += [f"{field}.{name}" for part in inner if isinstance(part, Part) for name in part.unknown]
         return list(dict.fromkeys(names))

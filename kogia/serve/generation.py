@@ -164,7 +164,7 @@ async def pieces(
                 _check(piece, running)
                 yield piece
             if not running.stream.has_ended:
-                await asyncio.sleep(state.chunk_seconds)
+                await state.next_chunks()
     finally:
         state.end(running)
 

@@ -140,7 +140,10 @@ class Metrics(Collector):
 
     def of(self, name: str) -> ModelMetrics:
         """What has been counted of a model, however often it was loaded meanwhile."""
-        return self._of.setdefault(name, ModelMetrics())
+        found = self._of.get(name)
+        if found is None:
+            found = self._of[name] = ModelMetrics()
+        return found
 
     def collect(self) -> Iterator[Metric]:
         each = [(entry, self.of(entry.name)) for entry in self._state.models]

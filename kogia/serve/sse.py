@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,10 +16,9 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def encode(value: Mapping[str, Any], event: str | None = None) -> bytes:
-    """One event, whose data is JSON in one line."""
+    """One event, whose data is JSON in one line; what is no finite number is null."""
     head = b"" if event is None else f"event: {event}\n".encode()
-    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return b"%sdata: %s\n\n" % (head, data.encode("utf-8", "replace"))
+    return b"%sdata: %s\n\n" % (head, to_json(value, inf_nan_mode="null"))
 
 
 class EventStream(Response):

@@ -88,5 +88,8 @@ def num_thought_tokens(token_ids: Sequence[int], tokenizer: Tokenizer, opens_tho
 
 def held_back(text: str, marks: tuple[str, ...]) -> int:
     """Length of the longest end of the text that begins one of the marks."""
-    lengths = range(min(max(map(len, marks)) - 1, len(text)), 0, -1)
+    longest = min(max(map(len, marks)) - 1, len(text))
+    if not any(mark[0] in text[len(text) - longest :] for mark in marks):
+        return 0
+    lengths = range(longest, 0, -1)
     return next((k for k in lengths if any(mark.startswith(text[-k:]) for mark in marks if len(mark) > k)), 0)

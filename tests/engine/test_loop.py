@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from linecache import getline
 from pathlib import Path
+from random import Random
 from types import FrameType
 from typing import Any
 
@@ -18,9 +20,10 @@ from kogia.engine import loop as loop_module
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.loop import Stream
-from kogia.engine.request import Completion, SamplingParams
+from kogia.engine.request import Completion, SamplingParams, TokenEvent
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import Transformer, build_model
+from kogia.text.tokenizer import train_bpe
 
 CONFIG = ModelConfig(
     vocab_size=64, dim=32, num_layers=2, ffn_dim=64, max_position=128, init_std=0.2, num_mtp_layers=1,
@@ -68,6 +71,91 @@ def test_interleaved_streams_each_get_all_of_their_tokens(engine, model):
         assert tokens[i] == stream.result()[0].token_ids == alone(model, [5, 6, i])
         assert len(logprobs[i]) == 20
         assert all(value < 0 for value in logprobs[i])
+    assert_empty(engine)
+
+
+def run_to_end(engine: Engine, prompt: list[int], params: SamplingParams) -> None:
+    """Steps for whoever else has a request."""
+    engine.generate([prompt], params)
+
+
+def test_tokens_that_come_while_nobody_waits_are_one_event_and_cost_the_steps_none(engine, model):
+    stream = engine.submit([5, 6], PARAMS)
+    first = next(iter(stream)).token_ids
+    made = []
+    event_of = engine._event
+    engine._event = lambda outcome: made.append(outcome.request.id) or event_of(outcome)
+    run_to_end(engine, [9], SamplingParams(max_tokens=8, ignore_eos=True, seed=1))
+    assert stream.request_ids[0] not in made
+    second = next(iter(stream)).token_ids
+    assert len(second) >= 7
+    assert (first + second) == alone(model, [5, 6])[: len(first + second)]
+    rest = [token for event in stream for token in event.token_ids]
+    assert first + second + rest == stream.result()[0].token_ids
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"num_draft_tokens": 2}, {"num_blocks": 20}], ids=str)
+@pytest.mark.parametrize("asked", [{}, {"stop": ("e", "42")}, {"logprobs": 2}], ids=str)
+def test_however_seldom_events_are_taken_they_join_to_the_completions(model, options, asked):
+    """Two answers each, with and without stop strings, also where sequences are sent back for want of blocks."""
+    tokenizer = train_bpe(["the answer is 42. " * 20], 280)
+    wide = build_model(replace(CONFIG, vocab_size=tokenizer.vocab_size), seed=3)
+    engine = Engine(wide, tokenizer, EngineConfig(block_size=4, **{"num_blocks": 200, **options}))
+    random = Random(5)
+    for _ in range(4):
+        params = SamplingParams(**{"max_tokens": 24, "n": 2, "seed": random.randrange(99), "ignore_eos": True, **asked})
+        streams = [engine.submit([5, 6, n], params) for n in range(2)]
+        heard: dict[int, list[TokenEvent]] = {id: [] for stream in streams for id in stream.request_ids}
+        while going := [stream for stream in streams if not stream.has_ended or stream._events]:
+            run_to_end(engine, [7], SamplingParams(max_tokens=random.randint(1, 9), ignore_eos=True))
+            event = next(iter(random.choice(going)), None)
+            if event is not None:
+                heard[event.request_id].append(event)
+        for stream in streams:
+            for id, completion in zip(stream.request_ids, stream.result(), strict=True):
+                assert [token for event in heard[id] for token in event.token_ids] == completion.token_ids
+                assert "".join(event.text for event in heard[id]) == completion.text
+                assert [event.completion for event in heard[id]][-1] is completion
+                if completion.logprobs is not None:
+                    assert [value for event in heard[id] for value in event.logprobs] == completion.logprobs
+                    assert [top for event in heard[id] for top in event.top_logprobs or ()] == completion.top_logprobs
+    assert_empty(engine)
+
+
+def test_who_cancels_a_stream_hears_what_had_come(engine, model):
+    stream = engine.submit([5, 6], PARAMS)
+    next(iter(stream))
+    run_to_end(engine, [9], SamplingParams(max_tokens=8, ignore_eos=True, seed=1))
+    stream.cancel()
+    events = list(stream)
+    (completion,) = stream.result()
+    assert len(completion.token_ids) >= 8
+    assert completion.token_ids[1:] == [token for event in events for token in event.token_ids]
+    assert events[-1].completion is completion
+    assert_empty(engine)
+
+
+def test_an_event_loop_is_woken_once_for_all_of_its_streams(engine):
+    async def main() -> tuple[int, int]:
+        streams = [engine.submit([8, n], PARAMS) for n in range(8)]
+        running, calls = asyncio.get_running_loop(), 0
+        call = running.call_soon_threadsafe
+
+        def counted(*args: Any) -> asyncio.Handle:
+            nonlocal calls
+            calls += 1
+            return call(*args)
+
+        running.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        rounds = 0
+        while any(not stream.has_ended for stream in streams):
+            await asyncio.gather(*(stream.arrived() for stream in streams))
+            rounds += 1
+        return calls, rounds
+
+    calls, rounds = asyncio.run(main())
+    assert calls <= 3 * rounds
     assert_empty(engine)
 
 
