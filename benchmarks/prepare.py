@@ -1,6 +1,6 @@
 """What `kogia prepare` removes from real data, and how fast it hashes, tokenises and deduplicates.
 
-    python benchmarks/prepare.py --data DATA --dir SCRATCH [--repeats 3] [--out benchmarks/results/prepare.json]
+    python benchmarks/prepare.py --data DATA --dir SCRATCH [--repeats 3] [--out RESULT.json] [--docs docs/prepare.md]
 
 DATA holds text/books_part*.jsonl.gz and math/{gsm8k,math}_{train,test}.jsonl.gz with the columns question and solution.
 Three parts:
@@ -45,6 +45,7 @@ TEMPLATE = "{question}\n{solution}"
 VOCAB_SIZE = 16384
 TOKENIZER_DOCUMENTS = 40
 NGRAMS = (8, 10, 13)
+BEGIN, END = "<!-- figures: benchmarks/results/prepare.json -->", "<!-- end of figures -->"
 AGAIN = 100
 """Of so many documents one is added again, verbatim, and another with changes."""
 
@@ -52,12 +53,14 @@ AGAIN = 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--dir", type=Path, required=True, help="scratch directory")
+    parser.add_argument(
+        "--dir", type=Path, required=True, help="scratch directory; what a run before has prepared stays"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/prepare.json")
+    parser.add_argument("--docs", type=Path, default=None, help="page to write the figures into, as docs/prepare.md")
     args = parser.parse_args()
     scratch = args.dir / "prepare-benchmark"
-    shutil.rmtree(scratch, ignore_errors=True)
     config = settings(args.data, scratch)
     rows = command_rows(config)
     rows += removed_rows(config)
@@ -66,6 +69,8 @@ def main() -> None:
     rows += packing_rows(Path(config.out))
     write_result(args.out, "prepare", rows)
     print(json.dumps(rows, indent=1))
+    if args.docs:
+        write_docs(args.docs, json.loads(args.out.read_text(encoding="utf-8")))
 
 
 def settings(data: Path, scratch: Path) -> PrepareConfig:
@@ -262,6 +267,62 @@ def packing_rows(prepared: Path) -> list[dict[str, Any]]:
 def batches(loader: Loader) -> Iterable[np.ndarray]:
     while loader.state.epoch == 0:
         yield loader._next_sequences()
+
+
+def write_docs(page: Path, result: dict[str, Any]) -> None:
+    """Put the tables between the marks of a page."""
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    text = "\n".join([BEGIN, *figures(result), END])
+    page.write_text(head + text + rest.partition(END)[2], encoding="utf-8")
+
+
+def spread(figure: dict[str, Any]) -> str:
+    return f"{figure['value']:.1f} ({figure['low']:.1f} to {figure['high']:.1f})"
+
+
+def figures(result: dict[str, Any]) -> list[str]:
+    rows = {each["id"]: each for each in result["rows"]}
+    named = {"books": "books", "gsm8k-train": "GSM8K, training", "math-train": "MATH, training"}
+    place = f"{result['hardware']['cpu']}, commit {result['commit'][:7]}"
+    lines = [
+        "Documents with so many words in a row of a question of GSM8K's or MATH's tests, and those equal to or alike "
+        f"an earlier one ({place}):",
+        "",
+        f"| source | documents | {' | '.join(f'{n} words' for n in NGRAMS)} | equal | alike |",
+        f"|{'---|' * (4 + len(NGRAMS))}",
+    ]
+    for id, name in named.items():
+        counts = [f"{rows[f'contaminated-{n}-{id}']['value']:,.0f}" for n in NGRAMS]
+        of = rows[f"removed-{id}"]
+        lines.append(f"| {name} | {of['of']:,} | {' | '.join(counts)} | {of['equal']} | {of['alike']} |")
+    equal, alike, others = (rows[f"again-{kind}"] for kind in ("equal-found", "alike-found", "others-removed"))
+    lines += [
+        "",
+        f"Of problems added again verbatim {equal['value']:.0f} of {equal['of']} go as equal, of those with one word "
+        f"in fifty changed {alike['value']:.0f} of {alike['of']} as alike,",
+        f"and of the {others['of']:,} others {others['value']:.0f}.",
+        "",
+        "| MB of text per CPU second, one process | books | problems |",
+        "|---|---|---|",
+    ]
+    steps = {
+        "tokenise": f"tokenise ({rows['tokens']['vocab_size']:,} tokens)",
+        "words": "words",
+        "minhash": "MinHash of them",
+        "decontaminate": "look for 10 words in a row",
+        "whole": "all of it",
+        "datasketch-minhash": "(words and MinHash with datasketch)",
+    }
+    for id, name in steps.items():
+        found = [rows.get(f"speed-{kind}-{id}") for kind in ("books", "problems")]
+        if all(found):
+            lines.append(f"| {name} | {' | '.join(spread(each) for each in found if each)} |")
+    fills = [
+        f"{n:,} tokens: {rows[f'fill-{n}-in_order']['value']:.1f}% full in order, "
+        f"{rows[f'fill-{n}-best_fit']['value']:.1f}% by best fit"
+        for n in (2048, 16384)
+    ]
+    return [*lines, "", f"Batches of 16,384 tokens, texts cut to {'; to '.join(fills)}."]
 
 
 if __name__ == "__main__":
