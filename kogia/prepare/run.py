@@ -84,7 +84,9 @@ def main(config: PrepareConfig) -> None:
         log.info(line)
     meta = json.loads((out / META).read_text(encoding="utf-8"))
     told = f"{meta['tokens']:,} tokens, {meta['held_out_tokens']:,} more held out"
-    log.conclude(told, out, "kogia", "pretrain", "--data", out, "--model.preset", "kogia-demo", "--out", "runs/base")
+    size = Tokenizer.load(out / TOKENIZER).vocab_size
+    model = "--model.preset", "kogia-demo", "--model.vocab-size", str(size)
+    log.conclude(told, out, "kogia", "pretrain", "--data", out, *model, "--out", "runs/base", "--steps", "1000")
 
 
 # Before the work ------------------------------------------------------------------------------------------------------
