@@ -3,9 +3,10 @@
     gain = tokens per second with drafts / without
          = (1 + accepted per sequence and step) * seconds of a plain step / seconds of a step with drafts
 
-Drafts are on at first. After every window of steps their speed is measured again, and every so often the other way is
-tried for one window. Below a gain of 1 drafts pause; above 1 and a margin they come back. Steps without drafts leave no
-MTP rows, so that a trial begins a little below what it could be: a cost in acceptance, never in correctness.
+Drafts are on at first. After every window of steps their speed is measured again, half of it what it was before, and
+every so often the other way is tried for one window. Below a gain of 1 drafts pause; above 1 and a margin they come
+back. Steps without drafts leave no MTP rows, so that a trial begins a little below what it could be: a cost in
+acceptance, never in correctness.
 """
 
 from dataclasses import dataclass, field
@@ -47,7 +48,9 @@ class _Batch:
     def measure(self) -> None:
         """A window is full: its speed, and whether drafts stay on, or come back."""
         before = self.drafts
-        self.speeds[before] = fmean(tokens for _, tokens in self.window) / median(seconds for seconds, _ in self.window)
+        speed = fmean(tokens for _, tokens in self.window) / median(seconds for seconds, _ in self.window)
+        # by chance one window of right drafts is worse than the next: half of what is known of windows before counts
+        self.speeds[before] = speed if self.is_trial else (speed + self.speeds.get(before, speed)) / 2
         self.window.clear()
         if self.gain is not None and (before or self.is_trial):  # a pause ends after a trial of drafts alone
             self.is_on = self.gain >= (1 if self.is_on else 1 + MARGIN)

@@ -314,11 +314,18 @@ def test_drafts_pause_when_acceptance_falls_and_come_back_when_it_rises():
     switch = DraftSwitch()
     run_switch(switch, 200, 1.0, 1.2, 1.75)
     assert switch.wants(4) and switch.gain(4) == pytest.approx(1.75 / 1.2)
-    run_switch(switch, 2 * WINDOW, 1.0, 1.2, 1.0)
+    run_switch(switch, 4 * WINDOW, 1.0, 1.2, 1.0)
     assert not switch.wants(4)
-    assert run_switch(switch, INTERVAL - WINDOW, 1.0, 1.2, 1.75) == 0
+    assert run_switch(switch, INTERVAL - 3 * WINDOW, 1.0, 1.2, 1.75) == 0
     run_switch(switch, 4 * WINDOW, 1.0, 1.2, 1.75)
     assert switch.wants(4)
+
+
+def test_one_window_of_bad_luck_pauses_no_drafts_that_pay():
+    switch = DraftSwitch()
+    run_switch(switch, 200, 1.0, 1.6, 1.75)
+    run_switch(switch, WINDOW, 1.0, 1.6, 1.5)
+    assert run_switch(switch, 4 * WINDOW, 1.0, 1.6, 1.75) == 4 * WINDOW
 
 
 def test_a_gain_within_the_margin_does_not_bring_drafts_back():
