@@ -118,7 +118,7 @@ async def ask_all(port: int, numbers: range, clients: int) -> Counter[tuple[str,
     async def client() -> None:
         for number in left:
             kind, ask = kind_of(number)
-            found[kind, await asyncio.wait_for(ask(port, random.Random(number)), 120)] += 1
+            found[kind, await asyncio.wait_for(ask(port, random.Random(number)), 900)] += 1
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return found
@@ -139,9 +139,9 @@ def kind_of(number: int) -> tuple[str, Any]:
 async def leave(port: int, rng: random.Random) -> int:
     """Read the beginning of a stream, or nothing, and hang up, in one way or the other."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(
-        request(CHAT, {"messages": HELLO, "max_tokens": 400, "ignore_eos": True, "stream": rng.random() < 0.8})
-    )
+    stream = rng.random() < 0.8
+    body = {"messages": HELLO, "max_tokens": 400 if stream else 40, "ignore_eos": True, "stream": stream}
+    writer.write(request(CHAT, body))
     if rng.random() < 0.8:
         await reader.read(rng.randrange(1, 4000)) if rng.random() < 0.9 else await asyncio.sleep(0.05)
     if rng.random() < 0.5:

@@ -13,7 +13,7 @@ from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import Chat, Turn, start, turn_prompt
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Body, Count, Flag, Name, Part, Stops, Text, items
+from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Body, Count, Flag, Metadata, Name, Part, Stops, Text, items
 from kogia.serve.generation import new_id, usage
 from kogia.serve.openai_chat import ThinkingSwitch
 from kogia.serve.prompts import CalledFunction, CalledTool, ChatMessage
@@ -102,7 +102,7 @@ class Conversed(Body):
 class MessagesBody(Conversed, SamplingBody):
     max_tokens: Count  # type: ignore[assignment]
     stop_sequences: Stops | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ async def messages(body: MessagesBody, request: Request, caller: Caller = Depend
 @router.post("/anthropic/v1/messages/count_tokens")
 async def count_tokens(body: Conversed, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, int]:
     served = await request.app.state.server.find(body.model)
-    return {"input_tokens": len((await turn_prompt(served, body.turn)).token_ids)}
+    return {"input_tokens": len((await turn_prompt(served, body.turn, caller)).token_ids)}
 
 
 def _chat_messages(message: AnthropicMessage, name: str) -> list[ChatMessage]:

@@ -1,6 +1,5 @@
 """A turn of a conversation, whichever API asks for it: what each of them makes of its body, and the request of it."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ from kogia.engine.grammar import ResponseFormat
 from kogia.serve.access import Caller
 from kogia.serve.errors import ApiError
 from kogia.serve.generation import Piece, pieces, run
-from kogia.serve.prompts import ChatMessage, dialogue, render
+from kogia.serve.prompts import ChatMessage, dialogue, render, write_prompt
 from kogia.serve.sampling import SamplingBody, Thinking, sampling_params
 from kogia.serve.served import ServedModel
 from kogia.serve.state import Running, ServerState
@@ -57,7 +56,7 @@ async def start(state: ServerState, body: SamplingBody, turn: Turn, caller: Call
     """Begin to answer. Raises 400 for what will not do, 404 and 503 as `ServerState.find`."""
     served = await state.find(body.model)
     form = _tool_format(served, turn)
-    prompt = await turn_prompt(served, turn)
+    prompt = await turn_prompt(served, turn, caller)
     params = sampling_params(
         body,
         served,
@@ -71,10 +70,10 @@ async def start(state: ServerState, body: SamplingBody, turn: Turn, caller: Call
     return Chat(state, await run(state, served, caller, prompt, params, id), form)
 
 
-async def turn_prompt(served: ServedModel, turn: Turn) -> Prompt:
+async def turn_prompt(served: ServedModel, turn: Turn, caller: Caller) -> Prompt:
     """What the model is given of a conversation. Raises 400 for messages that will not do."""
     said = dialogue(turn.messages, [tool.described for tool in turn.tools], goes_on=turn.goes_on)
-    return await asyncio.to_thread(render, said, served, turn.thinking)
+    return await write_prompt(served, caller, render, said, served, turn.thinking)
 
 
 def _tool_format(served: ServedModel, turn: Turn) -> ToolFormat | None:

@@ -22,6 +22,8 @@ class Exchange:
     """Name of the key; None where nobody has been asked for one."""
     status: int | None = None
     """None where the client left before there was one."""
+    size: int = 0
+    """Bytes of the body."""
     running: list["Running"] = field(default_factory=list)
     """What the engine was given for it."""
     trace: Mapping[str, str] | None = None

@@ -5,7 +5,7 @@ Every number has a range, so that none of them can make the server allocate or l
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST_COMPLETIONS = 8
 MOST_TOKENS = 2**20
@@ -16,6 +16,8 @@ MOST_LOGPROBS = 20
 MOST_MESSAGES = 10_000
 MOST_TOOLS = 128
 MOST_PROMPTS = 256
+MOST_FIELDS = 200
+"""Of one object, those without a meaning here among them."""
 
 
 def items(most: int, least: int = 0) -> Any:
@@ -42,24 +44,44 @@ Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP_CHARS)]
 Stops = Annotated[list[Stop], items(MOST_STOPS)]
 TokenIds = Annotated[list[Token], items(MOST_TOKENS)]
-Biases = Annotated[dict[str, Real], BeforeValidator(_not_more_biases)]
+Biases = Annotated[
+    dict[str, Annotated[Real, Field(ge=-1000, le=1000)]],
+    Field(max_length=MOST_BIASES),
+    BeforeValidator(_not_more_biases),
+]
 Penalty = Annotated[Real, Field(ge=-2, le=2)]
 Share = Annotated[Real, Field(ge=0, le=1)]
+Metadata = Annotated[dict[Name, Annotated[Text, Field(max_length=512)] | None], Field(max_length=16)]
+"""What clients attach to requests, within OpenAI's bounds."""
+Forgotten = Annotated[Any, BeforeValidator(lambda given: given is not None)]
+
+
+def _not_more_fields(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > MOST_FIELDS:
+        raise ValueError(f"must have at most {MOST_FIELDS} fields, not {len(given)}")
+    return given
 
 
 class Part(BaseModel):
-    """Any object of a body. What it does not know it keeps, and ignores."""
+    """Any object of a body. Of fields that it does not know it keeps the names: values are forgotten at once."""
 
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Forgotten] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+    _check_fields = model_validator(mode="before")(_not_more_fields)
 
     @property
     def unknown(self) -> list[str]:
         """Names that have a value and no meaning here, those of inner objects behind a dot: "stream_options.pace"."""
-        names = [name for name, value in (self.model_extra or {}).items() if value is not None]
+        names = [name for name, has_value in (self.model_extra or {}).items() if has_value]
         for field, value in vars(self).items():
             inner = value if isinstance(value, list) else [value]
             names += [f"{field}.{name}" for part in inner if isinstance(part, Part) for name in part.unknown]
         return list(dict.fromkeys(names))
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The fields that have a meaning here, as JSON has them."""
+        return self.model_dump(by_alias=True, include=set(type(self).model_fields))
 
 
 class Body(Part):

@@ -111,7 +111,7 @@ async def run(
     began = state.clock()
     state.limiter.admit(caller.name, began)
     try:
-        stream = await _submit(served, prompt.token_ids if is_text else prompt, params)
+        stream = await _submit(served, caller, prompt.token_ids if is_text else prompt, params)
     except BaseException:
         state.limiter.leave(caller.name)
         raise
@@ -123,9 +123,17 @@ async def run(
     return running
 
 
-async def _submit(served: ServedModel, prompt: Prompt | Sequence[int], params: SamplingParams) -> Stream:
-    """In a thread: the engine checks a request, and compiles its grammar, and no other client waits for that."""
-    submitting = asyncio.ensure_future(asyncio.to_thread(served.engine.submit, prompt, params))
+async def _submit(
+    served: ServedModel, caller: Caller, prompt: Prompt | Sequence[int], params: SamplingParams
+) -> Stream:
+    """In a thread: the engine checks a request, and compiles its grammar, and no client without one waits for that."""
+
+    async def submit() -> Stream:
+        has_format = params.response_format is not None
+        async with served.lanes.formats.of(caller.name) if has_format else contextlib.nullcontext():
+            return await asyncio.to_thread(served.engine.submit, prompt, params)
+
+    submitting = asyncio.ensure_future(submit())
     try:
         return await asyncio.shield(submitting)
     except asyncio.CancelledError:  # the client has left meanwhile

@@ -24,6 +24,8 @@ from kogia.serve.state import ServerState
 
 MOST_BODY_BYTES = 8 << 20
 MOST_HEADER_BYTES = 16 << 10
+MOST_HELD_BYTES = 128 << 20
+"""Of the large bodies of all requests under way: their values and prompts take many times as much."""
 BODY_SECONDS = 60.0
 """For a whole body to arrive."""
 MOST_URL_BYTES = 2048
@@ -42,6 +44,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app, self._state = app, state
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,6 +60,8 @@ class Guard:
             if transfer.has_body:
                 authenticate_by_path(Request(scope))  # nothing is read of those who have no key
             await transfer.read_body()
+            exchange.size = transfer.size
+            self._hold(transfer)
             await self._app(scope, transfer.receive, transfer.send)
         except ApiError as error:
             await transfer.refuse(error)
@@ -66,8 +71,17 @@ class Guard:
         finally:
             exchange.route = getattr(scope.get("route"), "path", None)
             self._state.note_exchange(exchange)
+            self._held -= transfer.held
             if transfer.size > LARGE_BYTES:
                 asyncio.get_running_loop().run_in_executor(None, give_back)
+
+    def _hold(self, transfer: "_Transfer") -> None:
+        """Take a large body in hand until its request ends, or raise 503 where there are too many."""
+        if transfer.size > LARGE_BYTES:
+            if self._held + transfer.size > MOST_HELD_BYTES:
+                raise ApiError("too many large requests at once; try again later", 503, headers={"Retry-After": "5"})
+            transfer.held = transfer.size
+            self._held += transfer.held
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -102,6 +116,8 @@ class _Transfer:
         self._is_read = False
         self.size = 0
         """Of the body, as far as it has come."""
+        self.held = 0
+        """What of it counts as held."""
         self._has_begun = False
         scope.setdefault("state", {})["request_id"] = exchange.id
 

@@ -14,7 +14,7 @@ from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import Chat, Turn, start
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_LOGPROBS, Count, Flag, Part, Text, Whole
+from kogia.serve.fields import MOST_LOGPROBS, Count, Flag, Metadata, Part, Text, Whole
 from kogia.serve.generation import Answer, Piece, collect, new_id, timings, usage
 from kogia.serve.logprobs import chat_logprobs, prompt_logprobs, routed_experts
 from kogia.serve.prompts import Messages
@@ -77,7 +77,7 @@ class ChatBody(SamplingBody):
     """vLLM's; that of `continue_final_message` says it all."""
     user: Text | None = None
     store: Flag | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
 
     @property
     def thinks(self) -> Thinking:

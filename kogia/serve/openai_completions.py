@@ -1,6 +1,5 @@
 """OpenAI's text completions, with vLLM's further fields: texts and token ids are continued as they are."""
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -14,11 +13,12 @@ from starlette.responses import JSONResponse, Response
 from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_LOGPROBS, MOST_PROMPTS, Flag, Text, TokenIds, Whole, items
+from kogia.serve.fields import MOST_COMPLETIONS, MOST_LOGPROBS, MOST_PROMPTS, Flag, Text, TokenIds, Whole, items
 from kogia.serve.generation import Piece, collect, merge, new_id, pieces, run, timings, usage
 from kogia.serve.logprobs import TextLogprobs, prompt_logprobs, routed_experts
 from kogia.serve.openai_chat import StreamOptions, last_chunk
-from kogia.serve.sampling import Format, SamplingBody, format_of, sampling_params
+from kogia.serve.prompts import write_prompt
+from kogia.serve.sampling import Format, SamplingBody, check_scores, format_of, sampling_params
 from kogia.serve.served import ServedModel
 from kogia.serve.sse import DONE, EventStream, encode, until_gone
 from kogia.serve.state import Running, ServerState
@@ -38,7 +38,7 @@ class CompletionBody(SamplingBody):
     suffix: Text | None = None
     echo: Flag | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    best_of: Whole | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=MOST_COMPLETIONS)] | None = None
     response_format: Format | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
@@ -65,7 +65,7 @@ async def complete(body: CompletionBody, request: Request, caller: Caller) -> Re
     state.note_ignored("/v1/completions", body.unknown)
     _check(body)
     served = await state.find(body.model)
-    prompts = await asyncio.to_thread(_encode, body, served)
+    prompts = await write_prompt(served, caller, _encode, body, served)
     reply = CompletionReply(state, body, await _start(state, body, served, caller, prompts))
     if body.stream:
         return EventStream(reply.chunks(), state.config.keep_alive_seconds)
@@ -123,6 +123,8 @@ async def _start(
 ) -> list[Running]:
     """Begin all; none if one of them will not do."""
     id_, started = new_id("cmpl-"), []
+    check_scores(sum(map(len, prompts)), body.logprobs if body.echo else None, "logprobs")
+    check_scores(sum(map(len, prompts)), body.prompt_logprobs, "prompt_logprobs")
     logprobs = False if body.logprobs is None else body.logprobs or True
     default = min(DEFAULT_MAX_TOKENS, served.max_tokens or DEFAULT_MAX_TOKENS)
     asked = (

@@ -8,9 +8,9 @@ from starlette.requests import Request
 
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import Body, Flag, Name, Text, TokenIds
+from kogia.serve.fields import MOST_TOKENS, Body, Flag, Name, Text, TokenIds
 from kogia.serve.openai_chat import TemplateSwitches
-from kogia.serve.prompts import Messages, dialogue, render
+from kogia.serve.prompts import Messages, dialogue, render, write_prompt
 from kogia.serve.sampling import Thinking
 from kogia.serve.served import ServedModel
 from kogia.serve.state import ServerState
@@ -44,10 +44,10 @@ async def tokenize(body: TokenizeBody, request: Request, caller: Caller = Depend
     if (body.prompt is None) == (body.messages is None):
         raise ApiError("give either a prompt or messages", param="prompt")
     served = await state.find(body.model)
-    tokens = await asyncio.to_thread(_tokens, body, served)
+    tokens = await write_prompt(served, caller, _tokens, body, served)
     answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": served.config.max_position}
     if body.return_token_strs:
-        answer["token_strs"] = [served.tokenizer.decode([token]) for token in tokens]
+        answer["token_strs"] = await asyncio.to_thread(_texts, tokens, served)
     return answer
 
 
@@ -84,6 +84,15 @@ def _tokens(body: TokenizeBody, served: ServedModel) -> list[int]:
         return render(said, served, Thinking(enabled)).token_ids
     encode = served.tokenizer.encode if body.add_special_tokens is False else served.tokenizer.encode_raw
     try:
-        return encode(body.prompt or "")
+        tokens = encode(body.prompt or "", MOST_TOKENS)
     except ValueError as error:
         raise ApiError(str(error), param="prompt") from None
+    if len(tokens) > MOST_TOKENS:
+        raise ApiError(f"prompt has {len(tokens):,} tokens: must have at most {MOST_TOKENS:,}", param="prompt")
+    return tokens
+
+
+def _texts(tokens: list[int], served: ServedModel) -> list[str]:
+    """Each token by itself."""
+    texts = {token: served.tokenizer.decode([token]) for token in set(tokens)}
+    return [texts[token] for token in tokens]

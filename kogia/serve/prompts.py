@@ -1,15 +1,23 @@
 """Messages of a request into the prompt that the model continues."""
 
-from collections.abc import Container, Sequence
+import asyncio
+import contextlib
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
+from kogia.serve.access import Caller
 from kogia.serve.errors import ApiError
+from kogia.serve.exchange import current
 from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Flag, Name, Part, Text, items
+from kogia.serve.memory import LARGE_BYTES
 from kogia.serve.sampling import Thinking
 from kogia.serve.served import ServedModel
 from kogia.text.chat import Message, Prompt, ToolCall, continue_prompt, has_thinking_switch, render_prompt
 from kogia.text.tokenizer import END_THINK
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 class ContentPart(Part):
@@ -115,8 +123,20 @@ def text_of(content: Content | None, name: str) -> str:
     return "\n".join(texts)
 
 
+async def write_prompt(
+    served: ServedModel, caller: Caller, work: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs
+) -> Made:
+    """What `work` makes, in a thread. Where it may take seconds, the model's callers have their turns."""
+    exchange, has_template = current.get(), served.tokenizer.template is not None
+    lane = served.lanes.templates if has_template else None
+    if exchange is not None and exchange.size > LARGE_BYTES:
+        lane = served.lanes.large
+    async with contextlib.nullcontext() if lane is None else lane.of(caller.name):
+        return await asyncio.to_thread(work, *args, **kwargs)
+
+
 def render(said: Dialogue, served: ServedModel, thinking: Thinking) -> Prompt:
-    """The prompt. Blocks: it belongs in a thread. Raises 400 for what the chat template refuses."""
+    """The prompt. Blocks: it belongs in `write_prompt`. Raises 400 for what the chat template refuses."""
     tokenizer, most = served.tokenizer, served.config.max_position
     switch = thinking.enabled if has_thinking_switch(tokenizer) else None
     try:
@@ -124,7 +144,8 @@ def render(said: Dialogue, served: ServedModel, thinking: Thinking) -> Prompt:
         if said.begun is not None:
             return continue_prompt(prompt, said.begun.content, said.begun.reasoning, tokenizer, most)
     except ValueError as error:
-        raise ApiError(str(error), param="messages") from None
+        place = "" if tokenizer.template is None else f"{tokenizer.template.name}: "
+        raise ApiError(str(error).removeprefix(place), param="messages") from None  # where files lie is told to nobody
     if thinking.enabled is False and prompt.opens_thought:
         # a template without a switch opens a thought: it is closed at once
         return Prompt(prompt.token_ids + tokenizer.encode(f"\n{END_THINK}\n\n"), opens_thought=False)

@@ -17,7 +17,7 @@ from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import Chat, Turn, start
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Count, Flag, Name, Part, Text, items
+from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Count, Flag, Metadata, Name, Part, Text, items
 from kogia.serve.generation import new_id, usage
 from kogia.serve.prompts import CalledFunction, CalledTool, ChatMessage, Content
 from kogia.serve.sampling import EFFORTS, Effort, Format, JsonSchema, SamplingBody, Thinking, format_of
@@ -67,7 +67,7 @@ class TextFormat(Part):
         """As an answer tells it; whatever was asked, a schema is strict."""
         if self.type != "json_schema":
             return {"type": self.type}
-        return {**self.model_dump(by_alias=True), "strict": True}
+        return {**self.known, "strict": True}
 
 
 class TextOptions(Part):
@@ -92,8 +92,8 @@ class ResponsesBody(SamplingBody):
     background: Flag | None = None
     store: Flag | None = None
     """Nothing is stored, whatever it says."""
-    metadata: dict[str, Any] | None = None
-    include: list[Name] | None = None
+    metadata: Metadata | None = None
+    include: Annotated[list[Name], items(MOST_TOOLS)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     user: Text | None = None
     max_tool_calls: Count | None = None
@@ -293,7 +293,7 @@ class ResponseReply:
             "temperature": params.params.temperature,
             "text": {"format": text.shown()},
             "tool_choice": _dumped(body.tool_choice or "auto"),
-            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "tools": [tool.known for tool in body.tools or ()],
             "top_logprobs": 0,
             "top_p": params.params.top_p,
             "truncation": "disabled",
@@ -303,7 +303,7 @@ class ResponseReply:
 
 
 def _dumped(choice: str | ChosenTool) -> Any:
-    return choice if isinstance(choice, str) else choice.model_dump()
+    return choice if isinstance(choice, str) else choice.known
 
 
 def _new_item(segment: Segment) -> dict[str, Any]:

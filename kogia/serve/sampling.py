@@ -159,6 +159,20 @@ class Thinking:
     budget: int | None = None
 
 
+MOST_SCORES = 2**22
+"""Log-probabilities in all the answers to a request: each takes some hundred bytes on its way out."""
+
+
+def check_scores(num_tokens: int, top: int | None, name: str) -> None:
+    """Raise 400 for more log-probabilities than an answer may have: each token's own and `top` others; None is none."""
+    if top is not None and (wanted := num_tokens * (1 + top)) > MOST_SCORES:
+        raise ApiError(
+            f"{name} = {top}: {num_tokens:,} tokens have {wanted:,} log-probabilities then, and an answer at most "
+            f"{MOST_SCORES:,}; ask for fewer, or set max_tokens",
+            param=name,
+        )
+
+
 def sampling_params(
     body: SamplingBody,
     served: ServedModel,
@@ -178,13 +192,18 @@ def sampling_params(
     values["top_k"] = max(0, values.get("top_k", 0))  # -1 is vLLM's word for off
     if body.logit_bias:
         values["logit_bias"] = _biases(body.logit_bias)
+    num_tokens = _max_tokens(body.max_tokens if max_tokens is None else max_tokens, served, prompt)
+    left = min(num_tokens, served.config.max_position)
+    top = None if logprobs is False else 0 if logprobs is True else logprobs
+    check_scores(left * (body.n or 1), top, "logprobs")
+    check_scores(len(prompt.token_ids), body.prompt_logprobs, "prompt_logprobs")
     if body.allowed_token_ids is not None:
         values["allowed_token_ids"] = tuple(body.allowed_token_ids)
     try:
         return SamplingParams(
             **values,
             n=body.n or 1,
-            max_tokens=_max_tokens(body.max_tokens if max_tokens is None else max_tokens, served, prompt),
+            max_tokens=num_tokens,
             stop=body.stops,
             stop_token_ids=tuple(body.stop_token_ids or ()),
             bad_words=tuple(body.bad_words or ()),

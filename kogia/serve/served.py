@@ -12,6 +12,7 @@ from kogia.engine.engine import Engine, EngineStats
 from kogia.inference.llm import LLM
 from kogia.model.config import ModelConfig
 from kogia.serve.config import ServeConfig
+from kogia.serve.turns import Lanes
 from kogia.text.tokenizer import Tokenizer
 from kogia.text.tools import ToolFormat, tool_format
 
@@ -25,6 +26,7 @@ class ServedModel:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Sampling settings of requests that name none."""
     max_tokens: int | None = None
+    lanes: Lanes = field(default_factory=Lanes)
 
     @property
     def engine(self) -> Engine:

@@ -10,12 +10,18 @@ from starlette.responses import Response
 
 from kogia.serve.errors import ApiError, shown
 
+MOST_PARTS = 2**19
+"""Opening brackets, those in texts among them: nobody else is served while they are read."""
+
 
 class StrictRequest(Request):
     async def json(self) -> Any:
-        """The body. Raises 400 where it is no JSON object, or one nested too deep."""
+        """The body. Raises 400 where it is no JSON object, or one nested too deep or of too many parts."""
+        body = await self.body()
+        if body.count(b"[") + body.count(b"{") > MOST_PARTS:
+            raise ApiError(f"the body has too many lists and objects: must have at most {MOST_PARTS:,} brackets")
         try:
-            value = from_json(await self.body(), allow_inf_nan=False)
+            value = from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise ApiError(f"the body is no JSON that will do: {error}") from None
         if not isinstance(value, dict):

@@ -28,6 +28,8 @@ from kogia.text.thoughts import num_thought_tokens
 router = APIRouter(route_class=StrictRoute, include_in_schema=False)
 MOST_TEXTS = 200
 MOST_TEXT_CHARS = 2**18
+MOST_CHARS = 2**20
+"""Of all texts: a million take ten seconds."""
 
 
 class RenderBody(Body):
@@ -48,6 +50,8 @@ async def models(request: Request, caller: Caller = Depends(authenticate)) -> di
 
 @router.post("/page/render")
 async def rendered(body: RenderBody, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
+    if (size := sum(map(len, body.texts))) > MOST_CHARS:
+        raise ApiError(f"texts have {size:,} characters: must have at most {MOST_CHARS:,} together", param="texts")
     return {"blocks": [await asyncio.to_thread(render, text) for text in body.texts]}
 
 
@@ -69,7 +73,7 @@ async def trace(body: TraceBody, request: Request, caller: Caller = Depends(auth
 
 
 async def _traced(state: ServerState, served: ServedModel, body: TraceBody, caller: Caller) -> dict[str, Any]:
-    prompt = await turn_prompt(served, body.turn)
+    prompt = await turn_prompt(served, body.turn, caller)
     room = served.config.max_position - 1 - len(prompt.token_ids)
     answer = body.token_ids[: max(0, room)]
     if not answer:

@@ -1,0 +1,59 @@
+"""One at a time, and callers by turns."""
+
+import asyncio
+
+from kogia.serve.turns import Turns
+
+
+def run(asked: str, leave: tuple[int, ...] = ()) -> list[str]:
+    """In which order those get their turn who ask in this one, each by the letter of its caller and its place. Those at
+    the places of `leave` go before it is theirs."""
+
+    async def work() -> list[str]:
+        turns, order, most = Turns(), list[str](), 0
+        inside = 0
+
+        async def one(place: int, caller: str) -> None:
+            nonlocal inside, most
+            async with turns.of(caller):
+                inside, most = inside + 1, max(most, inside + 1)
+                try:
+                    await asyncio.sleep(0.001)
+                    order.append(f"{caller}{place}")
+                finally:
+                    inside -= 1
+
+        tasks = [asyncio.ensure_future(one(place, caller)) for place, caller in enumerate(asked)]
+        await asyncio.sleep(0)
+        for place in leave:
+            tasks[place].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert most == 1
+        async with turns.of("x"):
+            return order
+
+    return asyncio.run(asyncio.wait_for(work(), 5))
+
+
+def test_whoever_asks_for_many_waits_for_his_own():
+    assert run("aaaab") == ["a0", "a1", "b4", "a2", "a3"]
+    assert run("abab") == ["a0", "b1", "a2", "b3"]
+
+
+def test_those_who_leave_are_passed_over_whenever_they_do():
+    assert run("aaab", leave=(1,)) == ["a0", "b3", "a2"]
+    assert run("abc", leave=(0,)) == ["b1", "c2"]
+    assert run("abc", leave=(0, 1, 2)) == []
+
+
+def test_a_turn_that_comes_to_one_who_leaves_goes_on_to_the_next():
+    async def work() -> None:
+        turns = Turns()
+        async with turns.of("a"):
+            waiting = [asyncio.ensure_future(turns.of(name).__aenter__()) for name in "bc"]
+            await asyncio.sleep(0)
+        waiting[0].cancel()  # its turn has come, and it does not know yet
+        await asyncio.sleep(0)
+        await asyncio.wait_for(waiting[1], 1)
+
+    asyncio.run(work())
