@@ -11,6 +11,7 @@ the same machine; a round is one answer of every sequence, as far as all of them
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -46,7 +47,12 @@ def main() -> None:
     subjects = {"-random": medium, "-demo": demonstration}
     if args.model is not None:
         subjects = {"": lambda: published(args.model), **subjects}
-    rows = [figure(name, get(), batch, args.rounds) for name, get in subjects.items() for batch in args.batches]
+    rows = []
+    for name, get in subjects.items():
+        subject = get()
+        for batch in args.batches:
+            rows.append(figure(name, subject, batch, args.rounds))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     write_result(args.out, "grammar", rows)
     print(json.dumps(rows, indent=1))
 
