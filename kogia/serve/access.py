@@ -101,6 +101,10 @@ async def authenticate(request: Request) -> Caller:
     The dependency of every route that does work: what a caller may use is checked here, too. It waits for nothing; a
     coroutine, as others are given a thread.
     """
+    return _authenticate(request)
+
+
+def _authenticate(request: Request) -> Caller:
     caller = request.app.state.server.keys.find(_key(request.headers))
     if caller is None:
         raise _no_key("key")
@@ -112,7 +116,7 @@ async def authenticate(request: Request) -> Caller:
 def authenticate_by_path(request: Request) -> None:
     """What the route that the path leads to will ask for, before anything else of a request is read."""
     manages = request.url.path.startswith(f"{ADMIN_PREFIX}/") and request.app.state.server.admin_keys.callers
-    (authenticate_admin if manages else authenticate)(request)
+    (authenticate_admin if manages else _authenticate)(request)
 
 
 def authenticate_admin(request: Request) -> Caller:
