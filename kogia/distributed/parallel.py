@@ -23,7 +23,8 @@ def connect(model: Transformer, group: Group) -> None:
         return group.total(output)
 
     def residual_once(_module: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return inputs, options if group.rank == 0 else {**options, "residual": None}
+        """The first rank alone adds it, in whichever way it is given."""
+        return (inputs, options) if group.rank == 0 else (inputs[:2], {**options, "residual": None})
 
     def all_logits(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return group.side_by_side(output)
