@@ -63,9 +63,9 @@ def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(server):
     ],
 )
 def test_a_body_with_very_many_wrong_values_costs_no_more_than_one(server, body, param):
-    started = time.monotonic()
+    started = time.process_time()  # the server is a thread of this process
     assert refusal(post(server, "/v1/completions", body))["param"] == param
-    assert time.monotonic() - started < 5  # each error compared with all others took hours
+    assert time.process_time() - started < 5  # each error compared with all others took hours
 
 
 @pytest.mark.parametrize("head", [b"", b"Host: a b\r\n", b"Host: x\r\nHost: y\r\n", b"Host: evil.example\r\n"])

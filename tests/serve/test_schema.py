@@ -31,13 +31,20 @@ def locked(model, tmp_path_factory):
         yield running
 
 
-def test_no_request_of_the_document_or_against_it_gets_an_answer_that_it_does_not_have(locked, tmp_path):
-    words = [sys.executable, "-m", "schemathesis.cli", "run", f"{locked.url}/openapi.json"]
+def fuzz(url, seconds, directory):
+    words = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
     words += ["--header", f"Authorization: Bearer {KEY}", "--exclude-checks", ",".join(EXCLUDED)]
-    words += ["--phases", "coverage,fuzzing", "--max-time", str(SECONDS), "--max-examples", str(max(3, SECONDS // 5))]
+    words += ["--phases", "coverage,fuzzing", "--max-time", str(seconds), "--max-examples", str(max(3, SECONDS // 5))]
     words += ["--no-color", "--generation-database", "none"]
     words += ["--seed", "1"] if "SCHEMA_SECONDS" not in os.environ else []
-    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    return subprocess.run(words, cwd=directory, capture_output=True, text=True, check=False)
+
+
+def test_no_request_of_the_document_or_against_it_gets_an_answer_that_it_does_not_have(locked, tmp_path):
+    for seconds in (SECONDS, 10 * SECONDS):  # a machine with much to do has asked nothing when the first have passed
+        ran = fuzz(locked.url, seconds, tmp_path)
+        if ran.returncode or " passed" in ran.stdout:
+            break
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
     assert " passed" in ran.stdout, ran.stdout[-2000:]
     assert locked.engine.num_unfinished == 0 and not locked.state.running
