@@ -197,7 +197,6 @@ def heed(run: Run, batches: Sequence[Batch], position: LoaderState, metrics: dic
     report = {
         "step": state.step,
         "reason": guard.reason,
-        "checkpoint": state.last_checkpoint.name if state.last_checkpoint else None,
         "loader": asdict(position),
         "metrics": {name: value if isfinite(value) else None for name, value in metrics.items()},
     }
