@@ -90,9 +90,19 @@ def _has_surrogates(text: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 
+OPTIONS = "x-guidance"
+"""What llguidance calls its own settings within a schema."""
+WHITESPACE = {"whitespace_pattern": r"[ \t]{0,2}(\r?\n[ \t]{0,32})?"}
+"""Between parts of JSON: a model that likes blanks would write them until its tokens end."""
+
+
 def _schema_text(schema: str | Mapping[str, Any]) -> str:
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
+        if parsed is True:  # anything
+            parsed = {}
+        if isinstance(parsed, Mapping) and not isinstance(parsed.get(OPTIONS), Mapping):
+            parsed = {**parsed, OPTIONS: WHITESPACE}
         text = json.dumps(parsed)
     except (ValueError, TypeError) as error:
         raise ValueError(f"response_format.json is no JSON ({error}); give a schema as an object or its text") from None

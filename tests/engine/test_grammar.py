@@ -10,7 +10,7 @@ import torch
 
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
-from kogia.engine.grammar import MOST_BYTES, Grammars, ResponseFormat
+from kogia.engine.grammar import MOST_BYTES, Compiler, Grammars, ResponseFormat
 from kogia.engine.request import Completion, SamplingParams, report_errors
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import Transformer, build_model
@@ -393,6 +393,23 @@ def test_a_schema_that_is_too_deep_is_refused_however_deep_it_is(as_text):
             ResponseFormat(json=text if as_text else schema)
         while isinstance(schema, dict) and "items" in schema:  # else freeing it recurses as deep
             schema = schema["items"]["anyOf"][0]
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, '{"type": "object"}', {}, "true"])
+def test_json_may_be_laid_out_but_blanks_come_to_an_end(tokenizer, schema):
+    def follow(text: str) -> int:
+        """Characters up to the first that is refused."""
+        matcher = compiler.start(*ResponseFormat(json=schema).source)
+        for at, char in enumerate(text):
+            (token,) = tokenizer.encode(char)
+            if not matcher.consume_token(token):
+                return at
+        return len(text)
+
+    compiler = Compiler(tokenizer.backend.to_str(), tokenizer.vocab_size, tokenizer.eos_ids)
+    laid_out = json.dumps({"a": {"b": [1, {"c": None}]}}, indent=4)
+    assert follow(laid_out) == len(laid_out)
+    assert follow("{" + " " * 40) < 5 and follow("{" + "\n" * 40) < 5 and follow("{\n" + " " * 40) < 40
 
 
 @pytest.mark.parametrize(
