@@ -52,15 +52,17 @@ def openapi(app: FastAPI, *, has_keys: bool) -> Schema:
 
 def _describe(path: str, method: str, operation: Schema) -> None:
     """Say of one operation what it answers."""
-    good, errors = _answer(path), {status: _error(path, status) for status in _statuses(path, method)}
+    names_model = any(each["name"] == "model" for each in operation.get("parameters", ()))
+    statuses = _statuses(path, method, names_model)
+    good, errors = _answer(path), {status: _error(path, status) for status in statuses}
     own = {"503": {"description": "It takes no requests now.", "content": good}} if path == "/ready" else {}
     operation["responses"] = {"200": {"description": "As asked.", "content": good}} | errors | own
 
 
-def _statuses(path: str, method: str) -> Sequence[int]:
+def _statuses(path: str, method: str, names_model: bool) -> Sequence[int]:
     if path in OPEN:
         return (400, 403, 413, 414, 431, 500)
-    named = (404,) if "{" in path or method == "post" else ()
+    named = (404,) if "{" in path or method == "post" or names_model else ()
     posted = (408, 415, 429) if method == "post" else ()
     return (400, 401, 403, *named, *posted, 413, 414, 431, 500, 503)
 
