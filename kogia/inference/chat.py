@@ -42,15 +42,7 @@ def main(config: ChatConfig) -> int:
         response_format=read_format(config.json_schema),
     )
     _check_model(config, directory)
-    llm = LLM(
-        directory,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        tensor_parallel=config.tensor_parallel,
-        expert_parallel=config.expert_parallel,
-        **config.engine_options(),
-    )
+    llm = LLM.of(directory, config, **config.engine_options())
     with generation_threads(config.threads, num_params(llm.model.config)):
         return converse(llm, config, params)
 

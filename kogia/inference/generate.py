@@ -43,15 +43,7 @@ def main(config: GenerateConfig) -> int:
         log.info(f"{config.out} is complete: the rows of all {len(questions)} prompts are there")
         return 0
     with _destination(config, questions, directory) as rows:
-        llm = LLM(
-            directory,
-            device=config.device,
-            dtype=config.dtype,
-            quantize=config.quantize,
-            tensor_parallel=config.tensor_parallel,
-            expert_parallel=config.expert_parallel,
-            **asdict(config.engine),
-        )
+        llm = LLM.of(directory, config, **asdict(config.engine))
         given = []
         for place, completions in _complete(llm, config, questions, rows.left):
             rows.add(place, [_row(config, questions[place], index, each) for index, each in enumerate(completions)])

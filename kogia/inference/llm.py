@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,6 +25,22 @@ Turn = Message | Mapping[str, Any]
 """A message, or an object with "role" and "content"."""
 Given = Prompt | str | Sequence[int] | Sequence[Turn]
 """A prompt, or its text or token ids, or a conversation that ends with a user message."""
+
+
+@runtime_checkable
+class Loading(Protocol):
+    """What the settings of a command say of how its model is loaded."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def quantize(self) -> str: ...
+    @property
+    def tensor_parallel(self) -> int: ...
+    @property
+    def expert_parallel(self) -> bool: ...
 
 
 class LLM:
@@ -81,6 +97,12 @@ class LLM:
         if isinstance(self.engine, ParallelEngine):
             self.engine.close()
         del self.engine, self.model
+
+    @classmethod
+    def of(cls, path: str | Path, settings: Loading, **engine_options: Any) -> "LLM":
+        """The model of a command, loaded as its settings say. Raises ValueError as the constructor does."""
+        names = ("device", "dtype", "quantize", "tensor_parallel", "expert_parallel")
+        return cls(path, **{name: getattr(settings, name) for name in names}, **engine_options)
 
     def generate(
         self,

@@ -31,15 +31,7 @@ AT_START = "at_start"
 def load_model(config: ServeConfig) -> ServedModel:
     """Load the model of a configuration. Raises ValueError as `LLM` does."""
     directory = resolve_model_dir(config.path)
-    llm = LLM(
-        directory,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        tensor_parallel=config.tensor_parallel,
-        expert_parallel=config.expert_parallel,
-        **engine_options(config.engine, config.draft_tokens),
-    )
+    llm = LLM.of(directory, config, **engine_options(config.engine, config.draft_tokens))
     return ServedModel(names_of(config)[0], llm, _defaults(config, directory), config.max_tokens)
 
 
