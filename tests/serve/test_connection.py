@@ -1,6 +1,7 @@
 """Connections whose clients do not do their part: they end, and what they held is free."""
 
 import json
+import resource
 import socket
 import time
 
@@ -8,6 +9,8 @@ import httpx2 as httpx
 import pytest
 from serve.asks import HELLO, post
 from serve.sockets import CHAT, connect, head, is_closed, raw, status
+
+from kogia.serve.connection import most_connections
 
 JSON = {"content-type": "application/json"}
 
@@ -123,8 +126,7 @@ def test_where_there_are_too_many_connections_those_that_have_waited_longest_mak
             client.close()
 
 
-def test_a_thousand_idle_streams_do_not_stand_in_the_way(server):
-    """Connections that have sent half of a head, kept open all at once."""
+def test_half_heads_by_the_hundred_do_not_stand_in_the_way(server):
     clients = [connect(server) for _ in range(400)]
     try:
         for client in clients:
@@ -133,6 +135,24 @@ def test_a_thousand_idle_streams_do_not_stand_in_the_way(server):
     finally:
         for client in clients:
             client.close()
+
+
+def test_a_thousand_streams_that_wait_do_not_stand_in_the_way_and_leave_nothing_behind(server):
+    if most_connections() < 1200 or resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2400:
+        pytest.skip("this process may not open both ends of a thousand connections")
+    request = whole({"messages": HELLO, "max_tokens": 1000, "ignore_eos": True, "stream": True})
+    clients = []
+    try:
+        for _ in range(1000):
+            clients.append(connect(server))
+            clients[-1].sendall(request)
+        assert until(lambda: len(server.state.running) == 1000, 30)
+        urgent = post(server, CHAT, {"messages": HELLO, "max_tokens": 1, "priority": -1})
+        assert urgent.status_code == 200
+    finally:
+        for client in clients:
+            client.close()
+    assert until(lambda: not server.state.running and server.engine.num_unfinished == 0, 30)
 
 
 @pytest.mark.parametrize(
