@@ -170,14 +170,17 @@ class Models:
     async def reload(self, entry: Entry, source: Entry) -> None:
         """New weights for a loaded model, of the files of `source`. Running requests go on with them, and cached
         prefixes are forgotten. Raises ValueError for another architecture, OSError for files that cannot be read, and
-        409 for a model that is not loaded: the weights stay what they were."""
+        409 for a model that is not loaded, or beside which the limit never has room for a second set of weights: the
+        weights stay what they were."""
         async with self._turn:
             if entry.served is None:
                 raise ApiError(f"{entry.name} is not loaded: its weights are read when it is", 409, param="model")
             settings = replace(entry.settings, path=source.settings.path)
+            guest_bytes = entry.need.weights if entry.served.llm.model.device.type == "cpu" else 0
+            self._check_room_beside(entry, guest_bytes)
             entry.num_users += 1  # so that it stays
             try:
-                self._guest_bytes = entry.need.weights if entry.served.llm.model.device.type == "cpu" else 0
+                self._guest_bytes = guest_bytes
                 await self._make_room(entry)
                 await asyncio.to_thread(reload_weights, entry.served, settings)
             finally:
@@ -185,6 +188,17 @@ class Models:
                 entry.num_users -= 1
             entry.settings = settings
             log.info(f"{entry.name} has the weights of {settings.path}")
+
+    def _check_room_beside(self, entry: Entry, guest_bytes: int) -> None:
+        """Raise 409 where a model and new weights for it are more than the limit, whatever else is unloaded."""
+        if entry.num_bytes + guest_bytes > self.limit:
+            raise ApiError(
+                f"{entry.name} keeps its weights: it takes {size(entry.num_bytes)}, and new ones beside it "
+                f"{size(guest_bytes)}, more than memory_limit {size(int(self.limit))}; unload it, and the next request "
+                "reads its files again, or start the server with a smaller engine.cache_memory_bytes",
+                409,
+                param="model",
+            )
 
     async def _unload(self, entry: Entry) -> None:
         served, entry.served, entry.phase = entry.served, None, Phase.UNLOADED
@@ -218,9 +232,10 @@ class Models:
 
     def _no_room(self, entry: Entry) -> ApiError:
         busy = ", ".join(f"{each.name} {size(each.num_bytes)}" for each in self if each.served is not None)
+        guest = f", new weights beside it {size(self._guest_bytes)}" if self._guest_bytes else ""
         return ApiError(
-            f"{entry.name} takes {size(entry.need.total)}, and the models that answer now leave no room for it: {busy} "
-            f"of {size(int(self.limit))}",
+            f"{entry.name} takes {size(entry.need.total)}{guest}, and the models that answer now leave no room for it: "
+            f"{busy} of {size(int(self.limit))}",
             503,
             headers={"Retry-After": "5"},
         )

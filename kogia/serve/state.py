@@ -17,6 +17,7 @@ from kogia.serve.exchange import Exchange, current
 from kogia.serve.limits import Limiter
 from kogia.serve.models import Models
 from kogia.serve.served import ServedModel
+from kogia.serve.turns import Turns
 
 CHUNKS_PER_SECOND = 300
 """Of all streams together, roughly: a chunk costs a tenth of a millisecond, and disturbs the steps."""
@@ -84,6 +85,8 @@ class ServerState:
         self.is_drained = False
         """By an operator, who may take it back."""
         self.is_ending = False
+        self.rendering = Turns()
+        """Of those who have texts made HTML."""
         self.clock = time.monotonic
         self.on_tokens: list[Callable[[Running, int, int, float], None]] = []
         """Told of tokens that have come: the request, which of its answers, how many, and when."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from kogia.text.tokenizer import Tokenizer
 
+STRETCH = 256
+"""Tokens that are read at once where none of them is looked for."""
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -77,10 +79,23 @@ class _Pieces:
 
 
 def num_tokens_within(token_ids: Sequence[int], tokenizer: Tokenizer, num_chars: int) -> int:
-    """How many tokens lie within the first characters of their text: those before the one that goes beyond."""
+    """How many tokens lie within the first characters of their text: those before the one that goes beyond.
+
+    Only a stretch that goes beyond is read token by token, which for a long answer takes the better part of a second.
+    """
     decoder, length = IncrementalDecoder(tokenizer), 0
-    for count, token_id in enumerate(token_ids):
+    for start in range(0, len(token_ids), STRETCH):
+        length += len(decoder.push(token_ids[start : start + STRETCH]))
+        if length > num_chars:
+            return start + _num_within_stretch(token_ids, tokenizer, num_chars, start)
+    return len(token_ids)
+
+
+def _num_within_stretch(token_ids: Sequence[int], tokenizer: Tokenizer, num_chars: int, start: int) -> int:
+    decoder = IncrementalDecoder(tokenizer)
+    length = len(decoder.push(token_ids[:start]))
+    for count, token_id in enumerate(token_ids[start:]):
         length += len(decoder.push([token_id]))
         if length > num_chars:
             return count
-    return len(token_ids)
+    return len(token_ids) - start

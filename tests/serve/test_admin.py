@@ -230,6 +230,14 @@ def test_weights_that_do_not_fit_or_cannot_be_read_are_refused_and_the_old_ones_
     assert refusal(manage(server, "reload", model="a", **{"from": "/etc"}), 404)
 
 
+def test_new_weights_that_never_have_room_beside_the_old_ones_are_refused_at_once(server, monkeypatch):
+    monkeypatch.setattr(server.state.models, "limit", of(server, "a")["memory"] + 1000)
+    began = time.monotonic()
+    refused = refusal(manage(server, "reload", model="a"), 409)
+    assert refused["message"].startswith("a keeps its weights: it takes ") and "unload it" in refused["message"]
+    assert time.monotonic() - began < 5 and of(server, "a")["weights_version"] == 0
+
+
 def test_a_flush_forgets_prefixes_and_nothing_else(server):
     body = {"messages": [{"role": "user", "content": "what is the answer? " * 20}]}
 

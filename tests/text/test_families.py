@@ -1,6 +1,7 @@
 """Tokenizers of the DeepSeek, Qwen and Llama kinds against transformers, on the same files."""
 
 import json
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +21,9 @@ from tokenizer_families import (
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
+from kogia.text import stream
 from kogia.text.chat import Message, has_thinking_switch, render_prompt, render_text
-from kogia.text.stream import IncrementalDecoder
+from kogia.text.stream import IncrementalDecoder, num_tokens_within
 from kogia.text.tokenizer import Tokenizer, train_bpe
 
 TEXTS = ["", "The answer to 3 plus 4 is 12345, naïve 漢字 🐋\n\n  x", " leading", "tab\tand </think> tag", "a  b"]
@@ -239,6 +241,20 @@ def test_streamed_text_never_holds_half_a_character(decoded, which, text):
         seen += decoder.push([token_id])
         assert whole.startswith(seen)
     assert seen + decoder.flush() == whole
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2), st.text(max_size=30), st.integers(0, 40))
+def test_tokens_within_a_text_are_those_that_come_before_it_is_longer(decoded, which, text, num_chars):
+    tokenizer = decoded[which]
+    ids = tokenizer.encode(text) + [0xFF] * (len(text) % 3)
+    decoder, length, within = IncrementalDecoder(tokenizer), 0, 0
+    for token_id in ids:
+        length += len(decoder.push([token_id]))
+        within += length <= num_chars
+    for stretch in (1, 2, 7, 256):
+        with patch.object(stream, "STRETCH", stretch):
+            assert num_tokens_within(ids, tokenizer, num_chars) == within
 
 
 def test_bytes_wait_for_the_end_of_their_run(decoded):

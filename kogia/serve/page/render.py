@@ -16,6 +16,8 @@ from typing import Any
 
 import nh3
 from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_block import table as parse_table
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from pygments import highlight
@@ -30,6 +32,13 @@ MOST_HIGHLIGHTED = 20_000
 MOST_LABEL_STEPS = 2_000_000
 """Of a paragraph: opening brackets times characters. For each of them the parser looks for the end of a label, so
 a paragraph of nothing else would take minutes. Beyond this it is shown as it is written."""
+MOST_PARAGRAPH = 50_000
+"""Characters of a paragraph, or another run of text, beyond which it is shown as it is written."""
+MOST_COLUMNS = 100
+"""Of a table: what has more is none."""
+MOST_CELLS = 5_000
+"""Of a table: the rows behind them are text. A cell is a dozen objects, and while Python looks through a million of
+them for garbage, the server stands still."""
 LANGUAGES = frozenset(
     "bash c c++ cpp csharp css diff docker dockerfile go haskell html ini java javascript js json julia kotlin latex "
     "lua make makefile nix ocaml perl php powershell py python r rb ruby rs rust scala sh shell sql swift tex toml ts "
@@ -181,6 +190,7 @@ def _make_parser() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
     markdown.disable(["reference", "html_block", "html_inline"])
     markdown.validateLink = _is_safe_link  # type: ignore[method-assign]
+    markdown.block.ruler.at("table", _bounded_table, {"alt": ["paragraph", "reference"]})
     _bound_inline(markdown)
     add_formulas(markdown)
     markdown.inline.ruler.before("emphasis", "product", _product)
@@ -195,11 +205,18 @@ def _make_parser() -> MarkdownIt:
     return markdown
 
 
+def _bounded_table(state: StateBlock, first: int, end: int, silent: bool) -> bool:
+    """Where a table ends depends on no line that comes later, as everywhere here."""
+    columns = max(1, state.src.count("|", state.bMarks[first], state.eMarks[first]))
+    last = first + 2 + MOST_CELLS // columns
+    return columns <= MOST_COLUMNS and parse_table(state, first, min(end, last), silent)
+
+
 def _bound_inline(markdown: MarkdownIt) -> None:
     parse = markdown.inline.parse
 
     def bounded(src: str, md: MarkdownIt, env: MutableMapping[str, Any], tokens: list[Token]) -> list[Token]:
-        if src.count("[") * len(src) <= MOST_LABEL_STEPS:
+        if len(src) <= MOST_PARAGRAPH and src.count("[") * len(src) <= MOST_LABEL_STEPS:
             return parse(src, md, env, tokens)
         tokens.append(Token("text", "", 0, content=src))
         return tokens

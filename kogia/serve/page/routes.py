@@ -49,10 +49,17 @@ async def models(request: Request, caller: Caller = Depends(authenticate)) -> di
 
 
 @router.post("/page/render")
-async def rendered(body: RenderBody, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
+async def rendered(body: RenderBody, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
     if (size := sum(map(len, body.texts))) > MOST_CHARS:
         raise ApiError(f"texts have {size:,} characters: must have at most {MOST_CHARS:,} together", param="texts")
-    return {"blocks": [await asyncio.to_thread(render, text) for text in body.texts]}
+    state: ServerState = request.app.state.server
+    return {"blocks": [await _rendered(state, caller, text) for text in body.texts]}
+
+
+async def _rendered(state: ServerState, caller: Caller, text: str) -> list[str]:
+    """One at a time: several threads of Python would leave the others a few milliseconds each."""
+    async with state.rendering.of(caller.name):
+        return await asyncio.to_thread(render, text)
 
 
 @router.post("/page/chat")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("nh3", reason="needs kogia[server]")
 pytest.importorskip("latex2mathml", reason="needs kogia[server]")
 
-from kogia.serve.page.render import MOST_HIGHLIGHTED, GrowingText, render
+from kogia.serve.page.render import MOST_CELLS, MOST_COLUMNS, MOST_HIGHLIGHTED, MOST_PARAGRAPH, GrowingText, render
 
 MARKS = (
     *(
@@ -157,6 +157,19 @@ def test_a_text_of_nothing_but_marks_takes_no_longer_than_it_may(mark):
     for text in (mark * 6000, f"{mark * 100}\n" * 60):
         assert render(text)
     assert time.process_time() - began < 3
+
+
+def test_a_table_has_as_many_cells_as_it_may_and_what_is_behind_them_is_text():
+    line = "|a" * 50 + "|\n"
+    (table, rest) = render(line + "|-" * 50 + "|\n" + line * 200)
+    assert 0.9 * MOST_CELLS < table.count("<td>") <= MOST_CELLS
+    assert rest.startswith("<p>|a|a")
+    wide = MOST_COLUMNS + 1
+    assert "<table>" not in "".join(render("|a" * wide + "|\n" + "|-" * wide + "|\n"))
+
+
+def test_a_paragraph_without_end_is_shown_as_it_is_written():
+    assert render("*a* " * (MOST_PARAGRAPH // 4 + 1))[0].startswith("<p>*a* *a*")
 
 
 def test_a_table_says_where_its_columns_stand():
