@@ -64,14 +64,23 @@ def _problems(split: str, length: int, max_number: int, operators: str, count: i
             break
         numbers = [rng.randint(1, max_number) for _ in range(length)]
         if is_held_out(tuple(sorted(numbers))) == (split == "test"):
-            rest = (rng.choice(operators) + str(number) for number in numbers[1:])
-            chains[str(numbers[0]) + "".join(rest)] = None
+            chains[_chain(numbers, [rng.choice(operators) for _ in numbers[1:]])] = None
     if len(chains) < count:
         raise ValueError(
             f"{split}_count={count}: found only {len(chains)} different {split} chains with length={length}, "
             f"max_number={max_number}, operators={operators!r}; ask for fewer or raise one of these"
         )
     return tuple(_problem(chain) for chain in chains)
+
+
+def make_chain(numbers: Sequence[int], operators: Sequence[str]) -> Problem:
+    """The problem of a chain: its numbers, and the operators between them."""
+    return _problem(_chain(numbers, operators))
+
+
+def _chain(numbers: Sequence[int], operators: Sequence[str]) -> str:
+    rest = (symbol + str(number) for symbol, number in zip(operators, numbers[1:], strict=True))
+    return str(numbers[0]) + "".join(rest)
 
 
 def _problem(chain: str) -> Problem:

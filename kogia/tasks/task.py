@@ -21,6 +21,9 @@ UNJUDGED: tuple[Status, ...] = ("timeout", "error")
 BUILTIN = {
     "countdown": "kogia.tasks.countdown:Countdown",
     "arithmetic": "kogia.tasks.arithmetic:Arithmetic",
+    "knights": "kogia.tasks.knights:Knights",
+    "strings": "kogia.tasks.strings:Strings",
+    "mazes": "kogia.tasks.mazes:Mazes",
     "gsm8k": "kogia.tasks.gsm8k:Gsm8k",
 }
 

@@ -46,7 +46,7 @@ def test_a_users_task_loads_by_module_and_class(module):
     ("spec", "options", "message"),
     [
         ("countdwn", {}, "did you mean 'countdown'"),
-        ("chess", {}, "not one of countdown, arithmetic, gsm8k"),
+        ("chess", {}, "not one of countdown, arithmetic, knights, strings, mazes, gsm8k"),
         ("no_such_module:Task", {}, "no_such_module"),
         ("kogia.tasks.countdown:Countdwn", {}, "Countdwn"),
         ("countdown", {"max_numbr": 9}, "unknown option 'max_numbr'; did you mean 'max_number'"),
