@@ -10,6 +10,8 @@ from typing import Literal
 
 Recompute = Literal["none", "attention", "feed_forward", "layer"]
 """What of a layer a backward pass may do again: the one part, the other, or all of it."""
+Fp8Gradients = Literal["none", "dense", "all"]
+"""Which gradients of weights are products in FP8: none, those of dense layers, or those of experts as well."""
 MAX_LAYERS = 2_000
 """Decoder and prediction layers of one model; published ones have up to about 130."""
 _SMALLEST = 1e-30  # positive number that a setting may be

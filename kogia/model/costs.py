@@ -347,11 +347,13 @@ def train_memory(
     has_half_moments: bool = False,
     has_average: bool = False,
     recompute: Recompute = "none",
+    has_fp8: bool = False,
 ) -> TrainMemory:
     """Of one process: weights, gradients, two AdamW moments, and what backward keeps of one micro-batch, in float32.
 
     With `is_half` weights and activations are 16-bit and the optimiser has float32 masters; an average is one more copy
-    of the weights. Of layers that are done again the input is kept, and one at a time all; of parts of them all counts.
+    of the weights, and products in FP8 take two of a byte each. Of layers that are done again the input is kept, and
+    one at a time all; of parts of them all counts.
     """
     num = num_params(config) + num_mtp_params(config)
     layers = [_layer_floats(config, layer) for layer in range(config.num_layers + config.num_mtp_layers)]
@@ -361,7 +363,7 @@ def train_memory(
     width = 2 if is_half else 4
     activations = width * floats * batch_tokens + 4 * head_gradients
     logits = max(_LOGIT_CHUNK, _LOGIT_ROWS * config.vocab_size)
-    weights = (width + 4 * has_average) * num
+    weights = (width + 4 * has_average + 2 * has_fp8) * num
     optimizer = (4 * is_half + (4 if has_half_moments else 8)) * num
     return TrainMemory(weights, 4 * num, optimizer, activations, activations // 3 + 12 * logits)
 

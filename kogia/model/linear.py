@@ -2,14 +2,32 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kogia.ops.blockwise import WeightForms
 from kogia.ops.linear import linear
 from kogia.ops.packed import FORMATS, ZERO_NAME, Packed
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Training:
+    """That a dense weight is multiplied in FP8 while it is trained, and how (kogia.ops.blockwise)."""
+
+    fp8_gradient: bool
+    """Whether the weight's gradient is a product in FP8 too."""
+    power_of_two: bool
+    """Whether the scales of what comes in are powers of two."""
+    product: Callable[..., Tensor]
+    """`fp8_linear`, or `fp8_experts` of a stack; torch.compile calls it as it is."""
+    forms: WeightForms = field(default_factory=WeightForms)
+
+    def __call__(self, *operands: Any) -> Tensor:
+        return self.product(*operands, fp8_gradient=self.fp8_gradient, power_of_two=self.power_of_two)
 
 
 class Linear(nn.Module):
@@ -30,13 +48,18 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.shape))
         self.format: str | None = None
         """The weight's key in `FORMATS`, or None while it is dense."""
+        self.fp8: Fp8Training | None = None
+        """Set by `kogia.model.fp8`; it holds where gradients are taken, nowhere else."""
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         for each in FORMATS.values():
             self.register_buffer(each.scale_name, None)
         self.register_buffer(ZERO_NAME, None)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        return linear(x, self.operand(), self.bias)
+        if self.fp8 is None or not torch.is_grad_enabled():
+            return linear(x, self.operand(), self.bias)
+        y = self.fp8(x, self.weight, self.fp8.forms)
+        return y if self.bias is None else y + self.bias
 
     def operand(self) -> Tensor | Packed:
         """The weight as ops take it."""

@@ -101,7 +101,11 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens dim"]:
         """Weighted sum of the outputs of each token's experts, where an id of -1 is nobody; and on top of `residual`
         the shared experts', whose weights are `shared`."""
-        routed = self.gate_up_proj.operand(), self.down_proj.operand()
+        up, down = self.gate_up_proj, self.down_proj
+        if up.fp8 is not None and down.fp8 is not None and shared is None and torch.is_grad_enabled():
+            y = up.fp8(x, expert_ids, weights, up.weight, down.weight, (up.fp8.forms, down.fp8.forms))
+            return y if residual is None else residual + y
+        routed = up.operand(), down.operand()
         return mix_experts(x, expert_ids, weights, *routed, shared=shared, residual=residual)
 
 

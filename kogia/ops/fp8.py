@@ -60,20 +60,19 @@ def quantize_blocks(
     padded = weight.new_zeros(*weight.shape[:-2], blocks[-2] * BLOCK, blocks[-1] * BLOCK, dtype=torch.float32)
     padded[..., :rows, :columns] = weight
     tiles = padded.unflatten(-1, (blocks[-1], BLOCK)).unflatten(-3, (blocks[-2], BLOCK))
-    scale = _scales(tiles.abs().amax((-3, -1)))
-    if power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(scale))).clamp_min(_LEAST_POWER)
+    scale = _scales(tiles.abs().amax((-3, -1)), power_of_two)
     quantized = padded[..., :rows, :columns].div_(_spread(scale, rows, columns))
     limit = _spread(_largest_code(scale), rows, columns)
     return quantized.clamp_(-limit, limit).to(torch.float8_e4m3fn), scale
 
 
-def _scales(amax: Tensor) -> Tensor:
+def _scales(amax: Tensor, power_of_two: bool = False) -> Tensor:
     """The scale that maps `amax` to 448, 1 for zeros. Below float32's normal numbers, where a quotient would be rounded
-    to 0 or far off, it is rounded up to the next number there is."""
+    to 0 or far off, it is rounded up to the next number there is; `power_of_two` rounds up to those."""
     ordinary = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
     rounded_up = torch.ceil(amax / (E4M3_MAX * _LEAST)) * _LEAST
-    return torch.where(ordinary < _LEAST_NORMAL, rounded_up, ordinary)
+    scale = torch.where(ordinary < _LEAST_NORMAL, rounded_up, ordinary)
+    return torch.exp2(torch.ceil(torch.log2(scale))).clamp_min(_LEAST_POWER) if power_of_two else scale
 
 
 def _largest_code(scale: Tensor) -> Tensor:
@@ -81,14 +80,16 @@ def _largest_code(scale: Tensor) -> Tensor:
     return torch.where(scale >= 2.0**120, 240.0, E4M3_MAX)
 
 
-def quantize_groups(x: Float[Tensor, "... width"]) -> tuple[Float[Tensor, "... width"], Float[Tensor, "... groups"]]:
+def quantize_groups(
+    x: Float[Tensor, "... width"], *, power_of_two: bool = False
+) -> tuple[Float[Tensor, "... width"], Float[Tensor, "... groups"]]:
     """(E4M3 numbers, float32 scales) with one scale per 128 neighbours of a row; the last group may be shorter.
 
     This is how activations and cache rows are scaled (DeepSeek-V3 section 3.3.2: tiles of 1 x 128).
     """
     width, groups = x.shape[-1], -(-x.shape[-1] // BLOCK)
     padded = torch.nn.functional.pad(x.float(), (0, groups * BLOCK - width)).unflatten(-1, (groups, BLOCK))
-    scale = _scales(padded.abs().amax(-1))
+    scale = _scales(padded.abs().amax(-1), power_of_two)
     rounded = (padded / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return rounded.flatten(-2)[..., :width].contiguous(), scale
 

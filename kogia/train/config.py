@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from kogia.config import Presets, check_finite, check_least, check_seed
 from kogia.data.config import DataConfig
-from kogia.model.config import IndexerConfig, ModelConfig, Recompute, YarnConfig
+from kogia.model.config import Fp8Gradients, IndexerConfig, ModelConfig, Recompute, YarnConfig
 from kogia.model.presets import preset
 from kogia.sinks import SinkName
 
@@ -96,6 +96,18 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """How layers are trained in FP8, where `precision` says that they are."""
+
+    weight_gradients: Fp8Gradients = "dense"
+    """Which gradients of weights are products in FP8: none, of dense layers, or all; the others are in `dtype`. Those
+    of experts gain little, as tokens must be rounded once more, by column (DeepSeek-V3: all)."""
+    power_of_two: bool = False
+    """Scales that are powers of two where DeepSeek-V3 has them: of what goes into the projection behind attention, and
+    of tokens and gradients on their way to experts."""
+
+
+@dataclass(frozen=True)
 class SupervisedConfig:
     """One supervised stage: pretraining, cold-start SFT, rejection-sampled SFT or distillation."""
 
@@ -114,6 +126,10 @@ class SupervisedConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in and is saved as; of bfloat16 weights the optimiser keeps float32 masters."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """What layers multiply in while they are trained: `dtype`, or FP8 as DeepSeek-V3 does. Weights, the optimiser,
+    validation and checkpoints stay as `dtype` has them. It pays on Hopper GPUs, for wide layers (docs/training.md)."""
+    fp8: Fp8Config = Fp8Config()
     steps: int | None = None
     """Optimiser steps; exactly one of `steps` and `epochs`."""
     epochs: float | None = None

@@ -56,6 +56,8 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
+        # AdamW's fused kernel does not count as a write, by which FP8 forms of weights know that they are old
+        torch.autograd.graph.increment_version(list(self.weights.values()))
         if self._copies:
             copies, masters = zip(*self._copies, strict=True)
             torch._foreach_copy_(list(copies), list(masters))

@@ -35,6 +35,7 @@ from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
 from kogia.files import replacing_directory
+from kogia.model.fp8 import ALIGNMENT, train_in_fp8
 from kogia.model.transformer import Transformer, build_model
 from kogia.ops.cpu import pages
 from kogia.plan.dry_run import print_dry_run, training_memory
@@ -123,6 +124,7 @@ def build_planned(plan: Plan) -> Run:
     guard = Guard(config.guard)
     routing = RoutingLog(out, num_steps)
     average = Average(model, config.average_decay) if config.average_decay else None
+    _multiply_in(config, model)
     state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint, ramp=ramp, guard=guard)
     run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]), guard, routing, average)
     _describe(plan, shards, loader, num_steps)
@@ -342,6 +344,7 @@ def print_plan(plan: Plan) -> None:
         has_half_moments=config.optim.moments == "bfloat16",
         has_average=config.average_decay > 0,
         recompute=config.recompute,
+        has_fp8=config.precision == "fp8",
     )
     steps = ("length", f"{length}, up to {per_step:,} tokens per step")
     print_dry_run(config, plan.model, [memory, steps, plan.rate])
@@ -357,6 +360,16 @@ def _build_model(plan: Plan, tokenizer: Tokenizer, checkpoint: Path | None, devi
     bos_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as Qwen's files do without one
     model_config = replace(plan.model, bos_id=bos_id, eos_id=tokenizer.eos_id)
     return build_model(model_config, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
+
+
+def _multiply_in(config: SupervisedConfig, model: Transformer) -> None:
+    """Let the model be trained in `precision`; says which layers are not."""
+    if config.precision == "dtype":
+        return
+    left = train_in_fp8(model, config.fp8.weight_gradients, power_of_two=config.fp8.power_of_two)
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        log.warn(f"{left[0]}{more} stay in {config.dtype}: in FP8 widths are multiples of {ALIGNMENT}")
 
 
 def _loader(config: SupervisedConfig, shard: Shard) -> Loader:
