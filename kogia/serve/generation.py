@@ -153,6 +153,9 @@ async def pieces(
 ) -> AsyncGenerator[Piece, None]:
     """What comes of a request, piece by piece. Left early, or in whatever way, it frees what the request holds.
 
+    Pieces wait for each other (`ServerState.next_chunks`) once there was text: the first token may have none, as half
+    of a character or a blank, and nobody is to wait longer for it.
+
     Calls of tools are looked for with `new_calls`. Raises what ended it without an answer: a drain, or weights that
     overflow.
     """
@@ -162,6 +165,7 @@ async def pieces(
         return TextReader() if running.is_text else AnswerReader(running.opens_thought, calls)
 
     readers = {request_id: (index, new_reader()) for index, request_id in enumerate(running.stream.request_ids)}
+    has_text = False
     try:
         while events := await running.stream.arrived():
             for event in _joined(events):
@@ -170,8 +174,9 @@ async def pieces(
                     state.note_tokens(running, index, len(event.token_ids))
                 piece = own.read(index, event)
                 _check(piece, running)
+                has_text = has_text or not piece.is_empty
                 yield piece
-            if not running.stream.has_ended:
+            if has_text and not running.stream.has_ended:
                 await state.next_chunks()
     finally:
         state.end(running)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from serve.asks import HELLO, events, letters, post, refusal
 
 from kogia.engine.request import SamplingParams
+from kogia.serve.state import ServerState
 from kogia.text.chat import Message, render_prompt
 from kogia.text.tools import DEEPSEEK
 
@@ -230,6 +231,16 @@ def test_thoughts_are_stopped_on_demand(server):
     answer = whole(chunks)[0]
     assert answer["reasoning"] and answer["content"]
     refusal(httpx.post(f"{server.url}{CHAT}/{chunks[0]['id']}/stop_thinking"), 404)
+
+
+def test_the_first_text_waits_for_no_other_chunk_where_the_first_token_has_none(server, monkeypatch):
+    monkeypatch.setattr(ServerState, "chunk_seconds", 5.0)
+    body = {"messages": HELLO, "stream": True, "enable_thinking": False, "structured_outputs": {"choice": ["é"]}}
+    assert len(server.tokenizer.encode("é")) > 1, "half a character"
+    began = time.monotonic()
+    texts = (chunk["choices"][0]["delta"].get("content") for chunk in events(server, CHAT, body))
+    assert next(filter(None, texts)) == "é"
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("switch", [
