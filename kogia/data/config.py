@@ -9,9 +9,10 @@ import tyro
 
 from kogia.config import check_finite
 
-Packing = Literal["in_order", "best_fit"]
+Packing = Literal["in_order", "best_fit", "joined"]
 HUB = "hf:"
 """How the name of a data set of the Hugging Face Hub begins."""
+UNCUT = 2**40
 PREPARED = "prepare.toml"
 """By this file a directory is known as one of `kogia prepare`."""
 
@@ -66,7 +67,8 @@ class DataConfig:
     """Most tokens in one micro-batch; whole documents are packed up to it."""
     packing: Packing = "in_order"
     """`best_fit` fills what a batch has left with a document of later on, and batches are nearly full; `in_order` ends
-    the batch there."""
+    the batch there. `joined` lays documents end to end and cuts them into rows of max_seqlen, which see across their
+    ends, as DeepSeek-V3 was trained: every batch is full and has the same shape, which GPUs like."""
     max_seqlen: int | None = None
     """A longer plain document is cut into pieces of this length; a longer chat example is left out and counted. None
     takes 1024, but no more than a batch and the model's context hold."""
@@ -88,11 +90,21 @@ class DataConfig:
                 f"data.batch_tokens = {self.batch_tokens}: must hold one sequence of data.max_seqlen = "
                 f"{self.longest}; raise batch_tokens or lower max_seqlen"
             )
+        if self.packing == "joined" and self.batch_tokens % self.longest:
+            raise ValueError(
+                f"data.batch_tokens = {self.batch_tokens}: must be a multiple of data.max_seqlen = {self.longest}, the "
+                "rows that documents are joined into"
+            )
 
     @property
     def longest(self) -> int:
         """`max_seqlen`, or what stands for None as long as there is no model."""
         return min(1024, self.batch_tokens) if self.max_seqlen is None else self.max_seqlen
+
+    @property
+    def piece(self) -> int:
+        """Longest sequence that the training documents are cut to before they are packed."""
+        return UNCUT if self.packing == "joined" else self.longest
 
 
 def is_prepared(spec: str) -> bool:

@@ -109,7 +109,8 @@ def build_shards(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> dic
     if prepared is not None:
         return _open_prepared(prepared, data, tokenizer)
     specs = tuple((source.weight, source.spec) for source in data.sources)
-    return {split: _open(directory / split, data, *zip(*specs, strict=True)) for split in ("train", "val")}
+    train = _open(directory / "train", data.piece, *zip(*specs, strict=True))
+    return {"train": train, "val": _open(directory / "val", data.longest, *zip(*specs, strict=True))}
 
 
 def prepared_directory(data: DataConfig) -> Path | None:
@@ -149,14 +150,14 @@ def _open_prepared(directory: Path, data: DataConfig, tokenizer: Tokenizer) -> d
             f"{directory / 'tokenizer'}, or prepare it with the model's"
         )
     weights, names = map(float, meta["weights"]), map(str, meta["names"])
-    shards = {"train": _open(directory / "train", data, tuple(weights), tuple(names))}
+    shards = {"train": _open(directory / "train", data.piece, tuple(weights), tuple(names))}
     if len(shards["train"].source_ends) != len(meta["names"]):
         raise _damaged(directory, f"{META} and train/{META} disagree")
-    return shards | {"val": _open(directory / "val", data)}
+    return shards | {"val": _open(directory / "val", data.longest)}
 
 
-def _open(directory: Path, data: DataConfig, weights: tuple[float, ...] = (), names: tuple[str, ...] = ()) -> Shard:
-    return replace(open_shard(directory, data.longest), weights=weights, names=names)
+def _open(directory: Path, longest: int, weights: tuple[float, ...] = (), names: tuple[str, ...] = ()) -> Shard:
+    return replace(open_shard(directory, longest), weights=weights, names=names)
 
 
 def open_shard(directory: Path, max_seqlen: int) -> Shard:

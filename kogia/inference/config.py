@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype, LoadQuantize
+from kogia.checkpoint.own import own_model
 from kogia.config import check_least, check_seed
 from kogia.engine.config import EngineConfig, FilteredSamplingConfig
 
@@ -31,8 +32,9 @@ ENGINE_OPTIONS = (
 class GenerateConfig(FilteredSamplingConfig):
     """Answer prompts with a model: from --prompt, from --file or from stdin: one prompt per line, or JSON lines."""
 
-    path: Positional[str]
-    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
+    path: Positional[str] = ""
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`. Without one it is our
+    own, checkpoints/kogia-nano."""
     _: KW_ONLY
     prompt: tuple[str, ...] = ()
     """Prompts; each is one user message unless --raw."""
@@ -79,6 +81,7 @@ class GenerateConfig(FilteredSamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        settle_path(self)
         if self.resume and self.out is None:
             raise ValueError("resume: goes on with the rows of a file; name it with --out")
 
@@ -87,8 +90,9 @@ class GenerateConfig(FilteredSamplingConfig):
 class ChatConfig:
     """Talk to a model in the terminal."""
 
-    path: Positional[str]
-    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
+    path: Positional[str] = ""
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`. Without one it is our
+    own, checkpoints/kogia-nano."""
     _: KW_ONLY
     system: str | None = None
     """System message of the conversation."""
@@ -136,6 +140,7 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that will not do, before anything is loaded."""
+        settle_path(self)
         self.sampling({})
         self.engine_options()
 
@@ -146,6 +151,12 @@ class ChatConfig:
     def engine_options(self) -> dict[str, Any]:
         """Fields of `EngineConfig`. `num_draft_tokens` may be None: one where the model can draft."""
         return engine_options(self.engine, self.draft_tokens)
+
+
+def settle_path(config: Any) -> None:
+    """Put our own model in the place of an empty `path`. Raises ValueError where it is not there."""
+    if not config.path:
+        object.__setattr__(config, "path", own_model())
 
 
 def filtered_sampling(settings: object, own: Mapping[str, Any], **fixed: Any) -> FilteredSamplingConfig:

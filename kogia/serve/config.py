@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from kogia.checkpoint.config import LoadDtype, LoadQuantize
 from kogia.engine.config import EngineConfig
-from kogia.inference.config import FILTERS, engine_options, filtered_sampling
+from kogia.inference.config import FILTERS, engine_options, filtered_sampling, settle_path
 
 MODEL_OPTIONS = (
     *("path", "name", "max_tokens", *FILTERS, "draft_tokens", "engine"),
@@ -29,8 +29,9 @@ LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 class ServeConfig:
     """Answer over HTTP, as OpenAI's, DeepSeek's and Anthropic's APIs do."""
 
-    path: Positional[str]
-    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
+    path: Positional[str] = ""
+    """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`. Without one it is our
+    own, checkpoints/kogia-nano."""
     _: KW_ONLY
     host: str = "127.0.0.1"
     """Address to listen at. Others than this machine's own take --api-key-file."""
@@ -95,6 +96,7 @@ class ServeConfig:
     are, none makes all dense."""
 
     def __post_init__(self) -> None:
+        settle_path(self)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port = {self.port}: must be 0 to 65535 (0 takes a free one)")
         for name in ("drain_seconds", "keep_alive_seconds", "load_wait_seconds"):

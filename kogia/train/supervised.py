@@ -374,7 +374,14 @@ def _multiply_in(config: SupervisedConfig, model: Transformer) -> None:
 
 def _loader(config: SupervisedConfig, shard: Shard) -> Loader:
     data = config.data
-    return Loader(shard, weights=shard.weights, batch_tokens=data.batch_tokens, seed=config.seed, packing=data.packing)
+    return Loader(
+        shard,
+        weights=shard.weights,
+        batch_tokens=data.batch_tokens,
+        seed=config.seed,
+        packing=data.packing,
+        row_tokens=data.longest,
+    )
 
 
 def _validation(config: SupervisedConfig, shard: Shard) -> list[Batch]:

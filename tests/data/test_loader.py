@@ -115,3 +115,22 @@ def test_validation_batches_show_each_sequence_once_and_stop_at_the_token_limit(
 def test_an_epoch_without_sequences_is_an_error_and_no_endless_loop():
     with pytest.raises(ValueError, match=r"0 sequences.*weights \(0.1,\)"):
         Loader(make_shard([3]), weights=(0.1,), batch_tokens=8, seed=0).next_batch()
+
+
+@given(corpora, st.integers(1, 6), st.integers(2, 12), st.integers(0, 99))
+def test_joined_documents_are_rows_of_one_length_and_an_epoch_holds_every_token_once(lengths, rows, row, seed):
+    shard, total = make_shard(lengths), sum(lengths)
+    loader = Loader(shard, weights=(1.0,), batch_tokens=rows * row, seed=seed, packing="joined", row_tokens=row)
+    batches = [loader.next_batch() for _ in range(2 + 2 * total // (rows * row))]
+    for batch in batches:
+        assert batch.tokens.segments.lengths.tolist() == [row] * rows
+        assert batch.num_loss_tokens == int(batch.loss_mask.sum())
+    flat = [i for batch in batches for i in batch.tokens.token_ids.tolist()]
+    epoch = epoch_order(shard, (1.0,), seed, 0)
+    assert flat[:total] == [i for i in epoch for _ in range(lengths[i])]
+    assert sorted(flat[total : 2 * total]) == sorted(flat[:total])
+    counted = [i for batch in batches for i in batch.loss_mask.tolist()][:total]
+    begins = {0, *np.cumsum([lengths[i] for i in epoch])[:-1].tolist()}
+    assert [place for place, counts in enumerate(counted) if not counts] == [
+        place for place in range(total) if place in begins or place % row == 0
+    ]

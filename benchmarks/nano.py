@@ -1,0 +1,186 @@
+"""kogia-nano beside its dense twin: bits per byte of books that neither has seen, and scores on held-out problems.
+
+    python benchmarks/nano.py runs/nano [--questions 300] [--pieces N] [--out benchmarks/results/nano.json]
+
+WORK is the directory of reproductions/kogia-nano/run.py. Bits per byte are of whole pieces of books, about 2,000 tokens
+each, read in windows as long as in training, by the base models; `nano-bpb-ratio` is ours over the twin's, its 95%
+interval that of 10,000 resamplings of pieces, both models' together. Scores are greedy answers after the cold start,
+`-gain` the paired difference to the twin's. Peer of every row is the twin.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from result import row, write_result
+
+from kogia.checkpoint.open import open_model
+from kogia.data.config import SourceConfig
+from kogia.data.sources import read_source
+from kogia.engine.config import EngineConfig
+from kogia.eval.config import EvalConfig
+from kogia.eval.run import evaluate_tasks
+from kogia.model.costs import num_active_params, num_params
+from kogia.model.packed import pack
+from kogia.model.transformer import Transformer
+from kogia.text.tokenizer import Tokenizer
+
+TASKS = ("countdown", "arithmetic", "knights", "strings", "mazes", "gsm8k")
+OPTIONS: dict[str, dict[str, Any]] = {"arithmetic": {"length": 3}, "mazes": {"level": 4}, "strings": {"level": 2}}
+BATCH_TOKENS = 65536
+RESAMPLINGS = 10_000
+OURS, TWIN = "base", "dense"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--questions", type=int, default=300, help="of each task")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer")
+    parser.add_argument("--pieces", type=int, help="of the held-out books; all if left out")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of context")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/nano.json")
+    args = parser.parse_args()
+    rows = [*sizes(args.work), *book_rows(args), *task_rows(args)]
+    write_result(args.out, "kogia-nano beside its dense twin", rows)
+    print_table(rows)
+    print(f"written: {args.out}")
+
+
+def sizes(work: Path) -> Iterator[dict[str, Any]]:
+    """What the two models have and have seen."""
+    models = [open_model(work / name, device="cpu").model.config for name in (OURS, TWIN)]
+    for id, count in (("nano-parameters", num_params), ("nano-active-parameters", num_active_params)):
+        ours, twin = map(count, models)
+        yield row(id, ours, "parameters", peer=twin)
+    tokens = [last_tokens(work / name) for name in (OURS, TWIN)]
+    yield row("nano-tokens", tokens[0], "tokens", peer=tokens[1])
+
+
+def last_tokens(run: Path) -> int:
+    """Tokens that a run was trained on, those that count."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return int(sum(json.loads(line).get("tokens", 0) for line in lines))
+
+
+# Books ----------------------------------------------------------------------------------------------------------------
+
+
+def book_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    pieces = held_out(args.work, args.pieces)
+    sizes = np.array([len(text.encode()) for _, text in pieces])
+    texts = [text for _, text in pieces]
+    nats = {}
+    for name in (OURS, TWIN):
+        opened = open_model(args.work / name, device=args.device)
+        nats[name] = np.array(piece_nats(opened.model, opened.tokenizer, texts, args.window))
+    ours, twin = nats[OURS], nats[TWIN]
+    bits = {name: bpb(found, sizes) for name, found in nats.items()}
+    for id, name in (("nano-bpb", OURS), ("nano-bpb-dense", TWIN)):
+        low, high = resampled(lambda i, name=name: bpb(nats[name][i], sizes[i]), len(sizes))
+        yield row(id, bits[name], "bits/byte", low=low, high=high, pieces=len(pieces), bytes=int(sizes.sum()))
+    low, high = resampled(lambda i: ours[i].sum() / twin[i].sum(), len(sizes))
+    yield row("nano-bpb-ratio", bits[OURS] / bits[TWIN], "ratio", low=low, high=high, limit=1.0, books=by_book(
+        [book for book, _ in pieces], ours, twin
+    ))  # fmt: skip
+
+
+def held_out(work: Path, most: int | None) -> list[tuple[str, str]]:
+    """(book, piece) of the books that were never trained on; `most` spread over all of them."""
+    documents = list(read_source(SourceConfig(str(work / "raw/books_heldout.jsonl.gz"), text_key="text")))
+    titles = list(read_source(SourceConfig(str(work / "raw/books_heldout.jsonl.gz"), text_key="title")))
+    pieces = [(title.text, document.text) for title, document in zip(titles, documents, strict=True)]
+    return pieces if most is None else pieces[:: max(1, len(pieces) // most)][:most]
+
+
+@torch.no_grad()
+def piece_nats(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], window: int) -> list[float]:
+    """The negative log-probability of each text and its end, in windows that share a token: each is predicted once."""
+    windows, owners = [], []
+    for owner, ids in enumerate(tokenizer.encode_documents(texts)):
+        for begin in range(0, max(1, len(ids) - 1), window - 1):
+            windows.append(ids[begin : begin + window])
+            owners.append(owner)
+    totals = [0.0] * len(texts)
+    step = max(1, BATCH_TOKENS // window)
+    for begin in range(0, len(windows), step):
+        chosen = windows[begin : begin + step]
+        batch = pack(chosen).to(model.device)
+        values = model.logprobs(batch).double().cpu()
+        for owner, part in zip(owners[begin : begin + step], values.split([len(w) for w in chosen]), strict=True):
+            totals[owner] -= float(part.sum())
+    return totals
+
+
+def bpb(nats: np.ndarray, sizes: np.ndarray) -> float:
+    return float(nats.sum() / sizes.sum() / log(2))
+
+
+def resampled(statistic: Any, count: int) -> tuple[float, float]:
+    """The 95% interval of a statistic of pieces, by drawing pieces again."""
+    rng = np.random.default_rng(0)
+    values = [float(statistic(rng.integers(0, count, count))) for _ in range(RESAMPLINGS)]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def by_book(books: Sequence[str], ours: np.ndarray, twin: np.ndarray) -> dict[str, float]:
+    """The ratio of each book."""
+    of = np.array(books)
+    return {book: round(float(ours[of == book].sum() / twin[of == book].sum()), 4) for book in dict.fromkeys(books)}
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+def task_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Ours with the twin as peer, then the paired difference."""
+    twin = evaluated(args, "dense_sft", None)
+    ours = evaluated(args, "sft", args.work / "dense_sft/evals")
+    for task, other, summary in zip(TASKS, twin, ours, strict=True):
+        mean, low, high = summary["greedy"]
+        peer = [round(value, 4) for value in other["greedy"]]
+        yield row(f"nano-{task}", mean, "share right", low=low, high=high, peer=peer, questions=args.questions)
+        mean, low, high = summary["compare"]["greedy"]["difference"]
+        yield row(f"nano-{task}-gain", mean, "share right", low=low, high=high)
+
+
+def evaluated(args: argparse.Namespace, name: str, compare: Path | None) -> list[dict[str, Any]]:
+    gsm8k = {"path": str(args.work / "raw/gsm8k_test.jsonl.gz"), "instruction": ""}
+    return evaluate_tasks(
+        EvalConfig(
+            str(args.work / name),
+            tasks=TASKS,
+            task_options=OPTIONS | {"gsm8k": gsm8k},
+            num_questions=args.questions,
+            num_samples=0,
+            greedy=True,
+            max_tokens=args.max_tokens,
+            out=str(args.work / name / "evals"),
+            name="heldout",
+            compare=None if compare is None else str(compare),
+            engine=EngineConfig(max_sequences=128),
+            verify_workers=4,
+            long_prompts="skip",
+            device=args.device,
+            quiet=True,
+        )
+    )
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    for each in rows:
+        low, high = each.get("low"), each.get("high")
+        bounds = "" if low is None else f"{low:.4g} to {high:.4g}"
+        print(f"{each['id']:<24}{each['value']:>14.6g}  {bounds:<20} {each['unit']:<12} {each.get('peer', '')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
