@@ -14,6 +14,7 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported: they run as Python on the CPU
 
 import pytest
+import typecheck  # noqa: F401  # before kogia is imported, whose functions it has checked
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,55 @@
+"""That the functions of kogia are checked while the tests run, and what is found."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import Float, TypeCheckError
+from torch import Tensor
+from typecheck import jaxtyped
+
+from kogia.ops.moe import expert_counts
+
+
+@jaxtyped(typechecker=None)
+def product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], scale: float = 1.0) -> Float[Tensor, "m n"]:
+    return (a @ b * scale)[: 2 if scale else None]
+
+
+@jaxtyped(typechecker=None)
+@dataclass
+class Pair:
+    first: Float[Tensor, " n"]
+    second: Float[Tensor, " n"]
+
+
+@jaxtyped(typechecker=None)
+def count(up_to: int) -> Iterator[int]:
+    yield from range(up_to)
+
+
+def test_axes_of_one_name_have_one_length_within_a_call_and_another_in_the_next():
+    for size in (3, 4):
+        assert product(torch.ones(2, size), torch.ones(size, 5), 1).shape == (2, 5)
+
+
+def test_wrong_arguments_and_answers_are_found():
+    wrong = [
+        lambda: product(torch.ones(2, 3), torch.ones(4, 5)),
+        lambda: product(torch.ones(2, 3).int(), torch.ones(3, 5)),
+        lambda: product(torch.ones(2, 3), torch.ones(3, 5), "1"),
+        lambda: product(torch.ones(3, 3), torch.ones(3, 5)),  # its answer has two rows
+        lambda: Pair(torch.ones(2), torch.ones(3)),
+        lambda: count("3"),
+    ]
+    for call in wrong:
+        with pytest.raises((BeartypeCallHintViolation, TypeCheckError)):
+            call()
+    assert list(count(3)) == [0, 1, 2] and Pair(torch.ones(2), torch.zeros(2)).second.sum() == 0
+
+
+def test_the_package_is_checked():
+    with pytest.raises(BeartypeCallHintViolation):
+        expert_counts(torch.ones(4, 2), 8)  # floats are no ids
