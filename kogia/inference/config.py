@@ -81,9 +81,9 @@ class GenerateConfig(FilteredSamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settle_path(self)
         if self.resume and self.out is None:
             raise ValueError("resume: goes on with the rows of a file; name it with --out")
+        settle_path(self)
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that will not do, before anything is loaded."""
-        settle_path(self)
         self.sampling({})
         self.engine_options()
+        settle_path(self)
 
     def sampling(self, own: Mapping[str, Any]) -> FilteredSamplingConfig:
         """The settings given here, over those of `own`, a generation_config.json, over the defaults."""

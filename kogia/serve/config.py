@@ -96,7 +96,6 @@ class ServeConfig:
     are, none makes all dense."""
 
     def __post_init__(self) -> None:
-        settle_path(self)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port = {self.port}: must be 0 to 65535 (0 takes a free one)")
         for name in ("drain_seconds", "keep_alive_seconds", "load_wait_seconds"):
@@ -119,6 +118,7 @@ class ServeConfig:
                 f"host = {self.host!r}: whoever reaches this address could use the model, read the prompts of others "
                 "from its timing and fill its memory; name a file with keys by --api-key-file, or listen at 127.0.0.1"
             )
+        settle_path(self)
 
 
 def num_bytes(size: str) -> int:
