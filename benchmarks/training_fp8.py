@@ -264,7 +264,7 @@ def check_grouped() -> Found:
         beyond = 9
         a = blockwise.quantize_rows(randn(sum(counts) + beyond, depth))
         b = blockwise.quantize_weight(randn(len(counts), width, depth)).forward
-        tiles = (TILE, replace(TILE, parts=2, flatten=False), replace(TILE, rows=64, warps=4))
+        tiles = (TILE, replace(TILE, flatten=True), replace(TILE, parts=2), replace(TILE, rows=64, warps=4))
         for tile in tiles if len(counts) < 10 else (TILE,):
             poison()
             got = tiled_product(a, b, torch.tensor(counts, device=DEVICE), DTYPE, tile)
@@ -272,7 +272,7 @@ def check_grouped() -> Found:
             for e, count in enumerate(counts):
                 parts.append(dense[start : start + count] @ Blocks(b.codes[e], b.scale[e]).dense().double().T)
                 start += count
-            case = f"{len(counts)}x{width}x{depth}-{tile.rows}x{tile.columns}x{tile.parts}"
+            case = f"{len(counts)}x{width}x{depth}-{tile.rows}x{tile.columns}x{tile.parts}{'-flat' * tile.flatten}"
             found[case] = error(got[: sum(counts)], torch.cat(parts)), 5e-3
             found[f"{case}-nobody"] = float((~got.isfinite()).sum()), 0.0
     return found
@@ -386,24 +386,24 @@ def tiles() -> Iterator[Any]:
     from kogia.ops.triton.grouped import TILE
 
     yield TILE
-    yield replace(TILE, flatten=False)
-    yield replace(TILE, parts=2, flatten=False)
+    yield replace(TILE, flatten=True)
+    yield replace(TILE, parts=2)
     if not ON_GPU:
         return
-    yield replace(TILE, flatten=False, stages=3, programs=2, registers=128)
-    yield replace(TILE, rows=64, warps=4, stages=3, programs=3, flatten=False)
-    yield replace(TILE, rows=256, stages=3, flatten=False)
-    yield replace(TILE, columns=64, warps=4, stages=3, programs=3, flatten=False)
-    yield replace(TILE, flatten=False, stages=5)
-    yield replace(TILE, parts=2, flatten=False, stages=3)
-    yield replace(TILE, parts=2)
-    yield replace(TILE, flatten=True, stages=3)
-    yield replace(TILE, rows=64, warps=4, stages=4, programs=2, flatten=False)
-    yield replace(TILE, rows=64, parts=2, warps=4, stages=3, programs=1, flatten=False)
-    yield replace(TILE, columns=64, parts=2, stages=4, flatten=False)
-    yield replace(TILE, flatten=False, stages=3, programs=2, registers=120)
-    yield replace(TILE, rows=128, warps=4, stages=3, programs=1, flatten=False)
-    yield replace(TILE, rows=256, warps=16, stages=3, flatten=False)
+    yield replace(TILE, stages=3, programs=2, registers=128)
+    yield replace(TILE, rows=64, warps=4, stages=3, programs=3)
+    yield replace(TILE, rows=256, stages=3)
+    yield replace(TILE, columns=64, warps=4, stages=3, programs=3)
+    yield replace(TILE, stages=5)
+    yield replace(TILE, parts=2, stages=3)
+    yield replace(TILE, parts=2, flatten=True)
+    yield replace(TILE, stages=3, flatten=True)
+    yield replace(TILE, rows=64, warps=4, stages=4, programs=2)
+    yield replace(TILE, rows=64, warps=4, stages=4, programs=2, flatten=True)
+    yield replace(TILE, rows=64, parts=2, warps=4, stages=3)
+    yield replace(TILE, columns=64, parts=2)
+    yield replace(TILE, rows=256, warps=16, stages=3)
+    yield replace(TILE, warps=4, stages=3)
 
 
 def grouped(args: argparse.Namespace) -> None:
@@ -579,7 +579,7 @@ def text_bytes(path: Path | None) -> Tensor:
     if path is not None:
         raw = path.read_bytes()
     else:
-        files = [*ROOT.glob("kogia/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("**/*.md")]
+        files = [*ROOT.glob("kogia/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("docs/*.md")]
         raw = b"\n".join(each.read_bytes() for each in sorted(set(files)))
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(DEVICE)
 

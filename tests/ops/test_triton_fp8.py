@@ -1,6 +1,8 @@
 """Kernels of training in FP8 beside their references: on a GPU as compiled, elsewhere in Triton's interpreter."""
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -118,7 +120,7 @@ def near(got: Tensor, want: Tensor) -> None:
 
 TILES = [
     {},
-    {"parts": 2, "flatten": False},
+    {"parts": 2, "flatten": True},
     {"rows": 64, "columns": 64, "warps": 4},
 ]
 
@@ -148,3 +150,39 @@ def test_grouped_products_say_what_they_cannot_take():
     assert "no rows" in str(refuses(blockwise.Rows(rows.codes[:0], rows.scale[:, :0]), stack, counts, DTYPE))
     one = blockwise.Blocks(stack.codes[0], stack.scale[0])
     assert "one matrix for each" in str(refuses(rows, one, counts, DTYPE))
+
+
+COMPILE = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kogia.ops.triton.grouped import TILE, _grouped
+
+a, b = (f"tensordesc<fp8e4nv[{n}, 128]>" for n in (TILE.rows, TILE.columns))
+types = dict(a=a, b=b, a_scale="*fp32", b_scale="*fp32", out="*bf16", tiles="*i32", width="i32")
+fixed = dict(BLOCK_M=TILE.rows, BLOCK_N=TILE.columns, PARTS=TILE.parts, STAGES=TILE.stages, FLATTEN=TILE.flatten,
+             INTERPRET=False)
+names = _grouped.arg_names
+source = ASTSource(_grouped, {n: "constexpr" if n in fixed else types.get(n, "i32") for n in names},
+                   {(names.index(n),): value for n, value in fixed.items()},
+                   {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] in "*i"})
+kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32),
+                        options={"num_warps": TILE.warps, "num_stages": TILE.stages})
+sass = kernel.asm["sass"]
+print(kernel.metadata.shared, *(len(re.findall(p, sass)) for p in ("QGMMA", "UTMALDG", "STL|LDL")))
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="where there is a GPU, the kernel itself runs")
+def test_experts_products_compile_to_fp8_products_of_what_the_copy_engine_brings_and_stay_in_registers():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "ptxas" in done.stderr and "Cannot find" in done.stderr:
+        pytest.skip("this Triton comes without an assembler")
+    assert done.returncode == 0, done.stderr
+    shared, products, copies, spills = map(int, done.stdout.split())
+    assert shared <= 227 * 1024
+    assert products == 4, "128 numbers, 32 at a time"
+    assert copies > 0 and spills == 0

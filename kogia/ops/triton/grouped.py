@@ -11,7 +11,7 @@ only operands of products run ahead by itself.
 
 # Inside kernels, types are Triton's:
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +42,7 @@ class Tile:
     """Groups of 128 on their way at a time."""
     programs: int = 1
     """Per multiprocessor."""
-    flatten: bool = True
+    flatten: bool = False
     """Whether the loads of a tile begin while the one before it ends."""
     registers: int | None = None
     """Most of a thread."""
@@ -52,8 +52,9 @@ TILE = Tile()
 
 
 @kernel
-def _plan(counts, tiles, total, num_rows, num_tiles, E: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Program e lists the tiles of expert e: its number, first row and end. The last expert has nobody's rows too."""
+def _plan(counts, tiles, num_rows, E: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """`tiles` are how many there are, then expert, first row and end of each. Program e lists those of expert e; the
+    last expert has nobody's rows too."""
     e, every = tl.program_id(0), tl.arange(0, PADDED)
     count = tl.load(counts + every, every < E - 1, 0).to(tl.int32)
     count = tl.where(every == E - 1, num_rows - tl.sum(count, 0), count)
@@ -61,11 +62,12 @@ def _plan(counts, tiles, total, num_rows, num_tiles, E: tl.constexpr, PADDED: tl
     first, start = tl.sum(tl.where(every < e, blocks, 0), 0), tl.sum(tl.where(every < e, count, 0), 0)
     own, end = tl.sum(tl.where(every == e, blocks, 0), 0), tl.sum(tl.where(every <= e, count, 0), 0)
     if e == 0:
-        tl.store(total, tl.sum(blocks, 0))
+        tl.store(tiles, tl.sum(blocks, 0))
     for i in range(own):
-        tl.store(tiles + first + i, e)
-        tl.store(tiles + num_tiles + first + i, start + i * BLOCK_M)
-        tl.store(tiles + 2 * num_tiles + first + i, end)
+        at = tiles + 1 + 3 * (first + i)
+        tl.store(at, e)
+        tl.store(at + 1, start + i * BLOCK_M)
+        tl.store(at + 2, end)
 
 
 @kernel
@@ -79,16 +81,16 @@ def _product(a, b, INTERPRET: tl.constexpr):
 
 @kernel
 def _grouped(
-    a, b, a_scale, b_scale, out, tiles, total, num_tiles, num_rows, width, groups, scale_row,
+    a, b, a_scale, b_scale, out, tiles, num_rows, width, groups, scale_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(width, BLOCK_N * PARTS)
     scale_blocks = tl.cdiv(width, _GROUP)
-    for tile in tl.range(tl.program_id(0), tl.load(total) * across, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tl.load(tiles) * across, tl.num_programs(0), flatten=FLATTEN):
         place, column = tile // across, (tile % across) * (BLOCK_N * PARTS)
-        expert, start = tl.load(tiles + place), tl.load(tiles + num_tiles + place)
-        end = tl.load(tiles + 2 * num_tiles + place)
+        at = tiles + 1 + 3 * place
+        expert, start, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
         m = start + tl.arange(0, BLOCK_M)
         there = m < end
         at_a = a_scale + m
@@ -116,9 +118,8 @@ def _grouped(
         to = out + m.to(tl.int64)[:, None] * width + n[None, :]
         tl.store(to, acc.to(out.dtype.element_ty), there[:, None] & (n < width)[None, :])
         if PARTS == 2:
-            tl.store(
-                to + BLOCK_N, other.to(out.dtype.element_ty), there[:, None] & (n + BLOCK_N < width)[None, :]
-            )  # fmt: skip
+            inside = there[:, None] & (n + BLOCK_N < width)[None, :]
+            tl.store(to + BLOCK_N, other.to(out.dtype.element_ty), inside)
 
 
 def grouped_product(a: Rows, b: Blocks, counts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,10 +131,9 @@ def tiled_product(a: Rows, b: Blocks, counts: Tensor, dtype: torch.dtype, tile: 
     (rows, padded), (experts, width) = a.codes.shape, b.codes.shape[:2]
     out = torch.empty(rows, width, dtype=dtype, device=a.device)
     most = triton.cdiv(rows, tile.rows) + experts
-    tiles = torch.empty(3 * most + 1, dtype=torch.int32, device=a.device)
-    total = tiles[3 * most :]
+    tiles = torch.empty(1 + 3 * most, dtype=torch.int32, device=a.device)
     _plan[(experts,)](
-        counts, tiles, total, rows, most, E=experts, PADDED=triton.next_power_of_2(experts), BLOCK_M=tile.rows,
+        counts, tiles, rows, E=experts, PADDED=triton.next_power_of_2(experts), BLOCK_M=tile.rows,
         num_warps=1,
     )  # fmt: skip
     across = triton.cdiv(width, tile.columns * tile.parts)
@@ -141,7 +141,7 @@ def tiled_product(a: Rows, b: Blocks, counts: Tensor, dtype: torch.dtype, tile: 
     _grouped[(min(most * across, tile.programs * _multiprocessors(a.device)),)](
         TensorDescriptor.from_tensor(a.codes, [tile.rows, 128]),
         TensorDescriptor.from_tensor(b.codes.view(experts * width, padded), [tile.columns, 128]),
-        a.scale, b.scale, out, tiles, total, most, rows, width, padded // 128, b.scale.shape[-1],
+        a.scale, b.scale, out, tiles, rows, width, padded // 128, b.scale.shape[-1],
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, PARTS=tile.parts, STAGES=tile.stages, FLATTEN=tile.flatten,
         INTERPRET=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
