@@ -4,7 +4,8 @@
 
 WORK is the directory of reproductions/kogia-nano/run.py. Bits per byte are of whole pieces of books, about 2,000 tokens
 each, read in windows as long as in training, by the base models; `nano-bpb-ratio` is ours over the twin's, its 95%
-interval that of 10,000 resamplings of pieces, both models' together. Scores are greedy answers after the cold start,
+interval that of 10,000 resamplings of pieces, both models' together. `nano-fp8-bpb-ratio` is what rounding to FP8 for
+export does to ours after the cold start. Scores are greedy answers after the cold start,
 `-gain` the paired difference to the twin's. Peer of every row is the twin.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from result import row, write_result
 
+from kogia.checkpoint.directory import load_config
 from kogia.checkpoint.open import open_model
 from kogia.data.config import SourceConfig
 from kogia.data.sources import read_source
@@ -35,7 +37,7 @@ TASKS = ("countdown", "arithmetic", "knights", "strings", "mazes", "gsm8k")
 OPTIONS: dict[str, dict[str, Any]] = {"arithmetic": {"length": 3}, "mazes": {"level": 4}, "strings": {"level": 2}}
 BATCH_TOKENS = 65536
 RESAMPLINGS = 10_000
-OURS, TWIN = "base", "dense"
+OURS, TWIN, TUNED, ROUNDED = "base", "dense", "sft", "fp8"
 
 
 def main() -> None:
@@ -56,7 +58,7 @@ def main() -> None:
 
 def sizes(work: Path) -> Iterator[dict[str, Any]]:
     """What the two models have and have seen."""
-    models = [open_model(work / name, device="cpu").model.config for name in (OURS, TWIN)]
+    models = [load_config(work / name) for name in (OURS, TWIN)]
     for id, count in (("nano-parameters", num_params), ("nano-active-parameters", num_active_params)):
         ours, twin = map(count, models)
         yield row(id, ours, "parameters", peer=twin)
@@ -78,7 +80,7 @@ def book_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     sizes = np.array([len(text.encode()) for _, text in pieces])
     texts = [text for _, text in pieces]
     nats = {}
-    for name in (OURS, TWIN):
+    for name in (OURS, TWIN, TUNED, ROUNDED):
         opened = open_model(args.work / name, device=args.device)
         nats[name] = np.array(piece_nats(opened.model, opened.tokenizer, texts, args.window))
     ours, twin = nats[OURS], nats[TWIN]
@@ -86,10 +88,15 @@ def book_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for id, name in (("nano-bpb", OURS), ("nano-bpb-dense", TWIN)):
         low, high = resampled(lambda i, name=name: bpb(nats[name][i], sizes[i]), len(sizes))
         yield row(id, bits[name], "bits/byte", low=low, high=high, pieces=len(pieces), bytes=int(sizes.sum()))
-    low, high = resampled(lambda i: ours[i].sum() / twin[i].sum(), len(sizes))
-    yield row("nano-bpb-ratio", bits[OURS] / bits[TWIN], "ratio", low=low, high=high, limit=1.0, books=by_book(
-        [book for book, _ in pieces], ours, twin
-    ))  # fmt: skip
+    books = by_book([book for book, _ in pieces], ours, twin)
+    yield ratio(ours, twin, "nano-bpb-ratio", limit=1.0, books=books)
+    yield ratio(nats[ROUNDED], nats[TUNED], "nano-fp8-bpb-ratio")
+
+
+def ratio(ours: np.ndarray, other: np.ndarray, id: str, **extra: Any) -> dict[str, Any]:
+    """Of the bits of the same pieces, with the interval of pairs."""
+    low, high = resampled(lambda i: ours[i].sum() / other[i].sum(), len(ours))
+    return row(id, float(ours.sum() / other.sum()), "ratio", low=low, high=high, **extra)
 
 
 def held_out(work: Path, most: int | None) -> list[tuple[str, str]]:

@@ -208,8 +208,8 @@ def rehearsed(config: SupervisedConfig) -> SupervisedConfig:
     data = replace(config.data, batch_tokens=2048, max_seqlen=256)
     optim = replace(config.optim, warmup_steps=2)
     return replace(
-        config, data=data, optim=optim, micro_batches=1, epochs=None, steps=20, save_every=8, eval_every=0,
-        dtype="float32", threads=1,
+        config, data=data, optim=optim, epochs=None, steps=20, save_every=8, eval_every=0,
+        threads=1,
     )  # fmt: skip
 
 
@@ -254,6 +254,7 @@ def without_copies(source: Path, target: Path) -> None:
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, target / name, metadata={"format": "pt"})
+        (target / name).chmod(0o644)
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(t.nbytes for shard in shards for t in shard.values())
     write_json(target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -360,8 +361,7 @@ def call(job: Job, words: list[str]) -> bool:
         status = process.wait(left)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
-        process.wait()
-        return False
+        return process.wait() == 0  # it may have been done
     except KeyboardInterrupt:
         process.wait()
         raise
