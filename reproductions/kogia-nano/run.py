@@ -57,6 +57,8 @@ class Job:
     until: float | None = None
     """When to stop, by the monotonic clock."""
     device: str = "auto"
+    documents: int | None = None
+    """Generated documents to pretrain on; None takes the recipe's."""
 
     @property
     def is_rehearsal(self) -> bool:
@@ -75,10 +77,11 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, help="stop in time to be done after so many; the same command goes on")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: a rehearsal with a tiny model and less data")
+    parser.add_argument("--documents", type=int, help="generated ones, of 580 tokens; the recipe's 700,000 if left out")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(words)
     until = None if args.seconds is None else time.monotonic() + args.seconds
-    job = Job(args.work, args.out, args.scale, until, args.device)
+    job = Job(args.work, args.out, args.scale, until, args.device, args.documents)
     if args.stage == "pack":
         if args.raw is None:
             parser.error("pack needs --raw DIRECTORY")
@@ -161,8 +164,7 @@ def prepare(job: Job, name: str) -> bool:
     """Documents as `kogia pretrain` reads them, in WORK/data or WORK/sft_data."""
     config = load_toml(HERE / f"{name}.toml", PrepareConfig)
     sources = tuple(
-        replace(source, spec=placed(source.spec, job), num=source.num and max(300, round(source.num * job.scale)))
-        for source in config.sources
+        replace(source, spec=placed(source.spec, job), num=scaled(source.num, name, job)) for source in config.sources
     )
     evaluations = tuple(replace(each, spec=placed(each.spec, job)) for each in config.evaluations)
     tokenizer = config.tokenizer and placed(config.tokenizer, job)
@@ -176,6 +178,15 @@ def prepare(job: Job, name: str) -> bool:
         vocab_size=vocab_size,
     )
     return command(job, "prepare", config)
+
+
+def scaled(num: int | None, name: str, job: Job) -> int | None:
+    """How many documents a generator makes; None of a file."""
+    if num is None:
+        return None
+    if job.documents is not None and name == "prepare":
+        return job.documents
+    return max(300, round(num * job.scale))
 
 
 # Training -------------------------------------------------------------------------------------------------------------
