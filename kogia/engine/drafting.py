@@ -14,7 +14,7 @@ written to nobody's slot, and its samples do not count.
 
 from bisect import bisect_left
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.activation import ActiveExperts
-from kogia.engine.graphs import CONTEXTS, Graph, capture, recorded_sizes
+from kogia.engine.graphs import CONTEXTS, Graph, Recorder, recorded_sizes
 from kogia.engine.inputs import Arrived
 from kogia.engine.sequences import SequenceTable, Settings
 from kogia.engine.step import StepPlan
@@ -194,7 +194,7 @@ class DraftGraphs:
         """Positions past the known tokens that a step looks at."""
         self.contexts = [length for length in CONTEXTS if length < longest + ahead] + [longest + ahead]
         self._recorded: dict[tuple[int, int], DraftStep] = {}
-        self._pool: Any = None
+        self.recorder = Recorder(model.device)
 
     @property
     def most(self) -> int:
@@ -217,6 +217,10 @@ class DraftGraphs:
     def record(self, size: int, context: int) -> None:
         """Record one kind, unless that has been done."""
         self._at(size, self._num_blocks(context))
+
+    def rehearse(self, size: int, context: int, recorder: Recorder) -> None:
+        """Go through the recording of one kind."""
+        self._record(size, self._num_blocks(context), recorder)
 
     def draws(self, settings: Settings) -> bool:
         """Whether `run` takes steps of such requests."""
@@ -294,19 +298,16 @@ class DraftGraphs:
     def _at(self, size: int, num_blocks: int) -> DraftStep:
         kind = size, num_blocks
         if kind not in self._recorded:
-            self._recorded[kind] = self._record(size, num_blocks)
+            self._recorded[kind] = self._record(size, num_blocks, self.recorder)
         return self._recorded[kind]
 
     @torch.no_grad()
-    def _record(self, size: int, num_blocks: int) -> DraftStep:
+    def _record(self, size: int, num_blocks: int, recorder: Recorder) -> DraftStep:
         step = self.make(self.model, self.cache, self.state, self.experts, size, num_blocks)
-        device, draw = self.model.device, None
-        verify = capture(step.verify, device, self._pool)
-        self._pool = verify.pool()
+        verify = recorder.capture(step.verify)
         verify.replay()  # what the others read while they are recorded
-        if not self.is_gpu:
-            draw = capture(step.draw, device, self._pool)
-        step.graphs = RecordedDrafts(verify, draw, capture(step.draft, device, self._pool))
+        draw = None if self.is_gpu else recorder.capture(step.draw)
+        step.graphs = RecordedDrafts(verify, draw, recorder.capture(step.draft))
         return step
 
 

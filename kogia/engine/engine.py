@@ -47,6 +47,7 @@ from kogia.engine.scheduler import Outcome, Scheduler
 from kogia.engine.step import StepPlan, StepResult
 from kogia.engine.thinking import Thought
 from kogia.engine.views import CacheView, WholeCache
+from kogia.engine.warm_up import warm_up
 from kogia.model.cache import PagedCache, build_cache
 from kogia.model.config import ModelConfig
 from kogia.model.transformer import Transformer
@@ -151,15 +152,9 @@ class Engine:
         return None
 
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Record all graphs now, so that no request waits for one."""
+        """Compile all kernels and record all graphs now, so that no request waits for one. Nothing on a CPU."""
         recorders = [graphs for graphs in (self.runner.draft_graphs, self.runner.graphs) if graphs is not None]
-        total, done = sum(len(graphs.kinds) for graphs in recorders), 0
-        for graphs in recorders:
-            for kind in graphs.kinds:
-                graphs.record(*kind)
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, total)
+        warm_up(recorders, self.config.max_batch_tokens, on_progress)
 
     @property
     def num_unfinished(self) -> int:

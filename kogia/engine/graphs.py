@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -35,7 +36,7 @@ from kogia.ops.cpu.record import Recording, recording
 from kogia.ops.dispatch import Op
 from kogia.ops.moe import Activation, mix_experts
 from kogia.ops.sample import counter_uniforms, sample
-from kogia.ops.segments import Segments
+from kogia.ops.segments import Segments, segments_of
 
 SIZES = (
     1,
@@ -163,8 +164,7 @@ class DecodeGraphs:
         """The fields of nobody's sequence."""
         self._staging = Staging(model.device)
         self._recorded: dict[tuple[int, int], RecordedStep] = {}
-        self._pool: Any = None
-        """Memory that all graphs share: one runs at a time."""
+        self.recorder = Recorder(model.device)
 
     @property
     def most(self) -> int:
@@ -181,7 +181,33 @@ class DecodeGraphs:
 
     def record(self, size: int, context: int) -> None:
         """Record one kind, unless that has been done."""
-        self._at(size, -(-context // self.cache.block_size))
+        self._at(size, self._num_blocks(context))
+
+    def rehearse(self, size: int, context: int, recorder: "Recorder") -> None:
+        """Go through the recording of one kind."""
+        self._record(size, self._num_blocks(context), recorder)
+
+    def rehearse_prompt(self, length: int, context: int, others: int, recorder: "Recorder") -> None:
+        """Go through a step that is not recorded: the last `length` tokens of a sequence of `context`, and one token of
+        each of `others` such sequences."""
+        device, count = self.model.device, 1 + others
+        lengths = np.array([1] * others + [length])
+        tokens = torch.zeros(others + length, dtype=torch.int64, device=device)
+        segments = segments_of(lengths.tolist(), device)
+        tables = tokens.new_zeros(count, self._num_blocks(context))
+        batch, lens = PackedTokens(tokens, tokens, segments), tokens.new_full((count,), context)
+        seeds, temperature = tokens[:1], torch.zeros(1, device=device)
+        activation = self.experts.own(len(tokens), device)
+
+        @torch.no_grad()
+        def step() -> None:
+            view = self.cache.step(tokens, tables, lens, np.full(count, context))
+            hidden = self.model(batch, step=self.model.step(batch, view, activation=activation))
+            logits = self.model.logits(hidden[-1:])
+            sample(logits, temperature, None)
+            sample(logits, temperature, counter_uniforms(seeds, seeds))
+
+        recorder.capture(step)
 
     def run(self, fields: Sequence[NDArray[np.int64]], tables: NDArray[np.int64]) -> RecordedStep:
         """Start a step: the first four fields of `NUM_FIELDS`, and the others as one; [sequences, blocks] tables. Token
@@ -239,14 +265,17 @@ class DecodeGraphs:
         self.newest.numpy()[step.host[0][4]] = found["tokens"]
         return Arrived(found)
 
+    def _num_blocks(self, context: int) -> int:
+        return -(-context // self.cache.block_size)
+
     def _at(self, size: int, num_blocks: int) -> RecordedStep:
         kind = size, num_blocks
         if kind not in self._recorded:
-            self._recorded[kind] = self._record(size, num_blocks)
+            self._recorded[kind] = self._record(size, num_blocks, self.recorder)
         return self._recorded[kind]
 
     @torch.no_grad()
-    def _record(self, size: int, num_blocks: int) -> RecordedStep:
+    def _record(self, size: int, num_blocks: int, recorder: "Recorder") -> RecordedStep:
         device = self.model.device
         numbers = torch.zeros(size, NUM_FIELDS + num_blocks, dtype=torch.int64, device=device)
         fields, tables = _parts(numbers)
@@ -266,17 +295,17 @@ class DecodeGraphs:
             view = self.cache.step(slots, tables, lens, contexts)
             return self.model.logits(self.model(batch, step=self.model.step(batch, view, activation=activation)))
 
-        graph, logits = self._capture(step)
+        graph, logits = _captured(recorder, step)
         host = None if self.is_gpu else _parts(numbers.numpy())
         drawing = Drawing.of(fields)
-        draws = self._record_draws(logits, fields[4], drawing)
+        draws = self._record_draws(recorder, logits, fields[4], drawing)
         uniforms = None
         if not self.is_gpu:
-            uniforms = self._capture(lambda: counter_uniforms(drawing.seeds, drawing.positions))
+            uniforms = _captured(recorder, lambda: counter_uniforms(drawing.seeds, drawing.positions))
         return RecordedStep(graph, draws, numbers, host, segments, activation, logits, drawing, uniforms)
 
     def _record_draws(
-        self, logits: Float[Tensor, "size vocab"], rows: Int[Tensor, " size"], drawing: Drawing
+        self, recorder: "Recorder", logits: Float[Tensor, "size vocab"], rows: Int[Tensor, " size"], drawing: Drawing
     ) -> dict[bool, RecordedDraw]:
         temperature, filters = drawing.temperature, drawing.filters
 
@@ -288,38 +317,71 @@ class DecodeGraphs:
             self.newest.index_copy_(0, rows, tokens)
             return Bundle({"tokens": tokens, "logprobs": logprobs})
 
-        draws = {False: RecordedDraw(*self._capture(draw))}
+        draws = {False: RecordedDraw(*_captured(recorder, draw))}
         if _refusal(sample, (logits, temperature, temperature.double(), *filters), {}) is None:
-            draws[True] = RecordedDraw(*self._capture(lambda: draw(*filters)))
+            draws[True] = RecordedDraw(*_captured(recorder, lambda: draw(*filters)))
         return draws
 
-    def _capture(self, work: Callable[[], T]) -> tuple[Graph, T]:
-        """Record, and what the recorded run returned."""
-        found: list[T] = []
-        graph = capture(lambda: found.append(work()), self.model.device, self._pool)
-        self._pool = graph.pool()
-        return graph, found[-1]
+
+def _captured(recorder: "Recorder", work: Callable[[], T]) -> tuple[Graph, T]:
+    """Record, and what the recorded run returned."""
+    found: list[T] = []
+    return recorder.capture(lambda: found.append(work())), found[-1]
 
 
-def capture(work: Callable[[], object], device: torch.device, pool: Any) -> Graph:
-    """Run `work` once, which compiles its kernels, and record it as a graph with memory of `pool`; None begins one.
+class Recorder:
+    """Records graphs that share their memory, as one runs at a time."""
 
-    It runs twice: what it leaves is valid, and made anew in the same place, whenever the graph has been replayed.
-    """
-    if device.type == "cpu":
-        work()
-        with recording() as made:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_warm = False
+        """Everything has been compiled: nothing needs to run before it is recorded."""
+        self._pool = torch.cuda.MemPool() if device.type == "cuda" else None
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Run `work` once, which compiles its kernels, and record it.
+
+        It is called twice: what it leaves is valid, and made anew in the same place, when the graph has been replayed.
+        """
+        if self.device.type == "cpu":
             work()
-        return made
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with _without_collection(), torch.cuda.graph(graph, pool=pool):
-        work()
-    return graph
+            with recording() as made:
+                work()
+            return made
+        if not self.is_warm:
+            side = _side_stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                work()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+        assert self._pool is not None, "only a GPU has graphs"
+        graph = torch.cuda.CUDAGraph()
+        options: Any = {
+            "pool": self._pool.id,
+            "stream": _side_stream(self.device),
+            "capture_error_mode": "thread_local",
+        }
+        with _without_collection(), torch.cuda.graph(graph, **options):  # another thread may serve another model
+            work()
+        return graph
+
+
+class Rehearsal(Recorder):
+    """Goes through what is to be recorded on a GPU and keeps nothing of it. Nothing runs."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.is_warm = True
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        super().capture(work)
+        return Recording()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are recorded. One for all: what PyTorch's libraries work in is kept for each stream."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

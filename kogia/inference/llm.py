@@ -92,6 +92,13 @@ class LLM:
         self.model = self.engine.model
         """With `tensor_parallel`, this process's share."""
 
+    def warm_up(self) -> None:
+        """On a GPU, compile every kernel and record every graph now, so that no request waits for one. Without it each
+        is made when it is first needed, which suits a few prompts and no server."""
+        if self.engine.model.device.type == "cuda":
+            with self.readiness.stage("graphs"):
+                self.engine.warm_up()
+
     def close(self) -> None:
         """Give the memory back. Nothing can be asked any more."""
         if isinstance(self.engine, ParallelEngine):

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
+from kogia.ops.dispatch import op
+
 GROUPS = (128, 64, 32)
 """Columns that share an int4 scale: the first of these that divides a row."""
 SYMMETRIC_ZERO = 8
@@ -45,6 +47,7 @@ def dequantize_rows(
     return data.float().mul_(scale).to(dtype)
 
 
+@op(cuda=("kogia.ops.triton.integers",))
 def quantize_nibbles(
     weight: Float[Tensor, "*stack out in"], *, asymmetric: bool = False, importance: Float[Tensor, " in"] | None = None
 ) -> tuple[UInt8[Tensor, "*stack out half"], Float[Tensor, "*stack out groups"], Tensor | None]:

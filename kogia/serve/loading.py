@@ -32,6 +32,7 @@ def load_model(config: ServeConfig) -> ServedModel:
     """Load the model of a configuration. Raises ValueError as `LLM` does."""
     directory = resolve_model_dir(config.path)
     llm = LLM.of(directory, config, **engine_options(config.engine, config.draft_tokens))
+    llm.warm_up()
     return ServedModel(names_of(config)[0], llm, _defaults(config, directory), config.max_tokens)
 
 

@@ -33,12 +33,9 @@ FILTERED = replace(SAMPLED, top_k=20, top_p=0.9, min_p=0.01)
 class Played:
     """Stands for a recorded graph."""
 
-    def __init__(self, work: Callable[[], object], device: torch.device, pool: Any) -> None:
+    def __init__(self, work: Callable[[], object]) -> None:
         self.replay = work
         work()
-
-    def pool(self) -> None:
-        return None
 
 
 def tiny(seed: int = 1, num_mtp_layers: int = 1) -> Transformer:
@@ -81,7 +78,7 @@ def model() -> Transformer:
 def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     """Makes engines whose steps with drafts are recorded, or played."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(drafting, "capture", Played)
+        monkeypatch.setattr(drafting.Recorder, "capture", lambda _, work: Played(work))
         monkeypatch.setattr(engine_module, "why_not", lambda *_: None)
 
     def make(model: Transformer, **options: Any) -> Engine:

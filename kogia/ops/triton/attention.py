@@ -42,7 +42,7 @@ def _latents(row, there, first, like, LATENT: tl.constexpr, WIDTH: tl.constexpr,
 
 @kernel
 def _parts(
-    q, rows, tables, context_lens, cu_seqlens, part, part_lse, scale, table_width, PARTS,
+    q, rows, tables, context_lens, cu_seqlens, part, part_lse, scale, table_width, num_parts,
     ROW: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, QUERIES: tl.constexpr,
     TILE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, FP8: tl.constexpr,
     PDL: tl.constexpr,
@@ -52,14 +52,14 @@ def _parts(
     wait_for_inputs(PDL)
     length = tl.load(context_lens + seq).to(tl.int32)
     first = tl.load(cu_seqlens + seq)
-    chunk = tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK
+    chunk = tl.cdiv(tl.cdiv(length, num_parts), BLOCK) * BLOCK
     start = p * chunk
     stop = tl.minimum(start + chunk, length)
     m = tile * TILE + tl.arange(0, TILE)  # rows of [queries, heads]
     token, head = m // HEADS, m % HEADS
     real = m < QUERIES * HEADS
-    lse_at = part_lse + ((first + token) * HEADS + head) * PARTS + p
-    if (start >= stop) & (PARTS > 1):
+    lse_at = part_lse + ((first + token) * HEADS + head) * num_parts + p
+    if (start >= stop) & (num_parts > 1):
         tl.store(lse_at, tl.full((TILE,), float("-inf"), tl.float32), real)
         return
     last = length - QUERIES + token  # the position of each query
@@ -104,7 +104,7 @@ def _parts(
         best = new
     tl.store(lse_at, best + tl.log2(total), real)  # -inf where nothing was visible
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
-    at = part + (((first + token) * HEADS + head) * PARTS + p) * LATENT
+    at = part + (((first + token) * HEADS + head) * num_parts + p) * LATENT
     tl.store(at[:, None] + lat[None, :], (acc * inverse[:, None]).to(part.dtype.element_ty), real[:, None])
     if HALVES:
         to = at + WIDTH
@@ -113,22 +113,22 @@ def _parts(
 
 @kernel
 def _merge(
-    part, part_lse, out, PARTS,
+    part, part_lse, out, num_parts,
     LATENT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = the parts' mean, weighted by their sums; a row is one head of one token."""
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     p, lat = tl.arange(0, PADDED), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    lse = tl.load(part_lse + row * PARTS + p, p < PARTS, float("-inf"))
+    lse = tl.load(part_lse + row * num_parts + p, p < num_parts, float("-inf"))
     top = tl.max(lse, 0)
     total = tl.sum(tl.exp2(lse - top), 0)
     used = tl.max(tl.where(lse > float("-inf"), p + 1, 0), 0)  # what is behind saw nothing, and was not written
     mixed = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, used, AT_ONCE):
         i = first + tl.arange(0, AT_ONCE)
-        weight = tl.exp2(tl.load(part_lse + row * PARTS + i, i < used, float("-inf")) - top) / total
-        at = part + (row * PARTS + i[:, None]) * LATENT + lat[None, :]
+        weight = tl.exp2(tl.load(part_lse + row * num_parts + i, i < used, float("-inf")) - top) / total
+        at = part + (row * num_parts + i[:, None]) * LATENT + lat[None, :]
         mixed += tl.sum(tl.load(at, (weight > 0)[:, None], 0.0) * weight[:, None], 0)
     tl.store(out + row * LATENT + lat, mixed.to(out.dtype.element_ty))
 

@@ -26,7 +26,18 @@ LAUNCH = {"launch_pdl": True} if PDL else {}
 
 def kernel(function: Callable[..., Any]) -> Any:
     """`triton.jit` of the function itself, where a test run has wrapped it for checking types."""
-    return triton.jit(inspect.unwrap(function))
+    return triton.jit(inspect.unwrap(function), **ONE_FOR_ALL)
+
+
+ONE_FOR_ALL = {
+    "do_not_specialize": ("num_tokens", "num_pairs", "num_rows", "num_parts", "table_width"),
+    "do_not_specialize_on_alignment": (
+        "tables", "context_lens", "cu_seqlens", "slots", "seeds", "positions", "temperature", "uniforms", "top_k",
+        "top_p", "min_p", "num_blocks", "block_expert",
+    ),
+}  # fmt: skip
+"""Arguments of these names differ from step to step, in what they count or in where they begin: without this each
+would make kernels of its own, some of them when a request waits."""
 
 
 @kernel

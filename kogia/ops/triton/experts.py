@@ -17,14 +17,14 @@ _WIDEST = 16384
 
 
 @kernel
-def _forward(both, weights, out, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
+def _forward(both, weights, out, num_rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, WIDTH)
-    inside = (row < rows)[:, None] & (n < width)[None, :]
+    inside = (row < num_rows)[:, None] & (n < width)[None, :]
     at = both + row[:, None] * (2 * width) + n[None, :]
     g, u = tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + width, inside, 0.0).to(tl.float32)
-    w = tl.load(weights + row, row < rows, 0.0)
+    w = tl.load(weights + row, row < num_rows, 0.0)
     value = g / (1.0 + tl.exp(-g)) * u * w[:, None]
     tl.store(out + row[:, None] * width + n[None, :], value.to(out.dtype.element_ty), inside)
 
@@ -45,24 +45,24 @@ def weighted_silu_mul_supports(both: Tensor, weights: Tensor) -> str | None:
 
 @kernel
 def _backward(
-    grad, both, weights, grad_both, grad_weights, out, rows, width,
+    grad, both, weights, grad_both, grad_weights, out, num_rows, width,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, WIDTH)
-    inside = (row < rows)[:, None] & (n < width)[None, :]
+    inside = (row < num_rows)[:, None] & (n < width)[None, :]
     wide, narrow = row[:, None] * (2 * width) + n[None, :], row[:, None] * width + n[None, :]
     g, u = tl.load(both + wide, inside, 0.0).to(tl.float32), tl.load(both + width + wide, inside, 0.0).to(tl.float32)
     d = tl.load(grad + narrow, inside, 0.0).to(tl.float32)
-    w = tl.load(weights + row, row < rows, 0.0)[:, None]
+    w = tl.load(weights + row, row < num_rows, 0.0)[:, None]
     sigmoid = 1.0 / (1.0 + tl.exp(-g))
     activated = g * sigmoid
     product, weighted = activated * u, d * w
     grad_gate = weighted * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
     tl.store(grad_both + wide, grad_gate.to(out.dtype.element_ty), inside)
     tl.store(grad_both + width + wide, (weighted * activated).to(out.dtype.element_ty), inside)
-    tl.store(grad_weights + row, tl.sum(d * product, 1), row < rows)
+    tl.store(grad_weights + row, tl.sum(d * product, 1), row < num_rows)
     tl.store(out + narrow, (product * w).to(out.dtype.element_ty), inside)
 
 

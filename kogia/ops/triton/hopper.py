@@ -46,7 +46,7 @@ from kogia.ops.cache import LatentRow, LayerCache
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
 from kogia.ops.triton import attention
-from kogia.ops.triton.common import LAUNCH, PDL
+from kogia.ops.triton.common import LAUNCH, ONE_FOR_ALL, PDL
 
 LATENT, ROPE = gl.constexpr(512), gl.constexpr(64)
 WIDTH = gl.constexpr(576)
@@ -76,7 +76,7 @@ async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 
 def kernel(function: Callable[..., Any]) -> Any:
     """`gluon.jit` of the function itself, where a test run has wrapped it for checking types."""
-    return gluon.jit(inspect.unwrap(function))
+    return gluon.jit(inspect.unwrap(function), **ONE_FOR_ALL)
 
 
 @kernel
@@ -135,7 +135,7 @@ def _products(queries, left, right, turned, arrived, j):
 def _score(q, queries, left, right, turned, exchange, part_lse, job, tile, first_last, scale, HEADS: gl.constexpr):
     """Weights, and what the sums so far shrink by; at last the inverse totals, and the log2-sums to memory."""
     weights, shrinks, arrived, weighed, mixed = exchange
-    first_row, num_rows, start, stop, PARTS, part = job
+    first_row, num_rows, start, stop, num_parts, part = job
     _load_queries(q, queries, first_row, num_rows)
     row = gl.arange(0, TILE, gl.SliceLayout(1, PRODUCT))
     last = first_last + (tile * TILE + row) // HEADS  # the last position that each row sees
@@ -163,14 +163,14 @@ def _score(q, queries, left, right, turned, exchange, part_lse, job, tile, first
     shrinks.store(1.0 / gl.where(total > 0, total, 1.0))
     mbarrier.arrive(weighed)
     lse = best + gl.log2(total)  # -inf where nothing was visible
-    gl.store(part_lse + (first_row + row).to(gl.int64) * PARTS + part, lse, mask=row < num_rows)
+    gl.store(part_lse + (first_row + row).to(gl.int64) * num_parts + part, lse, mask=row < num_rows)
 
 
 @kernel
 def _mix(half, turned, exchange, cache, table, out, job, RIGHT: gl.constexpr, PAGE: gl.constexpr):
     """One half of the mixtures' columns, and fetching that half of the rows."""
     weights, shrinks, arrived, weighed, mixed = exchange
-    first_row, num_rows, start, stop, PARTS, part = job
+    first_row, num_rows, start, stop, num_parts, part = job
     blocks = gl.cdiv(stop - start, BLOCK)
     for j in gl.static_range(STAGES):
         if j < blocks:
@@ -193,14 +193,14 @@ def _mix(half, turned, exchange, cache, table, out, job, RIGHT: gl.constexpr, PA
     acc = acc * shrinks.load(gl.SliceLayout(1, MIXTURE))[:, None]
     row = gl.arange(0, TILE, gl.SliceLayout(1, MIXTURE))
     column = HALF * RIGHT + gl.arange(0, HALF, gl.SliceLayout(0, MIXTURE))
-    to = out + ((first_row + row).to(gl.int64) * PARTS + part) * LATENT
-    written = (row < num_rows) & ((start < stop) | (PARTS == 1))
+    to = out + ((first_row + row).to(gl.int64) * num_parts + part) * LATENT
+    written = (row < num_rows) & ((start < stop) | (num_parts == 1))
     gl.store(to[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=written[:, None])
 
 
 @kernel
 def _parts(
-    q, cache, tables, context_lens, cu_seqlens, part_out, part_lse, scale, table_width, PARTS,
+    q, cache, tables, context_lens, cu_seqlens, part_out, part_lse, scale, table_width, num_parts,
     HEADS: gl.constexpr, QUERIES: gl.constexpr, PAGE: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The same parts as `kogia.ops.triton.attention` makes of dense rows, for 64 rows of [queries, heads] each."""
@@ -227,13 +227,13 @@ def _parts(
     length = gl.load(context_lens + seq).to(gl.int32)
     first_row = gl.load(cu_seqlens + seq).to(gl.int32) * HEADS + tile * TILE
     num_rows = gl.minimum(QUERIES * HEADS - tile * TILE, TILE)
-    chunk = gl.cdiv(gl.cdiv(length, PARTS), BLOCK) * BLOCK
+    chunk = gl.cdiv(gl.cdiv(length, num_parts), BLOCK) * BLOCK
     start = gl.minimum(part * chunk, length)
     stop = gl.minimum(start + chunk, length)
     table = tables + seq.to(gl.int64) * table_width
     queries = (q_left, q_right, q_turned)
     exchange = (weights, shrinks, arrived, weighed, mixed)
-    job = (first_row, num_rows, start, stop, PARTS, part)
+    job = (first_row, num_rows, start, stop, num_parts, part)
     gl.warp_specialize(
         [
             (_score, (q, queries, left, right, turned, exchange, part_lse, job, tile, length - QUERIES, scale, HEADS)),

@@ -31,7 +31,7 @@ from kogia.ops.triton.common import (
 
 @kernel
 def _kv_parts(
-    q, rows, tables, context_lens, cu_seqlens, part, part_lse, scale, table_width, PARTS,
+    q, rows, tables, context_lens, cu_seqlens, part, part_lse, scale, table_width, num_parts,
     ROW: tl.constexpr, KV: tl.constexpr, SHARE: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr,
     TILE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -40,15 +40,15 @@ def _kv_parts(
     seq, kv, p, tile = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1), tl.program_id(2)
     length = tl.load(context_lens + seq).to(tl.int32)
     first = tl.load(cu_seqlens + seq)
-    chunk = tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK
+    chunk = tl.cdiv(tl.cdiv(length, num_parts), BLOCK) * BLOCK
     start = p * chunk
     stop = tl.minimum(start + chunk, length)
     m = tile * TILE + tl.arange(0, TILE)  # rows of [queries, heads that share keys]
     token, head = m // SHARE, kv * SHARE + m % SHARE
     real = m < QUERIES * SHARE
     at = (first + token) * (KV * SHARE) + head
-    if (start >= stop) & (PARTS > 1):
-        tl.store(part_lse + at * PARTS + p, tl.full((TILE,), float("-inf"), tl.float32), real)
+    if (start >= stop) & (num_parts > 1):
+        tl.store(part_lse + at * num_parts + p, tl.full((TILE,), float("-inf"), tl.float32), real)
         return
     last = length - QUERIES + token  # the position of each query
     d = tl.arange(0, DIM)
@@ -72,9 +72,9 @@ def _kv_parts(
         total = total * shrink + tl.sum(w, 1)
         acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None])
         best = new
-    tl.store(part_lse + at * PARTS + p, best + tl.log2(total), real)  # -inf where nothing was visible
+    tl.store(part_lse + at * num_parts + p, best + tl.log2(total), real)  # -inf where nothing was visible
     mixed = acc / tl.where(total > 0, total, 1.0)[:, None]
-    to = part + (at * PARTS + p)[:, None] * DIM + d[None, :]
+    to = part + (at * num_parts + p)[:, None] * DIM + d[None, :]
     tl.store(to, mixed.to(part.dtype.element_ty), real[:, None])
 
 

@@ -109,7 +109,7 @@ def write_latent_supports(
 
 @kernel
 def _absorb(
-    q, up, cos, sin, out, tokens, q_stride, up_head, up_row,
+    q, up, cos, sin, out, num_tokens, q_stride, up_head, up_row,
     HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def _absorb(
     wait_for_inputs(PDL)
     head, block = tl.program_id(0), tl.program_id(1)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
-    there = t < tokens
+    there = t < num_tokens
     at = q + t.to(tl.int64) * q_stride + head * (NOPE + ROPE)
     to = out + (t.to(tl.int64) * HEADS + head) * (LATENT + ROPE)
     if block == LATENT // BLOCK_N:
@@ -166,7 +166,7 @@ def absorb_query_supports(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> 
 
 @kernel
 def _values(
-    mixed, up, out, tokens, up_head, up_row,
+    mixed, up, out, num_tokens, up_head, up_row,
     HEADS: tl.constexpr, LATENT: tl.constexpr, V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +174,7 @@ def _values(
     head = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
-    there = t < tokens
+    there = t < num_tokens
     at = mixed + (t.to(tl.int64) * HEADS + head) * LATENT
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     wait_for_inputs(PDL)
@@ -211,13 +211,13 @@ def project_values_supports(mixed: Tensor, w_uv: Tensor) -> str | None:
 
 @kernel
 def _join(
-    nope, rope, cos, sin, out, tokens, heads, nope_row, nope_head, rope_row, rope_head,
+    nope, rope, cos, sin, out, num_tokens, heads, nope_row, nope_head, rope_row, rope_head,
     NOPE: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows are the heads of the tokens, one after the other."""
     wait_for_inputs(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = (row < tokens * heads)[:, None]
+    there = (row < num_tokens * heads)[:, None]
     token, head = (row // heads)[:, None].to(tl.int64), (row % heads)[:, None]
     n, half = tl.arange(0, NOPE)[None, :], tl.arange(0, ROPE // 2)[None, :]
     to = out + row[:, None].to(tl.int64) * (NOPE + ROPE)

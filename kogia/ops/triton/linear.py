@@ -35,7 +35,7 @@ MOST_ROWS = 512
 
 @kernel
 def _linear(
-    x, weight, bias, out, rows, depth, width, x_row,
+    x, weight, bias, out, num_rows, depth, width, x_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, FORMAT: tl.constexpr,
     ZEROS: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def _linear(
     wait_for_inputs(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside, real = n < width, m < rows
+    inside, real = n < width, m < num_rows
     at, of = x + m.to(tl.int64) * x_row, rows_of(weight, n, FORMAT)
     if SPLIT == 1:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

@@ -58,7 +58,7 @@ PAIRWISE = 2
 
 @kernel
 def _route(
-    x, gate, bias, limits, thresholds, scores, ids, weights, arrived, tokens, scale, dim,
+    x, gate, bias, limits, thresholds, scores, ids, weights, arrived, num_tokens, scale, dim,
     LIMITED: tl.constexpr, THRESHOLD: tl.constexpr, TRAINED: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr,
     BIASED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -68,7 +68,7 @@ def _route(
     tb, eb = tl.program_id(0), tl.program_id(1)
     t = tb * BLOCK_T + tl.arange(0, BLOCK_T)
     e = eb * BLOCK_E + tl.arange(0, BLOCK_E)
-    there, known = t < tokens, e < E
+    there, known = t < num_tokens, e < E
     acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for start in range(0, dim, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -216,7 +216,7 @@ def route_supports(
 
 @kernel
 def _order(
-    ids, rows, block_expert, num_blocks, pairs,
+    ids, rows, block_expert, num_blocks, num_pairs,
     K: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, PADDED: tl.constexpr,
     EXPERTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -225,8 +225,8 @@ def _order(
     e = tl.program_id(0)
     p = tl.arange(0, PADDED)
     token, choice = p // (K + SHARED), p % (K + SHARED)
-    chosen = tl.load(ids + token * K + choice, (p < pairs) & (choice < K), -1).to(tl.int32)
-    chosen = tl.where((p < pairs) & (choice >= K), E + choice - K, chosen)
+    chosen = tl.load(ids + token * K + choice, (p < num_pairs) & (choice < K), -1).to(tl.int32)
+    chosen = tl.where((p < num_pairs) & (choice >= K), E + choice - K, chosen)
     chosen = tl.where(chosen < 0, EXPERTS, chosen)
     counts = tl.histogram(chosen, 2 * EXPERTS)
     all_experts = tl.arange(0, 2 * EXPERTS)
@@ -394,8 +394,8 @@ def mix_experts(
     add, other = residual is not None, x if residual is None else residual
     out = torch.empty_like(x)
     pairwise = tokens <= PAIRWISE
-    mean = 1.0 if pairwise else pairs / total
-    bm = _block_rows(mean)
+    padded = triton.next_power_of_2(pairs)
+    bm = _block_rows(1.0 if pairwise else padded / total)  # of no other number: as few kernels as can be
     shapes = {"K": topk, "E": experts, "SHARED": num_shared, "PAIRS": pairwise, "BLOCK_M": bm, "PDL": PDL, **LAUNCH}
     most = pairs if pairwise else min(total, pairs) + pairs // bm
     rows = block_expert = num_blocks = expert_ids
@@ -405,7 +405,7 @@ def mix_experts(
         num_blocks = block_expert[most:]
         _order[(total,)](
             expert_ids, rows, block_expert, num_blocks, pairs, K=topk, E=experts, SHARED=num_shared, BLOCK_M=bm,
-            PADDED=triton.next_power_of_2(pairs), EXPERTS=triton.next_power_of_2(total),
+            PADDED=padded, EXPERTS=triton.next_power_of_2(total),
             PDL=PDL, num_warps=4 if pairs <= 1024 else 8, **LAUNCH,
         )  # fmt: skip
     tile = _tile(gate_up, bm, pairwise)
@@ -429,7 +429,7 @@ def mix_experts(
 
 
 def _block_rows(mean: float) -> int:
-    """Copies in a block, where an expert has so many on average."""
+    """Copies in a block, where an expert has at most so many on average."""
     return 8 if mean <= 4 else 16 if mean <= 16 else 32 if mean <= 32 else 64
 
 

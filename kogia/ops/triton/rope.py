@@ -18,13 +18,13 @@ from kogia.ops.triton.common import (
 
 @kernel
 def _rotate(
-    x, cos, sin, out, tokens, heads, x_row, x_head,
+    x, cos, sin, out, num_tokens, heads, x_row, x_head,
     HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows are the heads of the tokens, one after the other."""
     wait_for_inputs(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = (row < tokens * heads)[:, None]
+    there = (row < num_tokens * heads)[:, None]
     token, head = (row // heads)[:, None].to(tl.int64), (row % heads)[:, None]
     half = tl.arange(0, HALF)[None, :]
     c, s = tl.load(cos + token * HALF + half, there, 0.0), tl.load(sin + token * HALF + half, there, 0.0)

@@ -19,10 +19,10 @@ from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, kernel, refusal, rows_r
 
 
 @kernel
-def _uniforms(seeds, positions, out, rows, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _uniforms(seeds, positions, out, num_rows, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = row < rows
+    there = row < num_rows
     count = tl.load(positions + row, there, 0).to(tl.uint64, bitcast=True) + 1
     x = tl.load(seeds + row, there, 0).to(tl.uint64, bitcast=True) + count * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -226,8 +226,11 @@ def sample(
     block = min(8192, triton.next_power_of_2(vocab))
     filters = (top_k, top_p, min_p)
     if uniforms is not None and any(each is not None for each in filters):
-        off = (0, 1, 0)
-        given = [torch.full_like(temperature, o) if f is None else f for f, o in zip(filters, off, strict=True)]
+        off = ((0, torch.int64), (1.0, torch.float32), (0.0, torch.float32))
+        given = [
+            torch.full((rows,), value, dtype=dtype, device=logits.device) if each is None else each
+            for each, (value, dtype) in zip(filters, off, strict=True)
+        ]
         _sample_filtered[(rows,)](
             logits, temperature, uniforms, *given, tokens, logprobs, vocab, logits.stride(0),
             BLOCK=block, PDL=PDL, num_warps=16, **LAUNCH,
