@@ -30,6 +30,21 @@ def count(up_to: int) -> Iterator[int]:
     yield from range(up_to)
 
 
+@jaxtyped(typechecker=None)
+def later(given: "Unheard", count: "int", pair: "list[Missing] | None" = None) -> "Later | None":
+    return None
+
+
+class Later:
+    pass
+
+
+def test_a_name_that_is_not_there_yet_is_anything_and_one_that_is_what_it_says():
+    assert later(object(), 3, 4) is None
+    with pytest.raises(BeartypeCallHintViolation):
+        later(object(), "3")
+
+
 def test_axes_of_one_name_have_one_length_within_a_call_and_another_in_the_next():
     for size in (3, 4):
         assert product(torch.ones(2, size), torch.ones(size, 5), 1).shape == (2, 5)

@@ -7,8 +7,9 @@ arguments besides, for better messages; that was most of what the tests took. Th
 import dataclasses
 import functools
 import inspect
+import typing
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import jaxtyping
@@ -33,8 +34,11 @@ def _checked(function: FunctionType) -> Callable[..., Any]:
     code = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
     if function.__code__.co_flags & code:  # beartype would look at the arguments when somebody waits for the first item
         return _jaxtyped(function, typechecker=check)
-    checked = check(function)
-    if not any(isinstance(each, str) or "jaxtyping" in repr(each) for each in function.__annotations__.values()):
+    written = function.__annotations__
+    function.__annotations__ = {name: _known(each, function.__globals__) for name, each in written.items()}
+    checked, has_shapes = check(function), "jaxtyping" in repr(function.__annotations__)
+    function.__annotations__ = checked.__annotations__ = written
+    if not has_shapes:
         return checked
 
     @functools.wraps(function)
@@ -43,6 +47,15 @@ def _checked(function: FunctionType) -> Callable[..., Any]:
             return checked(*args, **kwargs)
 
     return with_shapes
+
+
+def _known(annotation: Any, names: dict[str, Any]) -> Any:
+    """An annotation without strings; Any where they name what is not there yet, or for readers alone."""
+    bearer = SimpleNamespace(__annotations__={"it": annotation})
+    try:
+        return typing.get_type_hints(bearer, names, include_extras=True)["it"]
+    except Exception:  # noqa: BLE001 - whatever is wrong with it
+        return Any
 
 
 jaxtyping.jaxtyped = jaxtyped

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve.asks import HELLO, events, letters, post, refusal
+from serve.server import serving
 
 from kogia.engine.request import SamplingParams
 from kogia.serve.state import ServerState
@@ -29,6 +30,12 @@ PICK = {
     },
 }
 DROP = {"type": "function", "function": {**PICK["function"], "name": "drop"}}
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with serving(model, engine={"deterministic": True}) as running:  # so that two answers can be compared bit by bit
+        yield running
 
 
 @pytest.fixture(scope="module")

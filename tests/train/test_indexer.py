@@ -22,26 +22,35 @@ MODEL = ModelConfig(
 INDEXER = IndexerConfig(num_heads=2, head_dim=16, topk=12)
 
 
-@pytest.fixture
-def dense(tmp_path) -> SupervisedConfig:
-    corpus = tmp_path / "corpus.jsonl"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> SupervisedConfig:
+    """A run of dense attention that has ended."""
+    folder = tmp_path_factory.mktemp("dense")
+    corpus = folder / "corpus.jsonl"
     rows = [{"text": f"remember {i % 17}: " + f"{i % 17} and {i % 7}, " * 4 + f"so {i % 17}"} for i in range(400)]
     corpus.write_text("\n".join(map(json.dumps, rows)))
     data = DataConfig((SourceConfig(str(corpus)),), batch_tokens=512, max_seqlen=64, val_share=0.1)
     optim = OptimConfig(lr=4e-3, warmup_steps=2)
-    return SupervisedConfig(
-        str(tmp_path / "dense"), model=MODEL, data=data, optim=optim, steps=60, threads=1, quiet=True
+    config = SupervisedConfig(
+        str(folder / "dense"), model=MODEL, data=data, optim=optim, steps=60, threads=1, quiet=True
     )
+    main(config)
+    return config
 
 
-def test_warm_up_trains_the_indexer_alone_and_sparse_training_then_costs_little(dense, tmp_path):
-    main(dense)
+@pytest.fixture
+def dense(trained, tmp_path) -> SupervisedConfig:
+    """Its configuration, for another run."""
+    return replace(trained, out=str(tmp_path / "dense"))
+
+
+def test_warm_up_trains_the_indexer_alone_and_sparse_training_then_costs_little(trained, tmp_path):
     warm = replace(
-        dense, out=str(tmp_path / "warm"), model=None, init=dense.out, add_indexer=INDEXER, index_topk=1000,
-        train_only="indexer", steps=40, optim=OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.0),
+        trained, out=str(tmp_path / "warm"), model=None, init=trained.out, add_indexer=INDEXER, index_topk=1000,
+        train_only="indexer", steps=30, optim=OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.0),
     )  # fmt: skip
     main(warm)
-    before, after = load_model(dense.out), load_model(warm.out)
+    before, after = load_model(trained.out), load_model(warm.out)
     assert after.config.attention.indexer == INDEXER  # index_topk is of the run, not of the model
     old, new = before.state_dict(), after.state_dict()
     assert all(new[name].equal(tensor) for name, tensor in old.items())
@@ -49,9 +58,9 @@ def test_warm_up_trains_the_indexer_alone_and_sparse_training_then_costs_little(
     imitation = [m["indexer"] for m in metrics if "indexer" in m]
     assert imitation[-1] < 0.5 * imitation[0]
     # dense attention: the language-model loss is what it was
-    dense_loss = [m["val_loss"] for m in read_metrics(tmp_path / "dense") if "val_loss" in m][-1]
+    dense_loss = [m["val_loss"] for m in read_metrics(trained.out) if "val_loss" in m][-1]
     sparse = replace(warm, out=str(tmp_path / "sparse"), init=warm.out, add_indexer=None, index_topk=None,
-                     train_only="all", steps=30, optim=OptimConfig(lr=1e-3, warmup_steps=2))  # fmt: skip
+                     train_only="all", steps=20, optim=OptimConfig(lr=1e-3, warmup_steps=2))  # fmt: skip
     main(sparse)
     sparse_loss = [m["val_loss"] for m in read_metrics(tmp_path / "sparse") if "val_loss" in m][-1]
     assert sparse_loss < dense_loss + 0.05
@@ -59,15 +68,15 @@ def test_warm_up_trains_the_indexer_alone_and_sparse_training_then_costs_little(
     assert [n for n, t in new.items() if t.dtype.is_floating_point and t.ndim > 1 and changed[n].equal(t)] == []
 
 
-def test_an_indexer_that_learnt_catches_more_attention_than_a_fresh_one(dense, tmp_path):
+def test_an_indexer_that_learnt_catches_more_attention_than_a_fresh_one(trained, tmp_path):
     """With few keys allowed, the trained indexer's choice hurts the loss less than a random indexer's."""
-    main(dense)
     fewer = replace(INDEXER, topk=6)
     losses = {}
     for steps in (1, 60):
         run = replace(
-            dense, out=str(tmp_path / f"warm{steps}"), model=None, init=dense.out, add_indexer=fewer, index_topk=1000,
-            train_only="indexer", steps=steps, optim=OptimConfig(lr=1e-2, warmup_steps=0, weight_decay=0.0),
+            trained, out=str(tmp_path / f"warm{steps}"), model=None, init=trained.out, add_indexer=fewer,
+            index_topk=1000, train_only="indexer", steps=steps,
+            optim=OptimConfig(lr=1e-2, warmup_steps=0, weight_decay=0.0),
         )  # fmt: skip
         main(run)
         built = build_run(replace(run, out=str(tmp_path / f"look{steps}"), init=run.out, add_indexer=None,
