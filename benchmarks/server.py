@@ -12,12 +12,14 @@ process to the first 200 of `/ready`, its files in the page cache.
 
 import argparse
 import json
+import re
 import selectors
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -27,7 +29,9 @@ from result import row, write_result
 
 VOCAB, BAR = 526, 10.0
 QUESTION = "numbers 4 6 15 target 17"
-BODY = {"messages": [{"role": "user", "content": QUESTION}], "ignore_eos": True, "stream": True, "temperature": 1.0}
+BODY = {"ignore_eos": True, "stream": True, "temperature": 1.0}
+TEXT = re.compile(rb'"(?:reasoning_)?content": ?"[^"]')
+"""In a chunk that brings some, of an answer or its thought."""
 
 
 def main() -> None:
@@ -77,7 +81,7 @@ def measure(model: Path, clients: int, tokens: int, rounds: int) -> list[dict[st
             engine.stdin.write("go\n")
             engine.stdin.flush()
             bare.append(float(engine.stdout.readline()))
-            rate, waits = ask_all(port, clients, tokens, number)
+            rate, waits = ask_all(port, [QUESTION] * clients, tokens, number)
             served.append(rate)
             firsts += waits if number else []
     finally:
@@ -116,14 +120,15 @@ def run_engine(model: str, clients: int, tokens: int) -> None:
             print(clients * tokens / (time.perf_counter() - started), flush=True)
 
 
-def ask_all(port: int, clients: int, tokens: int, number: int) -> tuple[float, list[float]]:
-    """(tokens per second of all streams, seconds to the first chunk with text of each). One thread reads all sockets
-    and looks at no more than it must: what is measured is the server."""
-    started, selector = time.perf_counter(), selectors.DefaultSelector()
+def ask_all(port: int, questions: Sequence[str], tokens: int, number: int) -> tuple[float, list[float]]:
+    """(tokens per second of all streams, seconds to the first chunk with text of each) of a client per question. One
+    thread reads all sockets and looks at no more than it must: what is measured is the server."""
+    started, selector, clients = time.perf_counter(), selectors.DefaultSelector(), len(questions)
     firsts, ends = [0.0] * clients, [b""] * clients
-    for client in range(clients):
+    for client, question in enumerate(questions):
         connection = socket.create_connection(("127.0.0.1", port))
-        connection.sendall(request({**BODY, "max_tokens": tokens, "seed": number * 100 + client}))
+        own = {"messages": [{"role": "user", "content": question}], "seed": number * 100 + client}
+        connection.sendall(request({**BODY, **own, "max_tokens": tokens}))
         selector.register(connection, selectors.EVENT_READ, client)
     while selector.get_map():
         for key, _ in selector.select():
@@ -133,7 +138,7 @@ def ask_all(port: int, clients: int, tokens: int, number: int) -> tuple[float, l
             if not part:
                 selector.unregister(connection)
                 connection.close()
-            elif not firsts[client] and b"reasoning" in part:
+            elif not firsts[client] and TEXT.search(part):
                 firsts[client] = time.perf_counter() - started
             ends[client] = (ends[client] + part)[-100:]
     assert all(b"[DONE]" in end for end in ends), ends
@@ -151,8 +156,7 @@ def request(body: dict[str, Any]) -> bytes:
 
 def startup_seconds(model: Path) -> float:
     """From the start of the process, Python's own and PyTorch's import included, until `/ready` says 200."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     started = time.perf_counter()
     words = ["serve", str(model), "--port", str(port), "--device", "cpu"]
     server = subprocess.Popen([sys.executable, "-m", "kogia.cli", *words], stderr=subprocess.DEVNULL)
@@ -164,6 +168,11 @@ def startup_seconds(model: Path) -> float:
     finally:
         server.kill()
         server.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def is_ready(port: int) -> bool:

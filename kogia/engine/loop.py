@@ -115,6 +115,10 @@ class Stream:
                 events.append(self._events.popleft())
         return events
 
+    def note_unasked(self, arrived: asyncio.Future[None]) -> None:
+        """Have a future of asyncio resolved by what comes though nobody waits for it: the end."""
+        self._loop.note_unasked(self, arrived)
+
     def __await__(self) -> Generator[None, None, list[Completion]]:
         return self._all().__await__()
 
@@ -216,6 +220,14 @@ class StreamLoop:
             self._asked.append(stream)
             if self._turn is None:
                 self._exchange()
+
+    def note_unasked(self, stream: Stream, arrived: asyncio.Future[None]) -> None:
+        """See `Stream.note_unasked`."""
+        with self._lock:
+            if stream._has_news():
+                arrived.set_result(None)
+            else:
+                stream._waiting.append(arrived)
 
     def cancel(self, stream: Stream) -> None:
         """See `Stream.cancel`. While a step is under way it takes effect after it."""

@@ -177,7 +177,7 @@ async def pieces(
                 has_text = has_text or not piece.is_empty
                 yield piece
             if has_text and not running.stream.has_ended:
-                await state.next_chunks()
+                await state.next_chunks(running.stream)
     finally:
         state.end(running)
 

@@ -96,7 +96,8 @@ class ServerState:
         """Told of everything that is asked, with its headers."""
         self.on_exchange: list[Callable[[Exchange], None]] = []
         """Told of everything that was asked, when its answer is sent."""
-        self._next_chunks: asyncio.Event | None = None
+        self._resting: list[asyncio.Future[None]] = []
+        """Those of streams that wait for `next_chunks`."""
         self._ignored: set[tuple[str, str]] = set()
 
     async def find(self, name: str | None) -> ServedModel:
@@ -121,18 +122,22 @@ class ServerState:
         does not grow with the number of clients."""
         return min(MOST_CHUNK_SECONDS, len(self.running) / CHUNKS_PER_SECOND)
 
-    async def next_chunks(self) -> None:
+    async def next_chunks(self, stream: Stream) -> None:
         """Wait until the streams send what has come: all at once, so that engine and event loop are each disturbed
-        once for all of them."""
-        if self._next_chunks is None:
-            self._next_chunks = asyncio.Event()
-            asyncio.get_running_loop().call_later(self.chunk_seconds, self._send_chunks)
-        await self._next_chunks.wait()
+        once for all of them. One that ends does not wait."""
+        loop = asyncio.get_running_loop()
+        rested = loop.create_future()
+        if not self._resting:
+            loop.call_later(self.chunk_seconds, self._send_chunks)
+        self._resting.append(rested)
+        stream.note_unasked(rested)
+        await rested
 
     def _send_chunks(self) -> None:
-        if self._next_chunks is not None:
-            self._next_chunks.set()
-            self._next_chunks = None
+        resting, self._resting = self._resting, []
+        for each in resting:
+            if not each.done():
+                each.set_result(None)
 
     def begin(self, running: Running) -> None:
         self.running[running.id] = running

@@ -240,14 +240,25 @@ def test_thoughts_are_stopped_on_demand(server):
     refusal(httpx.post(f"{server.url}{CHAT}/{chunks[0]['id']}/stop_thinking"), 404)
 
 
-def test_the_first_text_waits_for_no_other_chunk_where_the_first_token_has_none(server, monkeypatch):
+@pytest.fixture
+def seldom(monkeypatch):
+    """Chunks that wait for each other come every five seconds."""
     monkeypatch.setattr(ServerState, "chunk_seconds", 5.0)
-    body = {"messages": HELLO, "stream": True, "enable_thinking": False, "structured_outputs": {"choice": ["é"]}}
+
+
+def test_the_first_text_waits_for_no_other_chunk_where_the_first_token_has_none(server, seldom):
+    text = "é, " + "the answer is 42. " * 5
+    body = {"messages": HELLO, "stream": True, "enable_thinking": False, "structured_outputs": {"choice": [text]}}
     assert len(server.tokenizer.encode("é")) > 1, "half a character"
-    began = time.monotonic()
     texts = (chunk["choices"][0]["delta"].get("content") for chunk in events(server, CHAT, body))
-    assert next(filter(None, texts)) == "é"
-    assert time.monotonic() - began < 4
+    first = next(filter(None, texts))
+    assert text.startswith(first) and first != text
+
+
+def test_the_end_of_a_stream_waits_for_no_other_chunk(server, seldom):
+    began = time.monotonic()
+    chunks = list(events(server, CHAT, {"messages": HELLO, "stream": True, "max_tokens": 20, **letters(server)}))
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length" and time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("switch", [
