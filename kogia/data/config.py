@@ -12,9 +12,10 @@ from kogia.config import check_finite
 Packing = Literal["in_order", "best_fit", "joined"]
 HUB = "hf:"
 """How the name of a data set of the Hugging Face Hub begins."""
-UNCUT = 2**40
 PREPARED = "prepare.toml"
 """By this file a directory is known as one of `kogia prepare`."""
+UNCUT = 2**40
+"""Longer than any document."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kogia.data.config import Packing
+from kogia.data.config import DataConfig, Packing
 from kogia.data.loader import Loader, LoaderState, epoch_order, validation_batches
 from kogia.data.shards import Shard, ShardCounts
 
@@ -134,3 +134,12 @@ def test_joined_documents_are_rows_of_one_length_and_an_epoch_holds_every_token_
     assert [place for place, counts in enumerate(counted) if not counts] == [
         place for place in range(total) if place in begins or place % row == 0
     ]
+
+
+def test_rows_that_do_not_fill_a_batch_are_refused():
+    with pytest.raises(
+        ValueError, match=r"batch_tokens = 1000: must be a multiple of data\.max_seqlen = 300, the rows"
+    ):
+        DataConfig(batch_tokens=1000, max_seqlen=300, packing="joined")
+    assert DataConfig(batch_tokens=1200, max_seqlen=300, packing="joined").piece > 10**9
+    assert DataConfig(batch_tokens=1000, max_seqlen=300).piece == 300
