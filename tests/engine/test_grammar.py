@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,19 @@ def engine(model: Transformer, tokenizer: Tokenizer | None, **options) -> Engine
     return Engine(model, tokenizer, EngineConfig(**{"block_size": 4, "num_blocks": 400, **options}))
 
 
+@pytest.fixture(scope="module")
+def uncut(model, tokenizer) -> Callable[..., list[list[Completion]]]:
+    """What an engine with room for all makes of prompts, found out once for each name."""
+    known: dict[str, list[list[Completion]]] = {}
+
+    def uncut(name, prompts, params):
+        if name not in known:
+            known[name] = engine(model, tokenizer).generate(prompts, params)
+        return known[name]
+
+    return uncut
+
+
 def asked(name: str, **options) -> SamplingParams:
     return SamplingParams(**{"response_format": FORMATS[name], "max_tokens": 120, "seed": 7, **options})
 
@@ -116,9 +130,9 @@ def test_what_comes_out_has_the_format(model, tokenizer, name, temperature):
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_tokens_do_not_depend_on_how_the_work_is_cut(model, tokenizer, name, cut):
+def test_tokens_do_not_depend_on_how_the_work_is_cut(model, tokenizer, uncut, name, cut):
     params = asked(name, n=2, presence_penalty=0.3, logprobs=True, max_tokens=60)
-    whole = engine(model, tokenizer).generate(PROMPTS, params)
+    whole = uncut(name, PROMPTS, params)
     other = engine(model, tokenizer, **CUTS[cut])
     got = other.generate(PROMPTS, params)
     assert [[c.token_ids for c in group] for group in got] == [[c.token_ids for c in group] for group in whole]
@@ -146,9 +160,9 @@ def tokens_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_thoughts_with_formats_do_not_depend_on_how_the_work_is_cut(model, tokenizer, cut):
+def test_thoughts_with_formats_do_not_depend_on_how_the_work_is_cut(model, tokenizer, uncut, cut):
     params = [replace(each, max_tokens=40, seed=5, n=2) for each in MIXED]
-    whole = engine(model, tokenizer).generate(questions(tokenizer), params)
+    whole = uncut("thoughts with formats", questions(tokenizer), params)
     other = engine(model, tokenizer, **CUTS[cut])
     got = other.generate(questions(tokenizer), params)
     assert tokens_of(got) == tokens_of(whole)
@@ -164,7 +178,7 @@ def test_a_thought_that_is_closed_by_force_ends_with_the_phrase(model, tokenizer
     closing = [*tokenizer.encode(phrase), tokenizer.token_id(END_THINK)]
     assert len(closing) > 2
     running = engine(model, tokenizer, thinking_end_phrase=phrase, **CUTS.get(cut, {}))
-    params = [replace(each, max_tokens=60, seed=seed) for seed in range(4) for each in MIXED]
+    params = [replace(each, max_tokens=30, seed=seed) for seed in range(4) for each in MIXED]
     num_forced = 0
     for (completion,), each in zip(running.generate(questions(tokenizer) * 4, params), params, strict=True):
         end = completion.token_ids.index(closing[-1]) + 1
@@ -259,12 +273,12 @@ def test_a_thought_comes_first_and_the_grammar_waits_for_its_end(model, tokenize
 
 
 @pytest.mark.parametrize("cut", ["", *CUTS])
-def test_a_budget_closes_the_thought_after_so_many_tokens_and_the_answer_follows(model, tokenizer, cut):
+def test_a_budget_closes_the_thought_after_so_many_tokens_and_the_answer_follows(model, tokenizer, uncut, cut):
     prompts = [render_prompt([Message("user", text)], tokenizer).token_ids for text in ("one", "numbers 4 6 15")]
     params = SamplingParams(max_tokens=25, seed=3, ignore_eos=True, thinking_token_budget=6)
-    free = engine(model, tokenizer).generate(prompts, replace(params, thinking_token_budget=None))
+    free = uncut("no budget", prompts, replace(params, thinking_token_budget=None))
     got = engine(model, tokenizer, **CUTS.get(cut, {})).generate(prompts, params)
-    whole = engine(model, tokenizer).generate(prompts, params)
+    whole = uncut("a budget", prompts, params)
     closing = tokenizer.token_id(END_THINK)
     for (mine,), (same,), (unbound,) in zip(got, whole, free, strict=True):
         assert mine.token_ids == same.token_ids

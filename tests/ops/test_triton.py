@@ -366,7 +366,7 @@ PACKED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kind", PACKED, ids=str)
 @pytest.mark.parametrize("tokens", [1, 9, 40])
 def test_mixed_packed_experts_equal_the_reference_with_the_numbers_they_stand_for(tokens, kind):
-    experts, topk, dim, width, num_shared = 4, 2, 256, 128, 2
+    experts, topk, dim, width, num_shared = 4, 2, 128, 128, 2
     x, residual = draw(tokens, dim), draw(tokens, dim, seed=1)
     ids = torch.rand(tokens, experts).topk(topk).indices.to(DEVICE)
     ids[tokens // 2, 1] = -1
@@ -398,7 +398,7 @@ def test_products_with_packed_weights_equal_those_with_the_numbers_they_stand_fo
 
 
 @pytest.mark.parametrize("kind", PACKED, ids=str)
-@pytest.mark.parametrize("shape", [(33, 256), (2, 3, 130, 128)])
+@pytest.mark.parametrize("shape", [(33, 256), (2, 1, 130, 128)])
 def test_packed_weights_are_made_dense_to_the_last_bit(shape, kind):
     weight, dense = packed(*shape, **kind)
     assert triton_packed.dequantize_supports(weight, DTYPE) is None
@@ -495,10 +495,10 @@ def test_filtered_samples_equal_the_references(vocab, top_k, top_p, min_p):
         None if value is None else torch.where(on, value, off).to(kind)
         for value, off, kind in ((top_k, 0, torch.int64), (top_p, 1.0, torch.float32), (min_p, 0.0, torch.float32))
     ]
-    for seed in range(2 if INTERPRETED else 20):
+    for seed in range((1 if vocab > 1000 else 2) if INTERPRETED else 20):
         uniforms = torch.rand(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
         if seed == 0:
-            uniforms[:4], uniforms[4:] = 0.0, 1 - 2**-53
+            uniforms[:2], uniforms[6:] = 0.0, 1 - 2**-53
         assert triton_sample.sample_supports(logits, temperature, uniforms, *filters) is None
         tokens, logprobs = triton_sample.sample(logits, temperature, uniforms, *filters)
         want, want_logprobs = sample.sample.reference(logits, temperature, uniforms, *filters)
