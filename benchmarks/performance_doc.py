@@ -4,6 +4,7 @@ python benchmarks/performance_doc.py
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,11 @@ def written(text: str) -> str:
     """`text` with each table as the results have it now."""
     tables = {
         "h200": engine_table("engine_gpu"),
-        "alone": [*engine_table("engine_gpu_alone"), *alone_lines()],
+        "alone": engine_table("engine_gpu_alone"),
+        "long": long_table(),
+        "ready": ready_table(),
+        "load": load_table(),
+        "fp8": fp8_table(),
         "h100": engine_table("engine_gpu_h100"),
         "mtp": mtp_table(),
         "kernels": kernel_table(),
@@ -71,17 +76,16 @@ def _file(name: str) -> dict[str, Any]:
 
 def engine_table(name: str) -> list[str]:
     rows = results(name)
-    is_h200 = any("peer" in row and row["peer"] for row in rows.values())
-    lines = _head(
-        "work", "tokens/s (spread)", *(["vLLM 0.24", "ratio", "bar", "share of the limit"] if is_h200 else [])
-    )
-    lines = _measured(name) + lines
-    copy = f"{rows['copy-tbps']['value']:.2f} TB/s"
-    lines.append(_line("copy, read and written", copy, *([""] * 4 if is_h200 else [])))
+    has_peer = any("peer" in row and row["peer"] for row in rows.values())
+    more = ["vLLM 0.24", "ratio", "bar", "share of the limit"] if has_peer else ["ms a step", "of which the host"]
+    lines = _measured(name) + _head("work", "tokens/s (spread)", *more)
+    lines.append(_line("copy, read and written", f"{rows['copy-tbps']['value']:.2f} TB/s", *([""] * len(more))))
     for id, work in WORK.items():
         row = rows[id]
         cells = [work, f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"]
-        if is_h200:
+        if not has_peer:
+            cells += [f"{row['step_ms']:.2f}", f"{row['host_ms']:.2f}"] if "step_ms" in row else ["", ""]
+        else:
             ratio = rows[f"{id}-vs-vllm"]
             cells += [f"{row['peer']:,.0f}", f"{ratio['value']:.2f}", f"{ratio['limit']:.2f}"]
             cells.append(f"{row['value'] / LIMITS[id]:.0%}")
@@ -91,12 +95,14 @@ def engine_table(name: str) -> list[str]:
 
 def two_gpu_table() -> list[str]:
     found = results("engine_gpu_tp")
-    lines = [*_measured("engine_gpu_tp"), "| work | one GPU (tokens/s) | two | ratio |", "|---|---|---|---|"]
-    for work, name in (("decode, batch 1", "b1"), ("decode, batch 64", "b64"), ("prefill, 32 x 512", "")):
+    lines = _measured("engine_gpu_tp") + _head(
+        "work", "one GPU (tokens/s)", "two, `tensor_parallel`", "ratio", "two, `expert_parallel`", "ratio"
+    )
+    for work, name in (("decode, batch 16", "b16"), ("decode, batch 64", "b64"), ("prefill, 32 x 512", "")):
         kind = f"decode-{{}}-{name}" if name else "prefill-{}"
-        one, two = (found[kind.format(gpus)] for gpus in ("1gpu", "2gpu-tensor"))
-        speeds = " | ".join(f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})" for row in (one, two))
-        lines.append(f"| {work} | {speeds} | {two['value'] / one['value']:.2f} |")
+        one, *both = (found[kind.format(gpus)] for gpus in ("1gpu", "2gpu-tensor", "2gpu-expert"))
+        cells = [cell for two in both for cell in (_spread(two), f"{two['value'] / one['value']:.2f}")]
+        lines.append(_line(work, _spread(one), *cells))
     return lines
 
 
@@ -160,11 +166,53 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{row['value']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"
 
 
-def alone_lines() -> list[str]:
-    """What the engine's run measured besides speeds."""
-    row = results("engine_gpu_alone")["decode-ctx64k-added-ms"]
-    added = f"{row['value']:.2f} ms ({row['low']:.2f} to {row['high']:.2f})"
-    return [_line("63k more tokens of context add to a step of batch 1", added)]
+def long_table() -> list[str]:
+    row = results("engine_gpu_long")["decode-ctx64k-added-ms"]
+    added = f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+    lines = _measured("engine_gpu_long") + _head("batch 1", "ms (spread)", "bar")
+    return [*lines, _line("63k more tokens of context add to a step", added, f"{row['limit']}")]
+
+
+def ready_table() -> list[str]:
+    """Stages of a process that has its compiled kernels on disk, and of one that has none."""
+    rows = results("ready_gpu")
+    later, first = rows["ready-16b-seconds"], rows["ready-16b-first-seconds"]
+    stages = {"start": "start of Python, imports", "weights": "31 GB of weights", "engine": "engine and cache",
+              "graphs": "kernels and graphs", "first token": "first token"}  # fmt: skip
+    lines = _measured("ready_gpu") + _head("stage, seconds", "kernels on disk", "none yet")
+    for stage, name in stages.items():
+        lines.append(_line(name, *(f"{row['stages'][stage]:.1f}" for row in (later, first))))
+    total = f"{later['value']:.1f} ({later['low']:.1f} to {later['high']:.1f})"
+    return [*lines, _line("all", total, f"{first['value']:.1f}")]
+
+
+def load_table() -> list[str]:
+    """Requests that arrive at random, as `kogia bench --rate` reports them."""
+    load = _file("engine_gpu_load")["load"]
+    lines = _head("ms", "median", "90%", "99%")
+    for name, key in (("to the first token", "ttft"), ("between tokens", "itl"), ("a token, over the whole", "tpot")):
+        lines.append(_line(name, *(f"{load[f'{part}_{key}_ms']:.0f}" for part in ("median", "p90", "p99"))))
+    return lines
+
+
+def fp8_table() -> list[str]:
+    """Products in FP8 beside bf16."""
+    products, steps = results("training_fp8_products"), results("training_fp8")
+    lines = _measured("training_fp8") + _head("product", "bf16, TFLOP/s (spread)", "FP8 (spread)", "ratio")
+    pairs = [("64 experts, 98,304 x 1,408 x 2,048", steps["grouped-bf16"], steps[_fastest(steps)])]
+    for shape in ("16384x10944x2048", "16384x2048x10944", "16384x3072x2048"):
+        dense, outer = (
+            [products[f"{kind}-{dtype}-{shape}"] for dtype in ("bf16", "fp8")] for kind in ("dense", "outer")
+        )
+        pairs += [(f"dense, {shape.replace('x', ' x ')}", *dense), (f"its weight's gradient, {shape[6:]}", *outer)]
+    return lines + [
+        _line(name, _spread(bf16), _spread(fp8), f"{fp8['value'] / bf16['value']:.2f}") for name, bf16, fp8 in pairs
+    ]
+
+
+def _fastest(rows: dict[str, dict[str, Any]]) -> str:
+    tried = [id for id in rows if re.match(r"grouped-fp8-r\d", id)]
+    return max(tried, key=lambda id: rows[id]["value"])
 
 
 def kernel_table() -> list[str]:
