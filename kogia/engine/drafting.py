@@ -5,8 +5,8 @@ behind it, as its settings differ from request to request; another graph counts 
 module and leaves newest token, length and next drafts where the next step finds them. So the next step can be launched
 before anyone knows how many drafts stood.
 
-On a CPU sampling without filters is recorded as well. The host then fills in the numbers where they are read, and reads
-the tokens where they stand: between the two there is no Python but three calls.
+On a CPU sampling is recorded as well, and all three are one graph. The host then fills in the numbers where they are
+read, and reads the tokens where they stand: between the two there is no Python but one call.
 
 A sequence with fewer drafts than k, near its end or after a step without drafts, runs all the same: what is too much is
 written to nobody's slot, and its samples do not count.
@@ -88,14 +88,15 @@ class DraftStep:
         self.nobody = nobody(cache, state, num_blocks)
         self.numbers = torch.from_numpy(np.tile(self.nobody, (size, 1))).to(device)
         """What the step reads, as `DraftGraphs.layout` makes it."""
+        self.host = np.empty(0, dtype=np.int64) if device.type != "cpu" else self.numbers.numpy()
+        """The same where a CPU reads it."""
         self.samples = torch.zeros(tokens, dtype=torch.int64, device=device)
         """What was sampled, for `draft`."""
-        self.seeds, self.temperature = torch.zeros_like(self.samples), torch.zeros(tokens, device=device)
-        """How `draw` draws each sample."""
-        self.logprobs = torch.zeros_like(self.temperature)
+        self.logprobs = torch.zeros(tokens, device=device)
         """What `draw` says of `samples`."""
+        self.drawing = SampleSettings.off(tokens, device)
         self._settings: Settings | None = None
-        """Those that `seeds` and `temperature` are of."""
+        """Those that `drawing` is of."""
         self.segments, self.ones = (
             Segments(torch.arange(size + 1, device=device) * length, np.full(size, length, dtype=np.int64))
             for length in (self.width, 1)
@@ -103,7 +104,8 @@ class DraftStep:
         self.contexts = np.full(size, num_blocks * cache.cache.block_size)
         self.active, self.active_drafts = experts.own(tokens, device), experts.own(size, device)
         self.verified: Verified | None = None
-        self.graphs: RecordedDrafts | None = None
+        self.graphs: RecordedDrafts | Graph | None = None
+        """A single one where drawing is a part of it."""
 
     @property
     def _tables(self) -> Int[Tensor, "seqs blocks"]:
@@ -122,11 +124,11 @@ class DraftStep:
         self.verified = Verified(self.model.logits(hidden), hidden, step, found)
 
     def draw(self) -> None:
-        """Sample behind every token that was run, without filters."""
-        found = self.verified
+        """Sample behind every token that was run."""
+        found, (seeds, temperature, *filters) = self.verified, self.drawing
         assert found is not None, "nothing was verified"
-        uniforms = counter_uniforms(self.seeds, found.inputs.sample_positions)
-        self.samples, self.logprobs = sample(found.logits, self.temperature, uniforms)
+        uniforms = counter_uniforms(seeds, found.inputs.sample_positions)
+        self.samples, self.logprobs = sample(found.logits, temperature, uniforms, *filters)
 
     def draft(self) -> None:
         """Accept drafts by `samples`, run the MTP module, and put down the next drafts; see `Runner._draft`."""
@@ -151,23 +153,46 @@ class DraftStep:
         """The token behind each position, as the module says. (A benchmark knows better: hence `positions`.)"""
         return most_likely_tokens(self.model.mtp_logits(0, hidden))
 
+    def whole(self) -> None:
+        """All of the step, on a CPU."""
+        self.verify()
+        self.draw()
+        self.draft()
+
     def take_settings(self, settings: Settings) -> None:
         """Draw as these requests ask for; nobody draws greedily."""
         if settings is self._settings:
             return
         count = len(settings.rows) * self.width
-        seeds, temperature = self.seeds.numpy(), self.temperature.numpy()
-        seeds[:count] = np.repeat(settings.seed, self.width)
-        temperature[:count], temperature[count:] = np.repeat(settings.temperature, self.width), 0
+        asked = settings.seed, settings.temperature, settings.top_k, settings.top_p, settings.min_p
+        for target, values in zip(self.drawing, asked, strict=True):
+            target.numpy()[:count] = np.repeat(values, self.width)
+        self.drawing.temperature[count:] = 0
+        put_settings(self.host, settings)
+        self.host[len(settings.rows) :] = self.nobody
         self._settings = settings
 
 
+class SampleSettings(NamedTuple):
+    """How each sample is drawn."""
+
+    seeds: Int[Tensor, " samples"]
+    temperature: Float[Tensor, " samples"]
+    top_k: Int[Tensor, " samples"]
+    top_p: Float[Tensor, " samples"]
+    min_p: Float[Tensor, " samples"]
+
+    @classmethod
+    def off(cls, samples: int, device: torch.device) -> "SampleSettings":
+        """All greedy."""
+        zeros, none = torch.zeros(samples, device=device), torch.zeros(samples, dtype=torch.int64, device=device)
+        return cls(none, zeros, none.clone(), torch.ones_like(zeros), zeros.clone())
+
+
 class RecordedDrafts(NamedTuple):
-    """A step's parts in their order."""
+    """A step's parts in their order; the host draws in between."""
 
     verify: Graph
-    draw: Graph | None
-    """On a CPU."""
     draft: Graph
 
 
@@ -187,14 +212,18 @@ class DraftGraphs:
     ) -> None:
         """Of up to `most` sequences of up to `longest` tokens, with the engine's own number of experts."""
         self.model, self.cache, self.state, self.experts = model, cache, state, experts
-        self.is_gpu = model.device.type == "cuda"
+        self.draws = model.device.type == "cpu"
+        """Whether `run` makes steps whole: drawing is recorded with them."""
         self.width = 1 + len(state.drafts)
+        self._columns = np.arange(-1, self.width - 1)
         self.sizes = recorded_sizes(most, model.device, model.config.vocab_size, self.width)
         ahead = self.width + cache.lookahead
         """Positions past the known tokens that a step looks at."""
         self.contexts = [length for length in CONTEXTS if length < longest + ahead] + [longest + ahead]
         self._recorded: dict[tuple[int, int], DraftStep] = {}
         self.recorder = Recorder(model.device)
+        self._drafts = state.drafts.numpy() if self.draws else np.empty((0, 0), dtype=np.int64)
+        """Those of `state`, where the host may read them."""
 
     @property
     def most(self) -> int:
@@ -210,7 +239,7 @@ class DraftGraphs:
     def kinds(self) -> list[tuple[int, int]]:
         """Sequences and longest context of every step, the largest first, whose memory the smaller ones share. None on
         a CPU; see `DecodeGraphs`."""
-        if not self.is_gpu:
+        if self.draws:
             return []
         return [(size, context) for context in reversed(self.contexts) for size in reversed(self.sizes)]
 
@@ -222,30 +251,24 @@ class DraftGraphs:
         """Go through the recording of one kind."""
         self._record(size, self._num_blocks(context), recorder)
 
-    def draws(self, settings: Settings) -> bool:
-        """Whether `run` takes steps of such requests."""
-        return not (self.is_gpu or settings.is_filtered)
-
     def run(self, plan: StepPlan, table: SequenceTable) -> Arrived:
-        """A whole step on a CPU, of requests that `draws` takes: tokens and log-probabilities of the real sequences, as
-        many of each, and their next drafts."""
+        """A whole step on a CPU: tokens and log-probabilities of the real sequences, as many of each, and their next
+        drafts."""
         size, num_blocks = self._kind(plan)
         step = self._at(size, num_blocks)
-        assert step.graphs is not None and step.graphs.draw is not None, "on a CPU drawing is recorded"
-        numbers = step.numbers.numpy()
-        self._fill(numbers, plan, table)
-        numbers[len(plan.rows) :] = step.nobody
         step.take_settings(table.settings(plan.rows))
-        for graph in (step.graphs.verify, step.graphs.draw, step.graphs.draft):
-            graph.replay()
+        self._fill(step.host, plan, table)
+        assert not (step.graphs is None or isinstance(step.graphs, RecordedDrafts)), "recorded in one"
+        step.graphs.replay()
         count = len(plan.rows) * self.width
         tokens, logprobs = step.samples.numpy()[:count].copy(), step.logprobs.numpy()[:count].copy()
-        return Arrived({"tokens": tokens, "logprobs": logprobs, "drafts": self.state.drafts.numpy().T[plan.rows]})
+        return Arrived({"tokens": tokens, "logprobs": logprobs, "drafts": self._drafts[:, plan.rows].T})
 
     def layout(self, plan: StepPlan, table: SequenceTable) -> NDArray[np.int64]:
         """The numbers of a step, as its graphs read them."""
         size, num_blocks = self._kind(plan)
         numbers = np.tile(nobody(self.cache, self.state, num_blocks), (size, 1))
+        put_settings(numbers, table.settings(plan.rows))
         self._fill(numbers, plan, table)
         return numbers
 
@@ -261,13 +284,13 @@ class DraftGraphs:
         return -(-context // self.cache.cache.block_size)
 
     def _fill(self, numbers: NDArray[np.int64], plan: StepPlan, table: SequenceTable) -> None:
-        """Lay out the sequences of a plan. Length 0 stands for what the device knows."""
-        rows, count, tokens = plan.rows, len(plan.rows), slice(NUM_FIELDS, NUM_FIELDS + self.width)
-        known, fields = table.num_known[rows], numbers[:count]
-        fields[:, 0], fields[:, 2], fields[:, 3] = rows, plan.num_samples, table.settings(rows).max_length
-        fields[:, 1] = known * ~plan.is_pending
+        """Lay out what differs from step to step. Length 0 stands for what the device knows."""
+        rows, known, tokens = plan.rows, table.num_known[plan.rows], slice(NUM_FIELDS, NUM_FIELDS + self.width)
+        fields = numbers[: len(rows)]
+        fields[:, 1], fields[:, 2] = known, plan.num_samples
+        fields[plan.is_pending, 1] = 0
         fields[:, 4] = table.num_blocks[rows] * table.block_size
-        fields[:, tokens] = table.token_ids[rows[:, None], known[:, None] + np.arange(-1, self.width - 1)]
+        fields[:, tokens] = table.token_ids[rows[:, None], known[:, None] + self._columns]
         tables = fields[:, tokens.stop :]
         own = table.blocks[rows, : tables.shape[1]]
         width = own.shape[1]
@@ -279,7 +302,7 @@ class DraftGraphs:
         """Logits of the step that `layout` laid out, for nobody's sequences too. The next run overwrites them."""
         step = self._of(numbers)
         step.numbers.copy_(numbers)
-        assert step.graphs is not None
+        assert isinstance(step.graphs, RecordedDrafts)
         step.graphs.verify.replay()
         assert step.verified is not None
         return step.verified
@@ -288,7 +311,7 @@ class DraftGraphs:
         """After `verify`: what was sampled -> the next drafts, of the real sequences."""
         step = self._of(numbers)
         step.samples[: len(samples)].copy_(samples)
-        assert step.graphs is not None
+        assert isinstance(step.graphs, RecordedDrafts)
         step.graphs.draft.replay()
         return self.state.drafts[:, step.numbers[: len(samples) // self.width, 0]].T
 
@@ -304,11 +327,19 @@ class DraftGraphs:
     @torch.no_grad()
     def _record(self, size: int, num_blocks: int, recorder: Recorder) -> DraftStep:
         step = self.make(self.model, self.cache, self.state, self.experts, size, num_blocks)
+        if self.draws:
+            step.graphs = recorder.capture(step.whole)
+            return step
         verify = recorder.capture(step.verify)
-        verify.replay()  # what the others read while they are recorded
-        draw = None if self.is_gpu else recorder.capture(step.draw)
-        step.graphs = RecordedDrafts(verify, draw, recorder.capture(step.draft))
+        verify.replay()  # what the other reads while it is recorded
+        step.graphs = RecordedDrafts(verify, recorder.capture(step.draft))
         return step
+
+
+def put_settings(numbers: NDArray[np.int64], settings: Settings) -> None:
+    """Lay out what stays as it is while the same sequences run."""
+    count = len(settings.rows)
+    numbers[:count, 0], numbers[:count, 3] = settings.rows, settings.max_length
 
 
 def nobody(cache: WholeCache, state: DraftState, num_blocks: int) -> NDArray[np.int64]:

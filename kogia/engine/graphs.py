@@ -257,7 +257,8 @@ class DecodeGraphs:
         assert step.uniforms is not None, "beside a CPU they are recorded"
         graph, uniforms = step.uniforms
         graph.replay()
-        tokens, logprobs = sample_adjusted(step.logits, step.drawing.temperature, uniforms, *edits)
+        drawing = step.drawing
+        tokens, logprobs = sample_adjusted(step.logits, drawing.temperature, uniforms, *edits, *drawing.filters)
         return self._arrived(step, {"tokens": tokens.numpy(), "logprobs": logprobs.numpy()})
 
     def _arrived(self, step: RecordedStep, found: dict[str, NDArray]) -> Arrived:

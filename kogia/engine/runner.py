@@ -36,10 +36,10 @@ from kogia.model.layers import StepContext
 from kogia.model.packed import PackedTokens
 from kogia.model.routing import Routing
 from kogia.model.transformer import Transformer
-from kogia.ops.adjust import adjust_logits, sample_adjusted
+from kogia.ops.adjust import sample_adjusted
 from kogia.ops.drafts import accept_drafts, most_likely_tokens
 from kogia.ops.moe import Activation
-from kogia.ops.sample import counter_uniforms, sample, token_logprobs
+from kogia.ops.sample import counter_uniforms, sample
 from kogia.ops.segments import Segments
 
 
@@ -105,16 +105,17 @@ class Runner:
                 state = DraftState(self._newest, num_drafts)
                 self.draft_graphs = DraftGraphs(model, view, state, experts, len(table.requests), longest)
 
-    @torch.no_grad()
     def launch(self, plan: StepPlan, num_drafts: int = 0) -> Flight:
-        """Start a step: run every planned token, sample where the plan asks for it, draft `num_drafts` more.
-
-        Logits exist for sampled rows only.
-        """
+        """Start a step: run every planned token, sample where the plan asks for it, draft `num_drafts` more."""
         if self.graphs is not None and not num_drafts and self._is_recorded(plan, self.graphs):
             return self._replay(plan, token_runs(plan), self.graphs)
         if self.draft_graphs is not None and num_drafts and plan.only_newest and self.records_drafts(plan.rows):
             return self._verify(plan, self.draft_graphs)
+        return self._run(plan, num_drafts)
+
+    @torch.no_grad()
+    def _run(self, plan: StepPlan, num_drafts: int) -> Flight:
+        """A step that is not recorded. Logits exist for sampled rows only."""
         assert not (num_drafts and plan.is_pending.any()), "a step whose start the host does not know was not recorded"
         runs = token_runs(plan)
         upload = self._upload(plan, runs, num_drafts)
@@ -156,18 +157,19 @@ class Runner:
 
     def _replay(self, plan: StepPlan, runs: TokenRuns, graphs: DecodeGraphs) -> Flight:
         """A step in which every sequence runs one token: its graph, then the sampling, which is one too where there are
-        no rules and nothing comes with the samples, and one kernel on a CPU where there are rules without filters."""
+        no rules and nothing comes with the samples, and one kernel on a CPU where there are rules."""
         assert isinstance(self.view, WholeCache), "graphs know no other view"
         settings, token_ids = self.table.settings(plan.rows), self._token_ids(plan, runs)
         slots, contexts, tables = self.view.numbers(self.table, runs)
         step = graphs.run((token_ids, runs.positions, slots, contexts, settings.drawing), tables)
-        if settings.is_filtered in step.draws and not settings.has_top:
+        filtered = settings.is_filtered
+        if filtered in step.draws and not settings.has_top:
             if not settings.ruled:
-                return Flight(plan, graphs.draw(step, filtered=settings.is_filtered))
-            if not (graphs.is_gpu or settings.is_filtered):
+                return Flight(plan, graphs.draw(step, filtered=filtered))
+            if not graphs.is_gpu:
                 arrays = rule_arrays(self.table, plan, self.model.config.vocab_size)
                 edits = edits_of({name: torch.from_numpy(array) for name, array in arrays.items()})
-                found = graphs.draw(step, filtered=False) if edits is None else graphs.draw_adjusted(step, edits)
+                found = graphs.draw(step, filtered=filtered) if edits is None else graphs.draw_adjusted(step, edits)
                 return Flight(plan, found)
         upload = Upload(self._staging)
         self._put_sampling(upload, plan, np.cumsum(plan.counts))
@@ -177,9 +179,9 @@ class Runner:
         return Flight(plan, Download(Bundle(found)))
 
     def _verify(self, plan: StepPlan, graphs: DraftGraphs) -> Flight:
-        """A step in which every sequence runs its newest token and drafts: two graphs, and the sampling in between,
-        which is one too where `draws` says so."""
-        if graphs.draws(self.table.settings(plan.rows)):
+        """A step in which every sequence runs its newest token and drafts: two graphs and the sampling in between, or
+        one for all three."""
+        if graphs.draws:
             return Flight(plan, graphs.run(plan, self.table), graphs.width)
         upload, whole = Upload(self._staging), graphs.whole(plan)
         upload.put("step", graphs.layout(plan, self.table))
@@ -283,11 +285,8 @@ class Runner:
         filters = [upload.get(name) for name in ("top_k", "top_p", "min_p", "filtered")]
         if edits is None:
             tokens, logprobs = sample(logits, temperature, uniforms, *filters)
-        elif all(each is None for each in filters):
-            tokens, logprobs = sample_adjusted(logits, temperature, uniforms, *edits)
         else:
-            tokens, _ = sample(adjust_logits(logits, *edits), temperature, uniforms, *filters)
-            logprobs = token_logprobs(logits, temperature, tokens)
+            tokens, logprobs = sample_adjusted(logits, temperature, uniforms, *edits, *filters)
         return {"tokens": tokens, "logprobs": logprobs, **top_tokens(upload, logits)}
 
     def _draft(

@@ -395,10 +395,11 @@ class Scheduler:
         its reason is "error". Blocks that only rejected drafts needed go back. What was sampled for a sequence that
         has ended meanwhile is dropped.
         """
-        table, rows, samples = self.table, plan.rows, self._num_verified(plan)
-        settings, has_ended = table.settings(rows), table.has_ended[rows]
+        table, rows = self.table, plan.rows
+        settings, has_ended, known = table.settings(rows), table.has_ended[rows], table.num_known[rows]
+        samples = self._num_verified(plan, known)
         tokens, logprobs = plan.grid(result.tokens), plan.grid(result.logprobs, fill=0)
-        place = rows[:, None], table.num_known[rows][:, None] + np.arange(tokens.shape[1])
+        place = rows[:, None], known[:, None] + np.arange(tokens.shape[1])
         drafts = tokens if tokens.shape[1] == 1 else table.token_ids[place]
         num_new, stopped = count_new(tokens, drafts, samples, settings.stop_ids)
         is_finite = np.isfinite(logprobs)
@@ -410,7 +411,7 @@ class Scheduler:
             self._note_routes(plan, result.routes)
         table.token_ids[place], table.logprobs[place] = tokens, logprobs  # what is not gained stands behind the known
         self._advance(plan, samples, num_new, are_finite or np.logical_and.reduce(is_finite, axis=1))
-        full, gains = table.num_known[rows] >= settings.max_length, num_new > 0
+        full, gains = known + num_new >= settings.max_length, num_new > 0
         done = failed | (gains & (stopped | full))
         news = (done | (table.watched[rows] & gains)).nonzero()[0]
         outcomes: list[Outcome] = []
@@ -471,12 +472,14 @@ class Scheduler:
         assert request is not None, f"row {row} is empty"
         return request
 
-    def _num_verified(self, plan: StepPlan) -> NDArray[np.int64]:
-        """Samples that count, per entry of a plan that settles next: none past the greatest length, which a step that
-        was planned ahead could not know."""
+    def _num_verified(self, plan: StepPlan, known: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples that count, per entry of a plan that settles next, which has so many known tokens: none past the
+        greatest length, which a step that was planned ahead could not know."""
         if not self.config.num_draft_tokens:
             return plan.num_samples
-        room = self.table.settings(plan.rows).max_length - self.table.num_known[plan.rows]
+        room = self.table.settings(plan.rows).max_length - known
+        if not np.count_nonzero(room < plan.num_samples):
+            return plan.num_samples
         return np.minimum(np.maximum(room, 0), plan.num_samples)
 
     def _advance(
@@ -489,30 +492,31 @@ class Scheduler:
         """Move the counters, and each block tail back to what the known tokens need; `samples` are those that count."""
         table, rows, sampled = self.table, plan.rows, plan.num_samples > 0
         flights = table.num_flights[rows] - 1
-        rejects = False
+        rejected = None
         if self.config.num_draft_tokens:
-            rejected = plan.num_samples - num_new
-            rejects = bool(np.count_nonzero(rejected))
-            drafted = samples - (samples > 0)
-            self.num_drafted += int(np.add.reduce(drafted))
-            table.num_drafted[rows] += drafted
+            table.num_drafted[rows] += samples - (samples > 0)
             table.num_accepted[rows] += num_new - (num_new > 0)
-            table.num_computed[rows] -= rejected
+            self.num_drafted += int(samples.sum()) - int(np.count_nonzero(samples))
             table.num_drafts[rows] = 0
+            rejected = plan.num_samples - num_new
         table.num_known[rows] += num_new
         table.num_pending[rows] -= sampled
         table.num_flights[rows] = flights
         table.is_proved[rows] = sampled & is_finite & (flights == 0)
         self.num_flights -= 1
-        if rejects:
+        if rejected is not None and np.count_nonzero(rejected):
+            table.num_computed[rows] -= rejected
             self._trim(rows[sampled])
 
     def _trim(self, rows: NDArray[np.int64]) -> None:
         """Give back the blocks that only rejected drafts needed."""
         table = self.table
         ends = np.maximum(table.num_known[rows] + table.num_pending[rows], table.num_computed[rows]) + self.lookahead
+        owned = table.num_blocks[rows]
+        if not np.count_nonzero(owned * table.block_size - ends >= table.block_size):
+            return
         needed = -(-np.minimum(ends, table.max_cache_rows[rows]) // table.block_size)
-        for where in np.flatnonzero(table.num_blocks[rows] > needed).tolist():
+        for where in np.flatnonzero(owned > needed).tolist():
             row, keep = int(rows[where]), int(needed[where])
             self._release(row, table.row_blocks(row)[keep:])
             table.keep_blocks(row, keep)

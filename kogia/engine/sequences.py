@@ -33,7 +33,8 @@ class Settings:
         self.needs_tokens = bool(table.needs_tokens[rows].any())
         self.has_top = bool(table.num_top[rows].any())
         self.is_traced = bool(table.is_traced[rows].any())
-        top_k, top_p, min_p = table.top_k[rows], table.top_p[rows], table.min_p[rows]
+        self.top_k, self.top_p, self.min_p = table.top_k[rows], table.top_p[rows], table.min_p[rows]
+        top_k, top_p, min_p = self.top_k, self.top_p, self.min_p
         self.is_filtered = bool((((top_k != 0) | (top_p != 1) | (min_p != 0)) & (self.temperature > 0)).any())
         self.experts = _only(table.active_experts[rows]), _only(table.expert_threshold[rows])
         """(number, threshold) of all these rows; None for what differs among them."""

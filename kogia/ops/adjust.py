@@ -55,10 +55,15 @@ def sample_adjusted(
     penalties: Penalties | None = None,
     masks: Masks | None = None,
     bans: Int[Tensor, " banned"] | None = None,
+    top_k: Int[Tensor, " rows"] | None = None,
+    top_p: Float[Tensor, " rows"] | None = None,
+    min_p: Float[Tensor, " rows"] | None = None,
+    filtered: Int[Tensor, " some"] | None = None,
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """(token, log-probability in nats) per row, as `kogia.ops.sample.sample` without filters draws from the adjusted
-    logits; the log-probability is that under the logits as they were."""
-    tokens, _ = sample(adjust_logits(logits, bias, penalties, masks, bans), temperature, uniforms)
+    """(token, log-probability in nats) per row, as `kogia.ops.sample.sample` draws from the adjusted logits; the
+    log-probability is that under the logits as they were."""
+    filters = top_k, top_p, min_p, filtered
+    tokens, _ = sample(adjust_logits(logits, bias, penalties, masks, bans), temperature, uniforms, *filters)
     return tokens, token_logprobs(logits, temperature, tokens)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kogia.engine.rules import pack_bits
 from kogia.ops.adjust import Bias, Masks, Penalties, adjust_logits, sample_adjusted
 from kogia.ops.dispatch import use_backend
-from kogia.ops.sample import most_likely, token_logprobs
+from kogia.ops.sample import filter_logits, most_likely, token_logprobs
 
 VOCAB = 70
 TOKEN = st.integers(0, VOCAB - 1)
@@ -90,6 +90,27 @@ def test_tokens_are_drawn_from_adjusted_logits_and_scored_by_the_models_own(back
         assert wanted[token] > -math.inf
         assert cumulative[token] - uniforms[i] > -1e-5
         assert uniforms[i] - (cumulative[token - 1] if token else 0.0) > -1e-5
+
+
+@pytest.mark.parametrize("backend", sample_adjusted.backend_names)
+@settings(max_examples=40)
+@given(rows=st.lists(ROW, min_size=1, max_size=4), seed=st.integers(0, 99), top_k=st.integers(0, 9))
+def test_filters_see_the_adjusted_logits(backend, rows, seed, top_k):
+    if backend == "cpu" and sample_adjusted.backends("cpu")[0].load() is not None:
+        pytest.skip("no kernels for this processor")
+    random, count = torch.Generator().manual_seed(seed), len(rows)
+    logits = torch.randn(count, VOCAB, generator=random) * 3
+    uniforms, t = torch.rand(count, generator=random, dtype=torch.float64), torch.full((count,), 0.8)
+    filters = torch.full((count,), top_k), torch.rand(count, generator=random), torch.rand(count, generator=random) / 4
+    with use_backend(backend, ["sample_adjusted"]):
+        tokens, logprobs = sample_adjusted(logits, t, uniforms, *operands(rows), *filters)
+    kept = filter_logits(adjust_logits(logits, *operands(rows)) / 0.8, *filters)
+    torch.testing.assert_close(logprobs, token_logprobs(logits, t, tokens), rtol=1e-4, atol=1e-5)
+    cumulative = kept.double().softmax(-1).cumsum(-1)
+    for i, token in enumerate(tokens.tolist()):
+        assert kept[i, token] > -math.inf
+        assert cumulative[i, token] - uniforms[i] > -1e-5
+        assert uniforms[i] - (cumulative[i, token - 1] if token else 0.0) > -1e-5
 
 
 @pytest.mark.parametrize("backend", sample_adjusted.backend_names)

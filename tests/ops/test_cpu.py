@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -284,7 +284,45 @@ def test_samples_and_log_probabilities_are_those_of_the_reference(vocab, dtype):
         same = tokens == wanted
         assert same.sum() >= rows - 1, "a uniform may fall on an edge"
         torch.testing.assert_close(logprobs[same], its_logprobs[same].float(), rtol=1e-5, atol=1e-5)
-    assert "without filters" in str(cpu_sample.sample_supports(logits, temperature, uniforms, top_p=temperature))
+
+
+@torch.no_grad()
+@settings(max_examples=60)
+@given(
+    st.integers(0, 999),
+    st.sampled_from([1, 7, 40, 700]),
+    st.sampled_from([0.0, 0.5, 3.0, 60.0]),
+    st.sampled_from(NUMBERS),
+    st.sampled_from(["top_k", "top_p", "min_p", "all"]),
+)
+def test_filters_draw_the_tokens_of_the_reference(seed, vocab, spread, dtype, which):
+    """Logits that are all equal, that differ little, and whose powers vanish; filters that are off in some rows."""
+    random = torch.Generator().manual_seed(seed)
+    logits, rows = (torch.randn(24, vocab, generator=random) * spread).to(dtype), 24
+    temperature = torch.tensor([0.0, 0.3, 1.0, 2.0]).repeat(6)
+    uniforms = torch.rand(rows, generator=random, dtype=torch.float64)
+    filters = {
+        "top_k": torch.randint(0, min(vocab, 12) + 2, (rows,), generator=random),
+        "top_p": torch.rand(rows, generator=random).masked_fill(torch.arange(rows) % 3 == 0, 1.0),
+        "min_p": torch.rand(rows, generator=random).pow(3).masked_fill(torch.arange(rows) % 5 == 0, 0.0),
+    }
+    asked = filters if which == "all" else {which: filters[which]}
+    assert cpu_sample.sample_supports(logits, temperature, uniforms, **asked) is None
+    tokens, logprobs = cpu_sample.sample(logits, temperature, uniforms, **asked)
+    wanted, its_logprobs = sample.sample.reference(logits, temperature, uniforms, **asked)
+    same = tokens == wanted
+    assert same.sum() >= rows - 1, "a uniform may fall on an edge"
+    torch.testing.assert_close(logprobs[same], its_logprobs[same], rtol=1e-4, atol=1e-4)
+    scaled = logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None]
+    drawn = temperature > 0
+    kept = sample.filter_logits(scaled, **asked).gather(1, tokens[:, None])
+    assert kept[drawn].isfinite().all(), "a token that a filter drops was drawn"
+
+
+def test_filters_of_other_types_are_refused():
+    logits, temperature, uniforms = draw(2, 9), torch.ones(2), torch.rand(2)
+    assert "int64" in str(cpu_sample.sample_supports(logits, temperature, uniforms, top_k=temperature))
+    assert "float32" in str(cpu_sample.sample_supports(logits, temperature, uniforms, top_p=temperature.double()))
 
 
 @torch.no_grad()

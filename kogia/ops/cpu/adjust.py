@@ -7,7 +7,7 @@ from kogia.ops.adjust import Bias, Masks, Penalties
 from kogia.ops.cpu.common import DTYPES, Kernel, address, refusal
 from kogia.ops.cpu.sample import sample_supports
 
-_sample_adjusted = Kernel("kogia_sample_adjusted", "24q")
+_sample_adjusted = Kernel("kogia_sample_adjusted", "27q")
 _NO_BIAS, _NO_PENALTIES, _NO_MASKS = (0,) * 3, (0,) * 6, (0,) * 4
 
 
@@ -19,6 +19,10 @@ def sample_adjusted(
     penalties: Penalties | None = None,
     masks: Masks | None = None,
     bans: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    filtered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits are weighed once: what is adjusted changes a few powers of theirs, or takes some away."""
     rows, vocab = logits.shape
@@ -27,7 +31,7 @@ def sample_adjusted(
     uniforms = None if uniforms is None else uniforms.double()
     _sample_adjusted(
         DTYPES[logits.dtype], logits.data_ptr(), rows, vocab, temperature.data_ptr(), address(uniforms),
-        tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads(),
+        tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads(), *map(address, (top_k, top_p, min_p)),
         *(_NO_BIAS if bias is None else (bias.at.data_ptr(), bias.values.data_ptr(), len(bias.at))),
         *(_NO_PENALTIES if penalties is None else _penalty_fields(penalties)),
         *(_NO_MASKS if masks is None else (masks.rows.data_ptr(), masks.bits.data_ptr(), *masks.bits.shape)),
@@ -49,6 +53,10 @@ def sample_adjusted_supports(
     penalties: Penalties | None = None,
     masks: Masks | None = None,
     bans: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    filtered: Tensor | None = None,
 ) -> str | None:
     integers, floats = [] if bans is None else [bans], []
     if bias is not None:
@@ -59,7 +67,7 @@ def sample_adjusted_supports(
     if masks is not None:
         integers += masks.rows, masks.bits
     return (
-        sample_supports(logits, temperature, uniforms)
+        sample_supports(logits, temperature, uniforms, top_k, top_p, min_p)
         or refusal(*integers, dtypes=(torch.int64,))
         or refusal(*floats, dtypes=(torch.float32,))
     )

@@ -1119,6 +1119,9 @@ struct SampleArgs {
     int64_t* tokens;
     float* logprobs;
     int64_t threads;
+    const int64_t* top_k;  // of each row, where 0, 1 and 0 are off; null: off in all
+    const float* top_p;
+    const float* min_p;
 };
 
 struct UniformArgs {
@@ -1201,8 +1204,91 @@ int64_t drawn(const float* powers, int64_t vocab, double uniform) {
     return last;
 }
 
-int64_t chosen(const SampleArgs& a, int64_t r, const Weighed& w) {
-    if (a.temperature[r] != 0 && a.uniforms) return drawn(w.powers, a.vocab, a.uniforms[r]);
+constexpr int64_t BUCKETS = 1024, BUCKETS_OF_ONE = 32;  // of what tokens lie below the top; the last holds the rest
+
+int64_t bucket_of(const Weighed& w, int64_t i) {
+    float below = (w.top - w.scaled[i]) * BUCKETS_OF_ONE;
+    return below < float(BUCKETS - 1) ? int64_t(below) : BUCKETS - 1;
+}
+
+// The likeliest tokens of a row in their order, of equal ones the lower first, by buckets of which only those are sorted
+// that a filter cuts through. Tokens whose power is 0 are not among them.
+struct Ranking {
+    Weighed& w;
+    int64_t vocab;
+    int64_t counts[BUCKETS] = {};
+    double sums[BUCKETS] = {};  // of powers
+
+    Ranking(Weighed& weighed, int64_t size) : w(weighed), vocab(size) {
+        for (int64_t i = 0; i < vocab; i++)
+            if (w.powers[i] > 0) {
+                int64_t b = bucket_of(w, i);
+                counts[b]++, sums[b] += w.powers[i];
+            }
+    }
+
+    // Take the powers of what comes behind the first of a bucket, for as long as `stays` of each token in turn.
+    template <class F> void cut(int64_t bucket, F stays) {
+        int64_t* tokens = scratch<int64_t, 18>(counts[bucket]);
+        int64_t count = 0;
+        for (int64_t i = 0; i < vocab; i++) {
+            if (!(w.powers[i] > 0)) continue;
+            int64_t b = bucket_of(w, i);
+            if (b > bucket) w.powers[i] = 0;
+            else if (b == bucket) tokens[count++] = i;
+        }
+        auto before = [&](int64_t i, int64_t j) { return w.scaled[i] != w.scaled[j] ? w.scaled[i] > w.scaled[j] : i < j; };
+        std::sort(tokens, tokens + count, before);
+        int64_t kept = 0;
+        while (kept < count && stays(tokens[kept])) kept++;
+        for (int64_t i = kept; i < count; i++) w.powers[tokens[i]] = 0;
+        counts[bucket] = kept, sums[bucket] = 0;
+        for (int64_t i = 0; i < kept; i++) sums[bucket] += w.powers[tokens[i]];
+        std::fill(counts + bucket + 1, counts + BUCKETS, 0);
+        std::fill(sums + bucket + 1, sums + BUCKETS, 0.0);
+    }
+
+    void keep_first(int64_t k) {
+        int64_t seen = 0, b = 0;
+        while (b < BUCKETS && seen + counts[b] < k) seen += counts[b++];
+        if (b < BUCKETS) cut(b, [&](int64_t) { return seen++ < k; });
+    }
+
+    // The fewest whose probabilities, of all that is left, come to `p`; one at least.
+    void keep_share(double p) {
+        double whole = 0, before = 0;
+        for (double each : sums) whole += each;
+        int64_t b = 0;
+        while (b < BUCKETS && (!counts[b] || (before + sums[b]) / whole < p)) before += sums[b++];
+        bool is_first = before == 0;
+        if (b < BUCKETS)
+            cut(b, [&](int64_t token) {
+                bool stays = is_first || before / whole < p;
+                is_first = false, before += w.powers[token];
+                return stays;
+            });
+    }
+};
+
+// Take the powers of what a row's filters drop: top-k, then top-p, then min-p.
+void filter(const SampleArgs& a, int64_t r, Weighed& w) {
+    int64_t k = a.top_k ? a.top_k[r] : 0;
+    float p = a.top_p ? a.top_p[r] : 1, least = a.min_p ? a.min_p[r] : 0;
+    if (k > 0 || p < 1) {
+        Ranking ranking(w, a.vocab);
+        if (k > 0) ranking.keep_first(k);
+        if (p < 1) ranking.keep_share(p);
+    }
+    if (!(least > 0)) return;
+    const float floor = w.top + std::log(least);
+    for (int64_t i = 0; i < a.vocab; i++) w.powers[i] = w.scaled[i] < floor ? 0 : w.powers[i];
+}
+
+int64_t chosen(const SampleArgs& a, int64_t r, Weighed& w) {
+    if (a.temperature[r] != 0 && a.uniforms) {
+        filter(a, r, w);
+        return drawn(w.powers, a.vocab, a.uniforms[r]);
+    }
     return std::min<int64_t>(a.vocab - 1, std::find(w.scaled, w.scaled + a.vocab, w.top) - w.scaled);
 }
 

@@ -1,11 +1,11 @@
-"""Numbers to draw with, and choosing tokens where no filter is on."""
+"""Numbers to draw with, and choosing tokens."""
 
 import torch
 from torch import Tensor
 
 from kogia.ops.cpu.common import DTYPES, Kernel, address, refusal
 
-_sample = Kernel("kogia_sample", "9q")
+_sample = Kernel("kogia_sample", "12q")
 _uniforms = Kernel("kogia_uniforms", "4q")
 
 
@@ -29,14 +29,15 @@ def sample(
     min_p: Tensor | None = None,
     filtered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A pass for the largest logit, one for the sum of powers, and of those that are drawn one for the place."""
+    """A pass for the largest logit, one for the sum of powers, and of those that are drawn one for the place. Filters
+    take two more, in rows that have one on, and sort only near the places where they cut."""
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64)
     logprobs = torch.empty(rows, dtype=torch.float32)
     uniforms = None if uniforms is None else uniforms.double()
     _sample(
         DTYPES[logits.dtype], logits.data_ptr(), rows, vocab, temperature.data_ptr(), address(uniforms),
-        tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads(),
+        tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads(), *map(address, (top_k, top_p, min_p)),
     )  # fmt: skip
     return tokens, logprobs
 
@@ -50,10 +51,10 @@ def sample_supports(
     min_p: Tensor | None = None,
     filtered: Tensor | None = None,
 ) -> str | None:
-    if any(each is not None for each in (top_k, top_p, min_p)):
-        return "it draws without filters"
+    shares = [each for each in (top_p, min_p) if each is not None]
     return (
         refusal(logits)
-        or refusal(temperature, dtypes=(torch.float32,))
+        or refusal(temperature, *shares, dtypes=(torch.float32,))
+        or (None if top_k is None else refusal(top_k, dtypes=(torch.int64,)))
         or (None if uniforms is None else refusal(uniforms, dtypes=(torch.float32, torch.float64)))
     )
