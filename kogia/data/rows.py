@@ -202,7 +202,7 @@ def _reply(message: Message) -> str:
 def _without_thought(message: Message) -> Message:
     if message.role != "assistant":
         return message
-    _, closing, answer = canonical_reply(message.content).rpartition(END_THINK)
+    _, closing, answer = canonical_reply(message.content).partition(END_THINK)
     return Message("assistant", answer.removeprefix("\n\n") if closing else "")
 
 

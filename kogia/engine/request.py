@@ -155,7 +155,7 @@ class Completion:
 
     @property
     def thinking(self) -> str | None:
-        """What stands before the last `</think>`, stripped; None where nothing was thought."""
+        """What stands before the first `</think>`, stripped; None where nothing was thought."""
         return self._parsed.thinking
 
     @property

@@ -28,6 +28,7 @@ from kogia.plan.dry_run import print_dry_run, sampling_memory
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task
 from kogia.terminal import SamplingProgress
+from kogia.text.thoughts import num_thought_tokens
 from kogia.text.tokenizer import Tokenizer
 from kogia.train.lock import sole_writer
 
@@ -310,7 +311,7 @@ def sample_rows(answered: Answered, tokenizer: Tokenizer, *, greedy: bool) -> li
             "sample": GREEDY if greedy else index,
             "text": sample.completion.text,
             "num_tokens": len(sample.completion.token_ids),
-            "think_tokens": answered.prompt.num_thinking_tokens(sample.completion.token_ids, tokenizer),
+            "think_tokens": num_thought_tokens(sample.completion.token_ids, tokenizer, answered.prompt.opens_thought),
             "reward": sample.verdict.reward,
             "correct": sample.verdict.correct,
             "status": sample.verdict.status,

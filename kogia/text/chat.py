@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kogia.text.stream import num_tokens_within
 from kogia.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 from kogia.text.tools import DEEPSEEK, ToolFormat, describe_tools, tool_format
 
@@ -64,7 +63,7 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class ParsedResponse:
     thinking: str | None
-    """Text before the last `</think>`, stripped; None when there is none."""
+    """Text before the first `</think>`, stripped; None when there is none."""
     answer: str
     """Text after it, stripped; empty when the thought was never closed."""
     closed: bool
@@ -93,28 +92,21 @@ class Prompt:
             return completion_text
         if _begins_thought(completion_text):
             return completion_text.lstrip().removeprefix(THINK).removeprefix("\n")
-        return completion_text if END_THINK in completion_text else f"{END_THINK}\n\n{completion_text}"
+        return f"{END_THINK}\n\n{completion_text}"
 
     def own(self, canonical: str) -> str:
         """What the model itself writes after this prompt: the inverse of `canonical`, and of `canonical_reply`."""
         if self.opens_thought:
             return canonical.removeprefix(f"{THINK}\n")
-        thought, closing, answer = canonical.rpartition(END_THINK)
+        thought, closing, answer = canonical.partition(END_THINK)
         if not closing or _begins_thought(thought):
             return canonical
         return f"{THINK}\n{canonical}" if thought.strip() else answer.lstrip("\n")
 
     def parse(self, completion_text: str) -> ParsedResponse:
-        """Splits a completion of this prompt. Where neither of them opens or closes a thought, all is answer."""
+        """Splits a completion of this prompt where a `ThoughtSplitter` does. Where neither of them opens a thought, all
+        is answer."""
         return parse_response(self.canonical(completion_text))
-
-    def num_thinking_tokens(self, token_ids: Sequence[int], tokenizer: Tokenizer) -> int:
-        """Tokens of a completion before its last `</think>`, or all of them when its thought was never closed."""
-        text = tokenizer.decode(token_ids)
-        end = text.rfind(END_THINK)
-        if end < 0:
-            return len(token_ids) if self.opens_thought or _begins_thought(text) else 0
-        return num_tokens_within(token_ids, tokenizer, end)
 
 
 def render_text(messages: Sequence[Message], *, bos: str = BOS, eos: str = EOS) -> str:
@@ -260,7 +252,7 @@ def render_example(
     opening tag to the model, the example has it in the completion.
     """
     reply = canonical_reply(completion_text)
-    thinks = reply.startswith(THINK) or bool(reply.rpartition(END_THINK)[0].strip())
+    thinks = reply.startswith(THINK) or bool(reply.partition(END_THINK)[0].strip())
     prompt = render_prompt(messages, tokenizer, True if thinks and has_thinking_switch(tokenizer) else None)
     completion = [*tokenizer.encode(prompt.own(reply)), tokenizer.eos_id]
     return prompt.token_ids + completion, [0] * len(prompt.token_ids) + [1] * len(completion)
@@ -274,7 +266,7 @@ def canonical_reply(text: str, reasoning: str | None = None) -> str:
     """
     opening = _OPENING.match(text)
     inner = text[opening.end() :] if opening else text
-    thought, closing, answer = inner.rpartition(END_THINK)
+    thought, closing, answer = inner.partition(END_THINK)
     if not closing:
         thought, answer = (inner, "") if opening else ("", text)
     given = (reasoning or "").strip().removeprefix(THINK).removesuffix(END_THINK).strip()
@@ -289,8 +281,9 @@ def canonical_reply(text: str, reasoning: str | None = None) -> str:
 
 
 def parse_response(canonical: str) -> ParsedResponse:
-    """Splits a canonical completion at its last `</think>`. A thought that was cut off has no answer to score."""
-    thinking, closing, answer = canonical.rpartition(END_THINK)
+    """Splits a canonical completion at its first `</think>`, the rule of `ThoughtSplitter`: what a reader was shown as
+    the answer cannot become thought later. A thought that was cut off has no answer to score."""
+    thinking, closing, answer = canonical.partition(END_THINK)
     if not closing:
         return ParsedResponse(thinking=canonical.strip() or None, answer="", closed=False)
     return ParsedResponse(thinking=thinking.strip() or None, answer=answer.strip(), closed=True)

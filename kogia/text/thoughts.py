@@ -40,7 +40,7 @@ class ThoughtSplitter:
     def _open(self) -> bool:
         """Whether it is known if the text begins with a tag."""
         start = self._pending.lstrip()
-        if THINK.startswith(start):
+        if start != THINK and THINK.startswith(start):
             return False
         self._may_open = False
         if start.startswith(THINK):

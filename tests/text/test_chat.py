@@ -14,7 +14,7 @@ from kogia.text.chat import (
     render_prompt,
     render_text,
 )
-from kogia.text.thoughts import num_thought_tokens
+from kogia.text.thoughts import ThoughtSplitter, num_thought_tokens
 from kogia.text.tokenizer import BOS, CHAT_TEMPLATE, END_THINK, EOS, THINK, Tokenizer, train_bpe
 
 TOKENIZER = train_bpe([f"numbers {a} {b} target {a + b} no\n" for a in range(30) for b in range(9)], 500)
@@ -138,14 +138,14 @@ def test_an_example_is_what_the_model_itself_writes_after_its_template(tmp_path,
     ("text", "thinking", "answer", "closed"),
     [
         ("a b no\n</think>\n(1+2)", "a b no", "(1+2)", True),
-        ("one</think>two</think>three", "one</think>two", "three", True),
+        ("one</think>two</think>three", "one", "two</think>three", True),
         ("</think>\n7", None, "7", True),
         ("thought\n</think>\n", "thought", "", True),
         ("cut off: the answer is 7", "cut off: the answer is 7", "", False),
         ("", None, "", False),
     ],
 )
-def test_a_response_splits_at_the_last_end_of_thought(text, thinking, answer, closed):
+def test_a_response_splits_at_the_first_end_of_thought(text, thinking, answer, closed):
     parsed = parse_response(text)
     assert (parsed.thinking, parsed.answer, parsed.closed) == (thinking, answer, closed)
 
@@ -154,12 +154,12 @@ def test_a_response_splits_at_the_last_end_of_thought(text, thinking, answer, cl
     ("text", "thinking", "answer", "closed"),
     [
         ("<think>\na b\n</think>\n\n7", "a b", "7", True),
-        ("\n<think>a</think>b</think>7", "a</think>b", "7", True),
+        ("\n<think>a</think>b</think>7", "a", "b</think>7", True),
         ("<think>\n\n</think>\n\n7", None, "7", True),
         ("<think>\ncut off: 7", "cut off: 7", "", False),
         ("<think>", None, "", False),
         (" 7 and <think> 8", None, "7 and <think> 8", True),
-        ("no opening tag</think>7", "no opening tag", "7", True),
+        ("no opening tag</think>7", None, "no opening tag</think>7", True),
         ("", None, "", True),
     ],
 )
@@ -170,9 +170,18 @@ def test_a_response_to_a_prompt_that_opens_no_thought_may_open_one_itself(text, 
     assert parse_response(prompt.canonical(text)) == parsed
 
 
-@given(st.text(), st.text().filter(lambda text: END_THINK not in text))
+@given(st.text().filter(lambda text: END_THINK not in text), st.text())
 def test_whatever_was_thought_the_answer_is_read_back(thinking, answer):
     assert parse_response(f"{thinking}{END_THINK}\n{answer}").answer == answer.strip()
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "</thi", "nk>", " ", "\n", "a", "7"]), max_size=12), st.booleans())
+def test_a_completion_and_a_stream_of_it_have_the_same_thought_and_answer(pieces, opens_thought):
+    splitter = ThoughtSplitter(opens_thought)
+    parts = [splitter.push(piece) for piece in pieces] + [splitter.finish()]
+    thought, answer = ("".join(each).strip() for each in zip(*parts, strict=True))
+    parsed = Prompt([], opens_thought).parse("".join(pieces))
+    assert (parsed.thinking or "", parsed.answer) == (thought, answer)
 
 
 @pytest.mark.parametrize("messages", [(), (Message("user", "q"), Message("assistant", "a"))])
@@ -237,19 +246,19 @@ def test_what_a_model_writes_reads_back_as_it_was_meant(prompt, canonical):
     assert prompt.canonical(prompt.own(canonical)) == canonical
 
 
-def test_thinking_tokens_end_at_the_last_closing_tag():
+def test_thinking_tokens_end_at_the_first_closing_tag():
     end = TOKENIZER.token_id("</think>")
-    assert INSIDE.num_thinking_tokens([9, 9, end, 9, end, 9], TOKENIZER) == 4
-    assert INSIDE.num_thinking_tokens([9, 9, 9], TOKENIZER) == 3
-    assert INSIDE.num_thinking_tokens([end], TOKENIZER) == 0
-    assert INSIDE.num_thinking_tokens([], TOKENIZER) == 0
+    assert num_thought_tokens([9, 9, end, 9, end, 9], TOKENIZER, True) == 2
+    assert num_thought_tokens([9, 9, 9], TOKENIZER, True) == 3
+    assert num_thought_tokens([end], TOKENIZER, True) == 0
+    assert num_thought_tokens([], TOKENIZER, True) == 0
 
 
 def test_thinking_tokens_where_the_prompt_opens_no_thought():
     begin, end = TOKENIZER.token_id("<think>"), TOKENIZER.token_id("</think>")
-    assert OUTSIDE.num_thinking_tokens([9, 9, 9], TOKENIZER) == 0
-    assert OUTSIDE.num_thinking_tokens([begin, 9, 9], TOKENIZER) == 3
-    assert OUTSIDE.num_thinking_tokens([begin, 9, end, 9], TOKENIZER) == 2
+    assert num_thought_tokens([9, 9, 9], TOKENIZER, False) == 0
+    assert num_thought_tokens([begin, 9, 9], TOKENIZER, False) == 3
+    assert num_thought_tokens([begin, 9, end, 9], TOKENIZER, False) == 2
 
 
 def test_thinking_tokens_where_the_tag_is_no_token(tmp_path):
@@ -257,7 +266,7 @@ def test_thinking_tokens_where_the_tag_is_no_token(tmp_path):
     thought = tokenizer.encode("The answer")
     ids = [*thought, *tokenizer.encode("</think>"), *tokenizer.encode("7")]
     assert len(ids) > len(thought) + 2
-    assert INSIDE.num_thinking_tokens(ids, tokenizer) == len(thought)
+    assert num_thought_tokens(ids, tokenizer, True) == len(thought)
 
 
 def test_tokens_of_a_thought_that_is_shown_are_those_before_the_tag_that_ends_it():
