@@ -175,7 +175,9 @@ def test_whatever_was_thought_the_answer_is_read_back(thinking, answer):
     assert parse_response(f"{thinking}{END_THINK}\n{answer}").answer == answer.strip()
 
 
-@given(st.lists(st.sampled_from(["<think>", "</think>", "</thi", "nk>", " ", "\n", "a", "7"]), max_size=12), st.booleans())
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "</thi", "nk>", " ", "\n", "a", "7"]), max_size=12), st.booleans()
+)
 def test_a_completion_and_a_stream_of_it_have_the_same_thought_and_answer(pieces, opens_thought):
     splitter = ThoughtSplitter(opens_thought)
     parts = [splitter.push(piece) for piece in pieces] + [splitter.finish()]

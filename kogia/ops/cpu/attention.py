@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kogia.ops.cache import LatentRow, LayerCache
-from kogia.ops.cpu.common import DTYPES, Kernel, alike_refusal, refusal, width_block
+from kogia.ops.cpu.common import DTYPES, Kernel, alike_refusal, refusal
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
 
@@ -38,10 +38,6 @@ def cached_attention_supports(
     row = cache.row
     if index is not None or (isinstance(row, LatentRow) and row.fp8):
         return "it attends to dense rows, without an indexer"
-    value_width = row.latent if isinstance(row, LatentRow) else row.head_dim
-    block = width_block(q.dtype)
-    if q.shape[2] % block or value_width % block:
-        return f"it takes keys and values of a multiple of {block} numbers, not {q.shape[2]} and {value_width}"
     if cache.block_tables.stride(-1) != 1:
         return f"it takes block tables whose rows lie side by side, not strides {cache.block_tables.stride()}"
     whole = (cache.context_lens, segments.cu_seqlens)

@@ -13,8 +13,6 @@ from kogia.ops.packed import Packed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """As the kernels know them."""
 HALF, INT8, INT4, FULL = 0, 1, 2, 3
-WIDTHS = {HALF: 32, INT8: 32, INT4: 64, FULL: 16}
-"""Format, dense ones by their dtype -> what rows of a weight must be multiples of, in numbers."""
 _DENSE = {torch.bfloat16: HALF, torch.float32: FULL}
 NO_WEIGHT = (0, 0, 0, 0, 0)
 
@@ -64,23 +62,17 @@ def weight_refusal(weight: Tensor | Packed, x: Tensor) -> str | None:
         if weight.dtype not in _DENSE or x.dtype != weight.dtype:
             return f"it takes dense weights in bfloat16 or float32 with rows alike, not {weight.dtype} with {x.dtype}"
         whole = weight.is_contiguous()
-        kind = _DENSE[weight.dtype]
     elif weight.format in ("int8", "int4"):
         whole = weight.data.is_contiguous() and weight.scale.is_contiguous()
         whole = whole and (weight.zero is None or weight.zero.is_contiguous())
-        kind = INT8 if weight.format == "int8" else INT4
+        group = weight_fields(weight)[-1]
+        if group and group != 32 and group % 64:
+            return f"it takes int4 groups of 32 or of a multiple of 64 numbers, not {group}"
     else:
         return f"it takes dense, int8 and int4 weights, not {weight.format}"
     if not whole:
         return "it takes contiguous weights"
-    if weight_width(weight) % WIDTHS[kind]:
-        return f"it takes rows of a multiple of {WIDTHS[kind]} numbers, not {weight_width(weight)}"
     return None
-
-
-def width_block(dtype: torch.dtype) -> int:
-    """What rows that a kernel reads as operands of products must be multiples of, in numbers: 64 bytes."""
-    return 64 // dtype.itemsize
 
 
 def alike_refusal(first: Tensor, *others: Tensor) -> str | None:

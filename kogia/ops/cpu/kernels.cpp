@@ -79,14 +79,20 @@ template <class T> struct Dense {
     static void tile(const char* const* x, const float*, const Row* w, int64_t in, int64_t, float* const* out) {
         Floats sums[M][N];
         for (auto& row : sums) for (auto& each : row) each = zeros();
-        for (int64_t i = 0; i < in; i += STEP) {
+        auto add = [&](int64_t i, auto... count) {
             decltype(operands(w->data)) b[N];
-            for (int n = 0; n < N; n++) b[n] = operands(w[n].data + i), fetch(w[n].data + i);
+            for (int n = 0; n < N; n++) b[n] = operands(w[n].data + i, count...);
             for (int m = 0; m < M; m++) {
-                auto a = operands(reinterpret_cast<const T*>(x[m]) + i);
+                auto a = operands(reinterpret_cast<const T*>(x[m]) + i, count...);
                 for (int n = 0; n < N; n++) sums[m][n] = dot(sums[m][n], a, b[n]);
             }
+        };
+        int64_t i = 0;
+        for (; i + STEP <= in; i += STEP) {
+            for (int n = 0; n < N; n++) fetch(w[n].data + i);
+            add(i);
         }
+        if (i < in) add(i, in - i);
         for (int m = 0; m < M; m++) store_sums(sums[m], out[m]);
     }
 };
@@ -102,14 +108,20 @@ struct Int8 {
     static void tile(const char* const* x, const float* scales, const Row* w, int64_t in, int64_t, float* const* out) {
         Ints sums[M][N];
         for (auto& row : sums) for (auto& each : row) each = no_ints();
-        for (int64_t i = 0; i < in; i += 2 * LANES) {
+        auto add = [&](int64_t i, auto... count) {
             Ints b[N];
-            for (int n = 0; n < N; n++) b[n] = load_bytes(w[n].data + i), fetch(w[n].data + i);
+            for (int n = 0; n < N; n++) b[n] = load_bytes(w[n].data + i, count...);
             for (int m = 0; m < M; m++) {
-                Ints a = load_shorts(reinterpret_cast<const int16_t*>(x[m]) + i);
+                Ints a = load_shorts(reinterpret_cast<const int16_t*>(x[m]) + i, count...);
                 for (int n = 0; n < N; n++) sums[m][n] = dot(sums[m][n], a, b[n]);
             }
+        };
+        int64_t i = 0;
+        for (; i + 2 * LANES <= in; i += 2 * LANES) {
+            for (int n = 0; n < N; n++) fetch(w[n].data + i);
+            add(i);
         }
+        if (i < in) add(i, in - i);
         for (int m = 0; m < M; m++) {
             Floats wide[N];
             for (int n = 0; n < N; n++) wide[n] = to_floats(sums[m][n]);
@@ -119,7 +131,9 @@ struct Int8 {
     }
 };
 
-constexpr int64_t CHUNK = 64;  // columns of INT4 whose even ones come first in a prepared row, then its odd ones
+// Columns of INT4 whose even ones come first in a prepared row, then its odd ones. Groups are of 32, or of whole chunks.
+constexpr int64_t CHUNK = 64;
+int64_t chunk_of(int64_t group) { return std::min(group, CHUNK); }
 
 struct Int4 {
     static constexpr int ROWS = ROWS_AT_ONCE > 1 ? ROWS_AT_ONCE / 2 : 1;
@@ -138,20 +152,27 @@ struct Int4 {
             Ints part[M][N], zero[N];
             for (auto& row : part) for (auto& each : row) each = no_ints();
             for (int n = 0; n < N; n++) zero[n] = all_shorts(w[n].zero ? w[n].zero[g] : 8);
-            for (int64_t i = g * group; i < (g + 1) * group; i += CHUNK) {
-                for (int64_t j = 0; j < CHUNK / 2; j += 2 * LANES) {
-                    Ints low[N], high[N];
-                    for (int n = 0; n < N; n++) {
-                        Ints pairs = load_bytes(w[n].data + i / 2 + j);
-                        fetch(w[n].data + i / 2 + j);
-                        low[n] = subtract(low_nibbles(pairs), zero[n]);
-                        high[n] = subtract(high_nibbles(pairs), zero[n]);
-                    }
-                    for (int m = 0; m < M; m++) {
-                        const int16_t* row = reinterpret_cast<const int16_t*>(x[m]) + i + j;
-                        Ints even = load_shorts(row), odd = load_shorts(row + CHUNK / 2);
-                        for (int n = 0; n < N; n++) part[m][n] = dot(dot(part[m][n], even, low[n]), odd, high[n]);
-                    }
+            auto add = [&](int64_t i, int64_t half, auto... count) {  // pairs from column i on
+                Ints low[N], high[N];
+                for (int n = 0; n < N; n++) {
+                    Ints pairs = load_bytes(w[n].data + i / 2, count...);
+                    low[n] = subtract(low_nibbles(pairs), zero[n]);
+                    high[n] = subtract(high_nibbles(pairs), zero[n]);
+                }
+                for (int m = 0; m < M; m++) {
+                    const int16_t* row = reinterpret_cast<const int16_t*>(x[m]) + i / (2 * half) * (2 * half);
+                    row += i / 2 % half;
+                    Ints even = load_shorts(row, count...), odd = load_shorts(row + half, count...);
+                    for (int n = 0; n < N; n++) part[m][n] = dot(dot(part[m][n], even, low[n]), odd, high[n]);
+                }
+            };
+            if (group < CHUNK && group < 4 * LANES) {
+                add(g * group, group / 2, group / 2);
+            } else {
+                const int64_t half = chunk_of(group) / 2;
+                for (int64_t i = g * group; i < (g + 1) * group; i += 4 * LANES) {
+                    for (int n = 0; n < N; n++) fetch(w[n].data + i / 2);
+                    add(i, half);
                 }
             }
             for (int n = 0; n < N; n++) {
@@ -171,7 +192,7 @@ int largest_code(int64_t in) {
     return int(std::min<int64_t>(32767, int64_t(std::numeric_limits<int32_t>::max()) * LANES / (127 * in)));
 }
 
-template <class T> void quantise(const T* x, int64_t in, Format format, int16_t* out, float* scale) {
+template <class T> void quantise(const T* x, int64_t in, Format format, int64_t group, int16_t* out, float* scale) {
     float most = 0;
     bool finite = true;
     for (int64_t i = 0; i < in; i++) {
@@ -189,24 +210,26 @@ template <class T> void quantise(const T* x, int64_t in, Format format, int16_t*
         for (int64_t i = 0; i < in; i++) out[i] = code(widen(x[i]));
         return;
     }
-    for (int64_t c = 0; c < in; c += CHUNK)
-        for (int64_t j = 0; j < CHUNK / 2; j++) {
+    const int64_t chunk = chunk_of(group);
+    for (int64_t c = 0; c < in; c += chunk)
+        for (int64_t j = 0; j < chunk / 2; j++) {
             out[c + j] = code(widen(x[c + 2 * j]));
-            out[c + CHUNK / 2 + j] = code(widen(x[c + 2 * j + 1]));
+            out[c + chunk / 2 + j] = code(widen(x[c + 2 * j + 1]));
         }
 }
 
 // What products of a format take for `count` rows of `in` numbers; quantised ones lie in scratch memory of the tag.
 template <int TAG>
-Rows prepared(const char* x, int64_t dtype, int64_t count, int64_t in, int64_t format, int64_t threads) {
-    if (format == HALF || format == FULL) return {x, in * (format == HALF ? 2 : 4), nullptr};
+Rows prepared(const char* x, int64_t dtype, int64_t count, int64_t in, const Weight& w, int64_t threads) {
+    if (w.format == HALF || w.format == FULL) return {x, in * (w.format == HALF ? 2 : 4), nullptr};
+    const Format format = Format(w.format);
     int16_t* codes = scratch<int16_t, TAG>(count * in);
     float* scales = scratch<float, TAG>(count);
     parallel(count, count * in < 1 << 15 ? 1 : threads, [&](int64_t r) {
         if (dtype == BFLOAT16)
-            quantise(reinterpret_cast<const bf16*>(x) + r * in, in, Format(format), codes + r * in, scales + r);
+            quantise(reinterpret_cast<const bf16*>(x) + r * in, in, format, w.group, codes + r * in, scales + r);
         else
-            quantise(reinterpret_cast<const float*>(x) + r * in, in, Format(format), codes + r * in, scales + r);
+            quantise(reinterpret_cast<const float*>(x) + r * in, in, format, w.group, codes + r * in, scales + r);
     });
     return {reinterpret_cast<const char*>(codes), in * 2, scales};
 }
@@ -301,7 +324,7 @@ struct LinearArgs {
 template <class T> void linear(const LinearArgs& a) {
     const int64_t width = a.rows > 8 ? 64 : 256;
     int64_t threads = bytes_of(a.w, a.out_features, a.in) < WORTH_A_THREAD ? 1 : a.threads;
-    Rows x = prepared<0>(a.x, a.dtype, a.rows, a.in, a.w.format, threads);
+    Rows x = prepared<0>(a.x, a.dtype, a.rows, a.in, a.w, threads);
     const T* bias = reinterpret_cast<const T*>(a.bias);
     T* out = reinterpret_cast<T*>(a.out);
     parallel((a.out_features + width - 1) / width, threads, [&](int64_t item) {
@@ -485,8 +508,8 @@ template <class T> void mix_experts(const ExpertArgs& a) {
     for (const Crowd& each : crowds)
         if (!by_format[each.gate.format].data)
             by_format[each.gate.format] =
-                each.gate.format == INT4 ? prepared<2>(a.x, a.dtype, a.tokens, a.dim, INT4, a.threads)
-                                         : prepared<0>(a.x, a.dtype, a.tokens, a.dim, each.gate.format, a.threads);
+                each.gate.format == INT4 ? prepared<2>(a.x, a.dtype, a.tokens, a.dim, each.gate, a.threads)
+                                         : prepared<0>(a.x, a.dtype, a.tokens, a.dim, each.gate, a.threads);
     float* hidden = scratch<float, 3>(total);
     int16_t* codes = scratch<int16_t, 4>(total);  // of bfloat16 or of int16, by the format of `down`
     float* code_scales = scratch<float, 4>(copies);
@@ -513,7 +536,7 @@ template <class T> void mix_experts(const ExpertArgs& a) {
             if (c.down.format == HALF)
                 for (int64_t i = 0; i < c.width; i++) to[i] = int16_t(narrow(from[i]));
             else
-                quantise(from, c.width, Format(c.down.format), to, code_scales + c.first + r);
+                quantise(from, c.width, Format(c.down.format), c.down.group, to, code_scales + c.first + r);
         }
     });
     const int64_t cut = most > 8 ? 64 : 128, cuts = (a.dim + cut - 1) / cut;
@@ -732,14 +755,24 @@ template <class T> void write_latent(const WriteArgs& a) {
 constexpr int TILE = 8, KEYS = 32, SPAN = 32;  // queries, keys and columns at once
 
 // sums[m][c] += sum_j weights[m][j] * rows[j][c], j < count. In bfloat16 rows and weights go two by two: there is one
-// more behind an odd count, of weight 0. The order of the columns of `sums` within each SPAN is its own; `settled` puts
-// them right.
+// more behind an odd count, of weight 0. The order of the columns of `sums` within each whole SPAN is its own; `settled`
+// puts them right.
+template <int M, class T>
+void weighted_rest(const T* const* rows, int64_t count, const T* const* weights, int64_t first, int64_t width, float* sums) {
+    for (int m = 0; m < M; m++)
+        for (int64_t j = 0; j < count; j++) {
+            const float weight = widen(weights[m][j]);
+            for (int64_t c = first; c < width; c++) sums[m * width + c] += weight * widen(rows[j][c]);
+        }
+}
+
 template <int M>
 void weighted_rows(const bf16* const* rows, int64_t count, const bf16* const* weights, int64_t width, float* sums) {
     int64_t pairs = (count + 1) / 2;
     auto both = [&](int m, int64_t j) { return reinterpret_cast<const uint32_t*>(weights[m])[j]; };
 #if defined(__AVX512BF16__)
-    for (int64_t c = 0; c < width; c += SPAN) {
+    const int64_t whole = width / SPAN * SPAN;
+    for (int64_t c = 0; c < whole; c += SPAN) {
         __m512 low[M], high[M];
         for (int m = 0; m < M; m++) low[m] = load(sums + m * width + c), high[m] = load(sums + m * width + c + 16);
         for (int64_t j = 0; j < pairs; j++) {
@@ -754,21 +787,24 @@ void weighted_rows(const bf16* const* rows, int64_t count, const bf16* const* we
         for (int m = 0; m < M; m++) store(sums + m * width + c, low[m]), store(sums + m * width + c + 16, high[m]);
     }
 #else
+    const int64_t whole = width / LANES * LANES;
     for (int m = 0; m < M; m++)
         for (int64_t j = 0; j < pairs; j++) {
             Floats one = all(widen(bf16(both(m, j)))), two = all(widen(bf16(both(m, j) >> 16)));
-            for (int64_t c = 0; c < width; c += LANES) {
+            for (int64_t c = 0; c < whole; c += LANES) {
                 float* at = sums + m * width + c;
                 Floats first = multiply_add(one, load(rows[2 * j] + c), load(at));
                 store(at, multiply_add(two, load(rows[2 * j + 1] + c), first));
             }
         }
 #endif
+    if (whole < width) weighted_rest<M>(rows, count, weights, whole, width, sums);
 }
 
 template <int M>
 void weighted_rows(const float* const* rows, int64_t count, const float* const* weights, int64_t width, float* sums) {
-    for (int64_t c = 0; c < width; c += LANES) {
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES) {
         Floats total[M];
         for (int m = 0; m < M; m++) total[m] = load(sums + m * width + c);
         for (int64_t j = 0; j < count; j++) {
@@ -777,6 +813,7 @@ void weighted_rows(const float* const* rows, int64_t count, const float* const* 
         }
         for (int m = 0; m < M; m++) store(sums + m * width + c, total[m]);
     }
+    if (c < width) weighted_rest<M>(rows, count, weights, c, width, sums);
 }
 
 // Of the first `many` of TILE rows; more may be computed.
@@ -792,16 +829,16 @@ void settled(const float* sums, int64_t width, float factor, float* out) {
 }
 
 void settled(const float* sums, int64_t width, float factor, bf16* out) {
+    int64_t c = 0;
 #if defined(__AVX512BF16__)
-    for (int64_t c = 0; c < width; c += SPAN)
+    for (; c + SPAN <= width; c += SPAN)
         for (int lane = 0; lane < 4; lane++)
             for (int i = 0; i < 4; i++) {
                 out[c + 8 * lane + i] = narrow(sums[c + 4 * lane + i] * factor);
                 out[c + 8 * lane + 4 + i] = narrow(sums[c + 16 + 4 * lane + i] * factor);
             }
-#else
-    for (int64_t c = 0; c < width; c++) out[c] = narrow(sums[c] * factor);
 #endif
+    for (; c < width; c++) out[c] = narrow(sums[c] * factor);
 }
 
 struct AbsorbArgs {
@@ -821,16 +858,19 @@ template <class T> void absorb(const AbsorbArgs& a, int64_t head, int64_t first)
     int many = int(std::min<int64_t>(TILE, a.tokens - first));
     float* sums = scratch<float, 1>(TILE * a.latent);
     std::fill(sums, sums + TILE * a.latent, 0.0f);
+    T held[TILE][KEYS];
     const T* weights[TILE];
-    auto query = [&](int m) {
-        return reinterpret_cast<const T*>(a.q) + (first + std::min(m, many - 1)) * a.q_token + head * a.q_head;
-    };
+    for (int m = 0; m < TILE; m++) weights[m] = held[std::min(m, many - 1)];
+    auto query = [&](int m) { return reinterpret_cast<const T*>(a.q) + (first + m) * a.q_token + head * a.q_head; };
     for (int64_t j = 0; j < a.nope; j += KEYS) {
         int64_t count = std::min<int64_t>(KEYS, a.nope - j);
         const T* rows[KEYS];
-        for (int64_t i = 0; i < count; i++)
-            rows[i] = reinterpret_cast<const T*>(a.w_uk) + head * a.w_head + (j + i) * a.w_row;
-        for (int m = 0; m < TILE; m++) weights[m] = query(m) + j;
+        for (int64_t i = 0; i < KEYS; i++)
+            rows[i] = reinterpret_cast<const T*>(a.w_uk) + head * a.w_head + (j + std::min(i, count - 1)) * a.w_row;
+        for (int m = 0; m < many; m++) {
+            std::copy(query(m) + j, query(m) + j + count, held[m]);
+            if (count % 2) held[m][count] = T(0);
+        }
         weighted_rows(rows, count, weights, many, a.latent, sums);
     }
     for (int m = 0; m < many; m++) {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kogia.ops.cache import LatentRow, LayerCache
-from kogia.ops.cpu.common import DTYPES, Kernel, alike_refusal, refusal, width_block
+from kogia.ops.cpu.common import DTYPES, Kernel, alike_refusal, refusal
 
 _write = Kernel("kogia_write_latent", "6q 3q d 3q")
 _absorb = Kernel("kogia_absorb_query", "9q 3q 4q")
@@ -64,11 +64,8 @@ def absorb_query(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def absorb_query_supports(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> str | None:
-    _, nope, latent = w_uk.shape
-    pairs = q.dtype == torch.bfloat16 and (nope % 2 or q.stride(1) % 2 or q.stride(0) % 2)
-    if pairs or latent % width_block(q.dtype) or q.stride(2) != 1:
-        block = width_block(q.dtype)
-        return f"it takes an even part without rotation and latents of a multiple of {block}, not {nope} and {latent}"
+    if q.stride(2) != 1:
+        return f"it takes queries whose numbers lie side by side, not strides {q.stride()}"
     return _matrix_refusal(w_uk, q) or refusal(cos, sin, dtypes=(torch.float32,))
 
 
@@ -84,8 +81,6 @@ def project_values(mixed: Tensor, w_uv: Tensor) -> Tensor:
 
 
 def project_values_supports(mixed: Tensor, w_uv: Tensor) -> str | None:
-    if w_uv.shape[2] % width_block(mixed.dtype):
-        return f"it takes latents of a multiple of {width_block(mixed.dtype)}, not {w_uv.shape[2]}"
     return _matrix_refusal(w_uv, mixed)
 
 

@@ -3,7 +3,8 @@
 //   Floats   LANES float32                        Ints    2 * LANES int16, or their LANES int32 sums
 //   Halves   2 * LANES bfloat16
 //
-// `operands` loads as many numbers of a row as fill a register, whatever their type, and `dot` adds their products.
+// `operands` loads as many numbers of a row as fill a register, whatever their type, and `dot` adds their products. With
+// a count fewer are loaded, and zeros stand behind them.
 #pragma once
 
 #include <cmath>
@@ -83,6 +84,15 @@ inline Ints load_bytes(const int8_t* p) {
 inline Ints load_bytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Halves operands(const bf16* p, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, p); }
+inline Floats operands(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p); }
+inline Ints load_shorts(const int16_t* p, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, p); }
+inline Ints load_bytes(const int8_t* p, int64_t count) {
+    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << count) - 1, p));
+}
+inline Ints load_bytes(const uint8_t* p, int64_t count) {
+    return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8((1u << count) - 1, p));
+}
 inline Ints all_shorts(int x) { return _mm512_set1_epi16(short(x)); }
 inline Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
 inline Ints high_nibbles(Ints x) { return _mm512_srli_epi16(x, 4); }
@@ -135,6 +145,16 @@ inline Ints load_bytes(const int8_t* p) {
 inline Ints load_bytes(const uint8_t* p) {
     return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// As many numbers as fill a register, the first `count` from memory.
+template <class T, int N> struct Part {
+    alignas(32) T numbers[N] = {};
+    Part(const T* p, int64_t count) { std::memcpy(numbers, p, size_t(count) * sizeof(T)); }
+};
+inline Halves operands(const bf16* p, int64_t count) { return operands(Part<bf16, 16>(p, count).numbers); }
+inline Floats operands(const float* p, int64_t count) { return load(Part<float, 8>(p, count).numbers); }
+inline Ints load_shorts(const int16_t* p, int64_t count) { return load_shorts(Part<int16_t, 16>(p, count).numbers); }
+inline Ints load_bytes(const int8_t* p, int64_t count) { return load_bytes(Part<int8_t, 16>(p, count).numbers); }
+inline Ints load_bytes(const uint8_t* p, int64_t count) { return load_bytes(Part<uint8_t, 16>(p, count).numbers); }
 inline Ints all_shorts(int x) { return _mm256_set1_epi16(short(x)); }
 inline Ints low_nibbles(Ints x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
 inline Ints high_nibbles(Ints x) { return _mm256_srli_epi16(x, 4); }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kogia.ops.cpu.common import Kernel, plain_refusal, width_block
+from kogia.ops.cpu.common import Kernel, plain_refusal
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
 
@@ -82,6 +82,6 @@ def varlen_attention_supports(
     if index is not None or keys is not None:
         return "it attends within sequences, without an indexer"
     for each in (q, k, v):
-        if each.shape[2] % width_block(torch.float32) or each.stride(2) != 1:
+        if each.shape[2] % 16 or each.stride(2) != 1:
             return f"it takes queries, keys and values of a multiple of 16 numbers side by side, not {each.shape[2]}"
     return plain_refusal(q, k, v)
