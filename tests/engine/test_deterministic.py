@@ -109,8 +109,8 @@ def test_likeliest_tokens_prompts_and_penalties_have_the_same_bits_too(chunk):
 
 
 def test_without_it_company_does_change_bits():
-    model = build_model(LATENT, seed=2)
-    plain = [engine(model, deterministic=False, max_batch_tokens=n).generate([PROMPT], PARAMS)[0][0] for n in (1, 300)]
+    model, prompts = build_model(LATENT, seed=2), [PROMPT * 3]  # more rows than a CPU's kernels keep in one order
+    plain = [engine(model, deterministic=False, max_batch_tokens=n).generate(prompts, PARAMS)[0][0] for n in (1, 300)]
     assert bits(plain[0])[1] != bits(plain[1])[1]
 
 
@@ -124,7 +124,8 @@ def test_what_is_computed_is_what_the_engine_computes_otherwise(name, options):
     got = engine(model, **options).generate([PROMPT], params)[0][0]
     want = engine(model, deterministic=False, **options).generate([PROMPT], params)[0][0]
     assert got.token_ids == want.token_ids
-    torch.testing.assert_close(torch.tensor(got.logprobs), torch.tensor(want.logprobs), rtol=1e-4, atol=1e-4)
+    near = 2e-3 if "cache_dtype" in options else 1e-4  # a number next to an edge of FP8 is rounded to either side
+    torch.testing.assert_close(torch.tensor(got.logprobs), torch.tensor(want.logprobs), rtol=near, atol=near)
 
 
 def test_what_has_no_invariant_form_is_refused_before_anything_is_built():
