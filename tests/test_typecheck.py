@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 from typecheck import jaxtyped
@@ -41,7 +40,7 @@ class Later:
 
 def test_a_name_that_is_not_there_yet_is_anything_and_one_that_is_what_it_says():
     assert later(object(), 3, 4) is None
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeCheckError):
         later(object(), "3")
 
 
@@ -60,11 +59,11 @@ def test_wrong_arguments_and_answers_are_found():
         lambda: count("3"),
     ]
     for call in wrong:
-        with pytest.raises((BeartypeCallHintViolation, TypeCheckError)):
+        with pytest.raises(TypeCheckError):
             call()
     assert list(count(3)) == [0, 1, 2] and Pair(torch.ones(2), torch.zeros(2)).second.sum() == 0
 
 
 def test_the_package_is_checked():
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeCheckError):
         expert_counts(torch.ones(4, 2), 8)  # floats are no ids
