@@ -27,6 +27,7 @@ from kogia.data.config import SourceConfig
 from kogia.data.sources import read_source
 from kogia.engine.config import EngineConfig
 from kogia.eval.config import EvalConfig
+from kogia.eval.partial import find_partial
 from kogia.eval.run import evaluate_tasks
 from kogia.model.costs import num_active_params, num_params
 from kogia.model.packed import pack
@@ -160,6 +161,8 @@ def task_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def evaluated(args: argparse.Namespace, name: str, compare: Path | None) -> list[dict[str, Any]]:
+    """Summaries by task; goes on where it was interrupted."""
+    out = args.work / name / "evals"
     gsm8k = {"path": str(args.work / "raw/gsm8k_test.jsonl.gz"), "instruction": ""}
     return evaluate_tasks(
         EvalConfig(
@@ -170,7 +173,8 @@ def evaluated(args: argparse.Namespace, name: str, compare: Path | None) -> list
             num_samples=0,
             greedy=True,
             max_tokens=args.max_tokens,
-            out=str(args.work / name / "evals"),
+            out=str(out),
+            resume=any(find_partial(out, f"heldout-{task}") for task in TASKS),
             name="heldout",
             compare=None if compare is None else str(compare),
             engine=EngineConfig(max_sequences=128),
