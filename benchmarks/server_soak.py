@@ -1,6 +1,6 @@
-"""Does anything stay behind? 10,000 requests, hostile and clumsy ones among them, on a server with few cache blocks.
+"""Does anything stay behind? 15,000 requests, hostile and clumsy ones among them, on a server with few cache blocks.
 
-    python benchmarks/server_soak.py [--requests 10000] [--clients 12] [--out benchmarks/results/server_soak.json]
+    python benchmarks/server_soak.py [--requests 15000] [--clients 12] [--out benchmarks/results/server_soak.json]
 
 The demonstration's model with random weights on a CPU, and room for 40 blocks of 16 tokens, less than the clients ask
 for at once. Of 20 requests four leave in the middle of a stream, one is junk (bytes, broken or nested JSON, wrong
@@ -10,9 +10,11 @@ tools, formats, log-probabilities. What is counted:
 
 * `server-soak-leaked-blocks`: blocks that are held when nothing runs any more, by the server's own metrics;
 * `server-soak-5xx`: answers of 500 and above, but 503; and work that did not end with 200, 429 or 503;
-* `server-soak-memory-percent`: how much the server's resident memory grows from the end of the warm-up, a quarter of
-  all requests, to the end. It is read (VmRSS) after each twentieth, when nothing runs; the figure is the mean of the
-  last five readings over that of the first five behind the warm-up, `low` and `high` are extremes of single readings.
+* `server-soak-memory-percent`: how much the server's resident memory grows from the end of the warm-up, a third of all
+  requests, to the end. In it what is bounded fills: steps of every size are recorded, the grammars compiled, the
+  tokenizer's words kept, and malloc's heaps get their holes. Memory is read (VmRSS) after each thirtieth, when nothing
+  runs; the figure is the mean of the last five readings over that of the first five behind the warm-up, `low` and
+  `high` are extremes of single readings.
 """
 
 import argparse
@@ -32,8 +34,8 @@ from result import row, write_result
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
-READINGS = 20
-WARM = READINGS // 4
+READINGS = 30
+WARM = READINGS // 3
 BAR = 2.0
 WORDS = ["--port", "0", "--device", "cpu", "--engine.num-blocks", "40", "--engine.max-sequences", "8"]
 TOOL = {"name": "pick", "parameters": {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}}
@@ -41,7 +43,7 @@ TOOL = {"name": "pick", "parameters": {"type": "object", "properties": {"n": {"e
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=15_000)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/server_soak.json"))
     args = parser.parse_args()
