@@ -88,7 +88,11 @@ class SamplingParams(FilteredSamplingConfig):
             raise ValueError(
                 f"min_tokens = {self.min_tokens}: is more than max_tokens = {self.max_tokens}; lower it, or raise that"
             )
-
+        if not isinstance(self.response_format, ResponseFormat | None):
+            raise ValueError(
+                f"response_format = {self.response_format!r:.80}: must be a kogia.ResponseFormat, such as "
+                "ResponseFormat(json=schema)"
+            )
         if self.response_format is not None and self.ignore_eos:
             raise ValueError(
                 "ignore_eos with response_format: an answer in a format ends with the end token; leave it out"

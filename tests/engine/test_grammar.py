@@ -523,6 +523,10 @@ def test_formats_need_a_tokenizer_and_the_end_token(model, tokenizer):
         engine(model, None).add([5], SamplingParams(thinking_token_budget=5))
     with pytest.raises(ValueError, match="ignore_eos with response_format"):
         asked("choice", ignore_eos=True)
+    params = asked("choice")
+    object.__setattr__(params, "response_format", {"type": "json"})  # past the tests' check of types
+    with pytest.raises(ValueError, match=r"response_format = \{'type': 'json'\}: must be a kogia.ResponseFormat"):
+        params.__post_init__()
     with pytest.raises(ValueError, match="thinking_token_budget = 0: must be at least 1.* turn thinking off"):
         SamplingParams(thinking_token_budget=0)
 
