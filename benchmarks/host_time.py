@@ -46,8 +46,6 @@ class Idle:
             Idle.weights.sum()
             Idle.seconds += time.perf_counter() - started
 
-    def pool(self) -> None: ...
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,11 +154,12 @@ def idle_engine(batch: int, *, stream: bool = False) -> Any:
         vocab_size=64, dim=16, num_layers=1, ffn_dim=16, attention=mla, moe=None, max_position=4096, init_std=0.2
     )
 
-    def run_once(work: Callable[[], Any], *_: Any) -> Idle:
+    def run_once(_: Any, work: Callable[[], Any]) -> Idle:
         work()
         return Idle()
 
-    graphs.capture = run_once
+    recorder: Any = graphs.Recorder
+    recorder.capture = run_once
     graphs.recorded_sizes = lambda most, *_: list(range(1, most + 1))
     engine_module.why_not = lambda *_: None
     settings = EngineConfig(block_size=64, num_blocks=10000, max_sequences=256, max_batch_tokens=32768, overlap=True)
