@@ -35,10 +35,11 @@ class StrictRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def strict(request: Request) -> Response:
+        async def strict(given: Request) -> Response:
+            request = StrictRequest(given.scope, given.receive)  # one alone reads the body, which comes once
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if request.method == "POST" and kind != "application/json" and await request.body():
                 raise ApiError(f"content-type = {shown(kind)}: must be application/json", 415)
-            return await handle(StrictRequest(request.scope, request.receive))
+            return await handle(request)
 
         return strict

@@ -44,6 +44,12 @@ def test_a_body_of_another_type_is_refused(server):
         assert kind.split(";")[0] in refusal(response, 415)["message"]
 
 
+@pytest.mark.parametrize("headers", [{}, JSON, {"content-type": "text/plain"}])
+def test_a_request_without_a_body_is_answered_whatever_type_it_names(server, headers):
+    response = httpx.post(server.url + CHAT, headers=headers, timeout=5)
+    assert "the body is missing" in refusal(response)["message"]
+
+
 def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(server):
     content = b" " * (MOST_BODY_BYTES + 1)
     refusal(httpx.post(server.url + CHAT, content=content, headers=JSON), 413)
