@@ -11,9 +11,9 @@ from pathlib import Path
 from starlette.requests import Request
 
 from kogia import log
+from kogia.serve.config import operators_text
 from kogia.serve.errors import ApiError
 from kogia.serve.exchange import current
-from kogia.text.files import read_text
 
 _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _NAMED = re.compile(r"(?:([A-Za-z0-9_.-]{1,64}):\s+)?(\S+)")
@@ -54,9 +54,7 @@ class Keys:
         file = Path(path).expanduser()
         if os.name == "posix" and file.is_file() and file.stat().st_mode & 0o077:
             log.warn(f"{file}: others on this machine can read these keys; chmod 600 {file}")
-        if not file.exists():
-            raise ValueError(f"{file}: no such file; {option} names one with a key a line")
-        lines = [(number, line.strip()) for number, line in enumerate(read_text(file).splitlines(), 1)]
+        lines = [(number, line.strip()) for number, line in enumerate(operators_text(file, option).splitlines(), 1)]
         callers = [_caller(f"{file}:{number}", line) for number, line in lines if line and not line.startswith("#")]
         if not callers:
             raise ValueError(f"{file}: holds no key; write one a line")

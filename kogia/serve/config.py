@@ -4,6 +4,7 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from ipaddress import ip_address
+from pathlib import Path
 
 from tyro.conf import Positional
 
@@ -127,6 +128,17 @@ def num_bytes(size: str) -> int:
     if match is None or float(match[1]) == 0:
         raise ValueError(f"memory_limit = {size!r}: must be a size above 0, as 40GB, 37.5GiB or 40000000000")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def operators_text(path: str | Path, option: str) -> str:
+    """The text of a file that `option` names. Raises ValueError that names both."""
+    file = Path(path).expanduser()
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; {option} names one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); {option} names a text file") from None
 
 
 @lru_cache(64)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from kogia.serve.config import operators_text
 from kogia.serve.errors import ApiError
-from kogia.text.files import read_text
 
 DEFAULT = "default"
 """Table of the file for keys that have none of their own."""
@@ -86,7 +86,7 @@ class Limiter:
         if path is None:
             return cls()
         try:
-            tables = tomllib.loads(read_text(Path(path).expanduser()))
+            tables = tomllib.loads(operators_text(path, "--limits-file"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: is no TOML: {error}") from None
         return cls({name: _limits(path, name, table, names) for name, table in tables.items()})

@@ -19,10 +19,10 @@ from kogia.engine.limits import block_bytes
 from kogia.inference.config import FILTERS, engine_options, filtered_sampling
 from kogia.inference.llm import LLM, engine_config
 from kogia.inference.parallel import ParallelEngine
-from kogia.serve.config import MODEL_OPTIONS, ServeConfig, num_bytes
+from kogia.serve.config import MODEL_OPTIONS, ServeConfig, num_bytes, operators_text
 from kogia.serve.memory import give_back
 from kogia.serve.served import Entry, Need, ServedModel
-from kogia.text.files import read_generation, read_text
+from kogia.text.files import read_generation
 
 AT_START = "at_start"
 """Of a table: load the model before the server is ready."""
@@ -92,7 +92,7 @@ def all_settings(config: ServeConfig) -> Iterator[tuple[ServeConfig, bool]]:
     if config.models_file is None:
         return
     try:
-        tables = tomllib.loads(read_text(Path(config.models_file).expanduser()))
+        tables = tomllib.loads(operators_text(config.models_file, "--models-file"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{config.models_file}: is no TOML: {error}") from None
     for name, table in tables.items():

@@ -21,6 +21,7 @@ from kogia.checkpoint.hf import loaded_bytes, read_stored, save_model
 from kogia.engine.config import EngineConfig
 from kogia.model.transformer import build_model
 from kogia.serve import models as models_module
+from kogia.serve.access import Keys
 from kogia.serve.config import ServeConfig, num_bytes
 from kogia.serve.errors import ApiError
 from kogia.serve.exchange import Exchange
@@ -101,7 +102,7 @@ def test_counts_are_per_model_and_go_on_when_it_is_loaded_again(three):
 
 def test_a_model_that_answers_is_never_unloaded_and_who_finds_no_room_is_told_to_come_again(model, tmp_path):
     file = models_file(tmp_path, model, "b")
-    more = {"memory_limit": limit_for(model, 1.5), "load_wait_seconds": 0.3}
+    more = {"memory_limit": limit_for(model, 1.5), "load_wait_seconds": 0.1}
     with serving(model, engine=ENGINE, name=("a",), models_file=file, **more) as server:
         stream = events(server, "/v1/chat/completions", {"model": "a", **LONG})
         next(stream)
@@ -118,7 +119,7 @@ def test_a_model_that_answers_is_never_unloaded_and_who_finds_no_room_is_told_to
         assert got[0].status_code == 200 and states(server) == {"a": "unloaded", "b": "loaded"}
 
 
-LONG = {"messages": HELLO, "stream": True, "max_tokens": 700, "ignore_eos": True}
+LONG = {"messages": HELLO, "stream": True, "max_tokens": 1000, "ignore_eos": True}
 
 
 def test_all_who_ask_for_a_model_wait_for_one_loading(model, tmp_path):
@@ -236,6 +237,21 @@ def test_a_file_of_models_that_is_none_is_an_error_of_the_user(model, tmp_path, 
     with pytest.raises(SystemExit, match="2"):
         cli.main([*words, "--memory-limit", "much"])
     assert "must be a size above 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["models-file", "api-key-file", "admin-key-file"])
+def test_a_file_of_the_operator_that_is_not_there_is_named_with_its_option(model, tmp_path, capfd, option):
+    for place, says in ((tmp_path / "nothing", "no such file"), (tmp_path, "cannot be read")):
+        assert cli.main(["serve", str(model), "--port", "0", f"--{option}", str(place)]) == 2
+        assert f"{place}: {says}" in (told := capfd.readouterr().err) and f"; --{option} names" in told
+
+
+def test_operators_files_may_be_links_as_those_of_kubernetes_are(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "data" / "keys").write_text("alice: " + "k" * 20)
+    (tmp_path / "own" / "keys").symlink_to(tmp_path / "data" / "keys")
+    assert [caller.name for caller in Keys.read(tmp_path / "own" / "keys").callers] == ["alice"]
 
 
 def test_a_table_says_what_is_not_as_the_command_says(model, tmp_path):
