@@ -19,9 +19,9 @@ from kogia.serve.state import Status
 from kogia.text.tokenizer import Tokenizer, train_bpe
 
 USER, ADMIN = "a-key-of-a-user-1234", "the-key-of-an-operator"
-ENGINE = {"num_blocks": 256, "max_sequences": 8}
+ENGINE = {"num_blocks": 300, "max_sequences": 8}
 SHORT = {"messages": HELLO, "max_tokens": 3, "ignore_eos": True}
-LONG = {"messages": HELLO, "stream": True, "max_tokens": 600, "ignore_eos": True}
+LONG = {"messages": HELLO, "stream": True, "max_tokens": 4000, "ignore_eos": True}
 ROUTES = ("load", "unload", "drain", "undrain", "reload", "flush", "cancel")
 
 
