@@ -19,29 +19,46 @@ TAKE_SECONDS = 30.0
 """How long a client may take nothing of what was sent to it."""
 MOST_CRUMBS = 64 << 10
 """Bytes of a request's body that are no content, above as many as are: a chunk takes as long as a kilobyte."""
+MOST_UNSENT = 64 << 10
+"""Bytes that wait for the end of a go of the event loop."""
 MOST_CONNECTIONS = 4096
 FILES_LEFT = 128
 """Files that connections leave to the rest of the process."""
 
 
 class CountingTransport:
-    """A transport that knows how much was written to it."""
+    """A transport that knows how much was written to it. What is written in one go of the event loop, as the end of a
+    stream is piece by piece, is sent in one: each call of the system lets another thread have Python meanwhile."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
         self._num_written = 0
+        self._unsent = bytearray()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
         self._num_written += len(data)
-        self._transport.write(data)
+        if not self._unsent:
+            self._loop.call_soon(self._send)
+        self._unsent += data
+        if len(self._unsent) > MOST_UNSENT:
+            self._send()
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        data, self._unsent = self._unsent, bytearray()
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
 
     @property
     def num_waiting(self) -> int:
         """Bytes that the system has not taken yet."""
-        return self._transport.get_write_buffer_size()
+        return len(self._unsent) + self._transport.get_write_buffer_size()
 
     @property
     def num_taken(self) -> int:
@@ -65,7 +82,7 @@ class Protocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._counting = CountingTransport(transport)
+        self._counting = CountingTransport(transport, self.loop)
         super().connection_made(cast(asyncio.Transport, self._counting))
         self._since = self._taken = self.loop.time()
         self._watch()

@@ -1,5 +1,6 @@
 """Connections whose clients do not do their part: they end, and what they held is free."""
 
+import asyncio
 import json
 import resource
 import socket
@@ -10,7 +11,7 @@ import pytest
 from serve.asks import HELLO, post
 from serve.sockets import CHAT, connect, head, is_closed, raw, status
 
-from kogia.serve.connection import most_connections
+from kogia.serve.connection import MOST_UNSENT, CountingTransport, most_connections
 
 JSON = {"content-type": "application/json"}
 
@@ -186,3 +187,46 @@ def test_a_half_closed_connection_ends_cleanly(server):
             client.shutdown(1)
             assert is_closed(client)
     assert until(lambda: not server.state.running)
+
+
+class Taken(asyncio.Transport):
+    """Keeps what is written, each call by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.is_closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_what_is_written_in_one_go_is_sent_in_one_and_nothing_is_lost_at_the_end():
+    async def go() -> Taken:
+        taken = Taken()
+        transport = CountingTransport(taken, asyncio.get_running_loop())
+        for piece in (b"one ", b"two ", b"three "):
+            transport.write(piece)
+        assert transport.num_waiting == 14 and transport.num_taken == 0 and not taken.writes
+        await asyncio.sleep(0)
+        assert taken.writes == [b"one two three "] and transport.num_taken == 14
+        transport.write(b"x" * MOST_UNSENT)
+        transport.write(b"y")
+        assert len(taken.writes) == 2, "what is large does not wait"
+        transport.write(b"end")
+        transport.close()
+        transport.write(b"too late")
+        await asyncio.sleep(0)
+        return taken
+
+    taken = asyncio.run(go())
+    assert b"".join(taken.writes) == b"one two three " + b"x" * MOST_UNSENT + b"yend"
