@@ -281,6 +281,19 @@ def test_a_batch_between_two_recorded_sizes_is_filled_up_with_nobody():
     assert outputs(engine, GREEDY) == outputs(eager, GREEDY)
 
 
+def test_recorded_operations_run_on_weights_that_were_trained_since():
+    model = tiny("cpu", dtype=torch.float32)
+    config = EngineConfig(block_size=4, num_blocks=800, prefix_cache=False)
+    engine, many = Engine(model, None, config), PROMPTS * 8  # of which the products are PyTorch's
+    before = outputs(engine, GREEDY, many)
+    with torch.enable_grad():
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(model.parameters(), lr=0.05).step()
+        after = outputs(engine, GREEDY, many)
+    assert after == outputs(Engine(model, None, config), GREEDY, many) != before
+
+
 @gpu
 def test_graphs_outlive_new_weights():
     model, other = tiny(), tiny(seed=2)

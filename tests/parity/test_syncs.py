@@ -40,8 +40,8 @@ PARAMS = SamplingParams(temperature=0.8, top_p=0.9, min_p=0.01, max_tokens=60, s
 
 
 def running_engine(model: Transformer, **options) -> Engine:
-    """Three sequences that decode, one of them greedily."""
-    engine = Engine(model, None, EngineConfig(block_size=4, num_blocks=200, **options))
+    """Three sequences that decode, one of them greedily, in steps that are not recorded."""
+    engine = Engine(model, None, EngineConfig(block_size=4, num_blocks=200, graphs=False, **options))
     for prompt, params in (([0, 5, 9], PARAMS), ([7] * 17, PARAMS), ([3, 4], replace(PARAMS, temperature=0.0))):
         engine.add(prompt, params, stream=True)
     for _ in range(4):
@@ -89,7 +89,7 @@ def test_a_step_with_rules_and_scores_sends_once_and_waits_once(drafts):
 
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_a_chunk_of_a_prefill_sends_once_and_waits_once(drafts):
-    engine = Engine(build_model(CONFIG), None, EngineConfig(max_batch_tokens=8, num_draft_tokens=drafts))
+    engine = Engine(build_model(CONFIG), None, EngineConfig(max_batch_tokens=8, num_draft_tokens=drafts, graphs=False))
     engine.add(list(range(2, 40)), PARAMS)
     engine.step()
     with counting() as found:  # nothing is sampled; what it waits for is only the end of the step

@@ -164,7 +164,7 @@ def test_rewards_and_weights_are_options():
     task = Countdown(reward_correct=2.0, reward_wrong=-1.0, format_weight=0.5, language_weight=0.25)
     assert verdict("(15-4)+6", task=task).reward == 2.75
     assert verdict("15*4+6", task=task).reward == -0.25
-    assert verdict("15*4+6", task=task, thinking="a </think> да").reward == -1.0 + 0.25 * 0.5
+    assert verdict("15*4+6", task=task, thinking="a да").reward == -1.0 + 0.5 + 0.25 * 0.5
 
 
 @pytest.mark.parametrize(
