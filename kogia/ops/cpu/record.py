@@ -75,8 +75,8 @@ class Recording:
 
 @torch.no_grad()
 def _again(function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-    """Call an operation, and move what it makes to where it was; `result` is None if it works in place. Views of weights
-    that have been trained since are of no use to gradients."""
+    """Call an operation, and move what it makes to where it was; `result` is None if it works in place. With gradients
+    on, views of weights that have been trained since would be refused."""
     made = function(*args, **kwargs)
     if isinstance(result, Tensor):
         result.copy_(made)
