@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from kogia.files import write_text
-from kogia.terminal import LiveLine, conclude, info, printable, warn
+from kogia.terminal import LiveLine, conclude, info, one_line, printable, warn
 
-__all__ = ["conclude", "info", "printable", "warn"]
+__all__ = ["conclude", "info", "one_line", "printable", "warn"]
 
 METRICS_FILE = "metrics.jsonl"
 ROUTING_FILE = "routing.jsonl"

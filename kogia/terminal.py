@@ -51,6 +51,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """The same, line ends escaped as well: for what somebody else has written and a log is to hold in its own line."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 class LiveLine:
     """How far a piece of work is. A context manager; within it `info` and `warn` print above the line.
 

@@ -243,12 +243,13 @@ class MessageReply:
         self._has_called = True
         return {"type": "tool_use", "id": new_id("toolu_"), "name": segment.name, "input": {}}
 
-    def _usage(self, completion: Completion) -> dict[str, int]:
+    def _usage(self, completion: Completion) -> dict[str, Any]:
         """Cached tokens are not counted as input, but beside it."""
         used = usage([self._running], [completion])
         return {
             "input_tokens": used["prompt_cache_miss_tokens"],
             "output_tokens": used["completion_tokens"],
+            "output_tokens_details": {"thinking_tokens": used["completion_tokens_details"]["reasoning_tokens"]},
             "cache_read_input_tokens": used["prompt_cache_hit_tokens"],
             "cache_creation_input_tokens": 0,
         }

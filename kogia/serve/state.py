@@ -192,5 +192,5 @@ class ServerState:
         if fresh:
             self._ignored |= {(where, name) for name in fresh}
             log.info(
-                f"{where}: fields without effect here are passed over: {', '.join(map(log.printable, fresh))[:300]}"
+                f"{where}: fields without effect here are passed over: {', '.join(map(log.one_line, fresh))[:300]}"
             )

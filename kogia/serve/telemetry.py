@@ -80,7 +80,7 @@ class Complaints(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + COMPLAINT_SECONDS
-            log.warn(f"spans are not sent: {log.printable(record.getMessage())[:300]}")
+            log.warn(f"spans are not sent: {log.one_line(record.getMessage())[:300]}")
 
     def close(self) -> None:
         self._logger.removeHandler(self)

@@ -45,6 +45,8 @@ def test_the_client_asks_and_streams_thought_and_text(client, server):
     again = stream.get_final_message()
     assert [block.model_dump() for block in again.content] == [block.model_dump() for block in message.content]
     assert again.stop_reason == message.stop_reason and again.usage.output_tokens == 20
+    details = message.usage.output_tokens_details
+    assert details is not None and 0 < details.thinking_tokens <= 5 and again.usage.output_tokens_details == details
     assert kinds[0] == "message_start" and kinds[-1] == "message_stop"
 
 

@@ -164,3 +164,13 @@ def raw(server, data: bytes) -> bytes:
         while b"\r\n\r\n" not in answer and (part := connection.recv(65536)):
             answer += part
         return answer
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x1b[2J", "\x85", "\u2028", "\u2029"])
+def test_a_client_cannot_write_lines_of_the_log(server, monkeypatch, end):
+    said: list[str] = []
+    monkeypatch.setattr("kogia.log.info", said.append)
+    name = f"mood{end}SIGTERM: no new requests {ord(end[0])}"
+    assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1, name: 1}).status_code == 200
+    (line,) = said
+    assert line.isprintable() and len(line.splitlines()) == 1 and "SIGTERM" in line
