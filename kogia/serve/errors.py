@@ -85,8 +85,9 @@ def shown(value: Any) -> str:
 
 def refused(error: ValueError, fields: Sequence[str]) -> ApiError:
     """400 for what the engine refuses: its errors name value and rule; the field too, where it is one of the body."""
-    words = _FIELD.findall(str(error).split(":")[0])
-    return ApiError(str(error), param=next((word for word in words if word in fields), None))
+    text = str(error).removeprefix("SamplingParams.")
+    words = _FIELD.findall(text.split(":")[0])
+    return ApiError(text, param=next((word for word in words if word in fields), None))
 
 
 def validation(error: RequestValidationError | ValidationError) -> ApiError:

@@ -9,7 +9,7 @@ import contextlib
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kogia.engine.loop import Stream
@@ -140,7 +140,7 @@ async def _submit(
         submitting.add_done_callback(_give_up)
         raise
     except ValueError as error:
-        raise refused(error, ("messages", "prompt", "response_format", "logit_bias", "active_experts")) from None
+        raise refused(error, ("messages", "prompt", *(each.name for each in fields(SamplingParams)))) from None
 
 
 def _give_up(submitting: "asyncio.Future[Stream]") -> None:

@@ -435,3 +435,10 @@ def test_the_tokenizer_is_described(server):
     found = httpx.get(server.url + "/tokenizer_info").json()
     assert found["model_max_length"] == 4096 and found["eos_token"] == server.tokenizer.special_tokens["eos_token"]
     assert httpx.get(server.url + "/tokenizer_info", params={"model": "other"}).status_code == 404
+
+
+@pytest.mark.parametrize(("field", "value"), [("allowed_token_ids", [10**6]), ("logit_bias", {"1000000": 1})])
+def test_a_token_that_the_model_has_not_is_refused_by_the_name_of_its_field(server, field, value):
+    answer = post(server, "/v1/chat/completions", {"messages": HELLO, field: value})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == field and error["message"].startswith(f"{field} names token")
