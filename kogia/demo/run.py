@@ -6,7 +6,6 @@ interrupted demonstration goes on where it stopped.
 """
 
 import json
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from kogia.eval.config import EvalConfig
 from kogia.eval.partial import find_partial
 from kogia.eval.run import evaluate_tasks, file_name, output_directory
 from kogia.files import check_directory, empty_directory, is_draft, write_json
+from kogia.ops.machine import peak_memory
 from kogia.report.build import main as run_report
 from kogia.report.config import ReportConfig
 from kogia.rl.config import RLConfig
@@ -137,7 +137,7 @@ class Stages:
             entry["done"] = True
         finally:
             entry["seconds"] += time.monotonic() - start
-            self.state["peak_memory_bytes"] = max(self.state.get("peak_memory_bytes", 0), peak_memory_bytes())
+            self.state["peak_memory_bytes"] = max(self.state.get("peak_memory_bytes", 0), resident_peak())
             write_json(self.file, self.state)
 
     @property
@@ -193,10 +193,10 @@ def evaluate(config: EvalConfig) -> None:
     evaluate_tasks(replace(config, resume=left is not None))
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far. Workers beside it are small, and cannot be told: the system counts
-    a child from its fork on, when it still is this process."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident_peak() -> int:
+    """Of this process so far. Workers beside it are small, and cannot be told: the system counts a child from its fork
+    on, when it still is this process."""
+    return peak_memory(torch.device("cpu"))
 
 
 def summarise_and_report(config: DemoConfig, done: Stages) -> None:
@@ -217,7 +217,7 @@ def summarise_and_report(config: DemoConfig, done: Stages) -> None:
             stages[-1]["mtp_acceptance"] = drafting["mtp_acceptance"]
     summary = {
         "seconds": round(done.seconds, 1),
-        "peak_memory_bytes": done.state.get("peak_memory_bytes", peak_memory_bytes()),
+        "peak_memory_bytes": done.state.get("peak_memory_bytes", resident_peak()),
         "seed": config.seed,
         "threads": torch.get_num_threads(),
         "notes": [STAND_IN] if has_kept_nothing(config) else [],

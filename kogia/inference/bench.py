@@ -24,7 +24,6 @@ from kogia.engine.traffic import cache_bytes, weight_bytes
 from kogia.files import check_target, write_json
 from kogia.inference.config import BenchConfig
 from kogia.inference.load.outcome import Outcome, figures, lines_of
-from kogia.inference.machine import copy_rate, describe
 from kogia.inference.parallel import DrawnModel, Source, StoredModel, open_parallel
 from kogia.inference.readiness import Readiness
 from kogia.model.config import ModelConfig
@@ -32,6 +31,7 @@ from kogia.model.costs import num_params
 from kogia.model.presets import PRESETS, preset
 from kogia.model.quantised import build_packed
 from kogia.model.transformer import Transformer, build_model
+from kogia.ops.machine import copy_rate, describe
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kogia.checkpoint.open import pick_device
-from kogia.engine.memory import free_memory
 from kogia.inference.config import DoctorConfig
-from kogia.inference.machine import copy_rate, describe, product_rate
 from kogia.ops.dispatch import which
+from kogia.ops.machine import copy_rate, describe, free_memory, product_rate
 
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -186,25 +186,37 @@ def _feed_forward_params(config: ModelConfig, layer: int) -> int:
 # Compute --------------------------------------------------------------------------------------------------------------
 
 
-def flops_per_token(config: ModelConfig, context: int) -> float:
-    """Training FLOPs (forward and backward) per token at sequence length `context`, MTP left out.
+def flops_per_token(config: ModelConfig, context: float, *, is_causal: bool = True, mtp_depths: int = 0) -> float:
+    """Training FLOPs (forward and backward) per token at sequence length `context`; MTP modules count as `mtp_depths`.
 
     6 per active matrix weight, and 6 * heads * (qk + v dims) per pair of a query and a key it attends to. Causal:
-    context / 2 keys per query on average. With an indexer it attends to at most `topk`, and scores all of them.
+    context / 2 keys per query on average, else all. With an indexer it attends to at most `topk`, and scores all of
+    them. Nothing that is done again counts twice.
     """
     matrices = sum(part.active for part in _main_parts(config) if part.component is not Component.NORMS)
-    return 6.0 * (matrices + config.num_layers * _attention_products(config.attention, context))
+    modules = sum(_active_matrices(config, config.num_layers + depth) for depth in range(mtp_depths))
+    pairs = _attention_products(config.attention, context, 0.5 if is_causal else 1.0)
+    return 6.0 * (matrices + modules + (config.num_layers + mtp_depths) * pairs)
 
 
-def _attention_products(a: MLAConfig | GQAConfig, context: int) -> float:
-    """Multiply-adds of one query with keys, values and index keys, on average over a sequence of length `context`."""
-    pairs = context / 2
+def _active_matrices(config: ModelConfig, layer: int) -> int:
+    """Weights that a token is multiplied with in an MTP module, the shared head once more among them."""
+    moe = config.moe
+    routed = 0 if moe is None else _routed_params(config, layer) * moe.topk // moe.num_experts
+    own = _attention_params(config, layer) + routed + _feed_forward_params(config, layer)
+    return own + 2 * config.dim * config.dim + config.vocab_size * config.dim
+
+
+def _attention_products(a: MLAConfig | GQAConfig, context: float, share: float) -> float:
+    """Multiply-adds of one query with keys, values and index keys, on average over a sequence of length `context` of
+    which it may see `share`: a half where attention is causal."""
+    pairs = context * share
     if a.kind == "gqa":
         return 2 * a.num_heads * a.head_dim * pairs
     widths = a.num_heads * (a.qk_head_dim + a.v_head_dim)
     if (indexer := a.indexer) is None:
         return widths * pairs
-    kept = pairs if context <= indexer.topk else indexer.topk * (1 - indexer.topk / (2 * context))
+    kept = pairs if context <= indexer.topk else indexer.topk * (1 - (1 - share) * indexer.topk / context)
     return widths * kept + indexer.num_heads * indexer.head_dim * pairs
 
 

@@ -14,11 +14,22 @@ from markupsafe import Markup
 from kogia.files import write_text
 from kogia.log import info
 from kogia.report.config import ReportConfig
-from kogia.report.figures import LEARNING, ROUTING, SPECULATION, Chart, Curve, draw_accuracy, draw_curves, draw_loads
+from kogia.report.figures import (
+    LEARNING,
+    ROUTING,
+    SPECULATION,
+    SPEED,
+    Chart,
+    Curve,
+    draw_accuracy,
+    draw_curves,
+    draw_loads,
+)
 from kogia.report.load import Interval, Measurement, Run, Sample, Stage, load_run, number, read_samples
 from kogia.report.words import (
     before_and_after,
     explain_change,
+    explain_speed,
     explain_student,
     grouped,
     headline_group,
@@ -67,6 +78,8 @@ def _content(run: Run) -> dict[str, Any]:
         "sentences": sentences,
         "learning": _charts(run.stages, LEARNING),
         "routing": _charts(run.stages, ROUTING, draw_loads),
+        "speed": _charts(run.stages, SPEED),
+        "speeds": explain_speed(run.stages),
         "speculation": _charts(run.stages, SPECULATION),
         "statuses": STATUSES,
         "trajectories": trajectories(*pair, group) if pair else _alone(group),

@@ -54,7 +54,7 @@ class Curve:
 
 LEARNING = (
     Curve("Loss", ("loss", "val_loss", "val_loss_average"), "per token, in nats"),
-    Curve("Multi-token prediction loss", ("mtp_loss",), "per token, in nats"),
+    Curve("Multi-token prediction loss", ("mtp_loss_1", "mtp_loss_2", "mtp_loss_3"), "per token, in nats"),
     Curve("Reward", ("reward",), "mean over the samples of a step"),
     Curve("Accuracy of rollouts", ("accuracy",), "share of samples that are right"),
     Curve("Completion length", ("completion_tokens",), "tokens, mean"),
@@ -75,6 +75,11 @@ ROUTING = (
     Curve("Routing entropy", ("routing_entropy",), "of the load, over that of an even one; 1 is balance"),
     Curve("Experts without a token", ("dead_experts",), "in a step, of all layers"),
     Curve("Balance loss", ("balance", "device_balance", "communication_balance"), "1 is balance"),
+)
+SPEED = (
+    Curve("Tokens per second", ("tokens_per_second",), "of a step, its data included"),
+    Curve("Model FLOPs utilisation", ("mfu_causal", "mfu_full"), "share of a large product's rate on the same device"),
+    Curve("Peak memory", ("memory_gib",), "GiB until then"),
 )
 SPECULATION = (Curve("MTP acceptance", ("mtp_acceptance",), "share of drafted tokens that were accepted"),)
 

@@ -7,8 +7,9 @@ of them is a cause of another does not follow from them, so nothing is said of i
 
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import median
 
-from kogia.report.load import Interval, Measurement, Stage
+from kogia.report.load import Interval, Measurement, Stage, number
 
 
 def headline_group(stages: Sequence[Stage]) -> list[Measurement]:
@@ -87,6 +88,28 @@ def explain_student(group: Sequence[Measurement]) -> list[str]:
                 f"pass@1; {_separation(teacher.pass_1, student.pass_1)}."
             ]
     return []
+
+
+def explain_speed(stages: Sequence[Stage]) -> list[str]:
+    """A sentence for each stage that says how fast it was, by the medians of its steps."""
+    sentences = []
+    for stage in stages:
+        found = {key: [n for m in stage.metrics if (n := number(m.get(key))) is not None] for key in _SPEEDS}
+        middle = {key: median(values) for key, values in found.items() if values}
+        if "tokens_per_second" not in middle:
+            continue
+        words = [f"{plain(stage.name)}: {middle['tokens_per_second']:,.0f} tokens/s in the median step"]
+        if len(middle) == len(_SPEEDS):
+            shares = (
+                f"{percent(middle['mfu_causal'])} with causal attention, {percent(middle['mfu_full'])} with all of it"
+            )
+            words += [f"MFU {shares}, of {middle['peak_tflops']:,.3g} TFLOP/s that a large product was measured at"]
+            words += [f"{max(found['memory_gib']):.2f} GiB at the peak"]
+        sentences.append("; ".join(words) + ".")
+    return sentences
+
+
+_SPEEDS = ("tokens_per_second", "mfu_causal", "mfu_full", "peak_tflops", "memory_gib")
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -14,6 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -35,16 +36,20 @@ from kogia.data.loader import Batch, Loader, LoaderState, validation_batches
 from kogia.data.shards import Shard, build_shards
 from kogia.data.sources import read_source
 from kogia.files import replacing_directory
+from kogia.model.config import ModelConfig
+from kogia.model.costs import train_memory
 from kogia.model.fp8 import ALIGNMENT, train_in_fp8
 from kogia.model.transformer import Transformer, build_model
 from kogia.ops.cpu import pages
-from kogia.plan.dry_run import print_dry_run, training_memory
+from kogia.ops.machine import free_memory, name_of
+from kogia.plan.dry_run import Line, mib, print_dry_run, training_memory
 from kogia.sinks import open_sinks
 from kogia.text.chat import render_text
 from kogia.text.tokenizer import Tokenizer, train_bpe
 from kogia.train.average import Average
 from kogia.train.checks import TRAINED, Plan, plan_run, tokenizer_directory
 from kogia.train.config import SupervisedConfig
+from kogia.train.forecast import Forecast, Step, forecast, trials
 from kogia.train.guard import BAD_STEPS, Guard, write_bad_step
 from kogia.train.indexer import prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
@@ -53,6 +58,7 @@ from kogia.train.optim import build_optimizer
 from kogia.train.routing_log import RoutingLog
 from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
 from kogia.train.schedule import Ramp
+from kogia.train.speed import Speed, measured_speed
 from kogia.train.step import LossFn, TrainState, explain, train_step
 
 
@@ -68,6 +74,7 @@ class Run:
     validation: list[Batch]
     guard: Guard
     routing: RoutingLog
+    speed: Speed
     average: Average | None = None
 
 
@@ -126,8 +133,9 @@ def build_planned(plan: Plan) -> Run:
     average = Average(model, config.average_decay) if config.average_decay else None
     _multiply_in(config, model)
     state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint, ramp=ramp, guard=guard)
-    run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]), guard, routing, average)
-    _describe(plan, shards, loader, num_steps)
+    speed = measured_speed(config, model.config, device)
+    run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]), guard, routing, speed, average)
+    _describe(plan, shards, loader, num_steps, speed)
     if checkpoint is not None:
         restore(run, checkpoint)
     return run
@@ -179,7 +187,7 @@ def step(run: Run) -> dict[str, float]:
     config, state = run.config, run.state
     start, position = time.perf_counter(), run.loader.state
     batches = [run.loader.next_batch() for _ in range(state.ramp.size(state.step))]
-    num_tokens = sum(batch.tokens.num_tokens for batch in batches)
+    lengths = np.concatenate([batch.tokens.segments.lengths for batch in batches])
     batches = [batch.to(state.model.device) for batch in batches]
     metrics = train_step(state, batches, loss_for_step(config, state, batches))
     if run.guard.reason is not None:
@@ -188,8 +196,7 @@ def step(run: Run) -> dict[str, float]:
         run.routing.add(state.step, state.loads)
     if run.guard.reason is None and run.average is not None and state.done > config.average_from:
         run.average.update(state.model, list(state.optimizer.weights.values()))
-    metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - start)
-    return metrics
+    return metrics | run.speed.metrics(lengths, time.perf_counter() - start)
 
 
 def heed(run: Run, batches: Sequence[Batch], position: LoaderState, metrics: dict[str, float]) -> None:
@@ -337,17 +344,77 @@ def print_plan(plan: Plan) -> None:
     if config.steps:
         num_tokens = batch_ramp(config).before(config.steps) * config.data.batch_tokens
         length = f"{config.steps:,} steps = {num_tokens:,} tokens"
-    memory = training_memory(
-        plan.model,
-        config.data.batch_tokens,
-        is_half=config.dtype == "bfloat16",
-        has_half_moments=config.optim.moments == "bfloat16",
-        has_average=config.average_decay > 0,
-        recompute=config.recompute,
-        has_fp8=config.precision == "fp8",
-    )
+    memory = training_memory(plan.model, config.data.batch_tokens, **memory_settings(config))
     steps = ("length", f"{length}, up to {per_step:,} tokens per step")
-    print_dry_run(config, plan.model, [memory, steps, plan.rate])
+    print_dry_run(config, plan.model, itertools.chain([memory, steps, plan.rate], _forecast_lines(plan)))
+
+
+def _forecast_lines(plan: Plan) -> Iterator[Line]:
+    """How long a step will take, and on a GPU how much memory, by steps of shallow models; or why that is not known."""
+    config, device = plan.config, pick_device(plan.config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    needed = max(
+        train_memory(each, config.data.longest, **memory_settings(config)).total for each in trials(plan.model)
+    )
+    if needed > (free := free_memory(device)):
+        yield "speed", f"not measured: the shallowest models take about {mib(needed)}, and {mib(free)} are free"
+        return
+    found = forecast_step(config, plan.model, device)
+    speed = measured_speed(config, plan.model, device)
+    tokens = config.data.batch_tokens * config.micro_batches
+    causal, full = speed.mfu(np.full(tokens // config.data.longest, config.data.longest), found.seconds)
+    yield "speed", f"about {tokens / found.seconds:,.0f} tokens/s, {found.seconds:.3g} s a step of {tokens:,} tokens"
+    yield "", f"MFU {causal:.1%} with causal attention, {full:.1%} with all of it, of {speed.peak_in_words}"
+    if config.steps:
+        hours = found.seconds * batch_ramp(config).before(config.steps) / config.micro_batches / 3600
+        yield "", f"{hours:.2g} hours for all steps, beside data, validation and checkpoints"
+    if found.memory is not None:
+        yield "", f"at the peak about {mib(found.memory)} of the {mib(free)} that are free on {name_of(device)}"
+    if found.tokens < config.data.batch_tokens:
+        yield "", f"by steps of {found.tokens:,} tokens, because those of a whole batch take long"
+
+
+def forecast_step(config: SupervisedConfig, model: ModelConfig, device: torch.device) -> Forecast:
+    """Of a step of a run that trains this model."""
+
+    def trial(shallow: ModelConfig) -> Step:
+        drawn = build_model(shallow, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
+        prepare_indexer(drawn, config)
+        optimizer = build_optimizer(drawn, config.optim)
+        average = Average(drawn, config.average_decay) if config.average_decay else None
+        if config.precision == "fp8":
+            train_in_fp8(drawn, config.fp8.weight_gradients, power_of_two=config.fp8.power_of_two)
+        state = TrainState(drawn, optimizer, config.optim, num_steps=1000, guard=Guard(config.guard))
+
+        def step(batches: Sequence[Batch]) -> None:
+            train_step(state, batches, loss_for_step(config, state, batches))
+            if average is not None:
+                average.update(drawn, list(optimizer.weights.values()))
+
+        return step
+
+    data, memory = config.data, train_memory(model, config.data.batch_tokens, **memory_settings(config))
+    return forecast(
+        model,
+        trial,
+        device,
+        row=data.longest,
+        batch_tokens=data.batch_tokens,
+        micro_batches=config.micro_batches,
+        state_bytes=memory.weights + memory.gradients + memory.optimizer,
+    )
+
+
+def memory_settings(config: SupervisedConfig) -> dict[str, Any]:
+    """What `train_memory` takes of a run."""
+    return {
+        "is_half": config.dtype == "bfloat16",
+        "has_half_moments": config.optim.moments == "bfloat16",
+        "has_average": config.average_decay > 0,
+        "recompute": config.recompute,
+        "has_fp8": config.precision == "fp8",
+    }
 
 
 def _build_model(plan: Plan, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device) -> Transformer:
@@ -393,8 +460,9 @@ def _validation(config: SupervisedConfig, shard: Shard) -> list[Batch]:
     return [batch for batch in batches if batch.num_loss_tokens]
 
 
-def _describe(plan: Plan, shards: dict[str, Shard], loader: Loader, num_steps: int) -> None:
+def _describe(plan: Plan, shards: dict[str, Shard], loader: Loader, num_steps: int, speed: Speed) -> None:
     log.info(f"learning rate: {plan.rate[1]}")
+    log.info(f"MFU: of {speed.peak_in_words}")
     counts = shards["train"].counts
     held_out = shards["val"].counts
     log.info(

@@ -8,6 +8,7 @@ from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.model.config import MLAConfig, ModelConfig
 from kogia.model.transformer import build_model
+from kogia.ops import machine
 
 CPU = torch.device("cpu")
 LONG = ModelConfig(
@@ -23,16 +24,16 @@ ROW_BYTES = 2 * (16 + 8) * 4
 
 
 def test_free_memory_is_what_the_system_or_the_container_leaves(tmp_path, monkeypatch):
-    free = memory.free_memory(CPU)
+    free = machine.free_memory(CPU)
     assert 0 < free < 2**50
     limit, use = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "_GROUPS", ((limit, use),))
-    whole = memory.free_memory(CPU)  # files that are not there limit nothing
+    monkeypatch.setattr(machine, "_GROUPS", ((limit, use),))
+    whole = machine.free_memory(CPU)  # files that are not there limit nothing
     assert whole >= free * 0.9
     for text, expected in (("max\n", whole), ("5000\n", 2000), ("1000\n", 0)):
         limit.write_text(text)
         use.write_text("3000\n")
-        assert memory.free_memory(CPU) == pytest.approx(expected, rel=0.1)
+        assert machine.free_memory(CPU) == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(("free", "tokens"), [(2 * 160 * ROW_BYTES, 160), (2 * 175 * ROW_BYTES, 160), (2**40, 300_000)])

@@ -34,7 +34,7 @@ SHARE_TERM = 0.3
 """Of the kills, how many are SIGTERM."""
 SIGTERM, SIGKILL = 15, 9
 LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.(?:tmp|old)$")
-TIMES = re.compile(r"fingerprint|seconds|tokens_per_second|peak_memory_bytes|mtp_acceptance|_seconds$")
+TIMES = re.compile(r"fingerprint|seconds|tokens_per_second|mfu_|peak_|memory_gib|mtp_acceptance|_seconds$")
 KEPT = 2
 """Checkpoints that a run keeps."""
 

@@ -29,7 +29,10 @@ def metrics(rl: bool) -> list[dict[str, float]]:
             row |= {"reward": share - 0.3, "accuracy": 0.6 * share, "entropy": 0.9 - share / 2, "kl": 1e-4 * step}
             row |= {"completion_tokens": 40 + 1000 * share, "truncated": share / 4, "clip_fraction": 1e-3 * share}
             row |= {"zero_variance_groups": 0.5 - share / 3, "mismatch": 2e-5, "mtp_acceptance": 0.5 + share / 3}
-        elif step % 20 == 0:
+        else:
+            row |= {"tokens_per_second": 1000.0 + step, "mfu_causal": 0.3, "mfu_full": 0.375, "peak_tflops": 750.0}
+            row |= {"memory_gib": 40 + share, "mtp_loss_1": 2.0 + 4 / step}
+        if not rl and step % 20 == 0:
             row |= {"val_loss": 1.0 + 4 / step}
         rows.append(row)
     return rows

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from report.pages import full_demo
 
 from kogia.report.build import write_report
 from kogia.report.load import load_run
@@ -242,3 +243,21 @@ def test_the_load_of_experts_is_drawn_by_layer_over_the_run(demo):
 def test_a_log_of_loads_that_says_nothing_draws_nothing(demo, text):
     (demo / "grpo" / "routing.jsonl").write_text(text)
     assert "Load of experts" not in write_report(demo).read_text(encoding="utf-8")
+
+
+def test_the_page_says_how_fast_each_stage_was(tmp_path):
+    page = write_report(full_demo(tmp_path)).read_text(encoding="utf-8")
+    said = (
+        "base: 1,060 tokens/s in the median step; MFU 30.0% with causal attention, 37.5% with all of it, of 750 "
+        "TFLOP/s that a large product was measured at; 41.00 GiB at the peak."
+    )
+    assert said in page
+    for title in ("Tokens per second", "Model FLOPs utilisation", "Peak memory", "Multi-token prediction loss"):
+        assert f"<b>{title}</b>" in page
+
+
+def test_a_stage_that_knows_its_rate_alone_says_that_alone(demo):
+    path = demo / "grpo" / "metrics.jsonl"
+    path.write_text('{"step": 1, "reward": 1.0, "tokens_per_second": 12.0}\n')
+    page = write_report(demo).read_text(encoding="utf-8")
+    assert "<p>GRPO: 12 tokens/s in the median step.</p>" in page

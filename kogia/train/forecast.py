@@ -1,0 +1,177 @@
+"""What a step of a run will take, found out before the run: its steps are done on shallow models of the same widths.
+
+With D dense layers, M mixtures and P micro-batches a step takes
+    seconds = u + D u_d + M u_m + P (p + D p_d + M p_m)
+u once a step (the optimiser, the norm of gradients, what is read), p once a micro-batch. Each is a difference of
+measured steps, and so is the memory of a GPU. Nothing of kernels is known here: what makes a step faster makes its
+forecast shorter. Where a step of the whole batch takes long, as on a CPU, one of fewer sequences stands for it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from kogia.data.loader import Batch
+from kogia.model.config import MLAConfig, ModelConfig
+from kogia.model.packed import pack_arrays
+from kogia.ops.machine import finish
+
+Step = Callable[[Sequence[Batch]], object]
+"""An optimiser step on micro-batches."""
+Trial = Callable[[ModelConfig], Step]
+"""Makes a model of an architecture, and what trains it as the run will."""
+EXTRA = 2
+"""Layers of a kind that a deeper model has more of: differences of one are smaller beside the noise."""
+PATIENCE = {"cuda": 2.0, "cpu": 0.1}
+"""Seconds that a step of the shallowest model may take: sequences are left out for it."""
+REPEATS, MOST_REPEATS, REPEATED = 3, 15, 0.2
+"""Steps that a median is of: at least so many, and up to so many in so many seconds."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one optimiser step."""
+
+    seconds: float
+    memory: int | None
+    """Bytes at the peak on a GPU, of what PyTorch allocates; None where they were not measured."""
+    tokens: int
+    """Of the micro-batches that were measured: fewer than those of the run where these take long."""
+
+
+def forecast(
+    model: ModelConfig,
+    trial: Trial,
+    device: torch.device,
+    *,
+    row: int,
+    batch_tokens: int,
+    micro_batches: int,
+    state_bytes: int,
+) -> Forecast:
+    """Of a step of `micro_batches` of `batch_tokens` each, in sequences of `row` tokens. `state_bytes` are those of
+    weights, gradients and moments, which the peak is no less than. Raises what the trials raise, torch.OutOfMemoryError
+    above all."""
+    whole = max(1, batch_tokens // row)
+    count = _affordable(trial(_shallow(model, *_fewest(model))), model, row, whole, device)
+    batch = random_batch(model.vocab_size, [row] * count, device)
+    passes = micro_batches * batch_tokens / batch.tokens.num_tokens
+    found = _extrapolated(model, lambda shallow: _measure(trial, shallow, batch, device, is_split=passes != 1))
+    memory = max(int(found[2]), state_bytes) if device.type == "cuda" and count == whole else None
+    return Forecast(float(found[0] + passes * found[1]), memory, batch.tokens.num_tokens)
+
+
+def trials(model: ModelConfig) -> list[ModelConfig]:
+    """All models that a forecast trains."""
+    kinds = {_fewest(model), _more(model, 0), _more(model, 1)}
+    return [_shallow(model, *counts) for counts in kinds]
+
+
+def random_batch(vocab_size: int, lengths: Sequence[int], device: torch.device) -> Batch:
+    """Sequences of random tokens, of which all but the first count."""
+    sizes = np.array(lengths, np.int64)
+    ids = np.random.Generator(np.random.PCG64(0)).integers(vocab_size, size=int(sizes.sum()))
+    tokens = pack_arrays(ids, sizes)
+    mask = tokens.positions > 0
+    return Batch(tokens, mask, int(mask.sum())).to(device)
+
+
+def _extrapolated(
+    model: ModelConfig, measure: Callable[[ModelConfig], Float[np.ndarray, " quantities"]]
+) -> Float[np.ndarray, " quantities"]:
+    """What `measure` would find for the whole model, if it is linear in the layers of either kind."""
+    few = _fewest(model)
+    base = total = measure(_shallow(model, *few))
+    for kind, count in enumerate(_kinds(model)):
+        more = _more(model, kind)
+        if extra := more[kind] - few[kind]:
+            each = np.maximum(measure(_shallow(model, *more)) - base, 0.0) / extra
+            total = total + (count - few[kind]) * each
+    return total
+
+
+def _kinds(model: ModelConfig) -> tuple[int, int]:
+    """(dense layers, mixtures) of the decoder."""
+    dense = sum(not model.is_moe_layer(layer) for layer in range(model.num_layers))
+    return dense, model.num_layers - dense
+
+
+def _fewest(model: ModelConfig) -> tuple[int, int]:
+    dense, mixtures = _kinds(model)
+    return min(1, dense), min(1, mixtures)
+
+
+def _more(model: ModelConfig, kind: int) -> tuple[int, int]:
+    """The fewest, and some more of a kind."""
+    counts = list(_fewest(model))
+    counts[kind] = min(_kinds(model)[kind], counts[kind] + EXTRA)
+    return counts[0], counts[1]
+
+
+def _shallow(model: ModelConfig, dense: int, mixtures: int) -> ModelConfig:
+    """The model with as many layers of each kind."""
+    attention, moe, layers = model.attention, model.moe, dense + mixtures
+    if isinstance(attention, MLAConfig) and attention.q_lora_ranks:
+        middle = sorted(attention.q_lora_ranks)[len(attention.q_lora_ranks) // 2]
+        attention = replace(attention, q_lora_ranks=(middle,) * layers)
+    if moe is not None and mixtures:
+        moe = replace(moe, num_dense_layers=dense)
+    return replace(model, num_layers=layers, attention=attention, moe=moe)
+
+
+def _affordable(step: Step, model: ModelConfig, row: int, whole: int, device: torch.device) -> int:
+    """Sequences of a step that does not take long, at most `whole`."""
+    count = 1
+    while True:
+        batch = random_batch(model.vocab_size, [row] * count, device)
+        step([batch])  # compiles what is compiled
+        more = min(whole, 4 * count)
+        if count == whole or _seconds(step, [batch], device) * more / count > PATIENCE[device.type]:
+            return count
+        count = more
+
+
+def _measure(
+    trial: Trial, model: ModelConfig, batch: Batch, device: torch.device, *, is_split: bool
+) -> Float[np.ndarray, " quantities"]:
+    """(seconds once a step, seconds once a micro-batch, bytes at the peak); not `is_split`, a step's are all in the
+    second."""
+    before = _allocated(device)
+    step = trial(model)
+    for _ in range(2):  # the first makes moments, and finds out which kernels are fast
+        step([batch])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    one = _middle(step, [batch], device)
+    both = _middle(step, [batch, batch], device) if is_split else 2 * one
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    del step
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    each = min(one, max(0.0, both - one))
+    return np.array([one - each, each, peak - before])
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _middle(step: Step, batches: Sequence[Batch], device: torch.device) -> float:
+    """Median of the seconds of some steps."""
+    seconds: list[float] = []
+    while len(seconds) < REPEATS or (len(seconds) < MOST_REPEATS and sum(seconds) < REPEATED):
+        seconds.append(_seconds(step, batches, device))
+    return median(seconds)
+
+
+def _seconds(step: Step, batches: Sequence[Batch], device: torch.device) -> float:
+    finish(device)
+    started = time.perf_counter()
+    step(batches)
+    finish(device)
+    return time.perf_counter() - started
