@@ -13,6 +13,7 @@ written to nobody's slot, and its samples do not count.
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ from kogia.ops.drafts import (
     most_likely_tokens,
     put_numbers,
 )
+from kogia.ops.moe import Activation
 from kogia.ops.prefill import FEW
 from kogia.ops.sample import counter_uniforms, sample
 from kogia.ops.segments import Segments
@@ -139,14 +141,19 @@ class DraftStep:
         accepted = accept_drafts(samples, inputs.token_ids, inputs.num_samples, inputs.lengths)
         step = replace(found.step, activation=self.active_drafts)
         hidden = model.mtp_hidden(0, found.hidden, self.samples, step, accepted.places)
-        positions, drafts = accepted.positions, [self.guess(hidden, accepted.positions)]
-        for _ in range(self.width - 2):
-            cache = self.view.drafting(self._tables, positions, self.numbers[:, 4], self.contexts)
-            batch = PackedTokens(drafts[-1], positions, self.ones)
-            step = model.step(batch, cache, activation=self.active_drafts)
-            hidden = model.mtp_hidden(0, hidden, drafts[-1], step)
-            positions = cache.layers[0].context_lens  # the next one stands where this context ends
-            drafts.append(self.guess(hidden, positions))
+        drafts = drafts_behind(
+            model,
+            self.view,
+            hidden,
+            accepted.positions,
+            self.guess,
+            self.width - 1,
+            tables=self._tables,
+            num_slots=self.numbers[:, 4],
+            contexts=self.contexts,
+            single=self.ones,
+            activation=self.active_drafts,
+        )
         self.state.write(inputs.rows, accepted.newest, accepted.lengths, drafts)
 
     def guess(self, hidden: Float[Tensor, "seqs dim"], positions: Int[Tensor, " seqs"]) -> Int[Tensor, " seqs"]:
@@ -334,6 +341,32 @@ class DraftGraphs:
         verify.replay()  # what the other reads while it is recorded
         step.graphs = RecordedDrafts(verify, recorder.capture(step.draft))
         return step
+
+
+def drafts_behind(
+    model: Transformer,
+    view: WholeCache,
+    hidden: Float[Tensor, "seqs dim"],
+    positions: Int[Tensor, " seqs"],
+    guess: Callable[[Tensor, Tensor], Tensor],
+    number: int,
+    *,
+    tables: Int[Tensor, "seqs blocks"],
+    num_slots: Int[Tensor, " seqs"],
+    contexts: NDArray[np.int64],
+    single: Segments,
+    activation: Activation | None,
+) -> list[Int[Tensor, " seqs"]]:
+    """`number` tokens behind the newest ones, which stand at `positions` and of which the MTP module made `hidden`.
+    `single` has one token of each sequence; the rest is as in `CacheView.drafting`."""
+    drafts = [guess(hidden, positions)]
+    for _ in range(number - 1):
+        cache = view.drafting(tables, positions, num_slots, contexts)
+        step = model.step(PackedTokens(drafts[-1], positions, single), cache, activation=activation)
+        hidden = model.mtp_hidden(0, hidden, drafts[-1], step)
+        positions = cache.layers[0].context_lens  # the next one stands where this context ends
+        drafts.append(guess(hidden, positions))
+    return drafts
 
 
 def put_settings(numbers: NDArray[np.int64], settings: Settings) -> None:

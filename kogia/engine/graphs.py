@@ -139,10 +139,14 @@ def recorded_sizes(most: int, device: torch.device, vocab_size: int, width: int 
     if device.type != "cpu":
         most = min(most, SIZES[-1] // width)
         return sorted({size for size in SIZES if size < most} | {most})
-    tokens = min(_TOKENS_ON_CPU, max(_EXACT_ON_CPU, _LOGITS_ON_CPU // vocab_size))
-    most = max(1, min(most, tokens // width))
+    most = max(1, min(most, tokens_on_cpu(vocab_size) // width))
     exact = range(1, min(most, _EXACT_ON_CPU // width) + 1)
     return sorted({size for size in SIZES if size < most} | {most, *exact})
+
+
+def tokens_on_cpu(vocab_size: int) -> int:
+    """Tokens of the largest step that is worth a recording on a CPU; see `recorded_sizes`."""
+    return min(_TOKENS_ON_CPU, max(_EXACT_ON_CPU, _LOGITS_ON_CPU // vocab_size))
 
 
 _EXACT_ON_CPU, _TOKENS_ON_CPU, _LOGITS_ON_CPU = 16, 256, 1 << 19

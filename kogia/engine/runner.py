@@ -18,6 +18,7 @@ from kogia.engine.activation import ActiveExperts
 from kogia.engine.drafting import DraftGraphs, DraftState
 from kogia.engine.graphs import DecodeGraphs
 from kogia.engine.inputs import Arrived, Bundle, Download, Staging, Upload
+from kogia.engine.prompts import Prompts
 from kogia.engine.scoring import (
     prompt_scores,
     put_prompt_scoring,
@@ -88,7 +89,7 @@ class Runner:
         num_drafts: int = 0,
     ) -> None:
         """With `longest`, the most tokens of a sequence, decode steps are recorded as graphs, those with `num_drafts`
-        drafts per sequence too."""
+        drafts per sequence too; on a CPU also prompts."""
         self.model = model
         self.cache = cache
         self.table = table
@@ -98,12 +99,15 @@ class Runner:
         self._staging = Staging(self.device)
         self._newest = torch.zeros(len(table.requests) + 1, dtype=torch.long, device=self.device)
         """[table rows, and nobody's] what each sequence sampled last: a step may be planned before that is known."""
-        self.graphs = self.draft_graphs = None
+        self.graphs = self.draft_graphs = self.prompts = None
         if longest is not None:
-            self.graphs = DecodeGraphs(model, cache, self._newest, experts, len(table.requests), longest)
-            if num_drafts and isinstance(view, WholeCache):
+            assert isinstance(view, WholeCache), "graphs know no other view"
+            self.graphs, state = DecodeGraphs(model, cache, self._newest, experts, len(table.requests), longest), None
+            if num_drafts:
                 state = DraftState(self._newest, num_drafts)
                 self.draft_graphs = DraftGraphs(model, view, state, experts, len(table.requests), longest)
+            if self.device.type == "cpu":
+                self.prompts = Prompts(model, view, self._newest, state, experts, longest)
 
     def launch(self, plan: StepPlan, num_drafts: int = 0) -> Flight:
         """Start a step: run every planned token, sample where the plan asks for it, draft `num_drafts` more."""
@@ -111,6 +115,8 @@ class Runner:
             return self._replay(plan, token_runs(plan), self.graphs)
         if self.draft_graphs is not None and num_drafts and plan.only_newest and self.records_drafts(plan.rows):
             return self._verify(plan, self.draft_graphs)
+        if self.prompts is not None and self.prompts.takes(plan, self.table, drafts=num_drafts > 0):
+            return Flight(plan, self.prompts.run(plan, self.table, drafts=num_drafts > 0))
         return self._run(plan, num_drafts)
 
     @torch.no_grad()
@@ -135,12 +141,12 @@ class Runner:
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """Within the block, no step is recorded or replayed."""
-        kept = self.graphs, self.draft_graphs
-        self.graphs = self.draft_graphs = None
+        kept = self.graphs, self.draft_graphs, self.prompts
+        self.graphs = self.draft_graphs = self.prompts = None
         try:
             yield
         finally:
-            self.graphs, self.draft_graphs = kept
+            self.graphs, self.draft_graphs, self.prompts = kept
 
     def records_drafts(self, rows: NDArray[np.int64]) -> bool:
         """Whether steps of these sequences are recorded, when each runs its newest token and drafts alone: not with

@@ -398,7 +398,7 @@ def test_what_products_cannot_take_is_refused_with_the_reason():
     with torch.no_grad():
         assert "rows of 64 numbers do not fit a weight of 32" in str(supports(x, weight[:, :32].contiguous()))
         assert "dense weights in bfloat16 or float32 with rows alike" in str(supports(x.float(), weight))
-        assert "up to 32 rows, not 33" in str(supports(*(draw(33, 64, dtype=torch.float32),) * 2))
+        assert "up to 128 rows, not 129" in str(supports(*(draw(129, 64, dtype=torch.float32),) * 2))
         assert "not fp8" in str(supports(x, FORMATS["fp8"].pack(weight)))
         odd = Packed(torch.zeros(8, 48, dtype=torch.uint8), torch.ones(8, 1, dtype=BF16), None, "int4")
         assert "int4 groups of 32 or of a multiple of 64 numbers, not 96" in str(supports(draw(2, 96), odd))
@@ -678,7 +678,7 @@ def test_embeddings_are_the_rows_of_their_tokens_and_zeros_where_there_is_none(d
     assert cpu_embed.embed_supports(ids, weight) is None
     assert torch.equal(cpu_embed.embed(ids, weight), weight[ids])
     assert not cpu_embed.embed(torch.tensor([11, -1]), weight).any()
-    assert "64 tokens" in str(cpu_embed.embed_supports(torch.zeros(65, dtype=torch.long), weight))
+    assert "128 tokens" in str(cpu_embed.embed_supports(torch.zeros(129, dtype=torch.long), weight))
 
 
 @torch.no_grad()
@@ -688,7 +688,7 @@ def test_angles_are_those_of_the_reference(scale):
     assert cpu_rope.rope_angles_supports(positions, theta, scale) is None
     got, want = cpu_rope.rope_angles(positions, theta, scale), rope.rope_angles.reference(positions, theta, scale)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
-    assert "up to 64 positions" in str(cpu_rope.rope_angles_supports(torch.arange(65), theta))
+    assert "up to 128 positions" in str(cpu_rope.rope_angles_supports(torch.arange(129), theta))
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ class Kernel:
     def __call__(self, *values: float) -> None:
         arguments = self._pack(*values)
         self.function(arguments)
-        if active:
-            active[0].add_kernel(self.function, arguments)
+        for recording in active:  # another thread may end its own at any moment
+            recording.add_kernel(self.function, arguments)
 
 
 def address(tensor: Tensor | None) -> int:

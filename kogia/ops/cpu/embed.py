@@ -1,4 +1,5 @@
-"""The embedding of the few tokens of a decode step: a copy for each, where PyTorch takes a hundred microseconds."""
+"""The embedding of few tokens, of a decode step or a short prompt: a copy for each, where PyTorch takes a hundred
+microseconds."""
 
 import torch
 from torch import Tensor
@@ -6,7 +7,7 @@ from torch import Tensor
 from kogia.ops.cpu.common import Kernel, refusal
 
 _embed = Kernel("kogia_embed", "6q")
-_MOST = 64
+_MOST = 128
 
 
 def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -19,5 +20,5 @@ def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
 
 def embed_supports(token_ids: Tensor, weight: Tensor) -> str | None:
     if torch.is_grad_enabled() or token_ids.ndim != 1 or len(token_ids) > _MOST:
-        return f"it is for up to {_MOST} tokens of a decode step"
+        return f"it is for up to {_MOST} tokens"
     return refusal(token_ids, dtypes=(torch.int64,)) or refusal(weight)

@@ -7,8 +7,8 @@ from kogia.ops.cpu.common import DTYPES, Kernel, address, refusal, weight_fields
 from kogia.ops.packed import Packed
 
 _linear = Kernel("kogia_linear", "5q 5q 3q")
-FLOAT32_ROWS = 32
-"""Most rows of products in float32: for more there is `products.py`."""
+FLOAT32_ROWS = 128
+"""Most rows of products in float32: for more there is `products.py`, which lays the weight out anew."""
 
 
 def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:

@@ -33,6 +33,8 @@ class Recording:
         """Kernels since the last operation: the function's address and its arguments."""
         self._kept: list[Any] = []
         """Whatever has an address among the arguments."""
+        self.num_bytes = 0
+        """Of the tensors that were made while it was recorded, all of which it keeps."""
         self._thread = threading.get_ident()
 
     def replay(self) -> None:
@@ -51,6 +53,8 @@ class Recording:
         self._kept.append((args, kwargs, result))
         name, schema = function.name().split(".")[0], function._schema
         is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in schema.returns)
+        if not is_view and not schema.is_mutable:
+            self.num_bytes += sum(each.nbytes for each in _tensors(result))
         if name in _ALLOCATIONS or name in _OF_TYPES or is_view:
             return
         if isinstance(result, int | float | complex):
@@ -71,6 +75,12 @@ class Recording:
         at, count = ctypes.addressof(table), len(pairs)
         self._parts.append(lambda: run(at, count))
         self._calls = []
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Of what an operation returned."""
+    several = result if isinstance(result, tuple | list) else (result,)
+    return (each for each in several if isinstance(each, Tensor))
 
 
 @torch.no_grad()
@@ -108,15 +118,19 @@ active: list[Recording] = []
 """The recording under way, if there is one: kernels tell it what they are called with."""
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Within the block, this thread's kernels and operations run and are recorded. One at a time."""
-    assert not active, "a recording is under way"
-    made = Recording()
-    active.append(made)
-    try:
-        with torch.no_grad(), _Watch(made):
-            yield made
-        made.close()
-    finally:
-        active.clear()
+    """Within the block, this thread's kernels and operations run and are recorded. Another thread, which serves another
+    model, waits until it may record."""
+    with _one_at_a_time:
+        made = Recording()
+        active.append(made)
+        try:
+            with torch.no_grad(), _Watch(made):
+                yield made
+            made.close()
+        finally:
+            active.clear()

@@ -1,4 +1,4 @@
-"""Rotary angles of the few positions of a decode step."""
+"""Rotary angles of few positions, of a decode step or a short prompt."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from kogia.ops.cpu.common import Kernel, refusal
 
 _angles = Kernel("kogia_angles", "4q d 2q")
-_MOST = 64
+_MOST = 128
 
 
 def rope_angles(positions: Tensor, theta: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -19,5 +19,5 @@ def rope_angles(positions: Tensor, theta: Tensor, scale: float = 1.0) -> tuple[T
 
 def rope_angles_supports(positions: Tensor, theta: Tensor, scale: float = 1.0) -> str | None:
     if torch.is_grad_enabled() or positions.shape[0] > _MOST:
-        return f"it is for up to {_MOST} positions of a decode step"
+        return f"it is for up to {_MOST} positions"
     return refusal(positions, dtypes=(torch.int64,)) or refusal(theta, dtypes=(torch.float32,))
