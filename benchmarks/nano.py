@@ -1,6 +1,7 @@
 """kogia-nano beside its dense twin: bits per byte of books that neither has seen, and scores on held-out problems.
 
     python benchmarks/nano.py runs/nano [--questions 300] [--pieces N] [--out benchmarks/results/nano.json]
+    python benchmarks/nano.py runs/nano --model checkpoints/kogia-nano      # as it was exported, without the twin
 
 WORK is the directory of reproductions/kogia-nano/run.py. Bits per byte are of whole pieces of books, about 2,000 tokens
 each, read in windows as long as in training, by the base models; `nano-bpb-ratio` is ours over the twin's, its 95%
@@ -44,6 +45,7 @@ OURS, TWIN, TUNED, ROUNDED = "base", "dense", "sft", "fp8"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--model", type=Path, help="measure this one alone; of WORK only raw/ is read")
     parser.add_argument("--questions", type=int, default=300, help="of each task")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer")
     parser.add_argument("--pieces", type=int, help="of the held-out books; all if left out")
@@ -51,10 +53,28 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/nano.json")
     args = parser.parse_args()
-    rows = [*sizes(args.work), *book_rows(args), *task_rows(args)]
-    write_result(args.out, "kogia-nano beside its dense twin", rows)
+    if args.model is None:
+        rows, title = [*sizes(args.work), *book_rows(args), *task_rows(args)], "kogia-nano beside its dense twin"
+    else:
+        rows, title = list(alone(args)), "kogia-nano as it is exported"
+    write_result(args.out, title, rows)
     print_table(rows)
     print(f"written: {args.out}")
+
+
+def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """An exported model: its size, bits per byte and scores, without a peer."""
+    config = load_config(args.model)
+    for id, count in (("nano-parameters", num_params), ("nano-active-parameters", num_active_params)):
+        yield row(id, count(config), "parameters")
+    pieces = held_out(args.work, args.pieces)
+    sizes = np.array([len(text.encode()) for _, text in pieces])
+    opened = open_model(args.model, device=args.device)
+    nats = np.array(piece_nats(opened.model, opened.tokenizer, [text for _, text in pieces], args.window))
+    yield bpb_row("nano-bpb", nats, sizes)
+    for task, summary in zip(TASKS, evaluated(args, args.model, args.work / "evals", None), strict=True):
+        mean, low, high = summary["greedy"]
+        yield row(f"nano-{task}", mean, "share right", low=low, high=high, questions=args.questions)
 
 
 def sizes(work: Path) -> Iterator[dict[str, Any]]:
@@ -85,13 +105,17 @@ def book_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         opened = open_model(args.work / name, device=args.device)
         nats[name] = np.array(piece_nats(opened.model, opened.tokenizer, texts, args.window))
     ours, twin = nats[OURS], nats[TWIN]
-    bits = {name: bpb(found, sizes) for name, found in nats.items()}
     for id, name in (("nano-bpb", OURS), ("nano-bpb-dense", TWIN)):
-        low, high = resampled(lambda i, name=name: bpb(nats[name][i], sizes[i]), len(sizes))
-        yield row(id, bits[name], "bits/byte", low=low, high=high, pieces=len(pieces), bytes=int(sizes.sum()))
+        yield bpb_row(id, nats[name], sizes)
     books = by_book([book for book, _ in pieces], ours, twin)
     yield ratio(ours, twin, "nano-bpb-ratio", limit=1.0, books=books)
     yield ratio(nats[ROUNDED], nats[TUNED], "nano-fp8-bpb-ratio")
+
+
+def bpb_row(id: str, nats: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
+    """Bits per byte of pieces, with the interval of their resampling."""
+    low, high = resampled(lambda i: bpb(nats[i], sizes[i]), len(sizes))
+    return row(id, bpb(nats, sizes), "bits/byte", low=low, high=high, pieces=len(sizes), bytes=int(sizes.sum()))
 
 
 def ratio(ours: np.ndarray, other: np.ndarray, id: str, **extra: Any) -> dict[str, Any]:
@@ -150,8 +174,9 @@ def by_book(books: Sequence[str], ours: np.ndarray, twin: np.ndarray) -> dict[st
 
 def task_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Ours with the twin as peer, then the paired difference."""
-    twin = evaluated(args, "dense_sft", None)
-    ours = evaluated(args, "sft", args.work / "dense_sft/evals")
+    twin_out = args.work / "dense_sft/evals"
+    twin = evaluated(args, args.work / "dense_sft", twin_out, None)
+    ours = evaluated(args, args.work / "sft", args.work / "sft/evals", twin_out)
     for task, other, summary in zip(TASKS, twin, ours, strict=True):
         mean, low, high = summary["greedy"]
         peer = [round(value, 4) for value in other["greedy"]]
@@ -160,13 +185,12 @@ def task_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield row(f"nano-{task}-gain", mean, "share right", low=low, high=high)
 
 
-def evaluated(args: argparse.Namespace, name: str, compare: Path | None) -> list[dict[str, Any]]:
-    """Summaries by task; goes on where it was interrupted."""
-    out = args.work / name / "evals"
+def evaluated(args: argparse.Namespace, model: Path, out: Path, compare: Path | None) -> list[dict[str, Any]]:
+    """Summaries by task, kept in `out`; goes on where it was interrupted."""
     gsm8k = {"path": str(args.work / "raw/gsm8k_test.jsonl.gz"), "instruction": ""}
     return evaluate_tasks(
         EvalConfig(
-            str(args.work / name),
+            str(model),
             tasks=TASKS,
             task_options=OPTIONS | {"gsm8k": gsm8k},
             num_questions=args.questions,
