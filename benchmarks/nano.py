@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path, help="measure this one alone; of WORK only raw/ is read")
+    parser.add_argument("--twin", type=Path, help="beside --model: the dense one")
     parser.add_argument("--questions", type=int, default=300, help="of each task")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer")
     parser.add_argument("--pieces", type=int, help="of the held-out books; all if left out")
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/nano.json")
     args = parser.parse_args()
     if args.model is None:
-        rows, title = [*sizes(args.work), *book_rows(args), *task_rows(args)], "kogia-nano beside its dense twin"
+        tasks = task_rows(args, args.work / TUNED, args.work / TUNED / "evals", args.work / "dense_sft")
+        rows, title = [*sizes(args.work), *book_rows(args), *tasks], "kogia-nano beside its dense twin"
     else:
         rows, title = list(alone(args)), "kogia-nano as it is exported"
     write_result(args.out, title, rows)
@@ -63,18 +65,20 @@ def main() -> None:
 
 
 def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """An exported model: its size, bits per byte and scores, without a peer."""
-    config = load_config(args.model)
+    """An exported model: its size, bits per byte and scores, and those of a twin if there is one, both after the cold
+    start."""
+    models = [args.model] if args.twin is None else [args.model, args.twin]
     for id, count in (("nano-parameters", num_params), ("nano-active-parameters", num_active_params)):
-        yield row(id, count(config), "parameters")
+        yield row(id, count(load_config(args.model)), "parameters")
     pieces = held_out(args.work, args.pieces)
     sizes = np.array([len(text.encode()) for _, text in pieces])
-    opened = open_model(args.model, device=args.device)
-    nats = np.array(piece_nats(opened.model, opened.tokenizer, [text for _, text in pieces], args.window))
-    yield bpb_row("nano-bpb", nats, sizes)
-    for task, summary in zip(TASKS, evaluated(args, args.model, args.work / "evals", None), strict=True):
-        mean, low, high = summary["greedy"]
-        yield row(f"nano-{task}", mean, "share right", low=low, high=high, questions=args.questions)
+    found = [nats_of(model, pieces, args) for model in models]
+    yield bpb_row("nano-bpb", found[0], sizes)
+    if args.twin is not None:
+        yield bpb_row("nano-bpb-dense", found[1], sizes)
+        books = by_book([book for book, _ in pieces], *found)
+        yield ratio(*found, "nano-bpb-ratio", limit=1.0, books=books)
+    yield from task_rows(args, args.model, args.work / "evals", args.twin)
 
 
 def sizes(work: Path) -> Iterator[dict[str, Any]]:
@@ -99,11 +103,7 @@ def last_tokens(run: Path) -> int:
 def book_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     pieces = held_out(args.work, args.pieces)
     sizes = np.array([len(text.encode()) for _, text in pieces])
-    texts = [text for _, text in pieces]
-    nats = {}
-    for name in (OURS, TWIN, TUNED, ROUNDED):
-        opened = open_model(args.work / name, device=args.device)
-        nats[name] = np.array(piece_nats(opened.model, opened.tokenizer, texts, args.window))
+    nats = {name: nats_of(args.work / name, pieces, args) for name in (OURS, TWIN, TUNED, ROUNDED)}
     ours, twin = nats[OURS], nats[TWIN]
     for id, name in (("nano-bpb", OURS), ("nano-bpb-dense", TWIN)):
         yield bpb_row(id, nats[name], sizes)
@@ -130,6 +130,12 @@ def held_out(work: Path, most: int | None) -> list[tuple[str, str]]:
     titles = list(read_source(SourceConfig(str(work / "raw/books_heldout.jsonl.gz"), text_key="title")))
     pieces = [(title.text, document.text) for title, document in zip(titles, documents, strict=True)]
     return pieces if most is None else pieces[:: max(1, len(pieces) // most)][:most]
+
+
+def nats_of(model: Path, pieces: Sequence[tuple[str, str]], args: argparse.Namespace) -> np.ndarray:
+    """The negative log-probability of each piece by a model."""
+    opened = open_model(model, device=args.device)
+    return np.array(piece_nats(opened.model, opened.tokenizer, [text for _, text in pieces], args.window))
 
 
 @torch.no_grad()
@@ -172,17 +178,17 @@ def by_book(books: Sequence[str], ours: np.ndarray, twin: np.ndarray) -> dict[st
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
-def task_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Ours with the twin as peer, then the paired difference."""
-    twin_out = args.work / "dense_sft/evals"
-    twin = evaluated(args, args.work / "dense_sft", twin_out, None)
-    ours = evaluated(args, args.work / "sft", args.work / "sft/evals", twin_out)
-    for task, other, summary in zip(TASKS, twin, ours, strict=True):
+def task_rows(args: argparse.Namespace, model: Path, out: Path, twin: Path | None) -> Iterator[dict[str, Any]]:
+    """Scores of a model; if there is a twin with that as peer, and the paired difference."""
+    twin_out = None if twin is None else args.work / "dense_sft/evals"
+    others = [None] * len(TASKS) if twin is None else evaluated(args, twin, twin_out, None)
+    for task, other, summary in zip(TASKS, others, evaluated(args, model, out, twin_out), strict=True):
         mean, low, high = summary["greedy"]
-        peer = [round(value, 4) for value in other["greedy"]]
-        yield row(f"nano-{task}", mean, "share right", low=low, high=high, peer=peer, questions=args.questions)
-        mean, low, high = summary["compare"]["greedy"]["difference"]
-        yield row(f"nano-{task}-gain", mean, "share right", low=low, high=high)
+        peer = {} if other is None else {"peer": [round(value, 4) for value in other["greedy"]]}
+        yield row(f"nano-{task}", mean, "share right", low=low, high=high, questions=args.questions, **peer)
+        if other is not None:
+            mean, low, high = summary["compare"]["greedy"]["difference"]
+            yield row(f"nano-{task}-gain", mean, "share right", low=low, high=high)
 
 
 def evaluated(args: argparse.Namespace, model: Path, out: Path, compare: Path | None) -> list[dict[str, Any]]:
