@@ -225,6 +225,10 @@ def _one_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:300]
 
 
+_OF_REGEX = re.compile(r"^at 1\(\d+\): | 1 \| start: .*")
+"""Where an expression stands in the grammar that llguidance makes of it, and this grammar."""
+
+
 class Grammars:
     """Compiled grammars for the requests of one engine."""
 
@@ -263,7 +267,8 @@ class Grammars:
                 raise ValueError(f"response_format.{kind}: compiling it {lost}; simplify it") from None
             raise
         if error is not None:
-            raise ValueError(f"response_format.{kind}: {error}; correct it")
+            own = _OF_REGEX.sub("", error) if kind == "regex" else error
+            raise ValueError(f"response_format.{kind}: {own}; correct it")
 
 
 class Grammar(Rule):

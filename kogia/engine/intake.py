@@ -45,7 +45,7 @@ class Intake:
                 raise ValueError(f"SamplingParams.{name} = {value}: {rule}")
         if params.return_routed_experts and not self._has_experts:
             raise ValueError("SamplingParams.return_routed_experts = True: the model has no experts; leave it out")
-        for name in ("logit_bias", "allowed_token_ids"):
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
             beyond = [token for token in getattr(params, name) or () if token >= self.vocab]
             if beyond:
                 raise ValueError(

@@ -98,7 +98,7 @@ async def reload(body: Reload, request: Request) -> dict[str, Any]:
     them from their next token; cached prefixes are forgotten."""
     state = _state(request)
     entry = state.models.find(body.model)
-    source = entry if body.from_ is None else state.models.find(body.from_)
+    source = entry if body.from_ is None else state.models.find(body.from_, "from")
     try:
         await asyncio.shield(state.models.reload(entry, source))
     except (ValueError, OSError) as error:

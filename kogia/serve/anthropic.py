@@ -1,11 +1,12 @@
 """Anthropic's messages: an answer is a list of blocks, of thought, text and calls of tools."""
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -17,7 +18,7 @@ from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Body, Count, Flag, Met
 from kogia.serve.generation import new_id, usage
 from kogia.serve.openai_chat import ThinkingSwitch
 from kogia.serve.prompts import CalledFunction, CalledTool, ChatMessage
-from kogia.serve.sampling import SamplingBody, Thinking
+from kogia.serve.sampling import EFFORTS, Effort, SamplingBody, Thinking, schema_format
 from kogia.serve.segments import Segment, Step, segments
 from kogia.serve.sse import EventStream, encode, until_gone
 from kogia.serve.state import ServerState
@@ -66,8 +67,26 @@ class AnthropicChoice(Part):
     disable_parallel_tool_use: Flag | None = None
 
 
+class OutputFormat(Part):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class OutputConfig(Part):
+    effort: Effort | None = None
+    format: OutputFormat | None = None
+
+
 class Conversed(Body):
     """What counts as input."""
+
+    instead = {  # noqa: RUF012 - as in SamplingBody
+        "container": "no code is run here; leave it out",
+        "mcp_servers": "no other server is asked from here; send tools",
+        "functions": "send tools",
+        "prefill": "end messages with the beginning of the answer, of the role assistant",
+        "output_format": "send output_config.format",
+    }
 
     model: Name | None = None
     messages: Annotated[list[AnthropicMessage], items(MOST_MESSAGES, 1)]
@@ -75,45 +94,72 @@ class Conversed(Body):
     tools: Annotated[list[AnthropicTool], items(MOST_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: ThinkingSwitch | None = None
+    output_config: OutputConfig | None = None
+
+    @property
+    def thinks(self) -> Thinking:
+        effort = None if self.output_config is None else self.output_config.effort
+        if self.thinking is None:
+            return Thinking(False if effort == "none" else None, EFFORTS.get(effort or ""))
+        enabled = {"enabled": True, "disabled": False}.get(self.thinking.type)
+        return Thinking(enabled, self.thinking.budget_tokens or EFFORTS.get(effort or ""))
 
     @property
     def turn(self) -> Turn:
         choice = self.tool_choice or AnthropicChoice(type="auto")
         if choice.type == "tool" and choice.name is None:
             raise ApiError("tool_choice.name is missing", param="tool_choice.name")
-        switch = self.thinking
-        enabled = None if switch is None else {"enabled": True, "disabled": False}.get(switch.type)
+        form = None if self.output_config is None else self.output_config.format
         return Turn(
             messages=self._chat_messages(),
             goes_on=self.messages[-1].role == "assistant",
-            thinking=Thinking(enabled, None if switch is None else switch.budget_tokens),
+            thinking=self.thinks,
             tools=() if choice.type == "none" else [tool.tool for tool in self.tools or ()],
             must_call=choice.type in ("any", "tool"),
             tool_name=choice.name if choice.type == "tool" else None,
+            schema_name="input_schema",
             parallel=not choice.disable_parallel_tool_use,
+            response_format=None if form is None else schema_format(form.schema_, "output_config.format"),
         )
 
     def _chat_messages(self) -> list[ChatMessage]:
-        system = [] if self.system is None else [ChatMessage(role="system", content=_text(self.system, "system"))]
+        system = []
+        if self.system is not None:
+            system = [ChatMessage(role="system", content=_text(self.system, "system")).at("system", "system")]
         each = [_chat_messages(message, f"messages.{i}") for i, message in enumerate(self.messages)]
         return system + [message for own in each for message in own]
 
 
 class MessagesBody(Conversed, SamplingBody):
+    instead = {  # noqa: RUF012 - as in SamplingBody
+        **SamplingBody.instead,
+        **Conversed.instead,
+        "response_format": "send output_config.format",
+        "reasoning_effort": "send output_config.effort",
+    }
     max_tokens: Count  # type: ignore[assignment]
     stop_sequences: Stops | None = None
     metadata: Metadata | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return tuple(self.stop_sequences or ())
+        return (*super().stops, *(self.stop_sequences or ()))
+
+    @property
+    def called(self) -> dict[str, str]:
+        own = {"prompt": "messages", "stop": "stop_sequences"}
+        if self.thinking_token_budget is None and self.output_config is not None:
+            own["thinking_token_budget"] = "output_config.effort"
+        if self.thinking_token_budget is None and self.thinking is not None and self.thinking.budget_tokens:
+            own["thinking_token_budget"] = "thinking.budget_tokens"
+        return super().called | own
 
 
 @router.post("/v1/messages")
 @router.post("/anthropic/v1/messages")
 async def messages(body: MessagesBody, request: Request, caller: Caller = Depends(authenticate)) -> Response:
     state: ServerState = request.app.state.server
-    state.note_ignored("/v1/messages", body.unknown)
+    state.note_ignored("/v1/messages", body)
     if (body.n or 1) != 1:
         raise ApiError(f"n = {body.n}: must be 1 here", param="n")
     reply = MessageReply(await start(state, body, body.turn, caller, new_id("msg_")), body)
@@ -125,52 +171,65 @@ async def messages(body: MessagesBody, request: Request, caller: Caller = Depend
 @router.post("/v1/messages/count_tokens")
 @router.post("/anthropic/v1/messages/count_tokens")
 async def count_tokens(body: Conversed, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, int]:
+    body.check_known()
     served = await request.app.state.server.find(body.model)
     return {"input_tokens": len((await turn_prompt(served, body.turn, caller)).token_ids)}
 
 
 def _chat_messages(message: AnthropicMessage, name: str) -> list[ChatMessage]:
     """One message in OpenAI's form; the results of tools come first, each as a message of its own."""
+    content = f"{name}.content"
     if isinstance(message.content, str):
-        return [ChatMessage(role=message.role, content=message.content)]
-    blocks = message.content
-    results = [block for block in blocks if block.type == "tool_result"]
-    spoken = [
-        block for block in blocks if block.type not in ("tool_result", "tool_use", "thinking", "redacted_thinking")
-    ]
-    thought = "\n".join(block.thinking or "" for block in blocks if block.type == "thinking")
-    calls = [_call(block, name) for block in blocks if block.type == "tool_use"]
-    turns = [
-        ChatMessage(role="tool", content=_text(block.content or "", f"{name}.content"), tool_call_id=block.tool_use_id)
-        for block in results
-    ]
-    if spoken or calls or thought or not results:
-        content = _text(spoken, f"{name}.content")
-        turns.append(
-            ChatMessage(role=message.role, content=content, reasoning=thought or None, tool_calls=calls or None)
-        )
+        return [ChatMessage(role=message.role, content=message.content).at(name, content)]
+    blocks = {f"{content}.{index}": block for index, block in enumerate(message.content)}
+    turns, calls, thoughts, spoken = [], [], [], {}
+    for place, block in blocks.items():
+        if block.type == "tool_result":
+            result = ChatMessage(
+                role="tool", content=_text(block.content or "", f"{place}.content"), tool_call_id=block.tool_use_id
+            )
+            turns.append(result.at(place, f"{place}.content", f"{place}.tool_use_id"))
+        elif block.type == "tool_use":
+            calls.append(_call(block, place))
+        elif block.type == "thinking":
+            thoughts.append(block.thinking or "")
+        elif block.type != "redacted_thinking":
+            spoken[place] = block
+    if len(calls) > MOST_TOOLS:
+        raise ApiError(f"{content} has {len(calls)} calls of tools: must have at most {MOST_TOOLS}", param=content)
+    if spoken or calls or any(thoughts) or not turns:
+        turn = ChatMessage(role=message.role, content=_texts(spoken), tool_calls=calls or None)
+        turn.reasoning = "\n".join(thoughts) or None
+        turns.append(turn.at(name, content))
     return turns
 
 
-def _call(block: Block, name: str) -> CalledTool:
-    if block.name is None or block.id is None:
-        raise ApiError(f"{name}.content: a tool_use must have a name and an id", param=f"{name}.content")
+def _call(block: Block, place: str) -> CalledTool:
+    missing = next((field for field in ("id", "name") if getattr(block, field) is None), None)
+    if missing is not None or block.name is None:
+        raise ApiError(f"{place}.{missing} is missing: a tool_use has one", param=f"{place}.{missing}")
     arguments = json.dumps(block.input or {}, ensure_ascii=False)
     return CalledTool(id=block.id, function=CalledFunction(name=block.name, arguments=arguments))
 
 
 def _text(content: str | Sequence[Block], name: str) -> str:
-    """Raises 400 for blocks that are no text."""
     if isinstance(content, str):
         return content
-    wrong = next((block for block in content if block.type != "text" or block.text is None), None)
-    if wrong is not None:
-        raise ApiError(
-            f"{name}.type = {wrong.type!r:.40}: must be text, which is all that this model reads; leave images and "
-            "documents out",
-            param=name,
-        )
-    return "\n".join(block.text or "" for block in content)
+    return _texts({f"{name}.{index}": block for index, block in enumerate(content)})
+
+
+def _texts(blocks: Mapping[str, Block]) -> str:
+    """The text of blocks by their place. Raises 400 for those that are none."""
+    for place, block in blocks.items():
+        if block.type != "text":
+            raise ApiError(
+                f"{place}.type = {block.type!r:.40}: must be text, which is all that this model reads; leave images "
+                "and documents out",
+                param=f"{place}.type",
+            )
+        if block.text is None:
+            raise ApiError(f"{place}.text is missing", param=f"{place}.text")
+    return "\n".join(block.text or "" for block in blocks.values())
 
 
 class MessageReply:

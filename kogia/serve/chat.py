@@ -3,15 +3,14 @@
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from kogia.engine.grammar import ResponseFormat
 from kogia.serve.access import Caller
-from kogia.serve.errors import ApiError
+from kogia.serve.errors import ApiError, refused
 from kogia.serve.generation import Piece, pieces, run
 from kogia.serve.prompts import ChatMessage, dialogue, render, write_prompt
-from kogia.serve.sampling import SamplingBody, Thinking, sampling_params
+from kogia.serve.sampling import AskedFormat, SamplingBody, Thinking, sampling_params
 from kogia.serve.served import ServedModel
 from kogia.serve.state import Running, ServerState
-from kogia.serve.tools import Tool, call_format
+from kogia.serve.tools import Tool, call_format, refused_call
 from kogia.text.chat import Prompt
 from kogia.text.tools import ToolFormat
 
@@ -21,6 +20,8 @@ class Turn:
     """What is asked beside the fields that all bodies share."""
 
     messages: Sequence[ChatMessage]
+    name: str = "messages"
+    """What the body calls them."""
     goes_on: bool = False
     """The last message is the beginning of the answer."""
     thinking: Thinking = Thinking()
@@ -30,7 +31,9 @@ class Turn:
     tool_name: str | None = None
     parallel: bool = True
     """It may be several."""
-    response_format: ResponseFormat | None = None
+    schema_name: str = "function.parameters"
+    """Where a tool of the body has its schema."""
+    response_format: AskedFormat | None = None
     logprobs: bool | int = False
     max_tokens: int | None = None
 
@@ -57,7 +60,7 @@ async def start(state: ServerState, body: SamplingBody, turn: Turn, caller: Call
     served = await state.find(body.model)
     form = _tool_format(served, turn)
     prompt = await turn_prompt(served, turn, caller)
-    params = sampling_params(
+    asked = sampling_params(
         body,
         served,
         caller,
@@ -67,12 +70,13 @@ async def start(state: ServerState, body: SamplingBody, turn: Turn, caller: Call
         thinking_budget=turn.thinking.budget,
         max_tokens=turn.max_tokens,
     )
-    return Chat(state, await run(state, served, caller, prompt, params, id), form)
+    return Chat(state, await run(state, served, caller, prompt, asked, id), form)
 
 
 async def turn_prompt(served: ServedModel, turn: Turn, caller: Caller) -> Prompt:
     """What the model is given of a conversation. Raises 400 for messages that will not do."""
-    said = dialogue(turn.messages, [tool.described for tool in turn.tools], goes_on=turn.goes_on)
+    tools = [tool.described for tool in turn.tools]
+    said = dialogue(turn.messages, tools, goes_on=turn.goes_on, name=turn.name)
     return await write_prompt(served, caller, render, said, served, turn.thinking)
 
 
@@ -84,11 +88,22 @@ def _tool_format(served: ServedModel, turn: Turn) -> ToolFormat | None:
     return served.tool_format
 
 
-def _response_format(served: ServedModel, turn: Turn, form: ToolFormat | None) -> ResponseFormat | None:
+def _response_format(served: ServedModel, turn: Turn, form: ToolFormat | None) -> AskedFormat | None:
     if not turn.must_call:
         return turn.response_format
     if form is None:
         raise ApiError("tool_choice asks for a call, but there are no tools", param="tool_choice")
     if turn.response_format is not None:
-        raise ApiError("response_format with a tool_choice that asks for a call: leave one out", param="tool_choice")
-    return call_format(turn.tools, turn.tool_name, form, served.tokenizer, parallel=turn.parallel)
+        other = turn.response_format.called["response_format"]
+        raise ApiError(
+            f"tool_choice asks for a call, and {other} for something else: leave one out", param="tool_choice"
+        )
+    chosen = {i: tool for i, tool in enumerate(turn.tools) if turn.tool_name in (None, tool.function.name)}
+    if not chosen:
+        raise ApiError(f"tool_choice names {turn.tool_name!r}: is not among the tools", param="tool_choice")
+    called, schemas = {"response_format": "tools"}, [f"tools.{index}.{turn.schema_name}" for index in chosen]
+    try:
+        grammar = call_format(list(chosen.values()), form, served.tokenizer, parallel=turn.parallel)
+    except ValueError as error:
+        raise refused_call(error, schemas) or refused(error, called) from None
+    return AskedFormat(grammar, called, schemas)

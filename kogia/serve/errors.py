@@ -1,17 +1,26 @@
 """What a client hears when something will not do: one shape per API, a clear 4xx or an opaque 500."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 from starlette.requests import Request
 
-_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_KINDS = {"str", "int", "float", "bool", "dict", "list", "tuple", "none", "body", "literal", "nullable"}
-"""Words in pydantic's locations that name a branch of a union, not a field."""
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_SHOULD = re.compile(r"^(?:Input|String|List|Dictionary|Value) should ")
+RULES = {
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+}
+"""In place of pydantic's own words."""
 MOST_SHOWN = 80
 """Characters of a wrong value in a message."""
 NAMES = {
@@ -83,29 +92,74 @@ def shown(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
 
-def refused(error: ValueError, fields: Sequence[str]) -> ApiError:
-    """400 for what the engine refuses: its errors name value and rule; the field too, where it is one of the body."""
+def refused(error: ValueError, called: Mapping[str, str]) -> ApiError:
+    """400 for what the engine refuses. Its errors name value and rule, and the field as the engine calls it; `called`
+    says what it is in the body, by these names."""
     text = str(error).removeprefix("SamplingParams.")
-    words = _FIELD.findall(text.split(":")[0])
-    return ApiError(text, param=next((word for word in words if word in fields), None))
+    head = next((word for word in _PATH.findall(text.split(":")[0]) if _called(word, called) is not None), None)
+    if head is None:
+        return ApiError(text)
+    field = _called(head, called) or head
+    begin, rest = (field, text.removeprefix(head)) if text.startswith(head) else (f"{field}: ", text)
+    return ApiError(begin + _NAME.sub(lambda word: _called(word[0], called) or word[0], rest), param=field)
 
 
-def validation(error: RequestValidationError | ValidationError) -> ApiError:
+_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+_NAME = re.compile(r"\b[a-z]+_\w+(?:\.\w+)*")
+"""Of a field, and no word of a sentence."""
+
+
+def _called(path: str, called: Mapping[str, str]) -> str | None:
+    """What a body calls the engine's field, or the part of one."""
+    name, _, part = path.partition(".")
+    whole = called.get(name)
+    return called.get(path) or (f"{whole}.{part}" if whole and part else whole)
+
+
+def validation(error: RequestValidationError) -> ApiError:
     """400 for the first value that has the wrong type or is out of its range."""
-    found = error.errors()
-    # of the branches of a union, the one that got furthest is what was meant, or the one of the right type
-    first = max(found, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
+    # of the branches of a union the one of the right type is what was meant, or else the one that got furthest
+    first = max(error.errors(), key=lambda each: (not _is_other_type(each), len(each["loc"]), _last_index(each)))
     if first["type"] == "json_invalid":
         return ApiError("the body is no JSON; send an object with content-type application/json")
-    field = _field(first["loc"])
-    rule = first["msg"].removeprefix("Value error, ")
+    field = _field(first, error.body)
     if first["type"] == "missing":
-        return ApiError(f"{field or 'the body'} is missing: {rule}", param=field)
-    return wrong_value(field or "the body", first.get("input"), rule)
+        return ApiError(f"{field or 'the body'} is missing", param=field)
+    same = [each for each in error.errors() if _field(each, error.body) == field]
+    rules = [_rule(each) for each in same if _is_other_type(each)] if _is_other_type(first) else [_rule(first)]
+    rule, *others = dict.fromkeys(rules)
+    either = "".join(f" or {other.removeprefix('must be ')}" for other in others)
+    return wrong_value(field or "the body", first.get("input"), rule + either)
 
 
-def _field(loc: Sequence[str | int]) -> str | None:
-    parts = [str(part) for part in loc if isinstance(part, int) or (_FIELD.fullmatch(part) and part not in _KINDS)]
+def _is_other_type(error: Mapping[str, Any]) -> bool:
+    """Whether a value is of another type than a field, or a branch of it, takes."""
+    kind = error["type"]
+    return kind.endswith("_type") or (kind == "literal_error" and not isinstance(error.get("input"), str))
+
+
+def _last_index(error: Mapping[str, Any]) -> int:
+    return next((part for part in reversed(error["loc"]) if isinstance(part, int)), -1)
+
+
+def _rule(error: Mapping[str, Any]) -> str:
+    own = _SHOULD.sub("must ", error["msg"].removeprefix("Value error, ")).replace(" after validation", "")
+    return RULES.get(str(error["type"]), own)
+
+
+def _field(error: Mapping[str, Any], body: Any) -> str | None:
+    """The place in the body. Pydantic's locations name branches of unions, too, which are nowhere in it."""
+    start, *path = error["loc"]
+    if start != "body":
+        return str(path[-1])
+    parts, value = [], body
+    for number, part in enumerate(path, 1):
+        is_there = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if is_there:
+            value = value[part]
+        is_missing = error["type"] == "missing" and number == len(path)
+        if (is_there or is_missing) and (isinstance(part, int) or _FIELD.fullmatch(part)):
+            parts.append(str(part))
     return ".".join(parts) or None
 
 

@@ -24,6 +24,8 @@ class Exchange:
     """None where the client left before there was one."""
     size: int = 0
     """Bytes of the body."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What its answer says in a header: where something is not as was asked."""
     running: list["Running"] = field(default_factory=list)
     """What the engine was given for it."""
     trace: Mapping[str, str] | None = None

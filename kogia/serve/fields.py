@@ -3,9 +3,12 @@
 Every number has a range, so that none of them can make the server allocate or loop for ever.
 """
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from kogia.serve.errors import ApiError
 
 MOST_COMPLETIONS = 8
 MOST_TOKENS = 2**20
@@ -53,7 +56,7 @@ Penalty = Annotated[Real, Field(ge=-2, le=2)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 Metadata = Annotated[dict[Name, Annotated[Text, Field(max_length=512)] | None], Field(max_length=16)]
 """What clients attach to requests, within OpenAI's bounds."""
-Forgotten = Annotated[Any, BeforeValidator(lambda given: given is not None)]
+Forgotten = Annotated[Any, BeforeValidator(lambda given: given not in (None, False, []))]
 
 
 def _not_more_fields(given: Any) -> Any:
@@ -71,7 +74,8 @@ class Part(BaseModel):
 
     @property
     def unknown(self) -> list[str]:
-        """Names that have a value and no meaning here, those of inner objects behind a dot: "stream_options.pace"."""
+        """Names with a value (null, false and an empty list are none) and no meaning here; those of inner objects stand
+        behind a dot: "stream_options.pace"."""
         names = [name for name, has_value in (self.model_extra or {}).items() if has_value]
         for field, value in vars(self).items():
             inner = value if isinstance(value, list) else [value]
@@ -86,6 +90,15 @@ class Part(BaseModel):
 
 class Body(Part):
     """What is posted to a route."""
+
+    instead: ClassVar[Mapping[str, str]] = {}
+    """Fields that would change what is asked for and that nothing here obeys, with what to do."""
+
+    def check_known(self) -> None:
+        """Raise 400 for a field that must not be passed over."""
+        name = next((name for name in self.unknown if name in self.instead), None)
+        if name is not None:
+            raise ApiError(f"{name}: {self.instead[name]}", param=name)
 
     def has(self, name: str) -> bool:
         """Whether the client has given a value."""

@@ -9,14 +9,15 @@ import contextlib
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from kogia.engine.loop import Stream
-from kogia.engine.request import Completion, SamplingParams, TokenEvent, TopLogprobs
+from kogia.engine.request import Completion, TokenEvent, TopLogprobs
 from kogia.serve.access import Caller
-from kogia.serve.errors import ApiError, refused
+from kogia.serve.errors import ApiError
 from kogia.serve.exchange import current
+from kogia.serve.sampling import Asked
 from kogia.serve.served import ServedModel
 from kogia.serve.state import Running, ServerState
 from kogia.text.chat import Prompt, ToolCall
@@ -101,7 +102,7 @@ async def run(
     served: ServedModel,
     caller: Caller,
     prompt: Prompt,
-    params: SamplingParams,
+    asked: Asked,
     id: str,
     *,
     is_text: bool = False,
@@ -111,11 +112,11 @@ async def run(
     began = state.clock()
     state.limiter.admit(caller.name, began)
     try:
-        stream = await _submit(served, caller, prompt.token_ids if is_text else prompt, params)
+        stream = await _submit(served, caller, prompt.token_ids if is_text else prompt, asked)
     except BaseException:
         state.limiter.leave(caller.name)
         raise
-    running = Running(id, served, caller, stream, params, prompt.token_ids, prompt.opens_thought, is_text, began)
+    running = Running(id, served, caller, stream, asked.params, prompt.token_ids, prompt.opens_thought, is_text, began)
     state.begin(running)
     if (exchange := current.get()) is not None:
         running.request_id = exchange.id
@@ -123,15 +124,13 @@ async def run(
     return running
 
 
-async def _submit(
-    served: ServedModel, caller: Caller, prompt: Prompt | Sequence[int], params: SamplingParams
-) -> Stream:
+async def _submit(served: ServedModel, caller: Caller, prompt: Prompt | Sequence[int], asked: Asked) -> Stream:
     """In a thread: the engine checks a request, and compiles its grammar, and no client without one waits for that."""
 
     async def submit() -> Stream:
-        has_format = params.response_format is not None
+        has_format = asked.params.response_format is not None
         async with served.lanes.formats.of(caller.name) if has_format else contextlib.nullcontext():
-            return await asyncio.to_thread(served.engine.submit, prompt, params)
+            return await asyncio.to_thread(served.engine.submit, prompt, asked.params)
 
     submitting = asyncio.ensure_future(submit())
     try:
@@ -140,7 +139,7 @@ async def _submit(
         submitting.add_done_callback(_give_up)
         raise
     except ValueError as error:
-        raise refused(error, ("messages", "prompt", *(each.name for each in fields(SamplingParams)))) from None
+        raise asked.refused(error) from None
 
 
 def _give_up(submitting: "asyncio.Future[Stream]") -> None:

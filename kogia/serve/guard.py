@@ -162,6 +162,8 @@ class _Transfer:
             self._has_begun, self._exchange.status = True, message["status"]
             headers = MutableHeaders(raw=message.setdefault("headers", []))
             headers["x-request-id"] = self._exchange.id
+            if self._exchange.notes:
+                headers["x-kogia-notes"] = "; ".join(self._exchange.notes.values())
             for name, value in SECURITY_HEADERS.items():
                 headers.setdefault(name, value)
         await self._send(message)

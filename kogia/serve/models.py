@@ -15,7 +15,7 @@ from kogia import log
 from kogia.engine.threads import generation_threads
 from kogia.model.costs import num_params
 from kogia.serve.config import ServeConfig, num_bytes
-from kogia.serve.errors import ApiError
+from kogia.serve.errors import ApiError, shown
 from kogia.serve.exchange import Exchange
 from kogia.serve.loading import load_model, read_models, reload_weights, size, unload_model
 from kogia.serve.served import Entry, Phase, ServedModel
@@ -76,14 +76,14 @@ class Models:
         """That models take, those that are being loaded included."""
         return sum(entry.num_bytes for entry in self)
 
-    def find(self, name: str | None) -> Entry:
+    def find(self, name: str | None, field: str = "model") -> Entry:
         """The model of that name, or the only one for None. Raises 404 for a name that nothing has."""
         entries = list(self)
         if name is None and len(entries) == 1:
             return entries[0]
         if name not in self._by_name:
             known = ", ".join(self._by_name)
-            raise ApiError(f"model = {name!r}: must be one of {known}", 404, param="model", code="model_not_found")
+            raise ApiError(f"{field} = {shown(name)}: must be one of {known}", 404, param=field, code="model_not_found")
         return self._by_name[name]
 
     async def use(self, name: str | None, exchange: Exchange | None) -> ServedModel:

@@ -14,11 +14,11 @@ from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import Chat, Turn, start
 from kogia.serve.errors import ApiError
-from kogia.serve.fields import MOST_LOGPROBS, Count, Flag, Metadata, Part, Text, Whole
+from kogia.serve.fields import MOST_COMPLETIONS, MOST_LOGPROBS, Count, Flag, Metadata, Part, Text, Whole, items
 from kogia.serve.generation import Answer, Piece, collect, new_id, timings, usage
 from kogia.serve.logprobs import chat_logprobs, prompt_logprobs, routed_experts
-from kogia.serve.prompts import Messages
-from kogia.serve.sampling import EFFORTS, Effort, Format, SamplingBody, Thinking, format_of
+from kogia.serve.prompts import Messages, check_generation_prompt
+from kogia.serve.sampling import EFFORTS, Effort, Format, SamplingBody, Thinking, check_best_of, format_of
 from kogia.serve.sse import DONE, EventStream, encode, until_gone
 from kogia.serve.state import ServerState
 from kogia.serve.strict import StrictRoute
@@ -55,6 +55,20 @@ def last_chunk(head: dict[str, Any], end: dict[str, Any], options: StreamOptions
 
 
 class ChatBody(SamplingBody):
+    instead = {  # noqa: RUF012 - as in SamplingBody
+        **SamplingBody.instead,
+        "functions": "is OpenAI's older word; send tools",
+        "function_call": "is OpenAI's older word; send tool_choice",
+        "audio": "this model writes text; leave it out",
+        "web_search_options": "nothing is looked up here; leave it out",
+        "echo": "a conversation is not repeated; ask /v1/completions",
+        "prompt": "send messages, or ask /v1/completions",
+        "input": "send messages, or ask /v1/responses",
+        "system": "send a message of the role system",
+        "instructions": "send a message of the role system",
+        "stop_sequences": "send stop",
+        "max_output_tokens": "send max_completion_tokens",
+    }
     messages: Messages
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -78,6 +92,8 @@ class ChatBody(SamplingBody):
     user: Text | None = None
     store: Flag | None = None
     metadata: Metadata | None = None
+    modalities: Annotated[list[Literal["text"]], items(8)] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=MOST_COMPLETIONS)] | None = None
 
     @property
     def thinks(self) -> Thinking:
@@ -95,6 +111,17 @@ class ChatBody(SamplingBody):
         if self.thinking is not None and self.thinking.budget_tokens is not None:
             budget = self.thinking.budget_tokens
         return Thinking(next(iter(known), None), budget)
+
+    @property
+    def called(self) -> dict[str, str]:
+        own = {"prompt": "messages", "logprobs": "logprobs" if self.top_logprobs is None else "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            own["max_tokens"] = "max_completion_tokens"
+        if self.thinking_token_budget is None and self.reasoning_effort is not None:
+            own["thinking_token_budget"] = "reasoning_effort"
+        if self.thinking_token_budget is None and self.thinking is not None and self.thinking.budget_tokens:
+            own["thinking_token_budget"] = "thinking.budget_tokens"
+        return super().called | own
 
     @property
     def turn(self) -> Turn:
@@ -135,7 +162,9 @@ async def stop_thinking(completion_id: str, request: Request, caller: Caller = D
 
 async def start_chat(state: ServerState, body: ChatBody, caller: Caller) -> Chat:
     """Begin to answer a conversation. Raises 400 for what will not do."""
-    state.note_ignored("/v1/chat/completions", body.unknown)
+    state.note_ignored("/v1/chat/completions", body)
+    check_best_of(body.best_of, body.n)
+    check_generation_prompt(body.add_generation_prompt, body.continue_final_message)
     return await start(state, body, body.turn, caller, new_id("chatcmpl-"))
 
 

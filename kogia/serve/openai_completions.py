@@ -18,7 +18,7 @@ from kogia.serve.generation import Piece, collect, merge, new_id, pieces, run, t
 from kogia.serve.logprobs import TextLogprobs, prompt_logprobs, routed_experts
 from kogia.serve.openai_chat import StreamOptions, last_chunk
 from kogia.serve.prompts import write_prompt
-from kogia.serve.sampling import Format, SamplingBody, check_scores, format_of, sampling_params
+from kogia.serve.sampling import Format, SamplingBody, check_best_of, check_scores, format_of, sampling_params
 from kogia.serve.served import ServedModel
 from kogia.serve.sse import DONE, EventStream, encode, until_gone
 from kogia.serve.state import Running, ServerState
@@ -34,6 +34,14 @@ Prompts = Annotated[list[TokenIds], items(MOST_PROMPTS, 1)]
 
 
 class CompletionBody(SamplingBody):
+    instead = {  # noqa: RUF012 - as in SamplingBody
+        **SamplingBody.instead,
+        "messages": "send prompt, or ask /v1/chat/completions",
+        "tools": "a text has no calls; ask /v1/chat/completions",
+        "stop_sequences": "send stop",
+        "max_completion_tokens": "send max_tokens",
+        "max_output_tokens": "send max_tokens",
+    }
     prompt: Text | TokenIds | Texts | Prompts
     suffix: Text | None = None
     echo: Flag | None = None
@@ -62,7 +70,7 @@ async def completions(body: CompletionBody, request: Request, caller: Caller = D
 async def complete(body: CompletionBody, request: Request, caller: Caller) -> Response:
     """Answer one request. Raises 400 for what will not do."""
     state: ServerState = request.app.state.server
-    state.note_ignored("/v1/completions", body.unknown)
+    state.note_ignored("/v1/completions", body)
     _check(body)
     served = await state.find(body.model)
     prompts = await write_prompt(served, caller, _encode, body, served)
@@ -73,10 +81,7 @@ async def complete(body: CompletionBody, request: Request, caller: Caller) -> Re
 
 
 def _check(body: CompletionBody) -> None:
-    if body.best_of not in (None, body.n or 1):
-        raise ApiError(
-            f"best_of = {body.best_of}: must be n, as nothing is left out here; leave it out", param="best_of"
-        )
+    check_best_of(body.best_of, body.n)
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(
             "echo with logprobs comes when the prompt is scored as a whole: leave stream out", param="stream"
@@ -127,7 +132,7 @@ async def _start(
     check_scores(sum(map(len, prompts)), body.prompt_logprobs, "prompt_logprobs")
     logprobs = False if body.logprobs is None else body.logprobs or True
     default = min(DEFAULT_MAX_TOKENS, served.max_tokens or DEFAULT_MAX_TOKENS)
-    asked = (
+    scored = (
         body
         if body.echo is None or body.logprobs is None
         else body.model_copy(
@@ -137,8 +142,8 @@ async def _start(
     try:
         for index, ids in enumerate(prompts):
             prompt = Prompt(list(ids), opens_thought=False)
-            params = sampling_params(
-                asked,
+            asked = sampling_params(
+                scored,
                 served,
                 caller,
                 prompt,
@@ -147,7 +152,7 @@ async def _start(
                 max_tokens=default if body.max_tokens is None else body.max_tokens,
             )
             own = id_ if index == 0 else f"{id_}-{index}"
-            started.append(await run(state, served, caller, prompt, params, own, is_text=True))
+            started.append(await run(state, served, caller, prompt, asked, own, is_text=True))
     except BaseException:
         for running in started:
             state.end(running)

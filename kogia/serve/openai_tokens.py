@@ -10,7 +10,7 @@ from kogia.serve.access import Caller, authenticate
 from kogia.serve.errors import ApiError
 from kogia.serve.fields import MOST_TOKENS, Body, Flag, Name, Text, TokenIds
 from kogia.serve.openai_chat import TemplateSwitches
-from kogia.serve.prompts import Messages, dialogue, render, write_prompt
+from kogia.serve.prompts import Messages, check_generation_prompt, dialogue, render, write_prompt
 from kogia.serve.sampling import Thinking
 from kogia.serve.served import ServedModel
 from kogia.serve.state import ServerState
@@ -30,6 +30,7 @@ class TokenizeBody(Body):
     """Begin a text as the model's texts do; without it true."""
     return_token_strs: Flag | None = None
     continue_final_message: Flag | None = None
+    add_generation_prompt: Flag | None = None
 
 
 class DetokenizeBody(Body):
@@ -40,7 +41,9 @@ class DetokenizeBody(Body):
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
     state: ServerState = request.app.state.server
-    state.note_ignored("/tokenize", body.unknown)
+    state.note_ignored("/tokenize", body)
+    if body.messages is not None:
+        check_generation_prompt(body.add_generation_prompt, body.continue_final_message)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError("give either a prompt or messages", param="prompt")
     served = await state.find(body.model)
@@ -53,7 +56,9 @@ async def tokenize(body: TokenizeBody, request: Request, caller: Caller = Depend
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, Any]:
-    served = await request.app.state.server.find(body.model)
+    state: ServerState = request.app.state.server
+    state.note_ignored("/detokenize", body)
+    served = await state.find(body.model)
     beyond = next((token for token in body.tokens if token >= served.config.vocab_size), None)
     if beyond is not None:
         raise ApiError(f"tokens has {beyond}: the model knows 0..{served.config.vocab_size - 1}", param="tokens")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
+from pydantic import PrivateAttr
+
 from kogia.serve.access import Caller
 from kogia.serve.errors import ApiError
 from kogia.serve.exchange import current
@@ -40,6 +42,15 @@ class CalledTool(Part):
     function: CalledFunction
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a body has a message, and what is in it."""
+
+    message: str
+    content: str
+    call_id: str
+
+
 class ChatMessage(Part):
     """OpenAI's, with the thought that DeepSeek's API adds."""
 
@@ -53,6 +64,17 @@ class ChatMessage(Part):
     tool_call_id: Name | None = None
     prefix: Flag | None = None
     """Of the last message, an assistant's: go on with it. DeepSeek's word for it."""
+    _place: Place | None = PrivateAttr(None)
+
+    def at(self, message: str, content: str, call_id: str = "") -> "ChatMessage":
+        """The message, which stands there in the body of another API."""
+        self._place = Place(message, content, call_id)
+        return self
+
+    def place(self, index: int) -> Place:
+        """Of the message of this number."""
+        own = f"messages.{index}"
+        return self._place or Place(own, f"{own}.content", f"{own}.tool_call_id")
 
     @property
     def thought(self) -> str | None:
@@ -60,6 +82,13 @@ class ChatMessage(Part):
 
 
 Messages = Annotated[list[ChatMessage], items(MOST_MESSAGES, 1)]
+
+
+def check_generation_prompt(is_added: bool | None, goes_on: bool | None) -> None:
+    """Raise 400 for a conversation that neither begins an answer nor goes on with one. The words are vLLM's."""
+    if is_added is False and not goes_on:
+        name = "add_generation_prompt"
+        raise ApiError(f"{name} = false: must be so only with continue_final_message; leave it out", param=name)
 
 
 @dataclass(frozen=True)
@@ -70,37 +99,40 @@ class Dialogue:
     tools: Sequence[dict[str, Any]] = ()
     begun: Message | None = None
     """The beginning of the answer, which is to go on."""
+    name: str = "messages"
+    """What the body calls it."""
 
 
-def dialogue(messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = (), *, goes_on: bool) -> Dialogue:
+def dialogue(
+    messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = (), *, goes_on: bool, name: str = "messages"
+) -> Dialogue:
     """The messages as templates want them. With `goes_on`, or where it says so, the last one is the beginning of the
     answer. Raises 400 that names the message that will not do."""
     called: set[str | None] = set()
     turns = []
     for index, message in enumerate(messages):
-        turns.append(_message(message, f"messages.{index}", called))
+        turns.append(_message(message, message.place(index), called))
         called |= {call.id for call in message.tool_calls or ()}
     last = messages[-1]
     if not (goes_on or last.prefix):
-        return Dialogue(turns, tools)
+        return Dialogue(turns, tools, name=name)
     if last.role != "assistant" or last.tool_calls:
-        raise ApiError(
-            f"messages.{len(messages) - 1}.role = {last.role!r}: what is to go on must be an assistant's text",
-            param=f"messages.{len(messages) - 1}",
-        )
-    return Dialogue(turns[:-1], tools, turns[-1])
+        place = last.place(len(messages) - 1).message
+        what = "calls of tools" if last.tool_calls else f"the role {last.role!r}"
+        raise ApiError(f"{place} has {what}: what is to go on must be an assistant's text", param=place)
+    return Dialogue(turns[:-1], tools, turns[-1], name)
 
 
-def _message(message: ChatMessage, name: str, called: Container[str | None]) -> Message:
+def _message(message: ChatMessage, place: Place, called: Container[str | None]) -> Message:
     if message.role == "tool" and message.tool_call_id not in called:
         raise ApiError(
-            f"{name}.tool_call_id = {message.tool_call_id!r:.80}: must be the id of a call in a message before it",
-            param=f"{name}.tool_call_id",
+            f"{place.call_id} = {message.tool_call_id!r:.80}: must be the id of a call in a message before it",
+            param=place.call_id,
         )
     role = "system" if message.role == "developer" else message.role
     calls = tuple(ToolCall(call.function.name, call.function.arguments, call.id) for call in message.tool_calls or ())
     is_optional = role == "assistant" and (calls or message.thought)
-    content = "" if message.content is None and is_optional else text_of(message.content, f"{name}.content")
+    content = "" if message.content is None and is_optional else text_of(message.content, place.content)
     return Message(role, content, message.thought, calls, message.tool_call_id)
 
 
@@ -145,7 +177,8 @@ def render(said: Dialogue, served: ServedModel, thinking: Thinking) -> Prompt:
             return continue_prompt(prompt, said.begun.content, said.begun.reasoning, tokenizer, most)
     except ValueError as error:
         place = "" if tokenizer.template is None else f"{tokenizer.template.name}: "
-        raise ApiError(str(error).removeprefix(place), param="messages") from None  # where files lie is told to nobody
+        reason = str(error).removeprefix(place)  # where files lie is told to nobody
+        raise ApiError(f"{said.name}: {reason}", param=said.name) from None
     if thinking.enabled is False and prompt.opens_thought:
         # a template without a switch opens a thought: it is closed at once
         return Prompt(prompt.token_ids + tokenizer.encode(f"\n{END_THINK}\n\n"), opens_thought=False)

@@ -13,6 +13,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kogia.engine.grammar import ResponseFormat
 from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import Chat, Turn, start
@@ -20,7 +21,7 @@ from kogia.serve.errors import ApiError
 from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Count, Flag, Metadata, Name, Part, Text, items
 from kogia.serve.generation import new_id, usage
 from kogia.serve.prompts import CalledFunction, CalledTool, ChatMessage, Content
-from kogia.serve.sampling import EFFORTS, Effort, Format, JsonSchema, SamplingBody, Thinking, format_of
+from kogia.serve.sampling import EFFORTS, AskedFormat, Effort, SamplingBody, Thinking, schema_format
 from kogia.serve.segments import Segment, Step, segments
 from kogia.serve.sse import EventStream, encode, until_gone
 from kogia.serve.state import ServerState
@@ -79,7 +80,22 @@ class Reasoning(Part):
     summary: Name | None = None
 
 
+STORED = "nothing is stored here; send all of it in input"
+
+
 class ResponsesBody(SamplingBody):
+    instead = {  # noqa: RUF012 - as in SamplingBody
+        **SamplingBody.instead,
+        "conversation": STORED,
+        "prompt": STORED,
+        "messages": "send input",
+        "system": "send instructions",
+        "response_format": "send text.format",
+        "reasoning_effort": "send reasoning.effort",
+        "stop_sequences": "send stop",
+        "max_completion_tokens": "send max_output_tokens",
+        "top_logprobs": "log-probabilities are in answers of /v1/chat/completions",
+    }
     input: Text | Annotated[list[Item], items(MOST_MESSAGES, 1)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
@@ -107,18 +123,31 @@ class ResponsesBody(SamplingBody):
         choice = self.tool_choice or "auto"
         name = choice.name if isinstance(choice, ChosenTool) else None
         effort = None if self.reasoning is None else self.reasoning.effort
-        asked = None if self.text is None else self.text.format
-        schema = None if asked is None else JsonSchema(schema=asked.schema_)
         return Turn(
             messages=self._messages(),
+            name="input",
             thinking=Thinking(False if effort == "none" else None, EFFORTS.get(effort or "")),
             tools=() if choice == "none" else [_tool(tool) for tool in self.tools or ()],
             must_call=choice == "required" or name is not None,
             tool_name=name,
+            schema_name="parameters",
             parallel=self.parallel_tool_calls is not False,
-            response_format=None if asked is None else format_of(Format(type=asked.type, json_schema=schema)),
+            response_format=self._format(),
             max_tokens=self.max_output_tokens,
         )
+
+    @property
+    def called(self) -> dict[str, str]:
+        own = {} if self.max_output_tokens is None else {"max_tokens": "max_output_tokens"}
+        return super().called | {"prompt": "input"} | own
+
+    def _format(self) -> AskedFormat | None:
+        asked = None if self.text is None else self.text.format
+        if asked is None or asked.type == "text":
+            return None
+        if asked.type == "json_object":
+            return AskedFormat(ResponseFormat(json={"type": "object"}), {"response_format": "text.format"})
+        return schema_format(asked.schema_, "text.format")
 
     def _messages(self) -> list[ChatMessage]:
         system = [] if self.instructions is None else [ChatMessage(role="system", content=self.instructions)]
@@ -138,21 +167,25 @@ def _tool(tool: ResponseTool) -> Tool:
 def _add(turns: list[ChatMessage], item: Item, name: str) -> None:
     """Add an item to the turns: thought, text and calls of an assistant that follow each other are one turn."""
     if item.type == "function_call_output":
-        turns.append(ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id))
+        turn = ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)
+        turns.append(turn.at(name, f"{name}.output", f"{name}.call_id"))
         return
     if item.type == "message" and item.role != "assistant":
-        turns.append(ChatMessage(role=item.role or "user", content=item.content))
+        turns.append(ChatMessage(role=item.role or "user", content=item.content).at(name, f"{name}.content"))
         return
     if not turns or turns[-1].role != "assistant":
-        turns.append(ChatMessage(role="assistant"))
+        turns.append(ChatMessage(role="assistant").at(name, f"{name}.content"))
     turn = turns[-1]
     if item.type == "message":
         turn.content = item.content
+        turn.at(name, f"{name}.content")
     elif item.type == "reasoning":
         turn.reasoning = _thought(item.content or item.summary)
-    elif item.name is None or item.call_id is None or item.arguments is None:
-        raise ApiError(f"{name}: a function_call must have call_id, name and arguments", param=name)
     else:
+        values = {"call_id": item.call_id, "name": item.name, "arguments": item.arguments}
+        missing = next((field for field, value in values.items() if value is None), None)
+        if missing is not None or item.name is None or item.arguments is None:
+            raise ApiError(f"{name}.{missing} is missing: a function_call has one", param=f"{name}.{missing}")
         function = CalledFunction(name=item.name, arguments=item.arguments)
         turn.tool_calls = [*(turn.tool_calls or []), CalledTool(id=item.call_id, function=function)]
 
@@ -166,7 +199,7 @@ def _thought(content: Content | None) -> str | None:
 @router.post("/v1/responses")
 async def responses(body: ResponsesBody, request: Request, caller: Caller = Depends(authenticate)) -> Response:
     state: ServerState = request.app.state.server
-    state.note_ignored("/v1/responses", body.unknown)
+    state.note_ignored("/v1/responses", body)
     _check(body)
     reply = ResponseReply(await start(state, body, body.turn, caller, new_id("resp_")), body)
     if body.stream:

@@ -4,7 +4,8 @@ Thinking is one state with many names: DeepSeek's `thinking`, `reasoning_effort`
 `chat_template_kwargs` and `thinking_token_budget`, OpenAI's and Anthropic's own.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from kogia.engine.grammar import ResponseFormat
 from kogia.engine.request import SamplingParams
 from kogia.serve.access import Caller
 from kogia.serve.errors import ApiError, refused
+from kogia.serve.exchange import current
 from kogia.serve.fields import (
     MOST_COMPLETIONS,
     MOST_LOGPROBS,
@@ -37,6 +39,7 @@ from kogia.serve.fields import (
     items,
 )
 from kogia.serve.served import ServedModel
+from kogia.serve.tools import refused_call
 from kogia.text.chat import Prompt
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -67,6 +70,8 @@ SHARED = (
     "return_routed_experts",
 )
 """Fields that `SamplingParams` has under the same name."""
+ENGINE_FIELDS = ("prompt", *(each.name for each in fields(SamplingParams)))
+"""That its errors name."""
 
 
 class StructuredOutputs(Part):
@@ -83,8 +88,18 @@ class StructuredOutputs(Part):
         return ResponseFormat(json=self.json_, regex=self.regex, choice=choice, grammar=self.grammar)
 
 
+GUIDED = "is vLLM's older word; send structured_outputs"
+
+
 class SamplingBody(Body):
     """Of every request that generates."""
+
+    instead = {  # noqa: RUF012 - pydantic's own declaration
+        **{f"guided_{kind}": GUIDED for kind in ("json", "regex", "choice", "grammar")},
+        "use_beam_search": "answers are sampled here; leave it out",
+        "truncate_prompt_tokens": "nothing is cut from a prompt here; shorten it",
+        "prompt_embeds": "a prompt is text or token ids here",
+    }
 
     model: Name | None = None
     stream: Flag | None = None
@@ -123,6 +138,35 @@ class SamplingBody(Body):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def called(self) -> dict[str, str]:
+        """What this body calls the engine's fields: their own names, where it says nothing else."""
+        return {name: name for name in ENGINE_FIELDS if name in type(self).model_fields}
+
+
+@dataclass(frozen=True)
+class AskedFormat:
+    """What an answer must be, and what the body calls it."""
+
+    format: ResponseFormat
+    called: Mapping[str, str]
+    schemas: Sequence[str] = ()
+    """Of calls of tools: where the body has their schemas, in the order of the grammar."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks of the engine, and what its body calls that."""
+
+    params: SamplingParams
+    called: Mapping[str, str]
+    schemas: Sequence[str] = ()
+    """As `AskedFormat`."""
+
+    def refused(self, error: ValueError) -> ApiError:
+        """400 for what the engine refuses, in the words of the body."""
+        return refused_call(error, self.schemas) or refused(error, self.called)
+
 
 class JsonSchema(Part):
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
@@ -135,19 +179,43 @@ class Format(Part):
     json_schema: JsonSchema | None = None
 
 
-def format_of(asked: Format | None) -> ResponseFormat | None:
+def format_of(asked: Format | None) -> AskedFormat | None:
     """What a completion must be. Raises 400 for a schema that is missing, too large or too deep."""
     if asked is None or asked.type == "text":
         return None
     if asked.type == "json_object":
-        return ResponseFormat(json={"type": "object"})
-    name = "response_format.json_schema.schema"
-    if asked.json_schema is None or asked.json_schema.schema_ is None:
+        return AskedFormat(ResponseFormat(json={"type": "object"}), {"response_format": "response_format"})
+    return schema_format(
+        None if asked.json_schema is None else asked.json_schema.schema_, "response_format.json_schema"
+    )
+
+
+def schema_format(schema: Mapping[str, Any] | None, place: str) -> AskedFormat:
+    """JSON of a schema that the body has at `place`. Raises as `format_of`."""
+    name = f"{place}.schema"
+    called = {"response_format": place.partition(".json_schema")[0], "response_format.json": name}
+    if schema is None:
         raise ApiError(f"{name} is missing", param=name)
     try:
-        return ResponseFormat(json=asked.json_schema.schema_)
+        return AskedFormat(ResponseFormat(json=schema), called)
     except ValueError as error:
-        raise ApiError(str(error), param=name) from None
+        raise refused(error, called) from None
+
+
+def _structured(body: SamplingBody) -> AskedFormat | None:
+    if body.structured_outputs is None:
+        return None
+    called = {"response_format": "structured_outputs"}
+    try:
+        return AskedFormat(body.structured_outputs.format, called)
+    except ValueError as error:
+        raise refused(error, called) from None
+
+
+def check_best_of(best_of: int | None, n: int | None) -> None:
+    """Raise 400 where of several answers the better ones are asked for."""
+    if best_of not in (None, n or 1):
+        raise ApiError(f"best_of = {best_of}: must be n, as nothing is left out here; leave it out", param="best_of")
 
 
 @dataclass(frozen=True)
@@ -180,10 +248,10 @@ def sampling_params(
     prompt: Prompt,
     *,
     logprobs: bool | int = False,
-    response_format: ResponseFormat | None = None,
+    response_format: AskedFormat | None = None,
     thinking_budget: int | None = None,
     max_tokens: int | None = None,
-) -> SamplingParams:
+) -> Asked:
     """What a request of any API asks of the engine. Raises 400 for what will not do.
 
     The arguments are what each API says in its own way; they go before fields of the body.
@@ -193,14 +261,26 @@ def sampling_params(
     if body.logit_bias:
         values["logit_bias"] = _biases(body.logit_bias)
     num_tokens = _max_tokens(body.max_tokens if max_tokens is None else max_tokens, served, prompt)
+    if num_tokens > (room := served.config.max_position - len(prompt.token_ids)) and (exchange := current.get()):
+        exchange.notes.setdefault(
+            "max_tokens", f"{body.called['max_tokens']} = {num_tokens}: the context leaves {room}"
+        )
     left = min(num_tokens, served.config.max_position)
     top = None if logprobs is False else 0 if logprobs is True else logprobs
-    check_scores(left * (body.n or 1), top, "logprobs")
+    check_scores(left * (body.n or 1), top, body.called.get("logprobs", "logprobs"))
     check_scores(len(prompt.token_ids), body.prompt_logprobs, "prompt_logprobs")
     if body.allowed_token_ids is not None:
         values["allowed_token_ids"] = tuple(body.allowed_token_ids)
+    structured = _structured(body)
+    if structured is not None and response_format is not None:
+        other = response_format.called["response_format"]
+        raise ApiError(
+            f"structured_outputs with {other}: an answer has one format; leave one out", param="structured_outputs"
+        )
+    form = structured or response_format
+    called = {**body.called, **({} if form is None else form.called)}
     try:
-        return SamplingParams(
+        params = SamplingParams(
             **values,
             n=body.n or 1,
             max_tokens=num_tokens,
@@ -209,12 +289,13 @@ def sampling_params(
             bad_words=tuple(body.bad_words or ()),
             logprobs=logprobs,
             prompt_logprobs=False if body.prompt_logprobs is None else body.prompt_logprobs or True,
-            response_format=response_format or (body.structured_outputs and body.structured_outputs.format),
+            response_format=None if form is None else form.format,
             thinking_token_budget=body.thinking_token_budget or thinking_budget,
             cache_salt=_salt(caller, body.cache_salt),
         )
     except ValueError as error:
-        raise refused(error, list(type(body).model_fields)) from None
+        raise refused(error, called) from None
+    return Asked(params, called, () if form is None else form.schemas)
 
 
 def _max_tokens(asked: int | None, served: ServedModel, prompt: Prompt) -> int:

@@ -14,6 +14,7 @@ from kogia.serve.config import ServeConfig
 from kogia.serve.conversations import ConversationStore
 from kogia.serve.errors import ApiError
 from kogia.serve.exchange import Exchange, current
+from kogia.serve.fields import Body
 from kogia.serve.limits import Limiter
 from kogia.serve.models import Models
 from kogia.serve.served import ServedModel
@@ -186,9 +187,11 @@ class ServerState:
         while self.running and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
-    def note_ignored(self, where: str, names: Sequence[str]) -> None:
-        """Say once of each field that it has no effect here, of a thousand in all."""
-        fresh = [name for name in names if (where, name) not in self._ignored][: 1000 - len(self._ignored)]
+    def note_ignored(self, where: str, body: Body) -> None:
+        """Say once of each field that it has no effect here, of a thousand in all. Raises 400 for those that must have
+        one."""
+        body.check_known()
+        fresh = [name for name in body.unknown if (where, name) not in self._ignored][: 1000 - len(self._ignored)]
         if fresh:
             self._ignored |= {(where, name) for name in fresh}
             log.info(

@@ -54,16 +54,12 @@ Tools = Annotated[list[Tool], items(MOST_TOOLS)]
 Choice = Literal["none", "auto", "required"]
 
 
-def call_format(
-    tools: Sequence[Tool], name: str | None, form: ToolFormat, tokenizer: Tokenizer, *, parallel: bool
-) -> ResponseFormat:
-    """The grammar of an answer that is calls of these tools and nothing else, or of the one that is named.
+FIRST_CALL = 3
+"""Line of a grammar of calls where those of the first tool begin."""
 
-    Raises 400 for a name that is none of theirs.
-    """
-    chosen = [tool for tool in tools if name is None or tool.function.name == name]
-    if not chosen:
-        raise ApiError(f"tool_choice names {name!r}: is not among the tools", param="tool_choice")
+
+def call_format(chosen: Sequence[Tool], form: ToolFormat, tokenizer: Tokenizer, *, parallel: bool) -> ResponseFormat:
+    """The grammar of an answer that is calls of these tools and nothing else. ValueError for one that is too large."""
     before, between, after = (_literal(part, tokenizer) for part in (form.before, form.between, form.after))
     more = f"({between} call)*" if parallel and form.most_calls != 1 else ""
     rules = [f"start: {before} call {more} {after}", "call: " + " | ".join(f"call{i}" for i in range(len(chosen)))]
@@ -73,6 +69,23 @@ def call_format(
         rules.append(f"call{index}: {_literal(begin, tokenizer)} arguments{index} {_literal(end, tokenizer)}")
         rules.append(f"arguments{index}: %json {schema}")
     return ResponseFormat(grammar="\n".join(rules))
+
+
+_PLACE = re.compile(r"\bat (\d+)\(\d+\): (.*?)(?: \d+ \| |; correct it|$)")
+
+
+def refused_call(error: ValueError, schemas: Sequence[str]) -> ApiError | None:
+    """400 for the grammar of calls whose schemas the body has at these places: what is wrong with it is a schema's.
+    None for other errors."""
+    whole, name = "response_format.grammar", "tools"
+    if not schemas or not str(error).startswith(whole):
+        return None
+    found = _PLACE.search(str(error))
+    index = -1 if found is None else (int(found[1]) - FIRST_CALL) // 2  # each has two lines
+    if found is None or not 0 <= index < len(schemas):
+        return ApiError(name + str(error).removeprefix(whole), param=name)
+    reason = found[2].removeprefix("failed to compile JSON schema: ")
+    return ApiError(f"{schemas[index]}: {reason}; correct it", param=schemas[index])
 
 
 def _literal(text: str, tokenizer: Tokenizer) -> str:

@@ -72,7 +72,7 @@ def test_a_tool_is_called_and_its_result_goes_back(client, server, choice):
         **{**kwargs, "max_tokens": 3},
     )
     assert answer.content[0].type == "text"
-    with pytest.raises(anthropic.BadRequestError, match="tool_call_id"):
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\.2\.content\.0\.tool_use_id"):
         client.messages.create(
             messages=[*said, {"role": "user", "content": [{**result, "tool_use_id": "x"}]}], **kwargs
         )
@@ -126,7 +126,7 @@ def test_a_stop_sequence_is_named_and_an_answer_goes_on(client, server):
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
     ({"messages": [{"role": "system", "content": "x"}]}, "role"), ({"tool_choice": {"type": "any"}}, "no tools"),
     ({"tool_choice": {"type": "tool"}, "tools": [PICK]}, "tool_choice.name"), ({"temperature": -1}, "temperature"),
-    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "a name and an id"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "0.id is missing"),
 ])  # fmt: skip
 def test_what_will_not_do_is_refused_in_anthropics_shape(server, change, says):
     body = {"messages": HELLO, "max_tokens": 2, **change}

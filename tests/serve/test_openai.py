@@ -188,7 +188,10 @@ def test_results_of_tools_go_back_in_and_results_without_calls_do_not(client, se
     call = {"id": "call_1", "type": "function", "function": {"name": "pick", "arguments": '{"n": 1}'}}
     said = [*HELLO, {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]}]
     result = {"role": "tool", "tool_call_id": "call_1", "content": "picked"}
-    answer = client.chat.completions.create(model="tiny", messages=[*said, result], tools=[PICK], max_tokens=3)
+    never_ends = {"ignore_eos": True}
+    answer = client.chat.completions.create(
+        model="tiny", messages=[*said, result], tools=[PICK], max_tokens=3, extra_body=never_ends
+    )
     assert answer.choices[0].finish_reason == "length"
     tokens = post(server, "/tokenize", {"messages": [*said, result], "tools": [PICK]}).json()["tokens"]
     text = post(server, "/detokenize", {"tokens": tokens}).json()["prompt"]
@@ -375,7 +378,7 @@ def test_text_completions_that_will_not_do_are_refused(server, body, param):
     ({"response_format": {"type": "xml"}}, "response_format.type"), ({"structured_outputs": {}}, None),
     ({"structured_outputs": {"regex": "("}}, None), ({"structured_outputs": {"grammar": "start: nothing"}}, None),
     ({"min_tokens": 50, "max_tokens": 5}, "min_tokens"), ({"cache_salt": ""}, "cache_salt"),
-    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "prompt"), ({"stream": "yes"}, "stream"),
+    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"), ({"stream": "yes"}, "stream"),
 ])  # fmt: skip
 def test_values_that_will_not_do_are_refused_by_field_value_and_rule(server, body, param):
     response = post(server, CHAT, {"messages": HELLO, "max_tokens": 3, **body})

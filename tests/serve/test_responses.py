@@ -83,7 +83,7 @@ def test_tool_calling_and_its_results(client, server):
         input=[*said, result], extra_body=letters(server), **{**kwargs, "max_output_tokens": 3}
     )
     assert after.output[0].type == "message"
-    with pytest.raises(openai.BadRequestError, match="tool_call_id"):
+    with pytest.raises(openai.BadRequestError, match=r"input\.2\.call_id"):
         client.responses.create(input=[*said, {**result, "call_id": "x"}], **kwargs)
 
 
@@ -152,10 +152,10 @@ def shape(output):
     ({"input": []}, "input"), ({"input": None}, "input"), ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"background": True}, "background"), ({"n": 2}, "n"), ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"tools": [{"type": "web_search"}]}, "tools.0.type"), ({"tool_choice": "required"}, "tool_choice"),
-    ({"input": [{"type": "function_call", "name": "f"}]}, "input.0"),
+    ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.call_id"),
     ({"input": [{"type": "item_reference"}]}, "input.0.type"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]}, None),
-    ({"text": {"format": {"type": "json_schema"}}}, "response_format.json_schema.schema"),
+    ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
 ])  # fmt: skip
 def test_what_will_not_do_is_refused(server, change, param):
     error = refusal(post(server, URL, {"input": "hello", "max_output_tokens": 2, **change}))

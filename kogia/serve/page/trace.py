@@ -13,6 +13,7 @@ from kogia.engine.request import Completion, SamplingParams, TopLogprobs
 from kogia.serve.access import Caller
 from kogia.serve.logprobs import LEAST
 from kogia.serve.page.facts import mixture_layers
+from kogia.serve.sampling import Asked
 from kogia.serve.served import ServedModel
 from kogia.text.stream import IncrementalDecoder
 from kogia.text.tokenizer import Tokenizer
@@ -22,9 +23,9 @@ NUM_ALTERNATIVES = 5
 
 def trace_params(
     served: ServedModel, caller: Caller, active_experts: int | None, expert_threshold: float | None
-) -> SamplingParams:
+) -> Asked:
     """A request that scores its prompt. The one token that it draws besides is not looked at."""
-    return SamplingParams(
+    params = SamplingParams(
         max_tokens=1,
         temperature=1.0,
         prompt_logprobs=NUM_ALTERNATIVES,
@@ -33,6 +34,7 @@ def trace_params(
         expert_threshold=expert_threshold,
         cache_salt=caller.salt,
     )
+    return Asked(params, {"prompt": "messages", "active_experts": "active_experts"})
 
 
 def trace_of(served: ServedModel, answer: Sequence[int], start: int, completion: Completion) -> dict[str, Any]:
