@@ -7,10 +7,11 @@ The model is the trainer's own `Transformer`, used without gradients; nothing of
 """
 
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
@@ -55,6 +56,9 @@ from kogia.ops.dispatch import batch_invariant
 from kogia.text.chat import Prompt
 from kogia.text.tokenizer import Tokenizer
 
+STEP_TOKENS = (1, 8, *(2**power for power in range(4, 15)))
+"""Bounds by which steps are counted; vLLM's."""
+
 
 @dataclass(slots=True)
 class EngineStats:
@@ -65,6 +69,8 @@ class EngineStats:
     num_steps: int = 0
     num_run_tokens: int = 0
     """Rows through the model: prefill, decode and drafts."""
+    steps_by_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
+    """Steps that ran at most as many rows as each of STEP_TOKENS, and more than the one before; the last ran more."""
     num_generated_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
@@ -487,6 +493,7 @@ class Engine:
         stats = self.stats
         stats.num_steps += 1
         stats.num_run_tokens += plan.num_tokens
+        stats.steps_by_tokens[bisect_left(STEP_TOKENS, plan.num_tokens)] += 1
         stats.num_prefix_hit_tokens += self.scheduler.take_prefix_hit_tokens()
         stats.num_preemptions += self.scheduler.take_preemptions()
 

@@ -7,7 +7,7 @@ values of requests: the number of series is bounded by the models.
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kogia.engine.engine import STEP_TOKENS
 from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.exchange import Exchange
@@ -64,9 +65,10 @@ class ModelMetrics:
     def __init__(self) -> None:
         self.first_token, self.between, self.total = (Histogram(SECONDS) for _ in range(3))
         self.queue, self.prefill, self.decode, self.per_token = (Histogram(SECONDS) for _ in range(4))
-        self.prompt, self.generated, self.asked = (Histogram(TOKENS) for _ in range(3))
+        self.inference = Histogram(SECONDS)
+        self.prompt, self.generated, self.asked, self.answers = (Histogram(TOKENS) for _ in range(4))
         self.ended = dict.fromkeys(REASONS, 0)
-        self.prompt_tokens = 0
+        self.prompt_tokens = self.cached_tokens = 0
         self.cache_queries = self.cache_hits = 0
         self.expert_loads: np.ndarray | None = None
         """[layers, experts] choices, of requests that returned theirs."""
@@ -81,6 +83,7 @@ class ModelMetrics:
             self.prompt_tokens += len(running.prompt_ids)
             self.prompt.observe(len(running.prompt_ids))
             self.asked.observe(running.params.max_tokens)
+            self.answers.observe(running.params.n)
 
     def note_end(self, running: Running, now: float) -> None:
         """A request has ended, with whatever answers; those that are not there were given up."""
@@ -90,6 +93,7 @@ class ModelMetrics:
             self._note_completion(running, completion)
         if completions:
             self.total.observe(now - running.began)
+            self.cached_tokens += running.num_cached
 
     def _note_completion(self, running: Running, completion: Completion) -> None:
         self.ended[completion.finish_reason] += 1
@@ -100,6 +104,7 @@ class ModelMetrics:
         self.queue.observe(queue)
         self.prefill.observe(prefill)
         self.decode.observe(decode)
+        self.inference.observe(prefill + decode)
         if len(completion.token_ids) > 1:
             self.per_token.observe(decode / (len(completion.token_ids) - 1))
         if completion.routed_experts is not None and running.model.config.moe is not None:
@@ -118,7 +123,7 @@ class Metrics(Collector):
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._of: dict[str, ModelMetrics] = {}
-        self._num_exchanges: dict[tuple[str, str], int] = {}
+        self._num_exchanges: dict[tuple[str, str, str], int] = {}
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -128,15 +133,22 @@ class Metrics(Collector):
         state.on_exchange.append(self._note_exchange)
 
     def _note_exchange(self, exchange: Exchange) -> None:
-        """By route and status, of which there are so many and no more."""
-        key = exchange.route or "none", str(exchange.status or "none")
+        """By method, route and status, of which there are so many and no more."""
+        method = exchange.method if exchange.route else "none"
+        key = method, exchange.route or "none", str(exchange.status or "none")
         self._num_exchanges[key] = self._num_exchanges.get(key, 0) + 1
 
-    def _exchanges(self) -> Metric:
-        family = CounterMetricFamily("kogia_http_requests", "Answers sent.", labels=("route", "status"))
-        for key, count in self._num_exchanges.items():
-            family.add_metric(key, count)
-        return family
+    def _exchanges(self) -> Iterator[Metric]:
+        own = CounterMetricFamily("kogia_http_requests", "Answers sent.", labels=("route", "status"))
+        for (route, status), count in _summed(self._num_exchanges, lambda method, route, status: (route, status)):
+            own.add_metric((route, status), count)
+        yield own
+        # as prometheus-fastapi-instrumentator has them, beside vLLM's own
+        family = CounterMetricFamily("http_requests", "Answers sent.", labels=("method", "status", "handler"))
+        grouped = _summed(self._num_exchanges, lambda method, route, status: (method, _group(status), route))
+        for labels, count in grouped:
+            family.add_metric(labels, count)
+        yield family
 
     def of(self, name: str) -> ModelMetrics:
         """What has been counted of a model, however often it was loaded meanwhile."""
@@ -157,7 +169,10 @@ class Metrics(Collector):
                 histogram(own).add_to(family, _labels(model))
             yield family
         yield _ended(each)
-        yield self._exchanges()
+        yield _waiting(each)
+        yield _steps(each)
+        yield _cache_config(each)
+        yield from self._exchanges()
         yield _expert_load(each)
 
 
@@ -175,6 +190,54 @@ def _family(kind: Any, name: str, help: str, each: Each, value: Value) -> Metric
     family = kind(name, help, labels=LABELS)
     for model, own in each:
         family.add_metric(_labels(model), value(model, own))
+    return family
+
+
+def _summed(
+    counts: Mapping[tuple[str, str, str], int], labels: Callable[[str, str, str], tuple[str, ...]]
+) -> Iterable[tuple[tuple[str, ...], int]]:
+    """Counts of those with the same labels together."""
+    found: dict[tuple[str, ...], int] = {}
+    for key, count in counts.items():
+        found[labels(*key)] = found.get(labels(*key), 0) + count
+    return found.items()
+
+
+def _group(status: str) -> str:
+    return f"{status[0]}xx" if status.isdecimal() else status
+
+
+def _waiting(each: Each) -> Metric:
+    """In vLLM's words "capacity" is want of room, "deferred" all else: here those that the engine has not seen yet."""
+    help = "Sequences that wait for room, by its reason."
+    family = GaugeMetricFamily("vllm:num_requests_waiting_by_reason", help, labels=(*LABELS, "reason"))
+    for model, own in each:
+        in_line = 0 if model.served is None else len(model.served.engine.scheduler.waiting)
+        in_line = min(in_line, waiting := _num_waiting(model, own))
+        for reason, count in (("capacity", in_line), ("deferred", waiting - in_line)):
+            family.add_metric([*_labels(model), reason], count)
+    return family
+
+
+def _steps(each: Each) -> Metric:
+    family = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens that a step runs.", labels=LABELS)
+    names = [*map(str, map(float, STEP_TOKENS)), "+Inf"]
+    for model, _ in each:
+        counts = np.cumsum(model.stats.steps_by_tokens).tolist()
+        family.add_metric(_labels(model), list(zip(names, counts)), model.stats.num_run_tokens)
+    return family
+
+
+def _cache_config(each: Each) -> Metric:
+    """Of loaded models."""
+    labels = (*LABELS, "block_size", "num_gpu_blocks", "enable_prefix_caching")
+    family = GaugeMetricFamily("vllm:cache_config_info", "How large the cache is, in its labels.", labels=labels)
+    for model, _ in each:
+        if model.served is not None:
+            engine = model.served.engine
+            pool, cache = engine.scheduler.pool, engine.runner.cache
+            has_prefixes = str(engine.config.prefix_cache)
+            family.add_metric([*_labels(model), str(cache.block_size), str(pool.num_blocks), has_prefixes], 1)
     return family
 
 
@@ -232,6 +295,7 @@ GAUGES: Sequence[tuple[str, str, Value]] = (
 )
 COUNTERS: Sequence[tuple[str, str, Value]] = (
     ("vllm:prompt_tokens", "Tokens of prompts that have been read.", lambda _, own: own.prompt_tokens),
+    ("vllm:prompt_tokens_cached", "Tokens of prompts that nobody had to compute.", lambda _, own: own.cached_tokens),
     ("vllm:generation_tokens", "Tokens drawn.", lambda model, _: model.stats.num_generated_tokens),
     ("vllm:num_preemptions", "Sequences put back for want of room.", lambda m, _: m.stats.num_preemptions),
     ("vllm:prefix_cache_queries", "Tokens of prompts that were looked up.", lambda _, own: own.cache_queries),
@@ -251,9 +315,11 @@ HISTOGRAMS: Sequence[tuple[str, str, Callable[[ModelMetrics], Histogram]]] = (
     ("vllm:request_queue_time_seconds", "From a request to its first step.", lambda own: own.queue),
     ("vllm:request_prefill_time_seconds", "From there to the first token.", lambda own: own.prefill),
     ("vllm:request_decode_time_seconds", "From there to the end.", lambda own: own.decode),
+    ("vllm:request_inference_time_seconds", "From its first step to the end.", lambda own: own.inference),
     ("vllm:request_time_per_output_token_seconds", "Of an answer, on average.", lambda own: own.per_token),
     ("vllm:request_prompt_tokens", "Tokens of a prompt.", lambda own: own.prompt),
     ("vllm:request_generation_tokens", "Tokens of an answer.", lambda own: own.generated),
+    ("vllm:request_params_n", "Answers that a request asked for.", lambda own: own.answers),
     ("vllm:request_params_max_tokens", "What a request asked for.", lambda own: own.asked),
     ("vllm:request_max_num_generation_tokens", "What a request asked for.", lambda own: own.asked),
 )

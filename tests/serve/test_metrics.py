@@ -1,5 +1,7 @@
 """`/metrics`: what Prometheus reads, against what the answers say."""
 
+import time
+
 import httpx2 as httpx
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 from serve.asks import HELLO, events, post
+from serve.server import serving
 
 from kogia.serve.metrics import SECONDS, Histogram, ModelMetrics
 from kogia.serve.page.facts import mixture_layers
@@ -38,6 +41,8 @@ def test_what_vllms_dashboard_asks_for_is_there_from_the_start(server):
     seconds = ("time_to_first_token", "inter_token_latency", "time_per_output_token", "e2e_request_latency")
     parts = ("request_queue_time", "request_prefill_time", "request_decode_time")
     tokens = ("request_prompt_tokens", "request_generation_tokens", "request_max_num_generation_tokens")
+    tokens += ("iteration_tokens_total", "request_params_n", "request_inference_time_seconds")
+    totals += ("prompt_tokens_cached",)
     histograms = [f"vllm:{name}_seconds" for name in (*seconds, *parts)] + [f"vllm:{name}" for name in tokens]
     for name in (*(f"vllm:{each}" for each in gauges), *(f"vllm:{each}_total" for each in totals)):
         assert found[name][0].labels == ENGINE
@@ -45,6 +50,10 @@ def test_what_vllms_dashboard_asks_for_is_there_from_the_start(server):
         assert {f"{name}_bucket", f"{name}_sum", f"{name}_count"} <= set(found)
     reasons = {sample.labels["finished_reason"] for sample in found["vllm:request_success_total"]}
     assert reasons == {"stop", "length", "abort", "error"}
+    waits = {sample.labels["reason"]: sample.labels for sample in found["vllm:num_requests_waiting_by_reason"]}
+    assert waits == {reason: {**ENGINE, "reason": reason} for reason in ("capacity", "deferred")}
+    (cache,) = found["vllm:cache_config_info"]
+    assert int(cache.labels["num_gpu_blocks"]) == server.engine.scheduler.pool.num_blocks and cache.value == 1
     assert value(found, "kogia_cache_bytes") == server.engine.runner.cache.rows.nbytes
     assert value(found, "process_resident_memory_bytes") > 0
 
@@ -68,6 +77,11 @@ def test_counts_are_those_of_the_answers(server, stream):
     assert gained("vllm:request_success_total", finished_reason="length") == 2
     assert gained("vllm:request_success_total", finished_reason="abort") == 0
     assert gained("vllm:prefix_cache_queries_total") == 2 * used["prompt_tokens"]
+    assert gained("vllm:prompt_tokens_cached_total") == used["prompt_cache_hit_tokens"]
+    assert gained("vllm:iteration_tokens_total_count") == gained("kogia_engine_steps_total") >= 7
+    rows = used["prompt_cache_miss_tokens"] + used["completion_tokens"] - 2  # the last token of each is not run
+    assert gained("vllm:iteration_tokens_total_sum") >= rows
+    assert gained("vllm:request_params_n_sum") == 2 and gained("vllm:request_inference_time_seconds_count") == 2
     assert gained("vllm:request_generation_tokens_count") == 2
     assert gained("vllm:request_max_num_generation_tokens_sum") == 7
     assert gained("vllm:time_to_first_token_seconds_count") == gained("vllm:e2e_request_latency_seconds_count") == 1
@@ -112,6 +126,20 @@ def test_the_load_of_experts_is_that_of_the_requests_that_returned_theirs(server
     assert min(busiest) >= 1 >= max(idlest)
 
 
+def test_who_waits_is_counted_by_the_reason(model):
+    with serving(model, engine={"max_sequences": 1}) as one:
+        step = one.engine.step
+        one.engine.step = lambda: (time.sleep(0.05), step())[1]
+        body = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "n": 3, "stream": True}
+        stream = events(one, "/v1/chat/completions", body)
+        next(filter(lambda chunk: chunk["choices"][0]["delta"].get("reasoning_content"), stream))
+        found = scrape(one)
+        assert value(found, "vllm:num_requests_waiting_by_reason", reason="capacity") == 2
+        assert value(found, "vllm:num_requests_waiting_by_reason", reason="deferred") == 0
+        assert value(found, "vllm:num_requests_waiting") == 2
+        stream.close()
+
+
 def test_openmetrics_is_spoken_to_who_asks_for_it(server):
     accept = "application/openmetrics-text; version=1.0.0"
     response = httpx.get(server.url + "/metrics", headers={"accept": accept})
@@ -139,4 +167,6 @@ def test_answers_are_counted_by_route_and_status_and_addresses_that_lead_nowhere
     found = scrape(server)
     assert value(found, "kogia_http_requests_total", route="none", status="404") >= 2
     assert value(found, "kogia_http_requests_total", route="/v1/models", status="200") >= 2
+    assert value(found, "http_requests_total", handler="none", status="4xx", method="none") >= 2
+    assert value(found, "http_requests_total", handler="/v1/models", status="2xx", method="GET") >= 2
     assert not any("nowhere" in each.labels["route"] for each in found["kogia_http_requests_total"])
