@@ -20,7 +20,7 @@ from kogia.serve.config import is_loopback
 from kogia.serve.errors import ApiError, internal, response_to
 from kogia.serve.exchange import Exchange, current
 from kogia.serve.memory import LARGE_BYTES, give_back
-from kogia.serve.state import ServerState
+from kogia.serve.state import ENDS, ServerState
 
 MOST_BODY_BYTES = 8 << 20
 MOST_HEADER_BYTES = 16 << 10
@@ -65,6 +65,10 @@ class Guard:
             await self._app(scope, transfer.receive, transfer.send)
         except ApiError as error:
             await transfer.refuse(error)
+        except asyncio.CancelledError:
+            if not self._state.is_ending:
+                raise
+            await transfer.refuse(ApiError(ENDS, 503))
         except Exception:  # noqa: BLE001 - whatever it is, the client learns its id alone
             log.warn(f"request {exchange.id} failed:\n{traceback.format_exc()}")
             await transfer.refuse(internal(exchange.id))

@@ -71,6 +71,7 @@ class Process(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._error: BaseException | None = None
+        self._num_signals = 0
 
     async def run(self, listener: socket.socket) -> None:  # type: ignore[override]
         """Serve until `stop`. Raises what loading raises."""
@@ -103,18 +104,26 @@ class Process(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second one ends at once."""
-        if self._loop is None or self.state.is_ending:
+        """The first signal drains, the second one gives up what runs, a third one waits for nothing."""
+        self._num_signals += 1
+        if self._loop is None or self._num_signals > 2:
             self.should_exit = self.force_exit = True
             return
-        log.info(f"{signal.Signals(sig).name}: no new requests, {len(self.state.running)} running ones end")
-        self._loop.call_soon_threadsafe(self.stop)
+        num_running = len(self.state.running)
+        what = "no new requests, {} running ones end" if self._num_signals == 1 else "{} running requests are given up"
+        log.info(f"{signal.Signals(sig).name}: {what.format(num_running)}")
+        self._loop.call_soon_threadsafe(self.stop if self._num_signals == 1 else self.hurry)
 
     def stop(self) -> None:
         """Drain, then end. In the event loop's thread."""
         task = asyncio.ensure_future(self._drain())
         self._tasks.add(task)
         self.state.is_ending = True
+
+    def hurry(self) -> None:
+        """End what a drain waits for: each client hears why. In the event loop's thread."""
+        self.state.is_hurried = True
+        self.config.timeout_graceful_shutdown = 1
 
     async def _drain(self) -> None:
         await self.state.drain(self.state.config.drain_seconds)

@@ -26,6 +26,9 @@ MOST_CHUNK_SECONDS = 0.05
 """Text that comes later is seen to come late."""
 
 
+ENDS = "the server is shutting down; ask again"
+
+
 class Status(StrEnum):
     LOADING = "loading"
     READY = "ready"
@@ -86,6 +89,8 @@ class ServerState:
         self.is_drained = False
         """By an operator, who may take it back."""
         self.is_ending = False
+        self.is_hurried = False
+        """What runs is given up, whatever `drain` would wait for."""
         self.rendering = Turns()
         """Of those who have texts made HTML."""
         self.clock = time.monotonic
@@ -179,10 +184,10 @@ class ServerState:
         """Take no more requests, and wait for those that run: those that take longer are given up."""
         self.is_ending = True
         deadline = time.monotonic() + seconds
-        while self.running and time.monotonic() < deadline:
+        while self.running and time.monotonic() < deadline and not self.is_hurried:
             await asyncio.sleep(0.02)
         for running in list(self.running.values()):
-            self.stop(running, "the server is shutting down; ask again")
+            self.stop(running, ENDS)
         deadline = time.monotonic() + 2
         while self.running and time.monotonic() < deadline:
             await asyncio.sleep(0.02)

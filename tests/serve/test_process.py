@@ -7,11 +7,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import pytest
-from serve.asks import HELLO, events, refusal
+from serve.asks import HELLO, events, post, refusal
 from serve.server import serving
+from serve.sockets import CHAT, connect, head, status
 
 from kogia import cli
 from kogia.serve import models
@@ -40,7 +44,7 @@ def test_the_ready_line_says_url_model_memory_and_stages_and_sigterm_lets_stream
         url = match[1]
 
     assert [each["id"] for each in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["small", "alias"]
-    body = {"model": "alias", "messages": HELLO, "stream": True, "max_tokens": 400, "ignore_eos": True}
+    body = {"model": "alias", "messages": HELLO, "stream": True, "max_tokens": 3000, "ignore_eos": True}
     stream = events(server, "/v1/chat/completions", body)
     next(stream)
     process.send_signal(signal.SIGTERM)
@@ -102,6 +106,36 @@ def test_what_a_drain_cannot_wait_for_ends_with_the_reason(model):
         last = list(stream)[-1]
     assert "shutting down" in last["error"]["message"]
     assert not running.state.running and running.engine.num_unfinished == 0
+
+
+def test_a_second_signal_gives_each_unfinished_answer_its_reason(model):
+    words = ["serve", str(model), "--port", "0", "--device", "cpu", "--drain-seconds", "60"]
+    process = subprocess.Popen([sys.executable, "-m", "kogia.cli", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        url = re.match(r"http://127\.0\.0\.1:\d+", process.stderr.readline())[0]
+        server = SimpleNamespace(url=url)
+        body = {"messages": HELLO, "max_tokens": 4000, "ignore_eos": True}
+        with ThreadPoolExecutor(4) as pool, closing(connect(server)) as half:
+            half.sendall(head(CHAT, "POST", "content-length: 100") + b"{")
+            whole = [pool.submit(post, server, CHAT, {**body, "n": 8}) for _ in range(3)]
+            stream = events(server, CHAT, {**body, "stream": True})
+            next(stream)
+            last = pool.submit(lambda: list(stream)[-1])
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            for each in whole:
+                assert "shutting down" in refusal(each.result(), 503)["message"]
+            assert "shutting down" in last.result()["error"]["message"]
+            half.settimeout(20)
+            told = half.recv(65536)
+            assert not told or status(told) == 503
+        assert process.wait(10) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_an_address_in_use_and_a_model_that_is_not_there_are_errors_of_the_user(model, tmp_path, capfd):
