@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_CONFIG = 10_000_000
 MAX_INDEX = 100_000_000
+MOST_LOOKED_AT = 1000
+"""Entries of a directory, where it is no model and models are looked for in it."""
+MOST_NAMED = 12
 _STEP = re.compile(r"^step-(\d+)$")
 _DRAFT, _REPLACED = ".kogia-draft", ".kogia-replaced"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -48,19 +52,38 @@ def resolve_model_dir(path: str | Path, *, weights: bool = True) -> Path:
         raise ValueError(
             f"{path}: a file; give the model directory that holds {CONFIG} and the weights, or a GGUF file"
         )
-    if (path / CONFIG).is_file():
-        return path
-    steps = [p for p in (path / "checkpoints").glob("step-*") if _STEP.match(p.name) and (p / CONFIG).is_file()]
-    if steps:
-        return max(steps, key=lambda p: int(p.name.removeprefix("step-")))
+    if (found := _model_in(path)) is not None:
+        return found
     if not os.path.lexists(path):
         if is_hub_name(name):
             return find_on_hub(name, CONFIG, weights=weights)
         raise ValueError(f"{path}: no such file or directory; give a model directory or a run directory")
     raise ValueError(
         f"{path}: not a model. Expected {CONFIG} beside {WEIGHTS}, or a run directory with checkpoints/step-*"
-        + "".join(f"; {file.name} in it is a model by itself, give that" for file in sorted(path.glob("*.gguf"))[:1])
+        + _models_within(path)
     )
+
+
+def _model_in(path: Path) -> Path | None:
+    """The model directory that `path` is, or its newest complete checkpoint."""
+    if (path / CONFIG).is_file():
+        return path
+    steps = [p for p in (path / "checkpoints").glob("step-*") if _STEP.match(p.name) and (p / CONFIG).is_file()]
+    return max(steps, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+
+
+def _models_within(path: Path) -> str:
+    """What to give in place of a directory that holds models, as the stages of a run: the end of an error."""
+    if files := sorted(path.glob("*.gguf")):
+        return f"; {files[0].name} in it is a model by itself, give that"
+    near = [each for pattern in ("*", "*/*") for each in sorted(islice(path.glob(pattern), MOST_LOOKED_AT))]
+    inner = {each: found for each in near if (found := _model_in(each)) is not None}
+    if not inner:
+        return ""
+    newest = max(inner, key=lambda each: (inner[each] / CONFIG).stat().st_mtime)
+    names = ", ".join(str(each.relative_to(path)) for each in [*inner][:MOST_NAMED])
+    more = f" and {len(inner) - MOST_NAMED} more" if len(inner) > MOST_NAMED else ""
+    return f". Models in it are {names}{more}; give one of them, as {newest}, the newest"
 
 
 def resolve_tokenizer_dir(path: str | Path) -> Path:

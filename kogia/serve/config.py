@@ -48,7 +48,8 @@ class ServeConfig:
     """TOML file with what each key may use: a table per name, or `default`, of requests_per_minute, tokens_per_minute
     and concurrent_requests."""
     name: tuple[str, ...] = ()
-    """Names that requests call the model by; the first is the one that is shown. None is the last part of `path`."""
+    """Names that requests call the model by; the first is the one that is shown. None is the last part of `path`, or
+    `org/name` too for a model of the Hugging Face Hub."""
     models_file: str | None = None
     """TOML file with further models, a table per name: path, and what is not as this command says for the first one.
     They are loaded when a request names them, or with at_start = true before the server is ready."""

@@ -11,6 +11,7 @@ import torch
 
 from kogia.checkpoint.directory import resolve_model_dir
 from kogia.checkpoint.hf import loaded_bytes
+from kogia.checkpoint.hub import is_hub_name
 from kogia.checkpoint.open import Found, find_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.config import EngineConfig
@@ -68,7 +69,9 @@ def _check_same(served: ServedModel, found: Found) -> None:
 
 
 def names_of(config: ServeConfig) -> tuple[str, ...]:
-    return config.name or (Path(config.path).resolve().name,)
+    """As the command says, or by the path: its last part, and all of it where it names a model of the Hub."""
+    is_from_hub = is_hub_name(config.path) and not Path(config.path).exists()
+    return config.name or (Path(config.path).resolve().name, *([config.path] if is_from_hub else []))
 
 
 def read_models(config: ServeConfig) -> list[Entry]:

@@ -82,7 +82,7 @@ class Models:
         if name is None and len(entries) == 1:
             return entries[0]
         if name not in self._by_name:
-            known = ", ".join(self._by_name)
+            known = ", ".join(self._by_name) + (", or left out" if len(entries) == 1 else "")
             raise ApiError(f"{field} = {shown(name)}: must be one of {known}", 404, param=field, code="model_not_found")
         return self._by_name[name]
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from checkpoint.tiny import CONFIG, assert_same, edit, rewrite, shard, tiny
 from safetensors.torch import load_file, save_file
 
-from kogia.checkpoint.directory import stored_tensors
+from kogia.checkpoint.directory import resolve_model_dir, stored_tensors
 from kogia.checkpoint.hf import load_model, read_rows, save_model
 from kogia.model.config import YarnConfig
 from kogia.model.costs import num_params
@@ -395,3 +396,22 @@ def test_the_published_v3_and_r1_configurations_parse(name):
 def test_a_published_configuration_of_another_kind_is_refused_by_name():
     with pytest.raises(ValueError, match="model_type = 'kimi_k2' is not supported"):
         config_from_hf(published("moonshotai--Kimi-K2-Instruct"))
+
+
+@pytest.mark.parametrize("given", ["runs/demo", "runs", "runs/demo/base/checkpoints"])
+def test_a_directory_that_holds_models_says_which(saved, tmp_path, given):
+    for index, name in enumerate(("demo/base/checkpoints/step-10", "demo/student/checkpoints/step-5", "demo/notes")):
+        stage = tmp_path / "runs" / name
+        if name.endswith("notes"):
+            stage.mkdir(parents=True)
+            continue
+        shutil.copytree(saved, stage)
+        os.utime(stage / "config.json", (index, index))
+    with pytest.raises(ValueError, match="not a model.*Models in it are") as error:
+        resolve_model_dir(tmp_path / given)
+    names, hint = str(error.value).partition("Models in it are ")[2].split("; ")
+    newest = "demo/student" if "base" not in given else "demo/base/checkpoints/step-10"
+    assert hint == f"give one of them, as {tmp_path / 'runs' / newest}, the newest"
+    inside = ["demo/base", "demo/student"] if "base" not in given else ["demo/base/checkpoints/step-10"]
+    assert names.split(", ") == [str((tmp_path / "runs" / each).relative_to(tmp_path / given)) for each in inside]
+    assert resolve_model_dir(tmp_path / "runs" / newest).name.startswith("step-")
