@@ -127,7 +127,7 @@ def removed_rows(config: PrepareConfig) -> list[dict[str, Any]]:
     for ngram in NGRAMS:
         tests = read_evaluations(config.evaluations, ngram, config.phrase_items)
         for spec, documents in words.items():
-            hits = [found for each in documents if (found := tests.index.find(each)) is not None]
+            hits = [found for found in tests.index.find_each(documents) if found is not None]
             items = len({item for item, _, _ in hits})
             rows.append(
                 row(f"contaminated-{ngram}-{short(spec)}", len(hits), "documents", of=len(documents), items=items)
@@ -201,7 +201,7 @@ def speed_rows(config: PrepareConfig, repeats: int) -> list[dict[str, Any]]:
         steps: dict[str, Callable[[], object]] = {
             "words": lambda texts=texts: [hash_words(split_words(text)) for text in texts],
             "minhash": lambda words=words: [signature(each) for each in words],
-            "decontaminate": lambda words=words: [index.find(each) for each in words],
+            "decontaminate": lambda words=words: index.find_each(words),
             "tokenise": lambda texts=texts: [
                 tokenizer.backend.encode(text, add_special_tokens=False).ids for text in texts
             ],

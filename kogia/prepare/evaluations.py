@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from kogia.data.config import SourceConfig, is_of_files
 from kogia.data.sources import read_rows
 from kogia.prepare.config import EvaluationConfig
-from kogia.prepare.words import Hashes, hash_words, runs, split_words
+from kogia.prepare.words import Hashes, hash_words, runs, runs_at, split_words
 from kogia.tasks.task import load_task
 
 SHORTEST = 3
@@ -24,27 +25,53 @@ Item = tuple[str, str]
 """Where it stands, and its text."""
 
 
-@dataclass(frozen=True)
+Hit = tuple[int, int, int]
+"""(item, first word, number of words) of a run of a text that is one of an item's."""
+_SPARSE = 32
+"""Places in a sieve for each number that it lets through: of others it lets through about one in so many."""
+
+
 class Index:
-    """Runs of words that give an item away, by their length."""
+    """Runs of words that give an item away, by their length.
 
-    tables: dict[int, tuple[Hashes, np.ndarray]]
-    """Length -> (sorted hashes, the item of each)."""
+    A text's places are sieved by the words that a run begins with, and what is left by its whole run: a table of bits
+    tells at once of nearly every place that nothing begins there.
+    """
 
-    def find(self, words: Hashes) -> tuple[int, int, int] | None:
-        """(item, first word, number of words) of the first run of a text that is in the index, the longest first."""
-        for length in sorted(self.tables, reverse=True):
+    def __init__(self, tables: dict[int, tuple[Hashes, np.ndarray]], beginnings: Hashes) -> None:
+        """`tables`: length -> (sorted hashes, the item of each); `beginnings` of all these runs, `SHORTEST` words."""
+        self.tables, self.beginnings = tables, beginnings
+        self._begins = _sieve(beginnings)
+        self._sieves = {length: _sieve(hashes) for length, (hashes, _) in tables.items()}
+
+    def find(self, words: Hashes) -> Hit | None:
+        """The first run of a text that is in the index, the longest first."""
+        return self.find_each([words])[0]
+
+    def find_each(self, texts: Sequence[Hashes]) -> list[Hit | None]:
+        """`find` of many texts at once."""
+        sizes = np.array([len(words) for words in texts], "int64")
+        words = np.concatenate([np.zeros(0, "uint64"), *texts])
+        ends = np.cumsum(sizes)
+        at = np.flatnonzero(_passes(self._begins, runs(words, SHORTEST)))
+        text = np.searchsorted(ends, at, side="right")
+        found: list[Hit | None] = [None] * len(texts)
+        lengths = sorted(self.tables)
+        for length, values in zip(lengths, runs_at(words, at, lengths), strict=True):
+            likely = np.flatnonzero(_passes(self._sieves[length], values) & (at + length <= ends[text]))
             hashes, items = self.tables[length]
-            found = runs(words, length)
-            at = np.minimum(np.searchsorted(hashes, found), len(hashes) - 1)
-            hits = np.flatnonzero(hashes[at] == found)
-            if len(hits):
-                return int(items[at[hits[0]]]), int(hits[0]), length
-        return None
+            place = np.minimum(np.searchsorted(hashes, values[likely]), len(hashes) - 1)
+            same = hashes[place] == values[likely]
+            hits, place = likely[same], place[same]
+            owners, firsts = np.unique(text[hits], return_index=True)
+            for owner, first in zip(owners.tolist(), firsts.tolist(), strict=True):
+                begin = int(at[hits[first]] - ends[owner] + sizes[owner])
+                found[owner] = int(items[place[first]]), begin, length
+        return found
 
     def save(self, path: Path) -> None:
         with path.open("wb") as file:
-            arrays: dict[str, Any] = {"lengths": np.array(sorted(self.tables), "int64")}
+            arrays: dict[str, Any] = {"lengths": np.array(sorted(self.tables), "int64"), "beginnings": self.beginnings}
             for length, (hashes, items) in self.tables.items():
                 arrays |= {f"h{length}": hashes, f"i{length}": items}
             np.savez(file, **arrays)
@@ -52,7 +79,19 @@ class Index:
     @classmethod
     def load(cls, path: Path | str) -> "Index":
         with np.load(path) as data:
-            return cls({int(n): (data[f"h{n}"], data[f"i{n}"]) for n in data["lengths"]})
+            tables = {int(n): (data[f"h{n}"], data[f"i{n}"]) for n in data["lengths"]}
+            return cls(tables, data["beginnings"])
+
+
+def _sieve(hashes: Hashes) -> Bool[np.ndarray, " places"]:
+    """A table in which the places of these numbers are set: as many as are a power of two, and cover them thinly."""
+    table = np.zeros(1 << max(8, (_SPARSE * len(hashes)).bit_length()), bool)
+    table[hashes & np.uint64(len(table) - 1)] = True
+    return table
+
+
+def _passes(sieve: Bool[np.ndarray, " places"], hashes: Hashes) -> Bool[np.ndarray, " hashes"]:
+    return sieve[hashes & np.uint64(len(sieve) - 1)]
 
 
 @dataclass(frozen=True)
@@ -69,6 +108,7 @@ def read_evaluations(sets: Sequence[EvaluationConfig], ngram: int, phrase_items:
     """Raises ValueError for what cannot be read or holds no item."""
     places: list[str] = []
     tables: dict[int, list[tuple[Hashes, np.ndarray]]] = {}
+    beginnings = [np.zeros(0, "uint64")]
     told = []
     for each in sets:
         found = [(where, hash_words(split_words(text))) for where, text in _items(each)]
@@ -77,10 +117,12 @@ def read_evaluations(sets: Sequence[EvaluationConfig], ngram: int, phrase_items:
         of_set, phrases = _tables([words for _, words in found], first, ngram, phrase_items)
         for length, pair in of_set.items():
             tables.setdefault(length, []).append(pair)
+        beginnings += [runs(words, SHORTEST) for _, words in found]
         short = sum(len(words) < SHORTEST for _, words in found)
         counts = {"items": len(found), "runs": sum(len(pair[0]) for pair in of_set.values())}
         told.append({"spec": each.spec, **counts, "phrases": phrases, "too_short": short, "removed": 0, "found": 0})
-    return Evaluations(Index({length: _joined(pairs) for length, pairs in tables.items()}), places, told)
+    joined = {length: _joined(pairs) for length, pairs in tables.items()}
+    return Evaluations(Index(joined, np.unique(np.concatenate(beginnings))), places, told)
 
 
 def _tables(

@@ -75,7 +75,7 @@ def make_part(documents: Sequence[Document], recipe: Recipe, *, near: bool) -> P
     texts = [_whole_text(document) for document in documents]
     words = [split_words(text) for text in texts]
     hashes = [hash_words(each) for each in words]
-    found = [recipe.index.find(each) for each in hashes]
+    found = recipe.index.find_each(hashes)
     signatures = [signature(each) if len(each) else np.zeros(PERMUTATIONS, "uint32") for each in hashes if near]
     shared = [
         None if hit is None else " ".join(each[hit[1] : hit[1] + hit[2]])

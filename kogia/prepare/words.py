@@ -11,9 +11,10 @@ halves of a * hash + b modulo 2^64.
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import UInt32, UInt64
+from jaxtyping import Int64, UInt32, UInt64
 
 SHINGLE = 5
 """Words of a shingle."""
@@ -59,6 +60,18 @@ def runs(words: Hashes, length: int) -> Hashes:
         found *= _FACTOR
         found += words[i : i + count]
     return _mixed(found)
+
+
+def runs_at(words: Hashes, at: Int64[np.ndarray, " places"], lengths: Sequence[int]) -> Iterator[Hashes]:
+    """`runs` of each of these rising lengths that begin at these places alone; past the end words are 0."""
+    padded = np.concatenate((words, np.zeros(max(lengths, default=0), "uint64")))
+    found, done = np.zeros(len(at), "uint64"), 0
+    for length in lengths:
+        for i in range(done, length):
+            found *= _FACTOR
+            found += padded[at + i]
+        done = length
+        yield _mixed(found)
 
 
 def _mixed(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:

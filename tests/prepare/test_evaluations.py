@@ -1,6 +1,10 @@
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kogia.prepare.config import EvaluationConfig
 from kogia.prepare.evaluations import Index, read_evaluations
@@ -79,3 +83,35 @@ def test_an_index_is_the_same_after_it_was_written_and_read(sets, tmp_path):
     again = Index.load(tmp_path / "index.npz")
     assert find(again, QUESTION) == find(index, QUESTION) == (0, 0, 10)
     assert again.tables.keys() == index.tables.keys()
+
+
+def one_length_after_the_other(items, texts, ngram):
+    """The rule as it is said: tables of strings, tried at every place, the longest runs first."""
+    tables = {}
+    for number, item in enumerate(items):
+        length = min(ngram, len(item))
+        for i in range(len(item) - length + 1 if length >= 3 else 0):
+            tables.setdefault(length, {}).setdefault(tuple(item[i : i + length]), number)
+
+    def find(text):
+        for length in sorted(tables, reverse=True):
+            for i in range(len(text) - length + 1):
+                if (item := tables[length].get(tuple(text[i : i + length]))) is not None:
+                    return item, i, length
+        return None
+
+    return [find(text) for text in texts]
+
+
+WORDS = st.lists(st.sampled_from("a b c".split()), max_size=12)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=5), st.lists(WORDS, max_size=6), st.integers(3, 7))
+def test_many_texts_at_once_are_searched_as_one_length_after_the_other_would(items, texts, ngram):
+    with tempfile.TemporaryDirectory() as folder:
+        rows = "".join(json.dumps({"text": " ".join(item)}) + "\n" for item in items)
+        (Path(folder) / "set.jsonl").write_text(rows)
+        index = read_evaluations([EvaluationConfig(f"{folder}/set.jsonl")], ngram, 100).index
+    found = index.find_each([hash_words(text) for text in texts])
+    assert found == one_length_after_the_other(items, texts, ngram)
+    assert found == [index.find(hash_words(text)) for text in texts]
