@@ -130,14 +130,15 @@ def predicted(name: str, device_name: str, steps: int) -> dict[str, Any]:
     import torch
 
     from kogia.model.costs import train_memory
-    from kogia.train.supervised import forecast_step, memory_settings
+    from kogia.train.precision import memory_settings
+    from kogia.train.supervised import forecast_step
 
     config, device = config_of(name, device_name), torch.device(device_name)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
     found = forecast_step(config, config.model, device)
-    counted = train_memory(config.model, config.data.batch_tokens, **memory_settings(config)).total
+    counted = train_memory(config.model, config.data.batch_tokens, **memory_settings(config, config.optim)).total
     return {
         "seconds": found.seconds,
         "memory": found.memory,
@@ -150,12 +151,12 @@ def predicted(name: str, device_name: str, steps: int) -> dict[str, Any]:
 def measured(name: str, device_name: str, steps: int) -> dict[str, Any]:
     import torch
 
-    from kogia.model.fp8 import train_in_fp8
     from kogia.model.transformer import build_model
     from kogia.ops.cpu import pages
     from kogia.ops.machine import finish, peak_memory
     from kogia.train.forecast import random_batch
     from kogia.train.optim import build_optimizer
+    from kogia.train.precision import multiply_in
     from kogia.train.step import TrainState, train_step
     from kogia.train.supervised import loss_for_step
 
@@ -166,8 +167,7 @@ def measured(name: str, device_name: str, steps: int) -> dict[str, Any]:
     before = peak_memory(device)
     model = build_model(config.model, device=device, dtype=getattr(torch, config.dtype))
     optimizer = build_optimizer(model, config.optim)
-    if config.precision == "fp8":
-        train_in_fp8(model, config.fp8.weight_gradients, power_of_two=config.fp8.power_of_two)
+    multiply_in(config, model)
     state = TrainState(model, optimizer, config.optim, WARM_UP + steps)
     rows = [config.data.longest] * (config.data.batch_tokens // config.data.longest)
     seconds = []

@@ -11,7 +11,7 @@ from kogia.engine.config import EngineConfig, FilteredSamplingConfig, SamplingCo
 from kogia.eval.config import LongPrompts, TaskOptions, check_tasks, check_verification
 from kogia.sinks import SinkName
 from kogia.tasks.format import check_script
-from kogia.train.config import OptimConfig
+from kogia.train.config import LoopConfig, OptimConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PolicyLossConfig:
 
 
 @dataclass(frozen=True)
-class RLConfig(SamplingConfig):
+class RLConfig(LoopConfig, SamplingConfig):
     """Reinforcement learning with verifiable rewards: groups of samples, relative advantages, policy updates."""
 
     init: str
@@ -106,8 +106,9 @@ class RLConfig(SamplingConfig):
     """Before the first update, sample training prompts and print whether there is a signal to learn from."""
     signal_prompts: int = 64
     signal_samples: int = 16
-    logprob_tolerance: float = 1e-4
-    """Largest difference of trainer and engine log-probabilities before the run stops; float32 reaches 1e-4."""
+    logprob_tolerance: float | None = None
+    """Largest difference of trainer and engine log-probabilities before the run stops; None takes 1e-4 in float32, and
+    1.0 in bfloat16, whose rounding differs between the two forms of attention."""
     eval_every: int = 0
     """Steps between evaluations on the test split, each of a checkpoint; 0 evaluates only at the end."""
     eval_questions: int = 300
@@ -153,7 +154,12 @@ class RLConfig(SamplingConfig):
         check_least(self, 0, "save_every", "eval_every", "eval_questions", "reference_every", "overlong_penalty")
         check_least(self, 0, "mtp_weight", "balance_weight", "indexer_weight", "bias_update_speed")
         check_least(self, 2, "group_size", "signal_samples")
-        if self.logprob_tolerance <= 0:
+        if self.guard.rollbacks:
+            raise ValueError(
+                f"guard.rollbacks = {self.guard.rollbacks}: a reinforcement-learning run does not go back, for its "
+                "problems and samples belong to its steps; set guard.skips"
+            )
+        if self.logprob_tolerance is not None and self.logprob_tolerance <= 0:
             raise ValueError(f"logprob_tolerance = {self.logprob_tolerance}: must be above 0; float32 reaches 1e-4")
         if self.temperature == 0:
             raise ValueError(
@@ -173,6 +179,13 @@ class RLConfig(SamplingConfig):
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both set: resume continues the run, overwrite deletes it")
+
+    @property
+    def tolerance(self) -> float:
+        """`logprob_tolerance`, or what stands for None."""
+        if self.logprob_tolerance is not None:
+            return self.logprob_tolerance
+        return 1e-4 if self.dtype == "float32" else 1.0
 
 
 @dataclass(frozen=True)

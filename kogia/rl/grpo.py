@@ -45,9 +45,11 @@ from kogia.sinks import check_sinks, open_sinks
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task
 from kogia.text.tokenizer import Tokenizer
+from kogia.train.guard import Guard, heed
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer
+from kogia.train.precision import memory_settings, multiply_in
 from kogia.train.rates import REINFORCING, rate_line, settle_rate
 from kogia.train.run_dir import RECIPE, check_run_dir, hold_run_dir, open_run_dir, was_measured
 from kogia.train.step import Loss, TrainState, train_step
@@ -66,6 +68,7 @@ class Run:
     state: TrainState
     engine: Engine
     sources: list[ProblemSource]
+    guard: Guard
     reference: Transformer | None
     rollouts: int = 0
     """Rollouts done; `state.step` counts optimiser steps."""
@@ -119,7 +122,7 @@ def plan_run(config: RLConfig) -> Plan:
     tasks = load_tasks(config.tasks, config.task_options)
     source = checkpoint or config.init
     check_thinking_switch(config.init, config.thinking)
-    found = find_model(source, device=config.device, dtype="float32", quantize="none", weights=not config.dry_run)
+    found = find_model(source, device=config.device, dtype=config.dtype, quantize="none", weights=not config.dry_run)
     check_engine(found.config, config.engine, found.dtype)
     longest = longest_sequence(found.config, config.engine, found.dtype)
     chosen = [(spec, task, _training_problems(task, found.tokenizer, longest, config)) for spec, task in tasks.items()]
@@ -151,16 +154,19 @@ def build_planned(plan: Plan, stack: ExitStack) -> Run:
             spec, config.task_options.get(spec), workers=config.verify_workers, timeout=config.verify_timeout
         )
         sources.append(ProblemSource(task, problems, stack.enter_context(pool)))
-    reference = load_model(config.init, device=model.device, dtype=torch.float32) if config.loss.kl_coef else None
+    reference = load_model(config.init, device=model.device, dtype=model.dtype) if config.loss.kl_coef else None
+    optimizer, guard = build_optimizer(model, config.optim), Guard(config.guard)
+    multiply_in(config, model)
     state = TrainState(
         model,
-        build_optimizer(model, config.optim),
+        optimizer,
         config.optim,
         config.steps * config.updates_per_rollout,
         bias_update_speed=config.bias_update_speed,
         last_checkpoint=checkpoint,
+        guard=guard,
     )
-    run = Run(config, out, tokenizer, state, Engine(model, tokenizer, config.engine), sources, reference)
+    run = Run(config, out, tokenizer, state, Engine(model, tokenizer, config.engine), sources, guard, reference)
     if checkpoint is not None:
         restore(run, checkpoint)
     log.cut_back(out / SAMPLES_FILE, run.rollouts - 1)
@@ -305,10 +311,13 @@ def update(run: Run, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
             ),
         )
         results.append(train_step(state, batches, loss_fn, denominator=denominator))
+        if run.guard.reason is not None:
+            heed(run.guard, state, run.out, batches, results[-1], rollouts=run.rollouts)
     if not results:
         return {"skipped_updates": 1.0}
     # the gap between engine and trainer means something only before the first update changed the weights
-    return {name: sum(r.get(name, 0.0) for r in results) / len(results) for name in results[0]} | {
+    names = dict.fromkeys(name for found in results for name in found)  # a step that was left out says so
+    return {name: sum(r.get(name, 0.0) for r in results) / len(results) for name in names} | {
         "mismatch": results[0]["mismatch"]
     }
 
@@ -350,8 +359,8 @@ def grpo_loss(model: Transformer, batch: PolicyBatch, *, config: RLConfig, weigh
     "mismatch" is the largest difference between the trainer's and the engine's log-probabilities.
     """
     routing = Routing(losses=True)
-    step, rows = model.step(batch.tokens, routing=routing), batch.loss_rows
-    hidden = model(batch.tokens, step=step)
+    step = model.step(batch.tokens, routing=routing, recompute=config.recompute)
+    hidden, rows = model(batch.tokens, step=step), batch.loss_rows
     logprobs, entropy = model.logprobs_from_hidden(hidden, batch.tokens, config.temperature, rows)
     total, metrics = policy_loss(logprobs, batch, config.loss, entropy)
     # the draft module follows the policy's own samples; detached, so that it does not steer the policy
@@ -373,7 +382,8 @@ def save(run: Run) -> None:
     tensors = state.optimizer.tensors()
     if run.reference is not None:
         tensors |= {f"reference/{name}": tensor for name, tensor in run.reference.state_dict().items()}
-    resume = ResumeState({"rollouts": run.rollouts, "updates": state.step}, tensors)
+    values = {"rollouts": run.rollouts, "updates": state.step, "guard": run.guard.values()}
+    resume = ResumeState(values, tensors)
     state.last_checkpoint = save_checkpoint(
         run.out, run.rollouts, state.model, run.tokenizer, resume, keep=run.config.keep_checkpoints
     )
@@ -384,6 +394,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     resume = load_train_state(checkpoint)
     run.rollouts, run.state.step = resume.count("rollouts"), resume.count("updates")
     run.state.optimizer.load(resume.tensors)
+    run.guard.restore(resume)
     if run.reference is not None:
         stored = {k.removeprefix("reference/"): v for k, v in resume.tensors.items() if k.startswith("reference/")}
         if stored.keys() != run.reference.state_dict().keys():
@@ -398,7 +409,7 @@ def print_plan(plan: Plan) -> None:
     """The resolved configuration, parameter count and memory estimate on stdout; writes and trains nothing."""
     config, model = plan.config, plan.found.config
     samples = config.prompts_per_step * config.group_size
-    memory = training_memory(model, config.micro_batch_tokens)
+    memory = training_memory(model, config.micro_batch_tokens, **memory_settings(config, config.optim))
     cache = cache_memory(config.engine.cache_memory_bytes)
     rollout = f"{samples:,} samples a step, up to {samples * config.max_tokens:,} tokens"
     print_dry_run(config, model, [memory, ("cache", cache), ("rollout", rollout), plan.rate])

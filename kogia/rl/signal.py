@@ -54,7 +54,7 @@ def measure_signal(
 ) -> Signal:
     """Sample training prompts, print what the run starts from, write OUT/signal.json.
 
-    Raises ValueError when engine and trainer log-probabilities differ by more than `config.logprob_tolerance`, or when
+    Raises ValueError when engine and trainer log-probabilities differ by more than `config.tolerance`, or when
     not one group is informative, and FileNotFoundError when OUT is gone.
     """
     drawn = draw_problems(sources, 0, config.signal_prompts, config.seed + 104_729)
@@ -65,10 +65,10 @@ def measure_signal(
     log.check_in_place(out)
     write_json(out / "signal.json", asdict(signal))
     _show(signal)
-    if not signal.max_logprob_difference <= config.logprob_tolerance:
+    if not signal.max_logprob_difference <= config.tolerance:
         raise ValueError(
             f"engine and trainer disagree: log-probabilities differ by up to {signal.max_logprob_difference:.2e}, "
-            f"above logprob_tolerance = {config.logprob_tolerance:.0e}. Training on such samples is biased; run both "
+            f"above logprob_tolerance = {config.tolerance:.0e}. Training on such samples is biased; run both "
             "in float32, or raise the tolerance and set loss.rollout_is_cap = 2"
         )
     if signal.informative_groups == 0:

@@ -107,8 +107,24 @@ class Fp8Config:
     of tokens and gradients on their way to experts."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What every training loop computes in, keeps for its backward pass, and does about steps that go wrong."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in and is saved as; of bfloat16 weights the optimiser keeps float32 masters."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """What layers multiply in while they are trained: `dtype`, or FP8 as DeepSeek-V3 does. Weights, the optimiser,
+    validation and checkpoints stay as `dtype` has them. It pays on Hopper GPUs, for wide layers (docs/training.md)."""
+    fp8: Fp8Config = Fp8Config()
+    recompute: Recompute = "none"
+    """Saves memory for time: what of each layer is not kept for the backward pass, which does it again. Routers choose
+    once, and their load is counted once."""
+    guard: GuardConfig = GuardConfig()
+
+
 @dataclass(frozen=True)
-class SupervisedConfig:
+class SupervisedConfig(LoopConfig):
     """One supervised stage: pretraining, cold-start SFT, rejection-sampled SFT or distillation."""
 
     out: str
@@ -124,21 +140,12 @@ class SupervisedConfig:
     """A tokenizer is trained on at most this many documents of each source, the first ones."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in and is saved as; of bfloat16 weights the optimiser keeps float32 masters."""
-    precision: Literal["dtype", "fp8"] = "dtype"
-    """What layers multiply in while they are trained: `dtype`, or FP8 as DeepSeek-V3 does. Weights, the optimiser,
-    validation and checkpoints stay as `dtype` has them. It pays on Hopper GPUs, for wide layers (docs/training.md)."""
-    fp8: Fp8Config = Fp8Config()
     steps: int | None = None
     """Optimiser steps; exactly one of `steps` and `epochs`."""
     epochs: float | None = None
     """Passes over the training documents instead of `steps`."""
     micro_batches: int = 1
     """Batches of data.batch_tokens per optimiser step (gradient accumulation)."""
-    recompute: Recompute = "none"
-    """Saves memory for time: what of each layer is not kept for the backward pass, which does it again. Routers choose
-    once, and their load is counted once."""
     micro_batches_first: int | None = None
     """Those of the first step, from which they rise evenly to `micro_batches` over `ramp_steps` steps."""
     ramp_steps: int = 0
@@ -178,7 +185,6 @@ class SupervisedConfig:
     """`indexer` freezes everything else: the dense warm-up of sparse attention."""
     bias_freeze_at: float = 1.0
     """Share of the run after which the biases stay fixed (DeepSeek-V3: 0.97)."""
-    guard: GuardConfig = GuardConfig()
     average_decay: float = 0.0
     """Keeps averaged weights beside the trained ones, in average/ of each checkpoint, and measures their validation
     loss too: over about the last 1 / (1 - decay) steps, with 1 over all from `average_from` on. 0 keeps none."""

@@ -7,19 +7,24 @@ are left out; after one more the run goes back to its last good checkpoint and o
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from kogia import log
 from kogia.checkpoint.resume import ResumeState
 from kogia.data.loader import Batch
 from kogia.files import replacing_directory, write_json
-from kogia.model.packed import pack_arrays
+from kogia.model.packed import PackedTokens, pack_arrays
 from kogia.train.config import GuardConfig
+from kogia.train.step import TrainState, explain
 
 BAD_STEPS = "bad_steps"
 """Where in a run directory they are kept."""
@@ -85,7 +90,35 @@ class Guard:
         self.streak, self.rollbacks = resume.count("guard", "streak"), resume.count("guard", "rollbacks")
 
 
-def write_bad_step(directory: Path, batches: Sequence[Batch], report: dict[str, Any]) -> None:
+@runtime_checkable
+class KeptBatch(Protocol):
+    """What is kept of a micro-batch."""
+
+    @property
+    def tokens(self) -> PackedTokens: ...
+
+    @property
+    def loss_mask(self) -> Bool[Tensor, " tokens"]: ...
+
+
+def heed(
+    guard: Guard, state: TrainState, out: Path, batches: Sequence[KeptBatch], metrics: Mapping[str, float], **where: Any
+) -> None:
+    """Keep the batch of the bad step that was just done, and `where` its data stood; raises FloatingPointError where it
+    is one too many."""
+    place = out / BAD_STEPS / f"step-{state.step:06d}-{guard.rollbacks}"
+    figures = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    try:
+        write_bad_step(place, batches, {"step": state.step, "reason": guard.reason, **where, "metrics": figures})
+        kept = f"its batch is in {place}"
+    except (OSError, SafetensorError) as error:
+        kept = f"its batch could not be kept: {error}"
+    if guard.has_had_enough:
+        raise FloatingPointError(explain(state, state.step, f"{guard.reason}; {kept}"))
+    log.warn(f"step {state.step} is left out: {guard.reason}; {kept}")
+
+
+def write_bad_step(directory: Path, batches: Sequence[KeptBatch], report: dict[str, Any]) -> None:
     """Keep the micro-batches of a step, and `report`, in a directory of its own."""
     directory.parent.mkdir(exist_ok=True)
     with replacing_directory(directory) as draft:

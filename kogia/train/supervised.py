@@ -10,13 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from kogia import log
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
@@ -38,7 +36,6 @@ from kogia.data.sources import read_source
 from kogia.files import replacing_directory
 from kogia.model.config import ModelConfig
 from kogia.model.costs import train_memory
-from kogia.model.fp8 import ALIGNMENT, train_in_fp8
 from kogia.model.transformer import Transformer, build_model
 from kogia.ops.cpu import pages
 from kogia.ops.machine import free_memory, name_of
@@ -50,16 +47,17 @@ from kogia.train.average import Average
 from kogia.train.checks import TRAINED, Plan, plan_run, tokenizer_directory
 from kogia.train.config import SupervisedConfig
 from kogia.train.forecast import Forecast, Step, forecast, trials
-from kogia.train.guard import BAD_STEPS, Guard, write_bad_step
+from kogia.train.guard import Guard, heed
 from kogia.train.indexer import prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, balance_of, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer
+from kogia.train.precision import memory_settings, multiply_in
 from kogia.train.routing_log import RoutingLog
 from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
 from kogia.train.schedule import Ramp
 from kogia.train.speed import Speed, measured_speed
-from kogia.train.step import LossFn, TrainState, explain, train_step
+from kogia.train.step import LossFn, TrainState, train_step
 
 
 @dataclass
@@ -131,7 +129,7 @@ def build_planned(plan: Plan) -> Run:
     guard = Guard(config.guard)
     routing = RoutingLog(out, num_steps)
     average = Average(model, config.average_decay) if config.average_decay else None
-    _multiply_in(config, model)
+    multiply_in(config, model)
     state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint, ramp=ramp, guard=guard)
     speed = measured_speed(config, model.config, device)
     run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]), guard, routing, speed, average)
@@ -191,32 +189,12 @@ def step(run: Run) -> dict[str, float]:
     batches = [batch.to(state.model.device) for batch in batches]
     metrics = train_step(state, batches, loss_for_step(config, state, batches))
     if run.guard.reason is not None:
-        heed(run, batches, position, metrics)
+        heed(run.guard, state, run.out, batches, metrics, loader=asdict(position))
     else:
         run.routing.add(state.step, state.loads)
     if run.guard.reason is None and run.average is not None and state.done > config.average_from:
         run.average.update(state.model, list(state.optimizer.weights.values()))
     return metrics | run.speed.metrics(lengths, time.perf_counter() - start)
-
-
-def heed(run: Run, batches: Sequence[Batch], position: LoaderState, metrics: dict[str, float]) -> None:
-    """Keep the batch of the bad step that was just done; raises FloatingPointError where it is one too many."""
-    state, guard = run.state, run.guard
-    place = run.out / BAD_STEPS / f"step-{state.step:06d}-{guard.rollbacks}"
-    report = {
-        "step": state.step,
-        "reason": guard.reason,
-        "loader": asdict(position),
-        "metrics": {name: value if isfinite(value) else None for name, value in metrics.items()},
-    }
-    try:
-        write_bad_step(place, batches, report)
-        kept = f"its batch is in {place}"
-    except (OSError, SafetensorError) as error:
-        kept = f"its batch could not be kept: {error}"
-    if guard.has_had_enough:
-        raise FloatingPointError(explain(state, state.step, f"{guard.reason}; {kept}"))
-    log.warn(f"step {state.step} is left out: {guard.reason}; {kept}")
 
 
 def roll_back(run: Run, error: FloatingPointError) -> None:
@@ -344,7 +322,7 @@ def print_plan(plan: Plan) -> None:
     if config.steps:
         num_tokens = batch_ramp(config).before(config.steps) * config.data.batch_tokens
         length = f"{config.steps:,} steps = {num_tokens:,} tokens"
-    memory = training_memory(plan.model, config.data.batch_tokens, **memory_settings(config))
+    memory = training_memory(plan.model, config.data.batch_tokens, **_memory_settings(config))
     steps = ("length", f"{length}, up to {per_step:,} tokens per step")
     print_dry_run(config, plan.model, itertools.chain([memory, steps, plan.rate], _forecast_lines(plan)))
 
@@ -354,9 +332,8 @@ def _forecast_lines(plan: Plan) -> Iterator[Line]:
     config, device = plan.config, pick_device(plan.config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    needed = max(
-        train_memory(each, config.data.longest, **memory_settings(config)).total for each in trials(plan.model)
-    )
+    settings = _memory_settings(config)
+    needed = max(train_memory(each, config.data.longest, **settings).total for each in trials(plan.model))
     if needed > (free := free_memory(device)):
         yield "speed", f"not measured: the shallowest models take about {mib(needed)}, and {mib(free)} are free"
         return
@@ -383,8 +360,7 @@ def forecast_step(config: SupervisedConfig, model: ModelConfig, device: torch.de
         prepare_indexer(drawn, config)
         optimizer = build_optimizer(drawn, config.optim)
         average = Average(drawn, config.average_decay) if config.average_decay else None
-        if config.precision == "fp8":
-            train_in_fp8(drawn, config.fp8.weight_gradients, power_of_two=config.fp8.power_of_two)
+        multiply_in(config, drawn)
         state = TrainState(drawn, optimizer, config.optim, num_steps=1000, guard=Guard(config.guard))
 
         def step(batches: Sequence[Batch]) -> None:
@@ -394,7 +370,7 @@ def forecast_step(config: SupervisedConfig, model: ModelConfig, device: torch.de
 
         return step
 
-    data, memory = config.data, train_memory(model, config.data.batch_tokens, **memory_settings(config))
+    data, memory = config.data, train_memory(model, config.data.batch_tokens, **_memory_settings(config))
     return forecast(
         model,
         trial,
@@ -406,15 +382,8 @@ def forecast_step(config: SupervisedConfig, model: ModelConfig, device: torch.de
     )
 
 
-def memory_settings(config: SupervisedConfig) -> dict[str, Any]:
-    """What `train_memory` takes of a run."""
-    return {
-        "is_half": config.dtype == "bfloat16",
-        "has_half_moments": config.optim.moments == "bfloat16",
-        "has_average": config.average_decay > 0,
-        "recompute": config.recompute,
-        "has_fp8": config.precision == "fp8",
-    }
+def _memory_settings(config: SupervisedConfig) -> dict[str, Any]:
+    return memory_settings(config, config.optim, has_average=config.average_decay > 0)
 
 
 def _build_model(plan: Plan, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device) -> Transformer:
@@ -427,16 +396,6 @@ def _build_model(plan: Plan, tokenizer: Tokenizer, checkpoint: Path | None, devi
     bos_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as Qwen's files do without one
     model_config = replace(plan.model, bos_id=bos_id, eos_id=tokenizer.eos_id)
     return build_model(model_config, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
-
-
-def _multiply_in(config: SupervisedConfig, model: Transformer) -> None:
-    """Let the model be trained in `precision`; says which layers are not."""
-    if config.precision == "dtype":
-        return
-    left = train_in_fp8(model, config.fp8.weight_gradients, power_of_two=config.fp8.power_of_two)
-    if left:
-        more = f" and {len(left) - 1} more" if left[1:] else ""
-        log.warn(f"{left[0]}{more} stay in {config.dtype}: in FP8 widths are multiples of {ALIGNMENT}")
 
 
 def _loader(config: SupervisedConfig, shard: Shard) -> Loader:

@@ -15,7 +15,7 @@ from kogia.checkpoint.resume import ResumeState, latest_checkpoint
 from kogia.config import from_dict, to_dict
 from kogia.data.loader import LoaderState
 from kogia.log import read_metrics
-from kogia.train import supervised
+from kogia.train import guard, supervised
 from kogia.train.config import GuardConfig, OptimConfig, SupervisedConfig
 from kogia.train.guard import Guard, read_bad_step
 from kogia.train.supervised import main
@@ -145,7 +145,7 @@ def test_a_batch_that_cannot_be_kept_costs_the_batch_alone(config, poison, capsy
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(supervised, "write_bad_step", full)
+    monkeypatch.setattr(guard, "write_bad_step", full)
     main(replace(config, steps=4, guard=GuardConfig(skips=1)))
     assert "could not be kept: [Errno 28] No space left" in " ".join(capsys.readouterr().err.split())
 
