@@ -391,13 +391,19 @@ def _write_directory(data: DataConfig, tokenizer: Tokenizer, directory: Path, fi
     with replacing_directory(directory) as draft:  # what stands there has no meta.json: a deletion was interrupted
         with ExitStack() as stack:
             train, val = (SplitWriter(draft / split, token_dtype(tokenizer), stack) for split in ("train", "val"))
+            empty = 0
             for source in data.sources:
                 for document, examples in tokenise(read_source(source), tokenizer):
+                    if not (document.prompt or document.text.strip()):  # of a text all would be learned: that it ends
+                        empty += 1
+                        continue
                     writer = val if is_held_out(document, data.val_share) else train
                     writer.add(document, examples, data.longest)
                 for writer in (train, val):
                     writer.end_source()
             _check_not_empty(data, train, val)
+            if empty:
+                log.warn(f"data: {empty:,} documents of blanks alone were left out")
             if replies := train.replies + val.replies:
                 log.info(f"data: {replies:,} replies of the assistant count in the loss, and none of what they answer")
             train.finish()

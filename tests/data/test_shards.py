@@ -205,6 +205,18 @@ def test_truncated_and_empty_shards_are_errors_that_name_the_fix(tmp_path, token
         build_shards(nothing, tokenizer, tmp_path / "none")
 
 
+def test_documents_of_blanks_are_left_out_and_counted_and_replies_of_none_are_not(tmp_path, tokenizer, capsys):
+    rows = [{"text": ""}, {"text": " \n\t"}, {"text": "the fox"}, {"prompt": "one?", "completion": ""}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig((SourceConfig(str(tmp_path / "rows.jsonl")),), batch_tokens=64, max_seqlen=64)
+    train = build_shards(data, tokenizer, tmp_path / "data")["train"]
+    assert train.counts.documents == train.num_sequences == 2
+    assert "2 documents of blanks alone were left out" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "  "}) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl: no document in it"):
+        build_shards(data, tokenizer, tmp_path / "none")
+
+
 FAMILIES = {
     "r1": lambda path: write_deepseek(path, R1),
     "v3": lambda path: write_deepseek(path, V3),
