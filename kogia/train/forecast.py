@@ -7,6 +7,7 @@ measured steps, and so is the memory of a GPU. Nothing of kernels is known here:
 forecast shorter. Where a step of the whole batch takes long, as on a CPU, one of fewer sequences stands for it.
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -141,7 +142,8 @@ def _measure(
 ) -> Float[np.ndarray, " quantities"]:
     """(seconds once a step, seconds once a micro-batch, bytes at the peak); not `is_split`, a step's are all in the
     second."""
-    before = _allocated(device)
+    gc.collect()  # of the model before
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step = trial(model)
     for _ in range(2):  # the first makes moments, and finds out which kernels are fast
         step([batch])
@@ -155,10 +157,6 @@ def _measure(
         torch.cuda.empty_cache()
     each = min(one, max(0.0, both - one))
     return np.array([one - each, each, peak - before])
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _middle(step: Step, batches: Sequence[Batch], device: torch.device) -> float:

@@ -337,7 +337,12 @@ def _forecast_lines(plan: Plan) -> Iterator[Line]:
     if needed > (free := free_memory(device)):
         yield "speed", f"not measured: the shallowest models take about {mib(needed)}, and {mib(free)} are free"
         return
-    found = forecast_step(config, plan.model, device)
+    try:
+        found = forecast_step(config, plan.model, device)
+    except torch.OutOfMemoryError:
+        full = f"{config.data.batch_tokens:,} tokens at once do not fit into the {mib(free)} that are free"
+        yield "speed", f"not measured: {full}; lower data.batch_tokens, or set recompute"
+        return
     speed = measured_speed(config, plan.model, device)
     tokens = config.data.batch_tokens * config.micro_batches
     causal, full = speed.mfu(np.full(tokens // config.data.longest, config.data.longest), found.seconds)
