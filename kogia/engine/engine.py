@@ -44,7 +44,7 @@ from kogia.engine.ranks import RankByContext
 from kogia.engine.request import Completion, Request, SamplingParams, TokenEvent, derive_seed, num_top
 from kogia.engine.rules import TokenRules
 from kogia.engine.runner import Flight, Runner
-from kogia.engine.scheduler import Outcome, Scheduler
+from kogia.engine.scheduler import NO_LIMIT, Outcome, Scheduler
 from kogia.engine.step import StepPlan, StepResult
 from kogia.engine.thinking import Thought
 from kogia.engine.views import CacheView, WholeCache
@@ -122,6 +122,7 @@ class Engine:
             config,
             cache.num_blocks,
             tokenizer.eos_ids if tokenizer else (model.config.eos_id,),
+            is_gpu=model.device.type == "cuda",
             **({} if self.pruner is None else self.pruner.limits()),
         )
         self.intake = Intake(tokenizer, self.scheduler.eos_ids, model.config, config.thinking_end_phrase)
@@ -160,7 +161,7 @@ class Engine:
     def warm_up(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Compile all kernels and record all graphs now, so that no request waits for one. Nothing on a CPU."""
         recorders = [graphs for graphs in (self.runner.draft_graphs, self.runner.graphs) if graphs is not None]
-        warm_up(recorders, self.config.max_batch_tokens, on_progress)
+        warm_up(recorders, self.scheduler.budgets.prompts, on_progress)
 
     @property
     def num_unfinished(self) -> int:
@@ -271,7 +272,7 @@ class Engine:
                 landed.append(self._land())
             if not self.num_unfinished:
                 self._land_all()
-                self.scheduler.budget = self.config.max_batch_tokens
+                self.scheduler.limit = NO_LIMIT
         seconds = self.clock() - started
         self.stats.seconds += seconds
         if self.draft_switch is not None and launched:
@@ -414,7 +415,7 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         log.warn(
-            f"the device has no memory for a step of {plan.num_tokens} tokens; steps have {self.scheduler.budget} at "
+            f"the device has no memory for a step of {plan.num_tokens} tokens; steps have {self.scheduler.limit} at "
             "most now. Lower engine.max_batch_tokens, or engine.cache_memory_bytes, which leaves more to a step"
         )
 

@@ -55,6 +55,26 @@ class Outcome(NamedTuple):
     """The likeliest tokens in place of each new one, where they were asked for."""
 
 
+NO_LIMIT = sys.maxsize
+
+
+class TokenBudgets(NamedTuple):
+    """Tokens of a step at most."""
+
+    prompts: int
+    """Where no sequence decodes."""
+    mixed: int
+    """Where one does: its next token comes when the prompts beside it are done."""
+
+    @classmethod
+    def of(cls, config: EngineConfig, *, is_gpu: bool) -> "TokenBudgets":
+        """As configured, the same for both; else those of the device. What the host does for a step with prompts takes
+        a GPU as long as some thousand tokens, and is to be spread over more than those."""
+        if config.max_batch_tokens is not None:
+            return cls(config.max_batch_tokens, config.max_batch_tokens)
+        return cls(8192, 4096) if is_gpu else cls(2048, 2048)
+
+
 class Scheduler:
     """Owns the waiting queue, the running order and every block."""
 
@@ -64,6 +84,7 @@ class Scheduler:
         num_blocks: int,
         eos_ids: Sequence[int],
         *,
+        is_gpu: bool = False,
         run_limit: RunLimit | None = None,
         most_cache_rows: int = sys.maxsize,
     ) -> None:
@@ -85,8 +106,11 @@ class Scheduler:
         """Drafts that were verified."""
         self.lookahead = max(0, config.num_draft_tokens - 1)
         """A chain of k drafts also writes k - 1 rows of its own past the tokens that run."""
-        self.budget = config.max_batch_tokens
-        """Tokens of a step at most; less than configured after a step that did not fit into memory."""
+        self.budgets = TokenBudgets.of(config, is_gpu=is_gpu)
+        self.limit = NO_LIMIT
+        """Tokens of a step at most, whatever the budgets: set after a step that did not fit into memory."""
+        self.budget = self.budgets.prompts
+        """Tokens at most of the step that is planned."""
         self._num_admitted = 0
         """Requests that the last plan started."""
         self._preempted = sys.maxsize
@@ -195,8 +219,10 @@ class Scheduler:
         """Tokens granted to each running row, with the blocks for them; preempts until the blocks suffice."""
         table = self.table
         while True:
-            rows, set_aside = self.running, self._set_aside()
-            granted = self._within_budget(rows, self._wanted(rows), set_aside)
+            rows, want = self.running, self._wanted(self.running)
+            self.budget = self._budget(want)
+            set_aside = self._set_aside()
+            granted = self._within_budget(rows, want, set_aside)
             missing = self._missing_blocks(rows, granted)
             count = sum(missing.values())
             if count <= self.pool.num_free and not (set_aside and self._crowds_out(granted, count)):
@@ -248,6 +274,12 @@ class Scheduler:
         if self._run_limit is not None:
             want = np.minimum(want, self._run_limit(table.num_computed[rows]))
         return want
+
+    def _budget(self, want: NDArray[np.int64]) -> int:
+        """Of a step beside running rows that want so many tokens: one that decodes wants its newest and drafts."""
+        prompts, mixed = self.budgets
+        decodes = mixed < prompts and bool(((want > 0) & (want <= 1 + self.num_drafts)).any())
+        return min(self.limit, mixed if decodes else prompts)
 
     def _within_budget(self, rows: NDArray[np.int64], want: NDArray[np.int64], set_aside: int) -> NDArray[np.int64]:
         """The first rows get what they want, one of them the rest of the budget, the others nothing; `set_aside` of it
@@ -384,7 +416,7 @@ class Scheduler:
             table.num_named[row] = min(int(table.num_named[row]), full)
         for _ in range(self._num_admitted):
             self._preempt_last()
-        self.budget = max(1, plan.num_tokens // 2)
+        self.limit = max(1, plan.num_tokens // 2)
 
     # settling ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
 from kogia.engine.request import SamplingParams
+from kogia.engine.scheduler import NO_LIMIT
 from kogia.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from kogia.model.transformer import Transformer, build_model
 from kogia.text.tokenizer import Tokenizer, train_bpe
@@ -381,7 +382,7 @@ def test_a_step_without_memory_loses_no_request_and_no_token(model, options, mos
         assert_empty(small)
     assert sizes and max(sizes) <= most
     assert "no memory for a step of" in " ".join(capsys.readouterr().err.split())
-    assert small.scheduler.budget == small.config.max_batch_tokens, "forgotten when all have ended"
+    assert small.scheduler.limit == NO_LIMIT, "forgotten when all have ended"
 
 
 def test_memory_that_runs_out_under_a_step_in_flight_costs_that_step_alone(model):

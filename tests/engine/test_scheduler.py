@@ -26,10 +26,12 @@ def make_request(request_id: int, prompt: list[int], max_tokens: int, **params) 
 class Simulation:
     """A scheduler whose model is `rng`, and a cache that remembers which prefix each slot was computed from."""
 
-    def __init__(self, config: EngineConfig, num_blocks: int, seed: int = 0, ahead: int = 0) -> None:
+    def __init__(
+        self, config: EngineConfig, num_blocks: int, seed: int = 0, ahead: int = 0, is_gpu: bool = False
+    ) -> None:
         """`ahead` steps stay in flight while the next is planned."""
         self.config = config
-        self.scheduler = Scheduler(config, num_blocks, (EOS,))
+        self.scheduler = Scheduler(config, num_blocks, (EOS,), is_gpu=is_gpu)
         self.scheduler.drafts_ahead = lambda rows: True
         self.slots: dict[int, tuple[int, ...]] = {}
         self.rng = np.random.default_rng(seed)
@@ -47,7 +49,7 @@ class Simulation:
             plan = self.scheduler.plan()
         if plan is None:
             return None
-        assert plan.num_tokens <= self.config.max_batch_tokens
+        assert plan.num_tokens <= self.scheduler.budget
         assert len(set(plan.rows.tolist())) == len(plan.rows)
         runs = [self.run(plan, entry) for entry in range(len(plan.rows))]
         written: set[int] = set()
@@ -251,6 +253,39 @@ def test_one_budget_mixes_decodes_and_prefill_chunks_running_first():
         [(4, 1, 1), (6, 3, 1), (0, 1, 0)],
         [(9, 1, 1), (1, 4, 1)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("is_gpu", "most", "tokens"),
+    [(True, None, [8192, 4096, 4096, 1619, 1, 4000]), (False, None, [2048] * 8), (True, 3000, [3000] * 5)],
+    ids=str,
+)
+def test_on_a_gpu_a_step_is_shorter_while_a_sequence_decodes_unless_a_budget_is_set(is_gpu, most, tokens):
+    """Two prompts of 6,000 and 12,000, the first with five tokens to come, and one of 4,000 when it has ended."""
+    simulation = Simulation(EngineConfig(max_batch_tokens=most, prefix_cache=False), 2000, is_gpu=is_gpu)
+    for i, (length, max_tokens) in enumerate([(6000, 5), (12000, 1)]):
+        simulation.scheduler.add(make_request(i, [2] * length, max_tokens, ignore_eos=True))
+    sizes = []
+    for _ in tokens:
+        plan = simulation.step()
+        assert plan is not None
+        sizes.append(plan.num_tokens)
+        if len(sizes) == 5:
+            simulation.scheduler.add(make_request(2, [2] * 4000, 1))
+    assert sizes == tokens
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_sequence_that_decodes_gets_its_token_every_step_whatever_prompts_come(drafts):
+    config = EngineConfig(num_draft_tokens=drafts, prefix_cache=False)
+    simulation = Simulation(config, 4000, is_gpu=True)
+    simulation.scheduler.add(make_request(0, [2] * 10, 12, ignore_eos=True))
+    simulation.step()
+    for i in range(1, 4):
+        simulation.scheduler.add(make_request(i, [2] * 9000, 2, ignore_eos=True))
+    for _ in range(3):
+        plan = simulation.step()
+        assert plan is not None and plan.num_tokens == 4096 and plan.num_samples[0] >= 1
 
 
 def test_siblings_share_the_prompts_full_blocks_in_the_very_same_step():
