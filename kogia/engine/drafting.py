@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.engine.activation import ActiveExperts
-from kogia.engine.graphs import CONTEXTS, Graph, Recorder, recorded_sizes
+from kogia.engine.graphs import CONTEXTS, Drawing, Graph, Recorder, recorded_sizes
 from kogia.engine.inputs import Arrived
 from kogia.engine.sequences import SequenceTable, Settings
 from kogia.engine.step import StepPlan
@@ -96,7 +96,7 @@ class DraftStep:
         """What was sampled, for `draft`."""
         self.logprobs = torch.zeros(tokens, device=device)
         """What `draw` says of `samples`."""
-        self.drawing = SampleSettings.off(tokens, device)
+        self.drawing = Drawing.greedy(tokens, device)
         self._settings: Settings | None = None
         """Those that `drawing` is of."""
         self.segments, self.ones = (
@@ -178,22 +178,6 @@ class DraftStep:
         put_settings(self.host, settings)
         self.host[len(settings.rows) :] = self.nobody
         self._settings = settings
-
-
-class SampleSettings(NamedTuple):
-    """How each sample is drawn."""
-
-    seeds: Int[Tensor, " samples"]
-    temperature: Float[Tensor, " samples"]
-    top_k: Int[Tensor, " samples"]
-    top_p: Float[Tensor, " samples"]
-    min_p: Float[Tensor, " samples"]
-
-    @classmethod
-    def off(cls, samples: int, device: torch.device) -> "SampleSettings":
-        """All greedy."""
-        zeros, none = torch.zeros(samples, device=device), torch.zeros(samples, dtype=torch.int64, device=device)
-        return cls(none, zeros, none.clone(), torch.ones_like(zeros), zeros.clone())
 
 
 class RecordedDrafts(NamedTuple):

@@ -79,20 +79,29 @@ NUM_FIELDS = 10
 
 
 class Drawing(NamedTuple):
-    """How the tokens of a step are drawn: views of its numbers."""
+    """How each sample of a step is drawn."""
 
-    temperature: Float[Tensor, " size"]
-    seeds: Int[Tensor, " size"]
-    positions: Int[Tensor, " size"]
-    """Of the samples: one stands behind all that are seen, where the length of the context is."""
-    filters: tuple[Tensor, Tensor, Tensor]
-    """Top-k, top-p and min-p."""
+    seeds: Int[Tensor, " samples"]
+    temperature: Float[Tensor, " samples"]
+    top_k: Int[Tensor, " samples"]
+    top_p: Float[Tensor, " samples"]
+    min_p: Float[Tensor, " samples"]
 
     @classmethod
     def of(cls, fields: Tensor) -> "Drawing":
-        lens, _, seeds, top_k = fields[3:7].unbind()
-        temperature, top_p, min_p = (field.view(torch.float32)[: len(lens)] for field in fields[7:])
-        return cls(temperature, seeds, lens, (top_k, top_p, min_p))
+        """Views of a step's numbers."""
+        seeds, top_k = fields[5:7].unbind()
+        temperature, top_p, min_p = (field.view(torch.float32)[: len(seeds)] for field in fields[7:])
+        return cls(seeds, temperature, top_k, top_p, min_p)
+
+    @classmethod
+    def greedy(cls, samples: int, device: torch.device) -> "Drawing":
+        zeros, none = torch.zeros(samples, device=device), torch.zeros(samples, dtype=torch.int64, device=device)
+        return cls(none, zeros, none.clone(), torch.ones_like(zeros), zeros.clone())
+
+    @property
+    def filters(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.top_k, self.top_p, self.min_p
 
 
 @dataclass(slots=True, eq=False)
@@ -303,19 +312,20 @@ class DecodeGraphs:
         graph, logits = _captured(recorder, step)
         host = None if self.is_gpu else _parts(numbers.numpy())
         drawing = Drawing.of(fields)
-        draws = self._record_draws(recorder, logits, fields[4], drawing)
+        draws = self._record_draws(recorder, logits, fields, drawing)
         uniforms = None
         if not self.is_gpu:
-            uniforms = _captured(recorder, lambda: counter_uniforms(drawing.seeds, drawing.positions))
+            uniforms = _captured(recorder, lambda: counter_uniforms(drawing.seeds, lens))
         return RecordedStep(graph, draws, numbers, host, segments, activation, logits, drawing, uniforms)
 
     def _record_draws(
-        self, recorder: "Recorder", logits: Float[Tensor, "size vocab"], rows: Int[Tensor, " size"], drawing: Drawing
+        self, recorder: "Recorder", logits: Float[Tensor, "size vocab"], fields: Tensor, drawing: Drawing
     ) -> dict[bool, RecordedDraw]:
+        lens, rows = fields[3], fields[4]
         temperature, filters = drawing.temperature, drawing.filters
 
         def draw(*filters: Tensor) -> Bundle | dict[str, NDArray]:
-            uniforms = counter_uniforms(drawing.seeds, drawing.positions)
+            uniforms = counter_uniforms(drawing.seeds, lens)  # a sample stands behind all that are seen
             tokens, logprobs = sample(logits, temperature, uniforms, *filters)
             if not self.is_gpu:  # then the host notes the newest: an operation between kernels takes more
                 return {"tokens": tokens.numpy(), "logprobs": logprobs.numpy()}

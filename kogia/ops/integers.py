@@ -18,7 +18,8 @@ SYMMETRIC_ZERO = 8
 _INT8_MAX = 127
 _INT4_MAX = 15
 _SCALE_RANGE = 2.0**-126, 2.0**120  # normal in bfloat16, and 127 times the largest is finite
-_SHRINKS = tuple(1 - i / 32 for i in range(12))
+SHRINKS = 12
+"""Scales that are tried for an int4 group, each by 1/32 of the first smaller than the one before."""
 """Shares of a group's range that int4 scales are tried for: the ends may be cut off where the rest gains by it."""
 _CHUNK = 1 << 22  # numbers quantised at a time: the float32 copies of a whole stack would not fit beside it
 
@@ -53,7 +54,7 @@ def quantize_nibbles(
 ) -> tuple[UInt8[Tensor, "*stack out half"], Float[Tensor, "*stack out groups"], Tensor | None]:
     """(pairs of int4 codes, bfloat16 scales, zeros 0..15 where `asymmetric`).
 
-    Of the scales in `_SHRINKS` each group has the one with the least squared error, after its rounding to bfloat16;
+    Of `SHRINKS` scales each group has the one with the least squared error, after its rounding to bfloat16;
     errors of column j count `importance[j]` times.
     Raises ValueError for rows that no group divides.
     """
@@ -100,7 +101,8 @@ def _best_scales(
     """(bfloat16 scale, zero as float32) of every group, [rows, groups]."""
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     least, best, best_zero = torch.full_like(low, torch.inf), torch.ones_like(low), torch.zeros_like(low)
-    for shrink in _SHRINKS:
+    for i in range(SHRINKS):
+        shrink = 1 - i / 32
         scale, zero = _scale_and_zero(low * shrink, high * shrink, asymmetric)
         error = _codes(groups, scale, zero).sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups)
         error = error.square_() if importance is None else error.square_().mul_(importance)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.integers import group_size
+from kogia.ops.integers import SHRINKS, group_size
 from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, kernel, refusal, wait_for_inputs
 
 _LEAST_SCALE, _MOST_SCALE = tl.constexpr(2.0**-126), tl.constexpr(2.0**120)
@@ -90,15 +90,13 @@ def quantize_nibbles(
     weighed = scale if importance is None else importance.float().contiguous()
     _quantize[(triton.cdiv(scale.numel(), _BLOCK),)](
         weight, weighed, data, scale, data if zero is None else zero, scale.numel(), columns // group,
-        GROUP=group, ASYMMETRIC=asymmetric, WEIGHTED=importance is not None, SHRINKS=_SHRINKS, BLOCK=_BLOCK, PDL=PDL,
+        GROUP=group, ASYMMETRIC=asymmetric, WEIGHTED=importance is not None, SHRINKS=SHRINKS, BLOCK=_BLOCK, PDL=PDL,
         num_warps=4, enable_fp_fusion=False, **LAUNCH,
     )  # fmt: skip
     return data, scale, zero
 
 
 _BLOCK = 16
-_SHRINKS = 12
-"""As many as the reference tries."""
 
 
 def quantize_nibbles_supports(
