@@ -13,7 +13,7 @@ from kogia.engine.config import EngineConfig
 from kogia.inference.config import FILTERS, engine_options, filtered_sampling, settle_path
 
 MODEL_OPTIONS = (
-    *("path", "name", "max_tokens", *FILTERS, "draft_tokens", "engine"),
+    *("path", "name", "max_tokens", *FILTERS, "marks_in_messages", "draft_tokens", "engine"),
     *("tensor_parallel", "expert_parallel", "device", "dtype", "quantize"),
 )
 """Fields of `ServeConfig` that are about one model: what a table of `models_file` may say."""
@@ -68,6 +68,9 @@ class ServeConfig:
     """The same; else 0.95."""
     min_p: float | None = None
     """The same; else 0, which is off."""
+    marks_in_messages: bool = False
+    """Let messages spell the model's marks, as <｜User｜> or <|im_end|>, which then end a turn or begin another.
+    Without it they are text. Prompts of /v1/completions spell them in any case."""
     drain_seconds: float = 30.0
     """After SIGTERM or Ctrl-C: how long requests that run may go on. No new ones are taken."""
     keep_alive_seconds: float = 15.0

@@ -99,7 +99,7 @@ def _json(schema: Schema) -> Schema:
 
 def _streamed(schema: Schema) -> Schema:
     """A whole answer, or with `stream` server-sent events."""
-    return _json(schema) | {"text/event-stream": {"schema": {"type": "string"}}}
+    return _json(schema) | {"text/event-stream": {"schema": {"description": "Events, with JSON as their data."}}}
 
 
 TEXT: Schema = {"type": "string"}

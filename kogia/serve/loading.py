@@ -34,7 +34,8 @@ def load_model(config: ServeConfig) -> ServedModel:
     directory = resolve_model_dir(config.path)
     llm = LLM.of(directory, config, **engine_options(config.engine, config.draft_tokens))
     llm.warm_up()
-    return ServedModel(names_of(config)[0], llm, _defaults(config, directory), config.max_tokens)
+    settings = _defaults(config, directory), config.max_tokens, config.marks_in_messages
+    return ServedModel(names_of(config)[0], llm, *settings)
 
 
 def unload_model(served: ServedModel) -> None:

@@ -16,6 +16,7 @@ from kogia.serve.memory import LARGE_BYTES
 from kogia.serve.sampling import Thinking
 from kogia.serve.served import ServedModel
 from kogia.text.chat import Message, Prompt, ToolCall, continue_prompt, has_thinking_switch, render_prompt
+from kogia.text.marks import Marks
 from kogia.text.tokenizer import END_THINK
 
 Given = ParamSpec("Given")
@@ -171,10 +172,11 @@ def render(said: Dialogue, served: ServedModel, thinking: Thinking) -> Prompt:
     """The prompt. Blocks: it belongs in `write_prompt`. Raises 400 for what the chat template refuses."""
     tokenizer, most = served.tokenizer, served.config.max_position
     switch = thinking.enabled if has_thinking_switch(tokenizer) else None
+    marks = None if served.takes_marks else Marks(tokenizer)
     try:
-        prompt = render_prompt(said.messages, tokenizer, switch, said.tools, most)
+        prompt = render_prompt(said.messages, tokenizer, switch, said.tools, most, marks)
         if said.begun is not None:
-            return continue_prompt(prompt, said.begun.content, said.begun.reasoning, tokenizer, most)
+            return continue_prompt(prompt, said.begun.content, said.begun.reasoning, tokenizer, most, marks)
     except ValueError as error:
         place = "" if tokenizer.template is None else f"{tokenizer.template.name}: "
         reason = str(error).removeprefix(place)  # where files lie is told to nobody

@@ -26,6 +26,8 @@ class ServedModel:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Sampling settings of requests that name none."""
     max_tokens: int | None = None
+    takes_marks: bool = False
+    """Whether texts of messages may spell the model's marks."""
     lanes: Lanes = field(default_factory=Lanes)
 
     @property

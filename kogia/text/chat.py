@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kogia.text.marks import Marks
 from kogia.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 from kogia.text.tools import DEEPSEEK, ToolFormat, describe_tools, tool_format
 
@@ -150,15 +151,24 @@ def render_prompt(
     thinking: bool | None = None,
     tools: Sequence[dict[str, Any]] = (),
     most_tokens: int | None = None,
+    marks: Marks | None = None,
 ) -> Prompt:
     """The only tokenisation of a conversation in the system. A BOS is there once, if the format has one.
 
     The format is the model's own chat template, or R1's where it has none. `thinking` sets that switch of templates
     that have it (V3.1, Qwen3); None leaves them their default. `tools` are functions that the model may call, as OpenAI
     describes them; ValueError where its template knows none, and for what must have more than `most_tokens`.
+
+    With `marks` what messages and tools spell of the model's marks is text; but for the tags of a thought in a turn of
+    the assistant, from which the thought is known.
     """
     check_thinking(thinking, tokenizer)
     _check_question(messages)
+    encode = tokenizer.encode if marks is None else marks.encode
+    if marks is not None:
+        for message in messages:
+            tokenizer.check_length(message.content, most_tokens)
+        messages, tools = [_hidden(message, marks) for message in messages], marks.hide_in(list(tools))
     template = tokenizer.template
     form = tool_format(tokenizer.template_source)
     if form is None and (tools or any(message.calls or message.role == TOOL for message in messages)):
@@ -167,13 +177,26 @@ def render_prompt(
         messages, tools = _with_tools(messages, tools, form), ()
     if template is None:
         text = render_text(messages, bos=tokenizer.bos or "", eos=tokenizer.eos)
-        return Prompt.of(tokenizer.encode(text, most_tokens), tokenizer)
+        return Prompt.of(encode(text, most_tokens), tokenizer)
     last = _last_question(messages)
-    turns = [_turn(message, form, keeps_thought=index > last) for index, message in enumerate(messages)]
+    turns = [_turn(message, form, marks, keeps_thought=index > last) for index, message in enumerate(messages)]
     fixed = {"messages": turns, "add_generation_prompt": True, "tools": list(tools) or None, "documents": None}
     switches = {} if thinking is None else dict.fromkeys(THINKING_SWITCHES, thinking)
-    text = template.render(tokenizer.special_tokens | fixed | switches)
-    return Prompt.of(tokenizer.encode(text, most_tokens), tokenizer)
+    try:
+        text = template.render(tokenizer.special_tokens | fixed | switches)
+    except ValueError as error:
+        raise error if marks is None else ValueError(marks.show(str(error))) from None
+    return Prompt.of(encode(text, most_tokens), tokenizer)
+
+
+def _hidden(message: Message, marks: Marks) -> Message:
+    def hide(text: str | None) -> str | None:
+        return None if text is None else marks.hide(text)
+
+    kept = (THINK, END_THINK) if message.role == "assistant" else ()
+    calls = [ToolCall(marks.hide(call.name), marks.hide(call.arguments), hide(call.id)) for call in message.calls]
+    content, reasoning = marks.hide(message.content, kept), hide(message.reasoning)
+    return Message(message.role, content, reasoning, tuple(calls), hide(message.call_id))
 
 
 def knows_tools(tokenizer: Tokenizer) -> bool:
@@ -190,7 +213,7 @@ def _with_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]], fo
     return [Message("system", text), *messages]
 
 
-def _turn(message: Message, form: ToolFormat | None, *, keeps_thought: bool) -> dict[str, Any]:
+def _turn(message: Message, form: ToolFormat | None, marks: Marks | None, *, keeps_thought: bool) -> dict[str, Any]:
     """A message as chat templates see it."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if keeps_thought and message.reasoning:
@@ -199,25 +222,36 @@ def _turn(message: Message, form: ToolFormat | None, *, keeps_thought: bool) -> 
         turn["tool_call_id"] = message.call_id
     if message.calls:
         as_text = form is not None and form.arguments_as_text
-        turn["tool_calls"] = [_call(call, as_text=as_text) for call in message.calls]
+        turn["tool_calls"] = [_call(call, marks, as_text=as_text) for call in message.calls]
     return turn
 
 
-def _call(call: ToolCall, *, as_text: bool) -> dict[str, Any]:
+def _call(call: ToolCall, marks: Marks | None, *, as_text: bool) -> dict[str, Any]:
     arguments: Any = call.arguments
     if not as_text:
         try:
-            arguments = json.loads(call.arguments)
+            parsed = json.loads(call.arguments)
+            arguments = parsed if marks is None else marks.hide_in(parsed)  # JSON may have had them in escapes
         except (ValueError, RecursionError):  # a call that was cut off: the template shows it as it is
             arguments = call.arguments
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def continue_prompt(
-    prompt: Prompt, content: str, reasoning: str | None, tokenizer: Tokenizer, most_tokens: int | None = None
+    prompt: Prompt,
+    content: str,
+    reasoning: str | None,
+    tokenizer: Tokenizer,
+    most_tokens: int | None = None,
+    marks: Marks | None = None,
 ) -> Prompt:
     """The prompt with the beginning of its answer: what a model is to go on with. Without content its thought is, which
-    may also stand in the content, behind its tag. ValueError for a beginning that must have more than `most_tokens`."""
+    may also stand in the content, behind its tag. ValueError for a beginning that must have more than `most_tokens`;
+    `marks` as in `render_prompt`."""
+    encode = tokenizer.encode if marks is None else marks.encode
+    if marks is not None:
+        content = marks.hide(content, (THINK, END_THINK))
+        reasoning = None if reasoning is None else marks.hide(reasoning)
     if not reasoning and _begins_thought(content):
         text = content.lstrip().removeprefix(THINK).removeprefix("\n")
         thinks, is_open = True, END_THINK not in text
@@ -226,7 +260,7 @@ def continue_prompt(
         is_open = thinks and not content
         text = f"{reasoning or ''}\n{END_THINK}\n\n{content}" if thinks and content else reasoning or content
     opening = f"{THINK}\n" if thinks and not prompt.opens_thought else ""
-    ids = tokenizer.encode(opening + text, most_tokens)
+    ids = encode(opening + text, most_tokens)
     num_thought = len(ids) - len(tokenizer.encode(opening)) if is_open else 0
     return Prompt(prompt.token_ids + ids, is_open, num_thought, is_begun=bool(content or reasoning))
 

@@ -10,6 +10,7 @@ costs accuracy.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -145,12 +146,60 @@ class Tokenizer:
         Raises ValueError where it must have more than `most` tokens, without encoding it: those that may have fewer
         are encoded whole, however many they turn out to have.
         """
-        if most is not None and (least := self.least_tokens(text)) > most:
-            raise ValueError(f"a text of at least {least:,} tokens, where {most:,} fit: shorten it")
+        self.check_length(text, most)
         if len(text) > LONG_CHARS:
             return self.encode_batch([text])[0]
         with panics_as_errors("encoding"):
             return self.backend.encode(sound(text), add_special_tokens=False).ids
+
+    def check_length(self, text: str, most: int | None) -> None:
+        """Raise ValueError for a text that must have more than `most` tokens."""
+        if most is not None and (least := self.least_tokens(text)) > most:
+            raise ValueError(f"a text of at least {least:,} tokens, where {most:,} fit: shorten it")
+
+    def encode_plain(self, text: str) -> list[int]:
+        """A short text, marks that it spells included: each is cut behind its first character, and is none then."""
+        ids, end = [], 0
+        while found := self.find_marks(text[end:]):
+            cut = end + found[0][0] + 1
+            ids += self.encode(text[end:cut])
+            end = cut
+        return ids + self.encode(text[end:])
+
+    def find_marks(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) of what spells a mark: a special token, a tag of thoughts, or another added token that the chat
+        template writes. Words that a tokenizer only happens to have added are none."""
+        if not self._marks or not self._mark_beginnings.search(self._normalized(text)):
+            return []
+        with panics_as_errors("encoding"):
+            if len(text) > LONG_CHARS:
+                (found,) = self._mark_finder.encode_batch([sound(text)], add_special_tokens=False)
+            else:
+                found = self._mark_finder.encode(sound(text), add_special_tokens=False)
+        return [span for token_id, span in zip(found.ids, found.offsets) if token_id]
+
+    @cached_property
+    def _marks(self) -> list[AddedToken]:
+        added, written = self.backend.get_added_tokens_decoder().values(), f"{THINK}{END_THINK}{self.template_source}"
+        return [token for token in added if token.special or (_is_tag(token.content) and token.content in written)]
+
+    @cached_property
+    def _mark_beginnings(self) -> re.Pattern[str]:
+        """Most texts have none, which is soon found."""
+        return re.compile("|".join(sorted({re.escape(token.content[:3]) for token in self._marks})))
+
+    def _normalized(self, text: str) -> str:
+        normalizer = self.backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(sound(text))
+
+    @cached_property
+    def _mark_finder(self) -> Backend:
+        """Knows the marks, from 1 on, and takes all between two of them for one word, 0."""
+        finder = Backend(models.WordLevel({"?": 0}, unk_token="?"))
+        if self.backend.normalizer is not None:
+            finder.normalizer = self.backend.normalizer
+        finder.add_tokens(self._marks)
+        return finder
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
@@ -262,6 +311,11 @@ class Tokenizer:
             return bytes(_BYTE_OF[char] for char in token)
         except KeyError:  # an added token with characters outside the byte alphabet, e.g. <｜User｜>
             return token.encode()
+
+
+def _is_tag(name: str) -> bool:
+    """Whether it is more than a word or blanks."""
+    return len(name.strip()) > 2 and any(not char.isalnum() and not char.isspace() for char in name)
 
 
 def sound(text: str, name: str = "the text") -> str:
