@@ -180,8 +180,7 @@ class Completion:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """News of one request after one step."""
 
     request_id: int

@@ -448,7 +448,7 @@ class Scheduler:
         news = (done | (table.watched[rows] & gains)).nonzero()[0]
         outcomes: list[Outcome] = []
         if len(news):
-            facts = rows, tokens, num_new, failed, gains & stopped, full
+            facts = rows, known, tokens, logprobs, num_new, failed, gains & stopped, full
             found = [self._outcome(*each) for each in zip(*(fact[news].tolist() for fact in facts), strict=True)]
             outcomes += [each for each in found if each is not None]
         for index in has_ended.nonzero()[0].tolist():
@@ -556,14 +556,16 @@ class Scheduler:
     def _outcome(
         self,
         row: int,
+        known: int,
         tokens: list[int],
+        logprobs: list[float],
         num_new: int,
         has_failed: bool,
         has_stopped: bool,
         is_full: bool,
     ) -> Outcome | None:
-        """Of a row that gained the first `num_new` of these, the last of them a stop token if it `has_stopped`. None
-        where it goes on and nobody waits for its tokens."""
+        """Of a row that gained the first `num_new` of these behind what was known, the last of them a stop token if it
+        `has_stopped`. None where it goes on and nobody waits for its tokens."""
         table, request = self.table, self._request(row)
         reason: FinishReason | None = (
             "error" if has_failed else "stop" if has_stopped else "length" if is_full else None
@@ -573,33 +575,47 @@ class Scheduler:
             matched = request.output.push(request.without_stop(fresh) if has_stopped else fresh)
             if matched is not None:  # tokens after the stop string, accepted in the same step, never were
                 table.num_known[row] -= num_new - matched
-                has_stopped, reason = False, "stop"
+                num_new, has_stopped, reason = matched, False, "stop"
         if reason is None and not request.is_awaited:
             return None
-        outcome = self._news(request, reason, has_stopped)
+        is_all = known == len(request.prompt) + request.num_reported
+        fresh = (tokens[:num_new], logprobs[:num_new]) if is_all else self._unreported(request)
+        outcome = self._news(request, *fresh, reason, has_stopped)
         if reason is not None:
             self._end(row, failed=has_failed)
         return outcome
 
-    def _news(self, request: Request, reason: FinishReason | None = None, has_stopped: bool = False) -> Outcome:
-        """What has not been reported of a request."""
+    def _unreported(self, request: Request) -> tuple[list[int], list[float]]:
+        """Tokens and log-probabilities."""
         token_ids, logprobs = self.table.known(request)
         start = len(request.prompt) + request.num_reported
-        fresh = token_ids[start:].tolist()
+        return token_ids[start:].tolist(), logprobs[start:].tolist()
+
+    def _news(
+        self,
+        request: Request,
+        fresh: list[int],
+        logprobs: list[float],
+        reason: FinishReason | None = None,
+        has_stopped: bool = False,
+    ) -> Outcome:
+        """What has not been reported of a request."""
         if fresh and request.output is not None and not request.output.watches:
             request.output.push(request.without_stop(fresh) if has_stopped else fresh)
         top = None
         if num_top(request.params.logprobs):
             top = request.top_logprobs[request.num_reported : request.num_reported + len(fresh)]
         request.num_reported += len(fresh)
-        self.table.await_news(request, request.stream and not request.on_demand)
-        return Outcome(request, fresh, logprobs[start:].tolist(), reason, has_stopped, top)
+        is_awaited = request.stream and not request.on_demand
+        if is_awaited != request.is_awaited:
+            self.table.await_news(request, is_awaited)
+        return Outcome(request, fresh, logprobs, reason, has_stopped, top)
 
     def report(self, request: Request) -> Outcome | None:
         """The tokens of an unfinished request that have not been reported. Where there are none, None, and the next
         step that brings some reports them."""
         if len(self.table.known(request)[0]) > len(request.prompt) + request.num_reported:
-            return self._news(request)
+            return self._news(request, *self._unreported(request))
         self.table.await_news(request, True)
         return None
 
