@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from kogia.engine.request import Completion
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.chat import Chat, Turn, start, turn_prompt
-from kogia.serve.errors import ApiError
+from kogia.serve.errors import ApiError, wrong_value
 from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Body, Count, Flag, Metadata, Name, Part, Stops, Text, items
 from kogia.serve.generation import new_id, usage
 from kogia.serve.openai_chat import ThinkingSwitch
@@ -176,6 +176,10 @@ async def count_tokens(body: Conversed, request: Request, caller: Caller = Depen
     return {"input_tokens": len((await turn_prompt(served, body.turn, caller)).token_ids)}
 
 
+ROLES = {"tool_result": "user", **dict.fromkeys(("tool_use", "thinking", "redacted_thinking"), "assistant")}
+"""In whose messages blocks of a type are; others are in both."""
+
+
 def _chat_messages(message: AnthropicMessage, name: str) -> list[ChatMessage]:
     """One message in OpenAI's form; the results of tools come first, each as a message of its own."""
     content = f"{name}.content"
@@ -184,6 +188,9 @@ def _chat_messages(message: AnthropicMessage, name: str) -> list[ChatMessage]:
     blocks = {f"{content}.{index}": block for index, block in enumerate(message.content)}
     turns, calls, thoughts, spoken = [], [], [], {}
     for place, block in blocks.items():
+        own = ROLES.get(block.type, message.role)
+        if own != message.role:
+            raise wrong_value(f"{place}.type", block.type, f"must be in a message of the role {own}")
         if block.type == "tool_result":
             result = ChatMessage(
                 role="tool", content=_text(block.content or "", f"{place}.content"), tool_call_id=block.tool_use_id

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kogia import log
 from kogia.serve.access import authenticate_by_path
 from kogia.serve.config import is_loopback
-from kogia.serve.errors import ApiError, internal, response_to
+from kogia.serve.errors import ApiError, internal, response_to, shown
 from kogia.serve.exchange import Exchange, current
 from kogia.serve.memory import LARGE_BYTES, give_back
 from kogia.serve.state import ENDS, ServerState
@@ -89,6 +89,10 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise ApiError("content-length and transfer-encoding contradict each other: send one of them", 400)
+        if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
+            raise ApiError(f"content-encoding = {shown(coding)}: must be identity; send the body as it is", 415)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             raise ApiError(f"the headers must have at most {MOST_HEADER_BYTES:,} bytes", 431)
         hosts = headers.getlist("host")

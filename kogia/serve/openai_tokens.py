@@ -10,7 +10,7 @@ from kogia.serve.access import Caller, authenticate
 from kogia.serve.errors import ApiError
 from kogia.serve.fields import MOST_TOKENS, Body, Flag, Name, Text, TokenIds
 from kogia.serve.openai_chat import TemplateSwitches
-from kogia.serve.prompts import Messages, check_generation_prompt, dialogue, render, write_prompt
+from kogia.serve.prompts import Messages, check_generation_prompt, check_tokens, dialogue, render, write_prompt
 from kogia.serve.sampling import Thinking
 from kogia.serve.served import ServedModel
 from kogia.serve.state import ServerState
@@ -59,9 +59,7 @@ async def detokenize(body: DetokenizeBody, request: Request, caller: Caller = De
     state: ServerState = request.app.state.server
     state.note_ignored("/detokenize", body)
     served = await state.find(body.model)
-    beyond = next((token for token in body.tokens if token >= served.config.vocab_size), None)
-    if beyond is not None:
-        raise ApiError(f"tokens has {beyond}: the model knows 0..{served.config.vocab_size - 1}", param="tokens")
+    check_tokens(body.tokens, "tokens", served)
     return {"prompt": await asyncio.to_thread(served.tokenizer.decode, body.tokens)}
 
 

@@ -67,6 +67,10 @@ class ChatMessage(Part):
     """Of the last message, an assistant's: go on with it. DeepSeek's word for it."""
     _place: Place | None = PrivateAttr(None)
 
+    @property
+    def says_something(self) -> bool:
+        return self.content is not None or bool(self.thought or self.tool_calls)
+
     def at(self, message: str, content: str, call_id: str = "") -> "ChatMessage":
         """The message, which stands there in the body of another API."""
         self._place = Place(message, content, call_id)
@@ -130,6 +134,9 @@ def _message(message: ChatMessage, place: Place, called: Container[str | None]) 
             f"{place.call_id} = {message.tool_call_id!r:.80}: must be the id of a call in a message before it",
             param=place.call_id,
         )
+    if message.tool_calls and message.role != "assistant":
+        name = f"{place.message}.tool_calls"
+        raise ApiError(f"{name}: the role {message.role!r} calls no tools; assistants do", param=name)
     role = "system" if message.role == "developer" else message.role
     calls = tuple(ToolCall(call.function.name, call.function.arguments, call.id) for call in message.tool_calls or ())
     is_optional = role == "assistant" and (calls or message.thought)
@@ -145,7 +152,10 @@ def text_of(content: Content | None, name: str) -> str:
         return content
     texts = []
     for index, part in enumerate(content):
-        text = part.text if part.type in ("text", "input_text", "output_text") else part.refusal
+        is_text = part.type in ("text", "input_text", "output_text")
+        text = part.text if is_text else part.refusal
+        if text is None and is_text:
+            raise ApiError(f"{name}.{index}.text is missing", param=f"{name}.{index}.text")
         if text is None:
             raise ApiError(
                 f"{name}.{index}.type = {part.type!r:.40}: must be 'text' with a text, which is all that this model "
@@ -154,6 +164,12 @@ def text_of(content: Content | None, name: str) -> str:
             )
         texts.append(text)
     return "\n".join(texts)
+
+
+def check_tokens(token_ids: Sequence[int], name: str, served: ServedModel) -> None:
+    """Raise 400 for a token that the model has not."""
+    if (most := max(token_ids, default=0)) >= (vocab := served.config.vocab_size):
+        raise ApiError(f"{name} has {most}: the model knows 0..{vocab - 1}", param=name)
 
 
 async def write_prompt(

@@ -156,7 +156,8 @@ class ResponsesBody(SamplingBody):
         turns: list[ChatMessage] = []
         for index, item in enumerate(self.input):
             _add(turns, item, f"input.{index}")
-        return system + turns
+        # a thought that only OpenAI can read leaves a turn with nothing in it
+        return system + [turn for turn in turns if turn.role != "assistant" or turn.says_something]
 
 
 def _tool(tool: ResponseTool) -> Tool:

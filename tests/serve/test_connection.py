@@ -5,10 +5,11 @@ import json
 import resource
 import socket
 import time
+from contextlib import closing
 
 import httpx2 as httpx
 import pytest
-from serve.asks import HELLO, post
+from serve.asks import HELLO, post, refusal
 from serve.sockets import CHAT, connect, head, is_closed, raw, status
 
 from kogia.serve.connection import MOST_UNSENT, CountingTransport, most_connections
@@ -230,3 +231,20 @@ def test_what_is_written_in_one_go_is_sent_in_one_and_nothing_is_lost_at_the_end
 
     taken = asyncio.run(go())
     assert b"".join(taken.writes) == b"one two three " + b"x" * MOST_UNSENT + b"yend"
+
+
+def test_a_body_with_two_lengths_is_refused_and_nothing_behind_it_is_read(server):
+    both = head(CHAT, "POST", "content-length: 5", "transfer-encoding: chunked")
+    with closing(connect(server)) as client:
+        client.sendall(both + b"0\r\n\r\n" + head("/health", "GET"))
+        answer = b""
+        while part := client.recv(65536):
+            answer += part
+    assert status(answer) == 400 and answer.count(b"HTTP/1.1 ") == 1 and b"contradict" in answer
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br, gzip"])
+def test_a_body_in_a_coding_is_refused_by_its_header(server, coding):
+    answer = httpx.post(server.url + CHAT, content=b"\x1f\x8b", headers={"content-encoding": coding})
+    assert refusal(answer, 415)["message"].startswith(f"content-encoding = {coding!r}")
+    assert httpx.post(server.url + CHAT, json={}, headers={"content-encoding": "identity"}).status_code == 400

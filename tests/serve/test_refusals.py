@@ -93,6 +93,10 @@ def user(*blocks: dict) -> dict:
     return {"messages": [*HELLO, {"role": "user", "content": list(blocks)}]}
 
 
+def said_by_assistant(*blocks: dict) -> dict:
+    return {"messages": [{"role": "assistant", "content": list(blocks)}, *HELLO]}
+
+
 def schema(value: object) -> dict:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
 
@@ -136,7 +140,17 @@ CASES = [
     ),
     (MESSAGES, user({"type": "text", "text": "a"}, {"type": "image"}), "messages.1.content.1.type"),
     (MESSAGES, user({"type": "text"}), "messages.1.content.0.text"),
-    (MESSAGES, user({"type": "tool_use", "id": "x"}), "messages.1.content.0.name"),
+    (MESSAGES, said_by_assistant(CALLS[0] | {"name": None}), "messages.0.content.0.name"),
+    (MESSAGES, said_by_assistant({"type": "tool_result", "tool_use_id": "x"}), "messages.0.content.0.type"),
+    (MESSAGES, user({"type": "text", "text": "a"}, CALLS[0]), "messages.1.content.1.type"),
+    (MESSAGES, user({"type": "thinking", "thinking": "a"}), "messages.1.content.0.type"),
+    (
+        CHAT,
+        {"messages": [HELLO[0] | {"tool_calls": [{"function": {"name": "x", "arguments": ""}}]}]},
+        "messages.0.tool_calls",
+    ),
+    (CHAT, user({"type": "text"}), "messages.1.content.0.text"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input.0.content.0.text"),
     (MESSAGES, {"messages": [{"role": "assistant", "content": CALLS}, *HELLO]}, "messages.0.content"),
     (MESSAGES, {"messages": [*HELLO, {"role": "assistant", "content": CALLS[:1]}]}, "messages.1"),
     (MESSAGES, {"system": [{"type": "text", "text": "a"}, {"type": "image"}]}, "system.1.type"),
@@ -235,3 +249,18 @@ def test_a_length_that_the_context_has_no_room_for_is_cut_and_the_answer_says_so
         note = post(server, path, body).headers["x-kogia-notes"]
         assert re.fullmatch(rf"{name} = 1000000: the context leaves 40\d\d", note)
     assert "x-kogia-notes" not in post(server, CHAT, LEAST[CHAT]).headers
+
+
+def test_a_thought_that_only_another_server_can_read_is_passed_over(server):
+    said = [{"type": "reasoning", "summary": [], "encrypted_content": "x"}, {"role": "user", "content": "hello"}]
+    asked = [{"input": each, "max_output_tokens": 1} for each in (said, said[1:])]
+    one, other = (post(server, RESPONSES, body).json()["usage"]["input_tokens"] for body in asked)
+    assert one == other
+
+
+def test_tokens_that_the_model_has_not_are_refused_wherever_they_come_in(server):
+    for path, body in (
+        ("/page/trace", {"messages": HELLO, "token_ids": [1, 10**6]}),
+        ("/detokenize", {"tokens": [10**6]}),
+    ):
+        assert named(path, post(server, path, body)) == list(body)[-1]

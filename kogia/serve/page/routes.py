@@ -18,6 +18,7 @@ from kogia.serve.page.answer import Answer
 from kogia.serve.page.facts import model_facts
 from kogia.serve.page.render import render
 from kogia.serve.page.trace import trace_of, trace_params
+from kogia.serve.prompts import check_tokens
 from kogia.serve.served import ServedModel
 from kogia.serve.sse import EventStream, until_gone
 from kogia.serve.state import ServerState
@@ -80,6 +81,7 @@ async def trace(body: TraceBody, request: Request, caller: Caller = Depends(auth
 
 
 async def _traced(state: ServerState, served: ServedModel, body: TraceBody, caller: Caller) -> dict[str, Any]:
+    check_tokens(body.token_ids, "token_ids", served)
     prompt = await turn_prompt(served, body.turn, caller)
     room = served.config.max_position - 1 - len(prompt.token_ids)
     answer = body.token_ids[: max(0, room)]

@@ -55,6 +55,14 @@ test("the model is sent the system prompt and the turns, without thoughts", () =
   assert.ok(tree.messagesFor(thought, "r").every((each) => Object.keys(each).join() === "role,content"));
 });
 
+test("a question that failed is not sent again with the next one, unless its answer had begun", () => {
+  const failed = tree.changeNode(conversation(...TURNS), "a", { state: "failed", error: "too long", content: "" });
+  assert.deepEqual(tree.messagesFor(failed, "r", "").map((each) => each.content), ["sure?"]);
+  assert.deepEqual(tree.messagesFor(failed, "q", "").map((each) => each.content), ["what is 2 + 2?"]);
+  const begun = tree.changeNode(failed, "a", { content: "fo" });
+  assert.deepEqual(tree.messagesFor(begun, "r", "").map((each) => each.content), ["what is 2 + 2?", "fo", "sure?"]);
+});
+
 test("what streamed before a reload is stopped after it", () => {
   const node = emptyAnswer("a", "q", tree.PLAIN_SETTINGS);
   const streaming = tree.addNode(conversation(TURNS[0]), node, 2);

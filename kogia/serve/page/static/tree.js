@@ -80,9 +80,13 @@ export function pairNodes(conversation, parent, pair) {
   return { ...conversation, pairs };
 }
 
-/** What the API is sent to answer the message `id`. Thoughts are not: a model does not read its old ones. */
+/** What the API is sent to answer the message `id`. Thoughts are not: a model does not read its old ones. Nor is a question that
+ * failed, with its answer that has no text: one that is too long would be so again, whatever is asked after it. */
 export function messagesFor(conversation, id, system = conversation.settings.system) {
-  const turns = pathTo(conversation, id).map(({ role, content }) => ({ role, content }));
+  const path = pathTo(conversation, id);
+  const failed = (node) => node?.role === "assistant" && node.state === "failed" && !node.content;
+  const read = path.filter((node, index) => !failed(node) && !failed(path[index + 1]));
+  const turns = read.map(({ role, content }) => ({ role, content }));
   return system.trim() ? [{ role: "system", content: system }, ...turns] : turns;
 }
 
