@@ -62,4 +62,7 @@ def measured_speed(config: SupervisedConfig, model: ModelConfig, device: torch.d
     """Of a run on this device, of which a product is timed."""
     dtype = getattr(torch, config.dtype)
     depths = model.num_mtp_layers if config.mtp_weight else 0
-    return Speed(model, depths, device, dtype, product_rate(device, dtype))
+    peak = product_rate(device, dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the product's own is none of the run
+    return Speed(model, depths, device, dtype, peak)
