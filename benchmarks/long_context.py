@@ -124,20 +124,20 @@ def nano(args: argparse.Namespace) -> Job:
 
 
 def small(args: argparse.Namespace) -> Job:
-    steps, place = args.steps or (30, 30), args.dir
+    steps, place = args.steps or (24, 24), args.dir
     lines = iter(read_rows(args.small / "text" / "books_part1.jsonl.gz"))
     held_out = write_rows(place / "held_out.jsonl.gz", [next(lines) for _ in range(3)])
     books = write_rows(place / "books.jsonl.gz", up_to(lines, min(args.megabytes, 4.0)))
     data = DataConfig((SourceConfig(str(books)),), batch_tokens=4096, max_seqlen=256, packing="joined")
     optim = OptimConfig(kind="muon", lr=4e-3, schedule="wsd", warmup_steps=20)
     base = SupervisedConfig(
-        str(place / "base"), model=SMALL, data=data, optim=optim, steps=300, device=args.device, threads=1, quiet=True,
+        str(place / "base"), model=SMALL, data=data, optim=optim, steps=240, device=args.device, threads=1, quiet=True,
         tokenizer_documents=4,
     )  # fmt: skip
     trained(base)
     return Job(
         place, place / "base", books, held_out, 256, ((1024, steps[0]), (4096, steps[1])), 8192, 4e-4,
-        (128, 256, 512, 1024, 2048, 4096), 12, 1, torch.float32, args.device,
+        (256, 1024, 4096), 12, 1, torch.float32, args.device,
     )  # fmt: skip
 
 
