@@ -33,8 +33,7 @@ from kogia.train import supervised
 from kogia.train.config import OptimConfig, SupervisedConfig
 
 ROOT = Path(__file__).parent.parent
-RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
-
+RATES = {"adamw": (4e-3, 8e-3, 1.6e-2), "muon": (8e-3, 1.6e-2, 3.2e-2)}
 EVAL_TOKENS = 16384
 
 
