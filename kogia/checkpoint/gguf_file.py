@@ -29,7 +29,8 @@ MAX_ITEMS = 4_000_000
 MAX_DIMS = 4
 _FLOAT, _TEXT, _ARRAY = 6, 8, 9
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-_LEAST_ENTRY = 8 + 4 + 1  # bytes: an empty name, a type, a value
+_LEAST = {"tensors": 8 + 4 + 4 + 8, "metadata entries": 8 + 4 + 1}
+"""Bytes of each: an empty name, a shape without axes, type and place; an empty name, a type, a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +108,12 @@ class _Reader:
         """The file with offsets counted from its begin."""
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
-            raise ValueError(f"general.alignment = {alignment!r:.50}")
+            raise ValueError(f"general.alignment = {alignment!r:.50}; it must be 1 to {1 << 20:,} bytes")
         data = -(-self._at // alignment) * alignment
         placed = {e.name: GGUFEntry(e.name, e.shape, e.type, data + e.offset) for e in entries.values()}
         for entry in placed.values():
             if entry.offset > self._size:
-                raise ValueError(f"{entry.name} begins at byte {entry.offset:,} of {self._size:,}")
+                raise ValueError(f"{entry.name} begins at byte {entry.offset:,}, and the file has {self._size:,}")
         return GGUFFile(path, metadata, placed, self._size)
 
     def _take(self, count: int) -> bytes:
@@ -133,8 +134,10 @@ class _Reader:
 
     def _count(self, what: str) -> int:
         count = self._whole("<Q")
-        if count > min(MAX_ENTRIES, self._limit // _LEAST_ENTRY):
-            raise ValueError(f"{count:,} {what}")
+        if count > MAX_ENTRIES:
+            raise ValueError(f"it says it has {count:,} {what}; more than {MAX_ENTRIES:,} are not read")
+        if count * _LEAST[what] > self._size:
+            raise ValueError(f"it has {self._size:,} bytes, too few for the {count:,} {what} that it says it has")
         return count
 
     def _text(self) -> str:
@@ -167,7 +170,9 @@ class _Reader:
 
     def _numbers(self, name: str, kind: int, count: int) -> list[Any]:
         if kind not in _NUMBERS:
-            raise ValueError(f"{name} is of the unknown type {kind}")
+            raise ValueError(
+                f"{name} is of the unknown type {kind}; known are 0 to {max(_NUMBERS)}, and no arrays in arrays"
+            )
         dtype = np.dtype(_NUMBERS[kind])
         values = np.frombuffer(self._take(count * dtype.itemsize), dtype)
         if kind == _FLOAT and count == 1:  # the shortest number that rounds to it: 1e-05, not 9.999999747378752e-06
@@ -177,8 +182,8 @@ class _Reader:
     def _tensor(self, name: str) -> GGUFEntry:
         num_dims = self._whole("<I")
         if num_dims > MAX_DIMS:
-            raise ValueError(f"{name} has {num_dims} axes")
+            raise ValueError(f"{name} has {num_dims} axes; a tensor has {MAX_DIMS} at most")
         shape = tuple(self._whole("<Q") for _ in range(num_dims))
         if any(not 1 <= length < 2**31 for length in shape):
-            raise ValueError(f"{name} has the shape {list(shape)}")
+            raise ValueError(f"{name} has the shape {list(shape)}; an axis has 1 to {2**31 - 1:,} numbers")
         return GGUFEntry(name, shape[::-1], self._whole("<I"), self._whole("<Q"))
