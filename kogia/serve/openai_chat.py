@@ -164,6 +164,8 @@ async def start_chat(state: ServerState, body: ChatBody, caller: Caller) -> Chat
     """Begin to answer a conversation. Raises 400 for what will not do."""
     state.note_ignored("/v1/chat/completions", body)
     check_best_of(body.best_of, body.n)
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(f"top_logprobs = {body.top_logprobs}: takes logprobs = true beside it", param="top_logprobs")
     check_generation_prompt(body.add_generation_prompt, body.continue_final_message)
     return await start(state, body, body.turn, caller, new_id("chatcmpl-"))
 

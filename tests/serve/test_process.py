@@ -71,6 +71,7 @@ def test_while_the_model_loads_the_server_lives_and_is_not_ready(model, monkeypa
         assert httpx.get(url + "/health").status_code == 200
         ready = httpx.get(url + "/ready")
         assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
+        assert [httpx.head(url + path).status_code for path in ("/health", "/ready")] == [200, 503]
         refusal(httpx.post(url + "/v1/chat/completions", json={"messages": HELLO}), 503)
         started.set()
 

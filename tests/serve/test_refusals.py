@@ -201,6 +201,7 @@ INSTEAD = [
     (CHAT, {"modalities": ["text", "audio"]}, "'text'"),
     (CHAT, {"audio": {"voice": "x", "format": "wav"}}, "text"),
     (CHAT, {"best_of": 3}, "must be n"),
+    (CHAT, {"top_logprobs": 3}, "logprobs = true"),
     (CHAT, {"web_search_options": {"size": 1}}, "leave it out"),
     (CHAT, {"stop_sequences": ["x"]}, "send stop"),
     (CHAT, {"add_generation_prompt": False}, "continue_final_message"),
