@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from math import inf
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -13,6 +12,8 @@ MOST_COMPLETIONS = 1_000_000
 MOST_LOGPROBS = 20
 """Likeliest tokens that come with each token."""
 MOST_PHRASE_CHARS = 1000
+_MOST_SHOWN = 100
+"""Characters of a value that an error shows."""
 
 
 def _is_whole(value: Any) -> bool:
@@ -40,10 +41,10 @@ def _is_penalty(value: Any) -> bool:
 
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    # float32 holds a logit divided by 1e-30, but not by 1e-40
+    # float32 holds these, and a logit divided by them
     "temperature": (
-        lambda value: _is_number(value) and (value == 0 or 1e-30 <= value < inf),
-        "at least 0 (0 is greedy), finite, and if not 0 at least 1e-30",
+        lambda value: _is_number(value) and (value == 0 or 1e-30 <= value <= 1e30),
+        "0, which is greedy, or in [1e-30, 1e30]",
     ),
     "max_tokens": (lambda value: _is_whole(value) and value >= 1, "at least 1, a whole number"),
     "seed": (_is_whole, "a whole number"),
@@ -115,7 +116,7 @@ class SamplingConfig:
             holds, rule = _RULES.get(field.name, (lambda _: True, ""))
             value = getattr(self, field.name)
             if value is not field.default and not holds(value):
-                raise ValueError(f"{field.name} = {value!r}: must be {rule}")
+                raise ValueError(f"{field.name} = {value!r:.{_MOST_SHOWN}}: must be {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,12 +224,12 @@ class EngineConfig:
         least = {"block_size": 1, "max_batch_tokens": 1, "max_sequences": 1, "num_draft_tokens": 0, "num_blocks": 1}
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"engine.{name} = {value}: must be at least {bound}")
+            if value is not None and not (_is_whole(value) and value >= bound):
+                raise ValueError(f"engine.{name} = {value!r:.{_MOST_SHOWN}}: must be at least {bound}, a whole number")
         for name in ("active_experts", "expert_threshold"):
             value, (holds, rule) = getattr(self, name), _RULES[name]
             if value is not None and not holds(value):
-                raise ValueError(f"engine.{name} = {value!r}: must be {rule}")
+                raise ValueError(f"engine.{name} = {value!r:.{_MOST_SHOWN}}: must be {rule}")
         phrase = self.thinking_end_phrase
         if len(phrase) > MOST_PHRASE_CHARS or "</think>" in phrase:
             raise ValueError(

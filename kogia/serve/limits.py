@@ -33,7 +33,7 @@ class Limits:
             value = getattr(self, each.name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(
-                    f"{each.name} = {value!r}: must be a whole number of at least 1; leave it out for none"
+                    f"{each.name} = {value!r:.100}: must be a whole number of at least 1; leave it out for none"
                 )
 
 

@@ -121,7 +121,7 @@ def read_verdict(values: Any) -> Verdict:
 def _check_numbers(numbers: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if not isinstance(value, float) or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r}: must be a finite number")
+            raise ValueError(f"{name}={value!r:.100}: must be a finite number")
 
 
 def _read(channel: socket.socket, chunks: queue.SimpleQueue) -> None:

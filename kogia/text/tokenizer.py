@@ -390,7 +390,7 @@ def _special_tokens(known: Mapping[str, Any]) -> dict[str, str]:
         value = known.get(role)
         name = value.get("content") if isinstance(value, dict) else value
         if name is not None and not isinstance(name, str):
-            raise ValueError(f"{role}={value!r}: must be the token's text or null; correct the file")
+            raise ValueError(f"{role}={value!r:.100}: must be the token's text or null; correct the file")
         if name is not None:
             names[role] = name
     return names

@@ -20,6 +20,8 @@ BAD = [
     ("temperature", float("nan")),
     ("temperature", float("inf")),
     ("temperature", 1e-40),
+    ("temperature", 1e308),
+    ("temperature", 1e31),
     ("temperature", True),
     ("max_tokens", 0),
 ]
@@ -107,6 +109,43 @@ assert (params.temperature, params.top_k, params.seed) == (0.5, 3, 2)
 def test_values_of_other_types_are_refused_and_numbers_of_numpy_are_numbers():
     # in a process of its own: the type checks of the test run would come first
     done = subprocess.run([sys.executable, "-c", OTHER_TYPES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+LONG_VALUES = """
+from kogia.engine.request import SamplingParams
+for name, value in [
+    ("stop", ("x" * 10**6, "")), ("bad_words", "x" * 10**6), ("logit_bias", {i: 1e9 for i in range(10**5)}),
+    ("allowed_token_ids", [1] * 10**5), ("cache_salt", [1] * 10**5), ("temperature", "x" * 10**6),
+]:
+    try:
+        SamplingParams(**{name: value})
+    except ValueError as error:
+        assert str(error).startswith(f"{name} = ") and len(str(error)) < 300, len(str(error))
+    else:
+        raise AssertionError(name)
+"""
+
+
+def test_an_error_shows_the_beginning_of_a_long_value():
+    done = subprocess.run([sys.executable, "-c", LONG_VALUES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["block_size", "max_batch_tokens", "max_sequences", "num_draft_tokens", "num_blocks"])
+def test_numbers_of_an_engine_are_whole_and_large_enough(name):
+    values = "-1, float('nan'), 2.5, True, '4'"
+    source = f"""
+from kogia.engine.config import EngineConfig
+for value in ({values}):
+    try:
+        EngineConfig({name}=value)
+    except ValueError as error:
+        assert str(error).startswith(f"engine.{name} = {{value!r}}: must be at least "), error
+    else:
+        raise AssertionError(value)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
