@@ -103,7 +103,7 @@ def _schema_text(schema: str | Mapping[str, Any]) -> str:
             parsed = {}
         if isinstance(parsed, Mapping) and not isinstance(parsed.get(OPTIONS), Mapping):
             parsed = {**parsed, OPTIONS: WHITESPACE}
-        text = json.dumps(parsed)
+        text = json.dumps(parsed, allow_nan=False)
     except (ValueError, TypeError) as error:
         raise ValueError(f"response_format.json is no JSON ({error}); give a schema as an object or its text") from None
     except RecursionError:
@@ -220,9 +220,19 @@ def _library() -> Any:
         raise ValueError("response_format takes llguidance; pip install 'kogia[grammars]'") from None
 
 
+_NOTHING_FITS = "NoExtensionBias"
+"""llguidance's word where not one token may come."""
+
+
 def _one_line(text: str) -> str:
-    text = text.replace("<non-verbose/>", "")
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:300]
+    """What llguidance says of a grammar, without the trace of where in itself it gave up."""
+    text = text.replace("<non-verbose/>", "").partition("<backtrace>")[0]
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())[:300]
+    if line == _NOTHING_FITS:
+        return "no text that the tokens can spell is in it"
+    if line.startswith("panic: "):
+        return f"llguidance gives up on it ({line.removeprefix('panic: ')})"
+    return line
 
 
 _OF_REGEX = re.compile(r"^at 1\(\d+\): | 1 \| start: .*")

@@ -441,6 +441,17 @@ def test_json_may_be_laid_out_but_blanks_come_to_an_end(tokenizer, schema):
         (ResponseFormat(choice=tuple(f"choice {i}" for i in range(5000))), "choice: .*max is 2000"),
         (ResponseFormat(grammar="start: " + "(" * 5000 + '"a"' + ")" * 5000), "grammar: .*too deeply nested"),
         (ResponseFormat(json="[1]"), "json: schema must be an object or boolean; correct it"),
+        (ResponseFormat(regex=r"[^\s\S]"), "regex: no text that the tokens can spell is in it; correct it"),
+        (ResponseFormat(json={"$ref": "#"}), "json: no text that the tokens can spell is in it; correct it"),
+        (ResponseFormat(grammar="start: start"), "grammar: no text that the tokens can spell is in it; correct it"),
+        (
+            ResponseFormat(
+                grammar="start: "
+                + " ".join(f"a{i}" for i in range(3000))
+                + "".join(f'\na{i}: "x"~1..1000' for i in range(3000))
+            ),
+            r"grammar: llguidance gives up on it \(assertion failed: .* - 10\); correct it$",
+        ),
     ],
 )
 def test_a_grammar_that_is_wrong_or_a_bomb_is_refused_in_time_and_leaves_nothing_behind(
