@@ -57,10 +57,11 @@ def resolve_model_dir(path: str | Path, *, weights: bool = True) -> Path:
     if not os.path.lexists(path):
         if is_hub_name(name):
             return find_on_hub(name, CONFIG, weights=weights)
-        raise ValueError(f"{path}: no such file or directory; give a model directory or a run directory")
+        near = _models_within(path.parent, f"{path.parent}") if path.parent.name and path.parent.is_dir() else ""
+        raise ValueError(f"{path}: no such file or directory; give a model directory or a run directory{near}")
     raise ValueError(
         f"{path}: not a model. Expected {CONFIG} beside {WEIGHTS}, or a run directory with checkpoints/step-*"
-        + _models_within(path)
+        + _models_within(path, "it")
     )
 
 
@@ -72,10 +73,11 @@ def _model_in(path: Path) -> Path | None:
     return max(steps, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
-def _models_within(path: Path) -> str:
-    """What to give in place of a directory that holds models, as the stages of a run: the end of an error."""
+def _models_within(path: Path, name: str) -> str:
+    """What to give in place of a directory that holds models, as the stages of a run: the end of an error, in which the
+    directory is called `name`."""
     if files := sorted(path.glob("*.gguf")):
-        return f"; {files[0].name} in it is a model by itself, give that"
+        return f"; {files[0].name} in {name} is a model by itself, give that"
     near = [each for pattern in ("*", "*/*") for each in sorted(islice(path.glob(pattern), MOST_LOOKED_AT))]
     inner = {each: found for each in near if (found := _model_in(each)) is not None}
     if not inner:
@@ -83,7 +85,7 @@ def _models_within(path: Path) -> str:
     newest = max(inner, key=lambda each: (inner[each] / CONFIG).stat().st_mtime)
     names = ", ".join(str(each.relative_to(path)) for each in [*inner][:MOST_NAMED])
     more = f" and {len(inner) - MOST_NAMED} more" if len(inner) > MOST_NAMED else ""
-    return f". Models in it are {names}{more}; give one of them, as {newest}, the newest"
+    return f". Models in {name} are {names}{more}; give one of them, as {newest}, the newest"
 
 
 def resolve_tokenizer_dir(path: str | Path) -> Path:

@@ -72,7 +72,8 @@ def _check_same(served: ServedModel, found: Found) -> None:
 def names_of(config: ServeConfig) -> tuple[str, ...]:
     """As the command says, or by the path: its last part, and all of it where it names a model of the Hub."""
     is_from_hub = is_hub_name(config.path) and not Path(config.path).exists()
-    return config.name or (Path(config.path).resolve().name, *([config.path] if is_from_hub else []))
+    named = config.name or (Path(config.path).resolve().name, *([config.path] if is_from_hub else []))
+    return tuple(dict.fromkeys(named))
 
 
 def read_models(config: ServeConfig) -> list[Entry]:
@@ -86,7 +87,7 @@ def read_models(config: ServeConfig) -> list[Entry]:
     names = [name for entry in entries for name in entry.names]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"two models are called {twice!r}; give each a name of its own (--name, {config.models_file})")
+        raise ValueError(f"two models are called {twice!r}; give each a name of its own (--name, --models-file)")
     return entries
 
 

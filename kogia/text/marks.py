@@ -8,6 +8,7 @@ parts are tokenised one by one. Texts that spell no mark are tokenised as they w
 import re
 import secrets
 from collections.abc import Container
+from functools import cached_property
 from typing import Any
 
 from kogia.text.tokenizer import Tokenizer
@@ -19,9 +20,13 @@ class Marks:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._word = f"mark{secrets.token_hex(8)}x"
-        self._pattern = re.compile(rf"{self._word}(\d+)x")
         self._hidden: dict[str, int] = {}
         """Marks by the number that is in their word."""
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Of a word in place of a mark; few prompts need it."""
+        return re.compile(rf"{self._word}(\d+)x")
 
     def hide(self, text: str, kept: Container[str] = ()) -> str:
         """The text with a word in place of each mark that it spells, but those that are kept."""
@@ -45,6 +50,8 @@ class Marks:
     def show(self, text: str) -> str:
         """A text with the marks in their places again, for people to read."""
         marks = list(self._hidden)
+        if not marks:
+            return text
         return self._pattern.sub(lambda found: marks[int(found[1])], text)
 
     def encode(self, text: str, most: int | None = None) -> list[int]:

@@ -415,3 +415,6 @@ def test_a_directory_that_holds_models_says_which(saved, tmp_path, given):
     inside = ["demo/base", "demo/student"] if "base" not in given else ["demo/base/checkpoints/step-10"]
     assert names.split(", ") == [str((tmp_path / "runs" / each).relative_to(tmp_path / given)) for each in inside]
     assert resolve_model_dir(tmp_path / "runs" / newest).name.startswith("step-")
+    with pytest.raises(ValueError, match="no such file or directory; .*Models in .* are") as error:
+        resolve_model_dir(tmp_path / given / "stundet")
+    assert str(error.value).endswith(f"Models in {tmp_path / given} are {names}; {hint}")

@@ -296,6 +296,6 @@ def test_more_requests_than_may_wait_are_told_to_come_again(model, tmp_path, mon
 def test_a_model_is_called_by_the_last_part_of_its_path_and_one_of_the_hub_by_its_whole_name_too(model, server):
     assert names_of(ServeConfig(path=str(model))) == (model.name,)
     assert names_of(ServeConfig(path="org/some-model")) == ("some-model", "org/some-model")
-    assert names_of(ServeConfig(path="org/some-model", name=("mine",))) == ("mine",)
+    assert names_of(ServeConfig(path="org/some-model", name=("mine", "mine"))) == ("mine",)
     error = refusal(post(server, "/v1/chat/completions", {"model": "gpt", "messages": HELLO}), 404)
     assert error["message"] == f"model = 'gpt': must be one of {model.name}, or left out"
