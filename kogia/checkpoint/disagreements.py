@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kogia.checkpoint.fit import LAYER, Stored, misfit
-from kogia.checkpoint.quantisation import COMPRESSED, unsupported, weights_of
+from kogia.checkpoint.quantisation import COMPRESSED, unlike_schemes, unsupported, weights_of
 from kogia.checkpoint.stored import num_mtp_modules, same_samples
 from kogia.model.config import ModelConfig
 
@@ -116,6 +116,8 @@ def _quantisation(data: Mapping[str, Any], stored: Stored) -> Iterator[str]:
             yield f"{count:,} tensors are {names[format]}, but quantization_config announces {method!r}"
     if reason := unsupported(data):
         yield reason
+    else:
+        yield from grouped(unlike_schemes(data, weights_of(stored)[0]))
 
 
 def _dtypes(data: Mapping[str, Any], stored: Stored) -> Iterator[str]:

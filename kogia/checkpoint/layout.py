@@ -19,7 +19,7 @@ from torch import Tensor
 from kogia import log
 from kogia.checkpoint.directory import read_config
 from kogia.checkpoint.fit import LAYER, misfit
-from kogia.checkpoint.quantisation import SCALE_DTYPES, SCALES, SHAPE, ZERO, Weight, weights_of
+from kogia.checkpoint.quantisation import SCALE_DTYPES, SCALES, SHAPE, ZERO, Weight, unlike_schemes, weights_of
 from kogia.checkpoint.stored import same_samples, unused_mtp
 from kogia.checkpoint.tensorfile import StoredTensor, row_ranges
 from kogia.checkpoint.weights import DTYPES, dense_shape, parts_on_disk, zeros_shape
@@ -92,9 +92,10 @@ def module_of(name: str) -> str:
 
 def check_agreement(model: Transformer, stored: Mapping[str, StoredTensor], directory: Path) -> None:
     """Raise one ValueError that lists all missing, extra, mis-shaped and mistyped tensors, if there are any."""
-    if found := problems(model, stored):
+    data = read_config(directory)
+    if found := [*problems(model, stored), *unlike_schemes(data, weights_of(stored)[0])]:
         shown = found[:20] + ([f"... and {len(found) - 20} more"] if found[20:] else [])
-        if defaults := left_out(read_config(directory)):
+        if defaults := left_out(data):
             shown.append(f"config.json leaves out {', '.join(defaults)}; what its format has for that was taken")
         raise ValueError(f"{directory}: config.json and the weights do not agree:\n  " + "\n  ".join(shown))
 

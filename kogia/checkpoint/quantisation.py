@@ -8,7 +8,7 @@ int4   X.weight_packed I32, eight codes each, X.weight_scale, X.weight_shape, an
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +130,27 @@ def _unsupported_compressed(settings: Mapping[str, Any]) -> str | None:
         if weights.get("actorder"):
             return f"{where}: actorder = {weights['actorder']!r} is not supported: columns have to stand in order"
     return None
+
+
+def unlike_schemes(data: Mapping[str, Any], weights: Mapping[str, Weight]) -> Iterator[str]:
+    """One line for each int4 weight that no scheme of `config.json` is of: by the columns that share a
+    scale, or as all schemes have zeros and it has none."""
+    settings = data.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != COMPRESSED or unsupported(data):
+        return
+    schemes = [group["weights"] for group in settings["config_groups"].values() if group["weights"]["num_bits"] == 4]
+    sizes = {scheme.get("group_size") for scheme in schemes}
+    have_zeros = bool(schemes) and not any(scheme.get("symmetric", True) for scheme in schemes)
+    for weight in weights.values():
+        scale = weight.parts.get(SCALES["int4"])
+        if weight.format != "int4" or scale is None or len(scale.shape) != 2 or not scale.shape[1]:
+            continue
+        size = weight.shape[1] // scale.shape[1]
+        if size not in sizes:
+            said = ", ".join(sorted(map(str, sizes)))
+            yield f"mis-shaped: {scale.name} is of {size} columns each, config.json has group_size = {said}"
+        if have_zeros and weight.zero is None:
+            yield f"missing: {weight.name}{ZERO}, as config.json says symmetric = false"
 
 
 def describe(weights: Mapping[str, Weight]) -> dict[str, Any] | None:

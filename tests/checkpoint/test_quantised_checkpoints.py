@@ -261,7 +261,37 @@ def test_scales_that_are_no_positive_numbers_are_named(saved, value, quantize):
     assert f"{DOWN}_scale holds scales that are not positive numbers" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "settings", "says"),
+    [
+        (
+            lambda t: t.pop(f"{EXPERT}_zero_point", 0),
+            {},
+            f"missing: {EXPERT}_zero_point, as config.json says symmetric",
+        ),
+        (lambda t: None, {"group_size": 0}, "_scale is of 128 columns each, config.json has group_size = "),
+        (lambda t: None, {"group_size": None}, "_scale is of 128 columns each, config.json has group_size = "),
+    ],
+)
+def test_weights_that_are_of_no_scheme_are_named(int4, change, settings, says):
+    for group in config_groups(int4, settings).values():
+        assert group["weights"]["symmetric"] is False
+    assert says in refused(int4, change)
+    assert says in refused(int4, change, quantize="stored")
+    assert any(says in line for line in inspect_model(str(int4)).disagreements)
+
+
+def config_groups(directory, settings):
+    """Those of config.json, after `settings` were put into each scheme."""
+    found = json.loads((directory / "config.json").read_text())["quantization_config"]
+    for group in found["config_groups"].values():
+        group["weights"] |= settings
+    edit(directory, quantization_config=found)
+    return found["config_groups"]
+
+
 def test_zeros_in_some_experts_only_cannot_be_kept_but_load(int4):
+    config_groups(int4, {"symmetric": True})
     message = refused(int4, lambda t: t.pop(f"{EXPERT}_zero_point"), quantize="stored")
     assert "model.layers.1.mlp.experts.down_proj are of several types, int4 and int4 with zeros" in message
     load_model(int4)
