@@ -1,10 +1,9 @@
 """What a step of a run will take, found out before the run: its steps are done on shallow models of the same widths.
 
-With D dense layers, M mixtures and P micro-batches a step takes
-    seconds = u + D u_d + M u_m + P (p + D p_d + M p_m)
-u once a step (the optimiser, the norm of gradients, what is read), p once a micro-batch. Each is a difference of
+A step takes some seconds once (the optimiser, the norm of gradients, what is read), some for each micro-batch, and some
+for each token, and each of these is a sum over the layers and one for what is of no layer. All are differences of
 measured steps, and so is the memory of a GPU. Nothing of kernels is known here: what makes a step faster makes its
-forecast shorter. Where a step of the whole batch takes long, as on a CPU, one of fewer sequences stands for it.
+forecast shorter. Where a step of the whole batch takes long, as on a CPU, it is told from steps of fewer sequences.
 """
 
 import gc
@@ -28,8 +27,10 @@ Trial = Callable[[ModelConfig], Step]
 """Makes a model of an architecture, and what trains it as the run will."""
 EXTRA = 2
 """Layers of a kind that a deeper model has more of: differences of one are smaller beside the noise."""
-PATIENCE = {"cuda": 2.0, "cpu": 0.1}
+PATIENCE = {"cuda": 2.0, "cpu": 0.25}
 """Seconds that a step of the shallowest model may take: sequences are left out for it."""
+FURTHER = 3
+"""Times as many sequences has the step that then tells what a token takes."""
 REPEATS, MOST_REPEATS, REPEATED = 3, 15, 0.2
 """Steps that a median is of: at least so many, and up to so many in so many seconds."""
 
@@ -60,11 +61,17 @@ def forecast(
     above all."""
     whole = max(1, batch_tokens // row)
     count = _affordable(trial(_shallow(model, *_fewest(model))), model, row, whole, device)
-    batch = random_batch(model.vocab_size, [row] * count, device)
-    passes = micro_batches * batch_tokens / batch.tokens.num_tokens
-    found = _extrapolated(model, lambda shallow: _measure(trial, shallow, batch, device, is_split=passes != 1))
-    memory = max(int(found[2]), state_bytes) if device.type == "cuda" and count == whole else None
-    return Forecast(float(found[0] + passes * found[1]), memory, batch.tokens.num_tokens)
+    sizes = (count,) if count == whole else (count, FURTHER * count)
+    batches = [random_batch(model.vocab_size, [row] * size, device) for size in sizes]
+
+    def measure(shallow: ModelConfig) -> Float[np.ndarray, " quantities"]:
+        return _measure(trial, shallow, batches, device, are_several=micro_batches > 1)
+
+    once, each, token, peak = _extrapolated(model, measure)
+    tokens = batches[0].tokens.num_tokens
+    seconds = once + micro_batches * (each + token * (batch_tokens - tokens))
+    memory = max(int(peak), state_bytes) if device.type == "cuda" and count == whole else None
+    return Forecast(float(seconds), memory, tokens)
 
 
 def trials(model: ModelConfig) -> list[ModelConfig]:
@@ -131,32 +138,36 @@ def _affordable(step: Step, model: ModelConfig, row: int, whole: int, device: to
     while True:
         batch = random_batch(model.vocab_size, [row] * count, device)
         step([batch])  # compiles what is compiled
-        more = min(whole, 4 * count)
+        more = min(whole, 2 * count)
         if count == whole or _seconds(step, [batch], device) * more / count > PATIENCE[device.type]:
-            return count
+            return count if FURTHER * count < whole else whole
         count = more
 
 
 def _measure(
-    trial: Trial, model: ModelConfig, batch: Batch, device: torch.device, *, is_split: bool
+    trial: Trial, model: ModelConfig, batches: Sequence[Batch], device: torch.device, *, are_several: bool
 ) -> Float[np.ndarray, " quantities"]:
-    """(seconds once a step, seconds once a micro-batch, bytes at the peak); not `is_split`, a step's are all in the
-    second."""
+    """(seconds once a step, for a micro-batch like the first, for a token more in it, bytes at the peak). Without
+    `are_several` what is once is the micro-batch's; with one batch a token takes nothing."""
     gc.collect()  # of the model before
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    step = trial(model)
-    for _ in range(2):  # the first makes moments, and finds out which kernels are fast
+    step, first = trial(model), batches[0]
+    for batch in (first, *batches):  # the first makes moments, and finds out which kernels are fast
         step([batch])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    one = _middle(step, [batch], device)
-    both = _middle(step, [batch, batch], device) if is_split else 2 * one
+    one = _middle(step, [first], device)
+    each = max(0.0, _middle(step, [first, first], device) - one) if are_several else one
+    token = 0.0
+    if len(batches) > 1:
+        more = batches[1].tokens.num_tokens - first.tokens.num_tokens
+        token = max(0.0, _middle(step, [batches[1]], device) - one) / more
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     del step
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    each = min(one, max(0.0, both - one))
-    return np.array([one - each, each, peak - before])
+    each = min(one, each)
+    return np.array([one - each, each, token, peak - before])
 
 
 def _middle(step: Step, batches: Sequence[Batch], device: torch.device) -> float:
