@@ -5,8 +5,8 @@
 
 Drafts are on at first. After every window of steps their speed is measured again, half of it what it was before, and
 every so often the other way is tried for one window. Below a gain of 1 drafts pause; above 1 and a margin they come
-back. Steps without drafts leave no MTP rows, so that a trial begins a little below what it could be: a cost in
-acceptance, never in correctness.
+back; whether that was right is tried soon. Steps without drafts leave no MTP rows, so that a trial begins a little
+below what it could be: a cost in acceptance, never in correctness.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ WINDOW = 32
 """Steps that are measured together."""
 INTERVAL = 1024
 """Steps between two trials of the other way."""
+SOON = 4 * WINDOW
+"""The same after a change of mind: a window may have been slow for what else the machine did."""
 MARGIN = 0.05
 """What must be gained before drafts come back."""
 SETTLING = 2
@@ -47,7 +49,7 @@ class _Batch:
 
     def measure(self) -> None:
         """A window is full: its speed, and whether drafts stay on, or come back."""
-        before = self.drafts
+        before, was_on = self.drafts, self.is_on
         speed = fmean(tokens for _, tokens in self.window) / median(seconds for seconds, _ in self.window)
         # by chance one window of right drafts is worse than the next: half of what is known of windows before counts
         self.speeds[before] = speed if self.is_trial else (speed + self.speeds.get(before, speed)) / 2
@@ -55,7 +57,7 @@ class _Batch:
         if self.gain is not None and (before or self.is_trial):  # a pause ends after a trial of drafts alone
             self.is_on = self.gain >= (1 if self.is_on else 1 + MARGIN)
         if self.is_trial or self.drafts != before:
-            self.is_trial, self.num_left = False, INTERVAL
+            self.is_trial, self.num_left = False, INTERVAL if self.is_on == was_on else SOON
         if self.drafts != before:
             self.num_unsettled = SETTLING
 

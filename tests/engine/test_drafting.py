@@ -15,7 +15,7 @@ from torch import Tensor
 from kogia.engine import drafting
 from kogia.engine import engine as engine_module
 from kogia.engine.config import EngineConfig
-from kogia.engine.draft_switch import INTERVAL, SETTLING, WINDOW, DraftSwitch
+from kogia.engine.draft_switch import INTERVAL, SETTLING, SOON, WINDOW, DraftSwitch
 from kogia.engine.engine import Engine
 from kogia.engine.request import Completion, SamplingParams
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
@@ -315,8 +315,9 @@ def test_drafts_pause_when_acceptance_falls_and_come_back_when_it_rises():
     assert switch.wants(4) and switch.gain(4) == pytest.approx(1.75 / 1.2)
     run_switch(switch, 4 * WINDOW, 1.0, 1.2, 1.0)
     assert not switch.wants(4)
-    assert run_switch(switch, INTERVAL - 3 * WINDOW, 1.0, 1.2, 1.75) == 0
-    run_switch(switch, 4 * WINDOW, 1.0, 1.2, 1.75)
+    run_switch(switch, 2 * SOON, 1.0, 1.2, 1.0)
+    assert run_switch(switch, INTERVAL - 5 * WINDOW, 1.0, 1.2, 1.75) == 0, "it was tried, and stays as it is"
+    run_switch(switch, 8 * WINDOW, 1.0, 1.2, 1.75)
     assert switch.wants(4)
 
 
@@ -325,6 +326,15 @@ def test_one_window_of_bad_luck_pauses_no_drafts_that_pay():
     run_switch(switch, 200, 1.0, 1.6, 1.75)
     run_switch(switch, WINDOW, 1.0, 1.6, 1.5)
     assert run_switch(switch, 4 * WINDOW, 1.0, 1.6, 1.75) == 4 * WINDOW
+
+
+def test_a_window_in_which_the_machine_was_busy_pauses_drafts_that_pay_for_a_moment():
+    switch = DraftSwitch()
+    run_switch(switch, WINDOW + SETTLING + 1, 1.0, 1.2, 1.75)
+    run_switch(switch, WINDOW + SETTLING, 0.5, 1.2, 1.75)  # plain steps seem as fast as that
+    assert not switch.wants(4)
+    assert run_switch(switch, 2000, 1.0, 1.2, 1.75) > 2000 - SOON - 3 * (WINDOW + SETTLING)
+    assert switch.wants(4)
 
 
 def test_a_gain_within_the_margin_does_not_bring_drafts_back():
@@ -336,8 +346,8 @@ def test_a_gain_within_the_margin_does_not_bring_drafts_back():
 
 def test_each_size_of_batch_is_judged_by_itself():
     switch = DraftSwitch()
-    run_switch(switch, 200, 1.0, 1.2, 2.0, seqs=1)
-    run_switch(switch, 200, 1.0, 2.2, 2.0, seqs=64)
+    run_switch(switch, 150, 1.0, 1.2, 2.0, seqs=1)
+    run_switch(switch, 150, 1.0, 2.2, 2.0, seqs=64)
     assert switch.wants(1) and not switch.wants(64)
     assert switch.gain(2) is None and switch.wants(2)
 
