@@ -81,6 +81,7 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--work", type=Path, help="kogia-nano's directory, as runs/nano")
     kind.add_argument("--small", type=Path, help="directory with text/books_part1.jsonl.gz")
+    parser.add_argument("--base", type=Path, help="model to begin with in the place of WORK/base")
     parser.add_argument("--dir", type=Path, default=Path("runs/long"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, nargs=2, help="of the phases")
@@ -115,7 +116,7 @@ def nano(args: argparse.Namespace) -> Job:
     place = args.dir
     raw = args.work / "raw"
     return Job(
-        place, args.work / "base",
+        place, args.base or args.work / "base",
         whole_books(raw / "books_train.jsonl.gz", place / "books.jsonl.gz", args.megabytes),
         whole_books(raw / "books_heldout.jsonl.gz", place / "held_out.jsonl.gz", 1e9),
         1024, ((8192, steps[0]), (32768, steps[1])), 262144, 3e-4,
