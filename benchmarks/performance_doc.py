@@ -141,7 +141,7 @@ def cpu_table() -> list[str]:
 def host_table() -> list[str]:
     """What Python and NumPy take of a decode step, with warm caches and with cold ones."""
     rows = results("host_time")
-    lines = _measured("host_time") + _head("sequences", "caches", "us a step (spread)", "us a sequence", "at 1c56bc1")
+    lines = _measured("host_time") + _head("sequences", "caches", "us a step (spread)", "us a sequence", "at 73c2a00")
     for id, row in rows.items():
         batch, *kind = id.removeprefix("host-b").split("-")
         caches = {"cold": "cold", "heard": "warm; each has a listener"}.get("".join(kind), "warm")
