@@ -96,7 +96,7 @@ def test_drafting_needs_a_module_to_draft_with():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"temperature": -1.0}, "temperature = -1.0: must be at least 0"),
+        ({"temperature": -1.0}, "temperature = -1.0: must be 0, which is greedy, or in "),
         ({"top_p": 0.0}, r"top_p = 0.0: must be in \(0, 1\]"),
         ({"min_p": 2.0}, "min_p = 2.0"),
         ({"max_tokens": 0}, "max_tokens = 0"),
