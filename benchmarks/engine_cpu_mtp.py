@@ -8,7 +8,7 @@ with the least and the greatest. Tokens must be those without drafts, greedy and
 `cpu-mtp-speedup-b1` is of greedy answers and the number of drafts that is fastest.
 
 In the rows "steady" drafts are on in every step; in the others the engine pauses them where they do not pay, and tries
-now and then what it is without them, as it does by itself.
+now and then what it is without them, as it does by itself. An engine has given all answers once before it is timed.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def measured(
     run: Path, drafts: Sequence[int], temperature: float, adaptive: bool, rounds: int
 ) -> dict[int, dict[str, list[Any]]]:
     """Number of drafts, 0 included -> "rates" in tokens per second of each round, and of the last round the "tokens" of
-    every answer and the share of drafts "accepted". One round before the first is not counted."""
+    every answer and the share of drafts "accepted". One round before the first is not counted, and in each the answers
+    are given once before they are timed."""
     directory = resolve_model_dir(run / "rejection_sft")
     tokenizer, model = Tokenizer.load(directory), load_model(directory)
     rl = recipe(DemoConfig(out=str(run)), "grpo", RLConfig)
@@ -72,7 +73,8 @@ def measured(
         for number, here in found.items():
             options = {"num_draft_tokens": number, "adaptive_drafts": adaptive, "num_blocks": 256}
             engine = Engine(model, tokenizer, EngineConfig(prefix_cache=False, **options))
-            engine.generate(prompts[:1], params)  # in which the steps are recorded
+            for prompt in prompts:  # steps are recorded, with drafts and without, and whether drafts pay is known
+                engine.generate([prompt], params)
             start = time.process_time()
             answers = [engine.generate([prompt], params)[0][0] for prompt in prompts]
             seconds = time.process_time() - start

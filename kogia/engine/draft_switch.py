@@ -4,9 +4,10 @@
          = (1 + accepted per sequence and step) * seconds of a plain step / seconds of a step with drafts
 
 Drafts are on at first. After every window of steps their speed is measured again, half of it what it was before, and
-every so often the other way is tried for one window. Below a gain of 1 drafts pause; above 1 and a margin they come
-back; whether that was right is tried soon. Steps without drafts leave no MTP rows, so that a trial begins a little
-below what it could be: a cost in acceptance, never in correctness.
+every so often, or when they seem to be slower, the other way is tried for one window. Two trials in a row that say the
+same change it, as one may fall on a moment in which the machine does something else: below a gain of 1 drafts
+pause, above 1 and a margin they come back, and whether that was right is tried soon. Steps without drafts leave no MTP
+rows, so that a trial begins a little below what it could be: a cost in acceptance, never in correctness.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ WINDOW = 32
 INTERVAL = 1024
 """Steps between two trials of the other way."""
 SOON = 4 * WINDOW
-"""The same after a change of mind: a window may have been slow for what else the machine did."""
+"""The same after a change of mind."""
 MARGIN = 0.05
 """What must be gained before drafts come back."""
 SETTLING = 2
@@ -33,6 +34,8 @@ class _Batch:
     """The other way is being tried."""
     num_left: int = WINDOW
     """Steps until it is, or until that ends."""
+    is_doubted: bool = False
+    """The last trial spoke against `is_on`."""
     num_unsettled: int = SETTLING
     window: list[tuple[float, float]] = field(default_factory=list)
     """(seconds, tokens per sequence) of the steps since the last measurement."""
@@ -54,10 +57,15 @@ class _Batch:
         # by chance one window of right drafts is worse than the next: half of what is known of windows before counts
         self.speeds[before] = speed if self.is_trial else (speed + self.speeds.get(before, speed)) / 2
         self.window.clear()
-        if self.gain is not None and (before or self.is_trial):  # a pause ends after a trial of drafts alone
-            self.is_on = self.gain >= (1 if self.is_on else 1 + MARGIN)
-        if self.is_trial or self.drafts != before:
-            self.is_trial, self.num_left = False, INTERVAL if self.is_on == was_on else SOON
+        gain = self.gain
+        if self.is_trial and gain is not None:
+            is_against = gain < 1 if was_on else gain >= 1 + MARGIN
+            self.is_on = was_on != (is_against and self.is_doubted)
+            changed = self.is_on != was_on
+            self.is_doubted, self.is_trial = is_against and not changed, False
+            self.num_left = WINDOW if self.is_doubted else SOON if changed else INTERVAL
+        elif before and gain is not None and gain < 1:
+            self.num_left = 0
         if self.drafts != before:
             self.num_unsettled = SETTLING
 

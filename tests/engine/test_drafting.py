@@ -306,18 +306,18 @@ def run_switch(switch: DraftSwitch, steps: int, plain_ms: float, draft_ms: float
 def test_drafts_that_pay_stay_on_and_others_pause():
     trial = WINDOW + SETTLING
     assert run_switch(DraftSwitch(), 3000, 1.0, 1.2, 1.5) >= 3000 - 4 * trial
-    assert run_switch(DraftSwitch(), 3000, 1.0, 1.2, 1.0) <= 4 * trial
+    assert run_switch(DraftSwitch(), 3000, 1.0, 1.2, 1.0) <= 5 * trial
 
 
 def test_drafts_pause_when_acceptance_falls_and_come_back_when_it_rises():
     switch = DraftSwitch()
     run_switch(switch, 200, 1.0, 1.2, 1.75)
     assert switch.wants(4) and switch.gain(4) == pytest.approx(1.75 / 1.2)
-    run_switch(switch, 4 * WINDOW, 1.0, 1.2, 1.0)
+    run_switch(switch, 6 * WINDOW, 1.0, 1.2, 1.0)
     assert not switch.wants(4)
     run_switch(switch, 2 * SOON, 1.0, 1.2, 1.0)
-    assert run_switch(switch, INTERVAL - 5 * WINDOW, 1.0, 1.2, 1.75) == 0, "it was tried, and stays as it is"
-    run_switch(switch, 8 * WINDOW, 1.0, 1.2, 1.75)
+    assert run_switch(switch, INTERVAL - 7 * WINDOW, 1.0, 1.2, 1.75) == 0, "it was tried, and stays as it is"
+    run_switch(switch, 10 * WINDOW, 1.0, 1.2, 1.75)
     assert switch.wants(4)
 
 
@@ -325,16 +325,24 @@ def test_one_window_of_bad_luck_pauses_no_drafts_that_pay():
     switch = DraftSwitch()
     run_switch(switch, 200, 1.0, 1.6, 1.75)
     run_switch(switch, WINDOW, 1.0, 1.6, 1.5)
-    assert run_switch(switch, 4 * WINDOW, 1.0, 1.6, 1.75) == 4 * WINDOW
-
-
-def test_a_window_in_which_the_machine_was_busy_pauses_drafts_that_pay_for_a_moment():
-    switch = DraftSwitch()
-    run_switch(switch, WINDOW + SETTLING + 1, 1.0, 1.2, 1.75)
-    run_switch(switch, WINDOW + SETTLING, 0.5, 1.2, 1.75)  # plain steps seem as fast as that
-    assert not switch.wants(4)
-    assert run_switch(switch, 2000, 1.0, 1.2, 1.75) > 2000 - SOON - 3 * (WINDOW + SETTLING)
+    assert run_switch(switch, 4 * WINDOW, 1.0, 1.6, 1.75) >= 2 * WINDOW
     assert switch.wants(4)
+
+
+def test_a_window_in_which_the_machine_was_busy_pauses_no_drafts_that_pay():
+    switch, trial = DraftSwitch(), WINDOW + SETTLING
+    run_switch(switch, trial + 1, 1.0, 1.2, 1.75)
+    run_switch(switch, trial, 0.5, 1.2, 1.75)  # plain steps seem as fast as that
+    assert run_switch(switch, 2000, 1.0, 1.2, 1.75) > 2000 - 4 * trial
+    assert switch.wants(4)
+
+
+def test_drafts_that_pay_stay_on_beside_a_machine_that_is_busy_by_turns():
+    """Windows of both kinds take up to a half longer by chance; drafts gain a fifth."""
+    rng, switch, drafted, steps = np.random.default_rng(0), DraftSwitch(), 0, 40_000
+    for _ in range(steps // WINDOW):
+        drafted += run_switch(switch, WINDOW, 1.0 * (busy := rng.uniform(1, 1.5)), 1.46 * busy, 1.75)
+    assert drafted > 0.85 * steps
 
 
 def test_a_gain_within_the_margin_does_not_bring_drafts_back():
@@ -354,7 +362,7 @@ def test_each_size_of_batch_is_judged_by_itself():
 
 def test_an_engine_pauses_drafts_by_its_clock_and_gives_the_same_tokens(model, build):
     """The clock moves with the steps: those with drafts take twice the time, which their acceptance cannot make up."""
-    params = replace(GREEDY, max_tokens=3 * WINDOW)
+    params = replace(GREEDY, max_tokens=6 * WINDOW)
     engine = build(model, adaptive_drafts=True)
     now, launch = 0.0, engine.runner.launch
 
@@ -368,7 +376,7 @@ def test_an_engine_pauses_drafts_by_its_clock_and_gives_the_same_tokens(model, b
     if DEVICE == "cpu":
         assert found == ids(plain(model), params, PROMPTS[:2])
     assert engine.draft_switch is not None and not engine.draft_switch.wants(2)
-    assert 0 < engine.stats.num_drafted < 2 * (2 * WINDOW)
+    assert 0 < engine.stats.num_drafted < 2 * (3 * WINDOW)
     always = build(model)
     assert always.draft_switch is None
     ids(always, params, PROMPTS[:2])
