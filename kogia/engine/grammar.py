@@ -235,6 +235,21 @@ def _one_line(text: str) -> str:
     return line
 
 
+_NOT_ALLOWED = "doesn't satisfy the grammar"
+"""llguidance's words of a token that its mask had not allowed."""
+
+
+def _answer_error(text: str) -> str:
+    """Why an answer ends that a grammar was asked for. Only other rules of its request make a token come that the
+    grammar does not allow, by forbidding all that it allows."""
+    if _NOT_ALLOWED in text:
+        return (
+            "response_format: what else the request asks for (as allowed_token_ids) "
+            "leaves no token that it allows; take one of them back"
+        )
+    return _one_line(text)
+
+
 _OF_REGEX = re.compile(r"^at 1\(\d+\): | 1 \| start: .*")
 """Where an expression stands in the grammar that llguidance makes of it, and this grammar."""
 
@@ -294,7 +309,7 @@ class Grammar(Rule):
             if not self._state.is_answer(token, self._thought) or self._matcher.is_stopped():
                 pass
             elif not self._matcher.consume_token(token):
-                self.error = _one_line(self._matcher.get_error())
+                self.error = _answer_error(self._matcher.get_error())
             self._state = self._thought.after(self._state, token)
 
     def apply(self, edit: Edit, num_tokens: int, drafts: list[int]) -> None:

@@ -208,7 +208,9 @@ def _check(piece: Piece, running: Running) -> None:
     if completion is not None and completion.finish_reason == "abort":
         raise ApiError(running.reason or "the request was given up", 503)
     if completion is not None and completion.finish_reason == "error":
-        raise ApiError(completion.error or "the model produced no finite numbers; its weights overflow", 500)
+        if completion.error is not None:
+            raise ApiError(completion.error, 400)  # of the rules that the request has brought
+        raise ApiError("the model produced no finite numbers; its weights overflow", 500)
 
 
 async def collect(parts: AsyncGenerator[Piece, None]) -> list[Answer]:

@@ -482,6 +482,25 @@ def formats(model, tokenizer) -> Engine:
     return engine(model, tokenizer)
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        lambda b: {"allowed_token_ids": (b,)},
+        lambda b: {"logit_bias": {b: 100.0}, "allowed_token_ids": (b,)},
+    ],
+    ids=["allowed", "bias"],
+)
+def test_rules_that_leave_a_format_no_token_end_the_answer_and_are_named(formats, tokenizer, others):
+    """The other sequence of the batch goes on."""
+    b = tokenizer.encode_raw("b")[-1]
+    params = SamplingParams(response_format=ResponseFormat(regex="a{3}"), max_tokens=8, **others(b))
+    free = SamplingParams(response_format=ResponseFormat(regex="a{3}"), max_tokens=8)
+    (ended,), (whole,) = formats.generate([[0, 9], [0, 9]], [params, free])
+    assert ended.finish_reason == "error"
+    assert "leaves no token that it allows" in (ended.error or "")
+    assert (whole.finish_reason, whole.text) == ("stop", "aaa")
+
+
 TAGS = (END_THINK, "<｜end▁of▁sentence｜>")
 SPELT = {
     "choice": lambda tag: ResponseFormat(choice=(tag,)),

@@ -440,6 +440,17 @@ def test_the_tokenizer_is_described(server):
     assert httpx.get(server.url + "/tokenizer_info", params={"model": "other"}).status_code == 404
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_format_and_rules_that_leave_it_no_token_are_the_requests_fault(server, stream):
+    body = {"prompt": "a", "max_tokens": 5, "response_format": {"type": "json_object"}, **letters(server)}
+    if stream:
+        *_, last = events(server, "/v1/completions", body | {"stream": True})
+        error = last["error"]
+    else:
+        error = refusal(post(server, "/v1/completions", body))
+    assert error["message"].startswith("response_format: ") and error["type"] == "invalid_request_error"
+
+
 @pytest.mark.parametrize(("field", "value"), [("allowed_token_ids", [10**6]), ("logit_bias", {"1000000": 1})])
 def test_a_token_that_the_model_has_not_is_refused_by_the_name_of_its_field(server, field, value):
     answer = post(server, "/v1/chat/completions", {"messages": HELLO, field: value})
