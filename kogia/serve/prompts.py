@@ -113,6 +113,8 @@ def dialogue(
 ) -> Dialogue:
     """The messages as templates want them. With `goes_on`, or where it says so, the last one is the beginning of the
     answer. Raises 400 that names the message that will not do."""
+    if not messages:
+        raise ApiError(f"{name}: says nothing that a model could answer; give a message with text", param=name)
     called: set[str | None] = set()
     turns = []
     for index, message in enumerate(messages):

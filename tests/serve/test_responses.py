@@ -160,3 +160,16 @@ def shape(output):
 def test_what_will_not_do_is_refused(server, change, param):
     error = refusal(post(server, URL, {"input": "hello", "max_output_tokens": 2, **change}))
     assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [{"type": "message", "role": "assistant", "content": None}],
+        [{"type": "message", "role": "assistant", "content": None, "summary": [{"type": "", "text": None}]}],
+        [{"type": "reasoning", "summary": []}],
+    ],
+    ids=["no content", "no text in its summary", "an empty thought"],
+)
+def test_input_that_says_nothing_is_refused(server, items):
+    assert refusal(post(server, "/v1/responses", {"input": items}))["param"] == "input"
