@@ -182,8 +182,8 @@ class EngineConfig:
     """Most memory that the cache may take when `num_blocks` is not given; None takes 80% of what is free on a GPU once
     the model is loaded, and half of it on a CPU. It is never more than `max_sequences` whole contexts need."""
     max_batch_tokens: int | None = None
-    """Token budget of one step, shared by prefill chunks, decodes and draft verification. None: 2,048 on a CPU; 8,192
-    on a GPU, but 4,096 in steps in which sequences decode, whose next tokens wait for the prompts beside them."""
+    """Token budget of one step, shared by prefill chunks, decodes and draft verification. None: 2,048, but 8,192
+    on a GPU in steps in which no sequence decodes; where one does, its next token waits for the prompts beside it."""
     max_sequences: int = 256
     """Sequences that run at once; the rest wait."""
     num_draft_tokens: int = 0

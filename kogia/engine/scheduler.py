@@ -72,7 +72,7 @@ class TokenBudgets(NamedTuple):
         a GPU as long as some thousand tokens, and is to be spread over more than those."""
         if config.max_batch_tokens is not None:
             return cls(config.max_batch_tokens, config.max_batch_tokens)
-        return cls(8192, 4096) if is_gpu else cls(2048, 2048)
+        return cls(8192 if is_gpu else 2048, 2048)
 
 
 class Scheduler:

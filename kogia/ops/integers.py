@@ -19,8 +19,8 @@ _INT8_MAX = 127
 _INT4_MAX = 15
 _SCALE_RANGE = 2.0**-126, 2.0**120  # normal in bfloat16, and 127 times the largest is finite
 SHRINKS = 12
-"""Scales that are tried for an int4 group, each by 1/32 of the first smaller than the one before."""
-"""Shares of a group's range that int4 scales are tried for: the ends may be cut off where the rest gains by it."""
+"""Scales that are tried for an int4 group, each by 1/32 of the first smaller than the one before: the ends of its range
+may be cut off where the rest gains by it."""
 _CHUNK = 1 << 22  # numbers quantised at a time: the float32 copies of a whole stack would not fit beside it
 
 
