@@ -108,7 +108,8 @@ class RLConfig(LoopConfig, SamplingConfig):
     signal_samples: int = 16
     logprob_tolerance: float | None = None
     """Largest difference of trainer and engine log-probabilities before the run stops; None takes 1e-4 in float32, and
-    1.0 in bfloat16, whose rounding differs between the two forms of attention."""
+    1.0 in bfloat16, whose rounding differs between the two forms of attention: by up to 0.24 nats over 1,200 tokens of
+    kogia-nano, by 0.1 for the demonstration's model."""
     eval_every: int = 0
     """Steps between evaluations on the test split, each of a checkpoint; 0 evaluates only at the end."""
     eval_questions: int = 300

@@ -33,6 +33,10 @@ def test_its_card_says_what_was_measured():
     assert {row["id"] for row in rows} >= {"nano-bpb", "nano-countdown", "nano-gsm8k"}
     for row in rows:
         assert f"| {row['id']} | {row['value']:.4g} |" in card
+    other = json.loads((ROOT / "benchmarks/results/nano_twin.json").read_text(encoding="utf-8"))["rows"]
+    for row in other:
+        if row["id"] in ("nano-bpb", "nano-bpb-dense"):
+            assert f"{row['value']:.3f}" in card
 
 
 def test_it_thinks_and_solves_held_out_problems():
