@@ -116,7 +116,7 @@ async def run(
     except BaseException:
         state.limiter.leave(caller.name)
         raise
-    running = Running(id, served, caller, stream, asked.params, prompt.token_ids, prompt.opens_thought, is_text, began)
+    running = Running(id, served, caller, stream, asked, prompt.token_ids, prompt.opens_thought, is_text, began)
     state.begin(running)
     if (exchange := current.get()) is not None:
         running.request_id = exchange.id
@@ -209,7 +209,7 @@ def _check(piece: Piece, running: Running) -> None:
         raise ApiError(running.reason or "the request was given up", 503)
     if completion is not None and completion.finish_reason == "error":
         if completion.error is not None:
-            raise ApiError(completion.error, 400)  # of the rules that the request has brought
+            raise running.asked.refused(ValueError(completion.error))  # by rules that the request has brought
         raise ApiError("the model produced no finite numbers; its weights overflow", 500)
 
 

@@ -17,6 +17,7 @@ from kogia.serve.exchange import Exchange, current
 from kogia.serve.fields import Body
 from kogia.serve.limits import Limiter
 from kogia.serve.models import Models
+from kogia.serve.sampling import Asked
 from kogia.serve.served import ServedModel
 from kogia.serve.turns import Turns
 
@@ -45,7 +46,7 @@ class Running:
     model: ServedModel
     caller: Caller
     stream: Stream
-    params: SamplingParams
+    asked: Asked
     prompt_ids: Sequence[int]
     opens_thought: bool
     """Whether its answer starts inside a thought."""
@@ -62,6 +63,10 @@ class Running:
     """Why the server gave it up."""
     request_id: str | None = None
     """Of the exchange that it belongs to."""
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.asked.params
 
     @property
     def num_cached(self) -> int:

@@ -440,15 +440,33 @@ def test_the_tokenizer_is_described(server):
     assert httpx.get(server.url + "/tokenizer_info", params={"model": "other"}).status_code == 404
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_format_and_rules_that_leave_it_no_token_are_the_requests_fault(server, stream):
-    body = {"prompt": "a", "max_tokens": 5, "response_format": {"type": "json_object"}, **letters(server)}
-    if stream:
-        *_, last = events(server, "/v1/completions", body | {"stream": True})
-        error = last["error"]
-    else:
-        error = refusal(post(server, "/v1/completions", body))
-    assert error["message"].startswith("response_format: ") and error["type"] == "invalid_request_error"
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "[0-9]"}}, "structured_outputs"),
+        (
+            "/v1/chat/completions",
+            {"messages": HELLO, "enable_thinking": False, "response_format": {"type": "json_object"}},
+            "response_format",
+        ),
+        (
+            "/v1/responses",
+            {"input": "a", "reasoning": {"effort": "none"}, "text": {"format": {"type": "json_object"}}},
+            "text.format",
+        ),
+    ],
+)
+def test_a_format_that_other_rules_leave_no_token_is_the_requests_fault(server, path, body, field):
+    error = refusal(post(server, path, body | letters(server)))
+    assert error["param"] == field and error["message"].startswith(f"{field}: what else the request asks for")
+    assert error["type"] == "invalid_request_error"
+
+
+def test_a_stream_whose_format_is_left_no_token_ends_with_the_same_error(server):
+    body = {"prompt": "a", "response_format": {"type": "json_object"}, "stream": True, **letters(server)}
+    *_, last = events(server, "/v1/completions", body)
+    assert last["error"]["param"] == "response_format"
 
 
 @pytest.mark.parametrize(("field", "value"), [("allowed_token_ids", [10**6]), ("logit_bias", {"1000000": 1})])
