@@ -39,41 +39,13 @@ from kogia.ops.sample import counter_uniforms, sample
 from kogia.ops.segments import Segments, segments_of
 
 SIZES = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    20,
-    24,
-    28,
-    32,
-    40,
-    48,
-    56,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    224,
-    256,
-    320,
-    384,
-    448,
-    512,
-)
+    1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512
+)  # fmt: skip
+"""Sequences of the steps that are recorded; a step of fewer is filled up by nobody's."""
 T = TypeVar("T")
 Graph = torch.cuda.CUDAGraph | Recording
 CONTEXTS = (2048, 16384, 131072)
 """Longest contexts of the classes: each has its own width of block tables and its own split of the attention."""
-
-
 NUM_FIELDS = 10
 """Numbers of a sequence beside its blocks: token id, position, slot, context length; the rest is `Settings.drawing`."""
 

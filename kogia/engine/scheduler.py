@@ -204,9 +204,7 @@ class Scheduler:
         starts, pending = table.num_computed[rows], table.num_pending[rows]
         ends, is_pending = starts + counts, pending > 0
         num_samples = np.maximum(ends - table.num_known[rows] - pending + 1, 0)
-        if (
-            self.num_drafts and self.num_flights
-        ):  # it is not known where those start: all that they run is sampled behind
+        if self.num_drafts and self.num_flights:  # where those start is not known: all that they run is sampled behind
             num_samples = np.where(is_pending, counts, num_samples)
         table.num_computed[rows] = ends
         table.num_pending[rows] = pending + (num_samples > 0)

@@ -46,7 +46,7 @@ class Loading(Protocol):
 class LLM:
     """A loaded model with its tokenizer and an engine.
 
-    >>> llm = LLM("runs/demo/model")
+    >>> llm = LLM("runs/demo/rejection_sft")
     >>> llm.chat([{"role": "user", "content": "numbers 4 6 15 target 17"}])[0].answer
     >>> llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))[0][0].text
     """
