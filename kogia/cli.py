@@ -69,7 +69,7 @@ COMMANDS = {
     "convert": Command(
         "kogia.checkpoint.config:ConvertConfig",
         "kogia.inference.convert:main",
-        "Rewrite a checkpoint: dtype, quantised and back, merged or in shards, GGUF in and out",
+        "Rewrite a checkpoint: dtype, quantised, shards, GGUF, and back",
     ),
     "report": Command("kogia.report.config:ReportConfig", "kogia.report.build:main", "Write one HTML page about a run"),
 }
@@ -144,8 +144,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "kogia COMMAND --help lists the flags. With every command: --cores 0-3 keeps it to",
-            "these cores, --traceback shows where an error arose. --version.",
+            "kogia COMMAND --help lists the flags. With every command: --cores 0-3 keeps it",
+            "to these cores, --traceback shows where an error arose. --version.",
         ]
     )
 

@@ -147,11 +147,40 @@ def parse_args(cls: type[C], argv: Sequence[str], *, prog: str, description: str
     flags = _in_tyros_words(cls, _absorb_structure(cls, argv, data))
     with _naming(recipe):
         default = _read_table(cls, data, "", None, tyro.MISSING)
-    config = tyro.cli(
-        cls, default=default, args=flags, prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,)
-    )
+    with _help_in_paragraphs():
+        config = tyro.cli(
+            cls, default=default, args=flags, prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,)
+        )
     check_finite(config)
     return config
+
+
+def _help_in_paragraphs() -> contextlib.AbstractContextManager[Any]:
+    """Within it tyro tells a field without the line ends of its docstring, which are those of the source."""
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    registry, is_asked = ConstructorRegistry(), False
+
+    def told(field: StructFieldSpec) -> str | None:
+        text = field.helptext() if callable(field.helptext) else field.helptext
+        return text and " ".join(text.split())
+
+    @registry.struct_rule
+    def rule(info: StructTypeInfo) -> Any:
+        nonlocal is_asked
+        if is_asked:  # by itself, for what the other rules say
+            return None
+        is_asked = True
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            is_asked = False
+        if not isinstance(spec, StructConstructorSpec):
+            return spec
+        fields = (dataclasses.replace(field, helptext=functools.partial(told, field)) for field in spec.fields)
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
 
 
 # Reading ---------------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from rich.cells import cell_len
 
 from kogia import cli
 from kogia.cli import COMMANDS, Command, main
@@ -105,6 +107,16 @@ def test_the_help_of_each_command_does_not_load_torch(name: str):
     modules, _ = run(f"from kogia.cli import main; main(['{name}', '--help'])")
     assert "kogia.config" in modules
     assert "torch" not in modules
+
+
+def test_help_fits_a_terminal_of_80_columns(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["--help"], *([name, "--help"] for name in COMMANDS)):
+        with contextlib.suppress(SystemExit):
+            main(words)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) > 5
+        assert [line for line in lines if cell_len(line) > 80] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -471,6 +471,33 @@ def test_help_shows_docstrings_and_defaults(capsys: Any):
     assert "0.5" in text
 
 
+def test_help_fills_its_lines_whatever_the_lines_of_the_docstring_are(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    @dataclass(frozen=True)
+    class Inner:
+        depth: int = 1
+        """How deep
+        it goes."""
+
+    @dataclass(frozen=True)
+    class Page:
+        inner: Inner = Inner()
+        width: int = 2
+        """How wide
+        it is:
+        `a` or 1."""
+        one: int = 3
+        """One line."""
+
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse_args(Page, ["--help"], prog="p", description="d")
+    text = capsys.readouterr().out
+    for told in ("How deep it goes.", "How wide it is: `a` or 1.", "One line."):
+        assert told in text
+
+
 def test_a_positional_field_reads_the_first_plain_word():
     @dataclass(frozen=True)
     class Page:

@@ -30,9 +30,9 @@ def dtype_name(dtype: object) -> str:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What a model is and costs, and where its files contradict its config.json (then the exit status is 1)."""
+    """What a model is and costs; status 1 where its files contradict its config.json."""
 
-    model: Positional[str | None] = None
+    model: Positional[str] = ""
     """Model or run directory, GGUF file, preset, as deepseek-v3, or `org/name` of the Hugging Face Hub; without one
     the presets are listed."""
     context: int | None = None
@@ -43,7 +43,7 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Rewrite a checkpoint in another type or other files, piece by piece: memory does not grow with the model."""
+    """Rewrite a checkpoint in another type or in other files, piece by piece."""
 
     src: Positional[str]
     """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""

@@ -11,7 +11,7 @@ from kogia.model.presets import PRESETS
 
 def main(config: InspectConfig) -> int:
     """Print the report, or what presets there are. 1 where the files disagree with their config.json, else 0."""
-    if config.model is None:
+    if not config.model:
         _list_presets(config)
         return 0
     report = inspect_model(config.model, config.context)

@@ -12,7 +12,7 @@ STAGES = ("base", "cold_start", "grpo", "rejection_sft", "student")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The R1 recipe in miniature, from random weights to a distilled student, with a report at the end."""
+    """The R1 recipe in miniature, from random weights to a distilled student."""
 
     out: str = "runs/demo"
     """Directory of all stages. A demonstration that was interrupted goes on where it stopped."""

@@ -47,7 +47,7 @@ def check_numbers_of_experts(numbers: Sequence[int], engines: int | None) -> Non
 
 @dataclass(frozen=True)
 class EvalConfig(FilteredSamplingConfig):
-    """Measure a model on tasks: several samples per question, intervals over questions, every sample kept."""
+    """Measure a model on tasks, by samples of each question, with intervals."""
 
     path: Positional[str]
     """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
@@ -95,6 +95,7 @@ class EvalConfig(FilteredSamplingConfig):
     verify_timeout: float = 5.0
     """Seconds one check may take."""
     device: str = "auto"
+    """auto is the GPU where there is one."""
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     quantize: LoadQuantize = "auto"
@@ -130,8 +131,7 @@ class EvalConfig(FilteredSamplingConfig):
 
 @dataclass(frozen=True)
 class ContextConfig:
-    """How far back a model looks: the loss of the same tokens behind more and more text, the loss by position, and pass
-    keys hidden at every depth of texts of every length."""
+    """How far back a model looks: by losses behind more and more text, by pass keys."""
 
     path: Positional[str]
     """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
@@ -159,6 +159,7 @@ class ContextConfig:
     """Directory of NAME.json and NAME.png; None is RUN/evals for a run directory or its checkpoints, else ./evals."""
     engine: EngineConfig = EngineConfig()
     device: str = "auto"
+    """auto is the GPU where there is one."""
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     quantize: LoadQuantize = "auto"

@@ -30,7 +30,7 @@ ENGINE_OPTIONS = (
 
 @dataclass(frozen=True)
 class GenerateConfig(FilteredSamplingConfig):
-    """Answer prompts with a model: from --prompt, from --file or from stdin: one prompt per line, or JSON lines."""
+    """Answer prompts, from --prompt, --file or stdin: one a line, or rows of JSON."""
 
     path: Positional[str] = ""
     """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`. Without one it is our
@@ -66,6 +66,7 @@ class GenerateConfig(FilteredSamplingConfig):
     logprobs: bool = False
     """Write the log-probability of each token as a column."""
     device: str = "auto"
+    """auto is the GPU where there is one."""
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     quantize: LoadQuantize = "auto"
@@ -132,6 +133,7 @@ class ChatConfig:
     expert_parallel: bool = False
     """With tensor_parallel, split the routed experts by number instead of each by its width."""
     device: str = "auto"
+    """auto is the GPU where there is one."""
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     quantize: LoadQuantize = "auto"
@@ -184,16 +186,16 @@ def engine_options(engine: EngineConfig, draft_tokens: int | None) -> dict[str, 
 class BenchConfig:
     """Measure how fast a model runs, here or behind an address.
 
-    kogia bench PATH times the engine in this process: decoding and reading prompts by themselves, and with --rate what
-    requests wait for that arrive at random. kogia bench --url URL sends requests to any server with OpenAI's API (ours,
-    vLLM's, llama.cpp's) and prints the table of `vllm bench serve`: requests and tokens per second, time to the first
-    token (TTFT), per token behind it (TPOT), between pieces of a stream (ITL) and until the end (E2EL).
-
-    kogia bench PATH --batches 1 8 64
-
-    kogia bench --url http://127.0.0.1:8000 --rate 4 --requests 200
-
-    kogia bench --url http://127.0.0.1:8000 --clients 16 --prefix-tokens 100 --goodput ttft:500 tpot:50 --out load.json
+    $ kogia bench PATH --batches 1 8 64
+        decoding and reading prompts by themselves; with --rate also what
+        requests wait for that arrive at random
+    $ kogia bench --url http://127.0.0.1:8000 --rate 4 --requests 200
+        any server with OpenAI's API (ours, vLLM's, llama.cpp's), and the
+        table of `vllm bench serve`: requests and tokens per second, time to
+        the first token (TTFT), per token behind it (TPOT), between pieces
+        of a stream (ITL) and until the end (E2EL)
+    $ kogia bench --url URL --clients 16 --prefix-tokens 100 --goodput ttft:500
+        a closed loop with a shared beginning, and who met the goal
     """
 
     path: Positional[str] = ""
@@ -253,6 +255,7 @@ class BenchConfig:
     rounds: int = 3
     """Measurements of each kind; the median counts, with the least and the largest beside it."""
     device: str = "auto"
+    """auto is the GPU where there is one."""
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; drawn weights are bfloat16 on a GPU."""
     quantize: LoadQuantize = "auto"
@@ -338,8 +341,9 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """What this machine has, how fast its memory and its products are, and which implementation each op takes."""
+    """What this machine has, how fast it is, and which implementation each op takes."""
 
     device: str = "auto"
+    """auto is the GPU where there is one."""
     json: bool = False
     """Print JSON."""

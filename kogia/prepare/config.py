@@ -35,7 +35,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Documents, cleaned, deduplicated, decontaminated and tokenised, for `kogia pretrain --data OUT`."""
+    """Documents deduplicated, decontaminated and tokenised, for `kogia pretrain`."""
 
     out: str
     """Directory to create. The same command again goes on where a killed one was."""

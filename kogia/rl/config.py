@@ -52,7 +52,7 @@ class PolicyLossConfig:
 
 @dataclass(frozen=True)
 class RLConfig(LoopConfig, SamplingConfig):
-    """Reinforcement learning with verifiable rewards: groups of samples, relative advantages, policy updates."""
+    """Reinforcement learning with verifiable rewards (GRPO), by groups of samples."""
 
     init: str
     """Model directory, run directory, or `org/name` of the Hugging Face Hub to start from; also the KL reference."""
@@ -130,6 +130,7 @@ class RLConfig(LoopConfig, SamplingConfig):
     verify_timeout: float = 5.0
     """Seconds one check may take."""
     device: str = "auto"
+    """auto is the GPU where there is one."""
     threads: int | None = None
     """CPU threads for PyTorch; None leaves its choice."""
     resume: bool = False
@@ -191,7 +192,7 @@ class RLConfig(LoopConfig, SamplingConfig):
 
 @dataclass(frozen=True)
 class CurateConfig(FilteredSamplingConfig):
-    """Rejection sampling (DeepSeek-R1 section 2.3.3): sample, verify, keep good answers as fine-tuning data."""
+    """Rejection sampling (DeepSeek-R1 section 2.3.3): verified samples become data."""
 
     path: Positional[str]
     """Model directory, run directory, GGUF file, or a model of the Hugging Face Hub, `org/name`."""
@@ -239,6 +240,7 @@ class CurateConfig(FilteredSamplingConfig):
     verify_timeout: float = 5.0
     """Seconds one check may take."""
     device: str = "auto"
+    """auto is the GPU where there is one."""
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     quantize: LoadQuantize = "auto"

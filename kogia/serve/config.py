@@ -69,7 +69,7 @@ class ServeConfig:
     min_p: float | None = None
     """The same; else 0, which is off."""
     marks_in_messages: bool = False
-    """Let messages spell the model's marks, as <｜User｜> or <|im_end|>, which then end a turn or begin another.
+    """Let messages spell the model's marks, as <|im_end|>, which then end a turn or begin another.
     Without it they are text. Prompts of /v1/completions spell them in any case."""
     drain_seconds: float = 30.0
     """After SIGTERM or Ctrl-C: how long requests that run may go on. No new ones are taken."""
@@ -94,6 +94,7 @@ class ServeConfig:
     expert_parallel: bool = False
     """With tensor_parallel, split the routed experts by number instead of each by its width."""
     device: str = "auto"
+    """auto is the GPU where there is one."""
     dtype: LoadDtype = "auto"
     """auto is the checkpoint's, float32 on a CPU; fp8 keeps the weights of an FP8 checkpoint as they are."""
     quantize: LoadQuantize = "auto"

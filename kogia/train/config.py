@@ -125,7 +125,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class SupervisedConfig(LoopConfig):
-    """One supervised stage: pretraining, cold-start SFT, rejection-sampled SFT or distillation."""
+    """One supervised stage: pretraining, fine-tuning on traces, or distillation."""
 
     out: str
     """Run directory to create."""
@@ -200,6 +200,7 @@ class SupervisedConfig(LoopConfig):
     seed: int = 0
     """Of the weights and of the data order."""
     device: str = "auto"
+    """auto is the GPU where there is one."""
     threads: int | None = None
     """CPU threads for PyTorch; None leaves its choice."""
     resume: bool = False
