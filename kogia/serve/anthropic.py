@@ -20,7 +20,7 @@ from kogia.serve.openai_chat import ThinkingSwitch
 from kogia.serve.prompts import CalledFunction, CalledTool, ChatMessage
 from kogia.serve.sampling import EFFORTS, Effort, SamplingBody, Thinking, schema_format
 from kogia.serve.segments import Segment, Step, segments
-from kogia.serve.sse import EventStream, encode, until_gone
+from kogia.serve.sse import EventStream, encode
 from kogia.serve.state import ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.serve.tools import Function, Tool
@@ -165,7 +165,7 @@ async def messages(body: MessagesBody, request: Request, caller: Caller = Depend
     reply = MessageReply(await start(state, body, body.turn, caller, new_id("msg_")), body)
     if body.stream:
         return EventStream(reply.chunks(), state.config.keep_alive_seconds)
-    return JSONResponse(await until_gone(request.receive, reply.whole()))
+    return JSONResponse(await reply.whole())
 
 
 @router.post("/v1/messages/count_tokens")

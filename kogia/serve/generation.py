@@ -10,6 +10,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from kogia.engine.loop import Stream
@@ -20,6 +21,7 @@ from kogia.serve.exchange import current
 from kogia.serve.sampling import Asked
 from kogia.serve.served import ServedModel
 from kogia.serve.state import Running, ServerState
+from kogia.serve.turns import in_thread
 from kogia.text.chat import Prompt, ToolCall
 from kogia.text.thoughts import ThoughtSplitter, num_thought_tokens
 from kogia.text.tools import CallPiece, CallReader, Read
@@ -126,25 +128,12 @@ async def run(
 
 async def _submit(served: ServedModel, caller: Caller, prompt: Prompt | Sequence[int], asked: Asked) -> Stream:
     """In a thread: the engine checks a request, and compiles its grammar, and no client without one waits for that."""
-
-    async def submit() -> Stream:
-        has_format = asked.params.response_format is not None
-        async with served.lanes.formats.of(caller.name) if has_format else contextlib.nullcontext():
-            return await asyncio.to_thread(served.engine.submit, prompt, asked.params)
-
-    submitting = asyncio.ensure_future(submit())
+    lane = None if asked.params.response_format is None else served.lanes.formats
+    submit = partial(served.engine.submit, prompt, asked.params)
     try:
-        return await asyncio.shield(submitting)
-    except asyncio.CancelledError:  # the client has left meanwhile
-        submitting.add_done_callback(_give_up)
-        raise
+        return await in_thread(submit, lane, caller.name, give_up=Stream.cancel)
     except ValueError as error:
         raise asked.refused(error) from None
-
-
-def _give_up(submitting: "asyncio.Future[Stream]") -> None:
-    with contextlib.suppress(BaseException):
-        submitting.result().cancel()
 
 
 async def pieces(

@@ -19,7 +19,7 @@ from kogia.serve.generation import Answer, Piece, collect, new_id, timings, usag
 from kogia.serve.logprobs import chat_logprobs, prompt_logprobs, routed_experts
 from kogia.serve.prompts import Messages, check_generation_prompt
 from kogia.serve.sampling import EFFORTS, Effort, Format, SamplingBody, Thinking, check_best_of, format_of
-from kogia.serve.sse import DONE, EventStream, encode, until_gone
+from kogia.serve.sse import DONE, EventStream, encode
 from kogia.serve.state import ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.serve.tools import Choice, NamedTool, Tools
@@ -147,7 +147,7 @@ async def chat_completions(body: ChatBody, request: Request, caller: Caller = De
     reply = ChatReply(await start_chat(state, body, caller), body)
     if body.stream:
         return EventStream(reply.chunks(), state.config.keep_alive_seconds)
-    return JSONResponse(await until_gone(request.receive, reply.whole()))
+    return JSONResponse(await reply.whole())
 
 
 @router.post("/v1/chat/completions/{completion_id}/stop_thinking")

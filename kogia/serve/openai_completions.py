@@ -20,7 +20,7 @@ from kogia.serve.openai_chat import StreamOptions, last_chunk
 from kogia.serve.prompts import write_prompt
 from kogia.serve.sampling import Format, SamplingBody, check_best_of, check_scores, format_of, sampling_params
 from kogia.serve.served import ServedModel
-from kogia.serve.sse import DONE, EventStream, encode, until_gone
+from kogia.serve.sse import DONE, EventStream, encode
 from kogia.serve.state import Running, ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.text.chat import Prompt
@@ -77,7 +77,7 @@ async def complete(body: CompletionBody, request: Request, caller: Caller) -> Re
     reply = CompletionReply(state, body, await _start(state, body, served, caller, prompts))
     if body.stream:
         return EventStream(reply.chunks(), state.config.keep_alive_seconds)
-    return JSONResponse(await until_gone(request.receive, reply.whole()))
+    return JSONResponse(await reply.whole())
 
 
 def _check(body: CompletionBody) -> None:

@@ -1,9 +1,8 @@
 """Messages of a request into the prompt that the model continues."""
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from pydantic import PrivateAttr
@@ -15,6 +14,7 @@ from kogia.serve.fields import MOST_MESSAGES, MOST_TOOLS, Flag, Name, Part, Text
 from kogia.serve.memory import LARGE_BYTES
 from kogia.serve.sampling import Thinking
 from kogia.serve.served import ServedModel
+from kogia.serve.turns import in_thread
 from kogia.text.chat import Message, Prompt, ToolCall, continue_prompt, has_thinking_switch, render_prompt
 from kogia.text.marks import Marks
 from kogia.text.tokenizer import END_THINK
@@ -182,8 +182,7 @@ async def write_prompt(
     lane = served.lanes.templates if has_template else None
     if exchange is not None and exchange.size > LARGE_BYTES:
         lane = served.lanes.large
-    async with contextlib.nullcontext() if lane is None else lane.of(caller.name):
-        return await asyncio.to_thread(work, *args, **kwargs)
+    return await in_thread(partial(work, *args, **kwargs), lane, caller.name)
 
 
 def render(said: Dialogue, served: ServedModel, thinking: Thinking) -> Prompt:

@@ -23,7 +23,7 @@ from kogia.serve.generation import new_id, usage
 from kogia.serve.prompts import CalledFunction, CalledTool, ChatMessage, Content
 from kogia.serve.sampling import EFFORTS, AskedFormat, Effort, SamplingBody, Thinking, schema_format
 from kogia.serve.segments import Segment, Step, segments
-from kogia.serve.sse import EventStream, encode, until_gone
+from kogia.serve.sse import EventStream, encode
 from kogia.serve.state import ServerState
 from kogia.serve.strict import StrictRoute
 from kogia.serve.tools import Choice, Function, Tool
@@ -205,7 +205,7 @@ async def responses(body: ResponsesBody, request: Request, caller: Caller = Depe
     reply = ResponseReply(await start(state, body, body.turn, caller, new_id("resp_")), body)
     if body.stream:
         return EventStream(reply.chunks(), state.config.keep_alive_seconds)
-    return JSONResponse(await until_gone(request.receive, reply.whole()))
+    return JSONResponse(await reply.whole())
 
 
 def _check(body: ResponsesBody) -> None:

@@ -1,4 +1,4 @@
-"""How bodies are read: as JSON in UTF-8, at most 200 deep, without NaN, and by routes that note what they pass over."""
+"""How bodies are read: as JSON in UTF-8, at most 200 deep, without NaN; and that nothing is done for those who left."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -7,8 +7,10 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from kogia.serve.errors import ApiError, shown
+from kogia.serve.sse import until_gone
 
 MOST_PARTS = 2**19
 """Opening brackets, those in texts among them: nobody else is served while they are read."""
@@ -29,8 +31,15 @@ class StrictRequest(Request):
         return value
 
 
+class Unsent(Response):
+    """To a client that has left."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pass
+
+
 class StrictRoute(APIRoute):
-    """Takes its body from a `StrictRequest`."""
+    """Takes its body from a `StrictRequest`, and works on its answer for as long as the client is there."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -38,8 +47,9 @@ class StrictRoute(APIRoute):
         async def strict(given: Request) -> Response:
             request = StrictRequest(given.scope, given.receive)  # one alone reads the body, which comes once
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if request.method == "POST" and kind != "application/json" and await request.body():
+            body = await request.body()  # what is received behind it is that the client has left
+            if request.method == "POST" and kind != "application/json" and body:
                 raise ApiError(f"content-type = {shown(kind)}: must be application/json", 415)
-            return await handle(request)
+            return await until_gone(request.receive, handle(request)) or Unsent()
 
         return strict

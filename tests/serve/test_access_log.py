@@ -93,6 +93,16 @@ def test_who_leaves_has_a_line_too_and_a_renamed_file_is_made_anew(logged):
     assert 0 < line["completion_tokens"] < 3000
 
 
+def test_who_leaves_before_there_is_an_answer_has_a_line_without_a_status(logged):
+    server, file = logged
+    seen = size(file)
+    body = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "n": 8}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"x-api-key": KEY}, timeout=0.2)
+    (line,) = new_lines(file, seen, 1)
+    assert (line["status"], line["finish_reasons"]) == (None, ["abort"] * 8)
+
+
 def test_a_log_that_cannot_be_written_is_refused_at_the_start(model, tmp_path):
     from kogia import cli
 

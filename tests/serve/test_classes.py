@@ -7,6 +7,7 @@ is kept out is tested where it is done, too: keys, and prefixes that they do not
 """
 
 import json
+import pkgutil
 import re
 import shutil
 import sys
@@ -20,6 +21,7 @@ import pytest
 from fastapi.routing import APIRoute
 from serve.asks import HELLO, post, refusal
 from serve.server import serving
+from serve.sockets import connect, head
 
 from kogia import cli
 from kogia.serve import access
@@ -236,6 +238,43 @@ def test_bombs_by_the_dozen_hold_nobody_up_who_asks_for_no_format(server, monkey
             assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
         assert sum(answer.done() for answer in answers) < 12
         assert [answer.result().status_code for answer in answers] == [200] * 12
+
+
+LANES = {
+    "formats": (CHAT, lambda i: {"messages": HELLO, "max_tokens": 1, "structured_outputs": {"choice": [f"b{i}"]}}),
+    "large": ("/tokenize", lambda i: {"prompt": f"{i} " + "the answer is " * 30_000}),
+    "rendering": ("/page/render", lambda i: {"texts": [f"*{i}*"]}),
+}
+SLOW = {
+    "formats": "kogia.engine.grammar.Grammars._try",
+    "large": "kogia.serve.openai_tokens._tokens",
+    "rendering": "kogia.serve.page.routes.render",
+}
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_nothing_is_begun_for_those_who_have_left(server, monkeypatch, lane):
+    """Class 5: who asks by the dozen and leaves holds up nobody who stays."""
+    (path, body), begun = LANES[lane], []
+    work = pkgutil.resolve_name(SLOW[lane])
+
+    def slowly(*args):
+        begun.append(args)
+        time.sleep(0.2)
+        return work(*args)
+
+    monkeypatch.setattr(SLOW[lane], slowly)
+    clients = []
+    for index in range(12):
+        data = json.dumps(body(index)).encode()
+        clients.append(connect(server))
+        clients[-1].sendall(head(path, "POST", f"Content-Length: {len(data)}") + data)
+    while not begun:
+        time.sleep(0.01)
+    for client in clients:
+        client.close()
+    assert post(server, path, body(12)).status_code == 200
+    assert len(begun) < 6 and server.engine.num_unfinished == 0
 
 
 def test_every_route_but_that_of_life_and_the_page_takes_a_key(model, tmp_path):

@@ -1,8 +1,10 @@
 """One at a time, and callers by turns."""
 
 import asyncio
+import threading
+from functools import partial
 
-from kogia.serve.turns import Turns
+from kogia.serve.turns import Turns, in_thread
 
 
 def run(asked: str, leave: tuple[int, ...] = ()) -> list[str]:
@@ -15,13 +17,14 @@ def run(asked: str, leave: tuple[int, ...] = ()) -> list[str]:
 
         async def one(place: int, caller: str) -> None:
             nonlocal inside, most
-            async with turns.of(caller):
-                inside, most = inside + 1, max(most, inside + 1)
-                try:
-                    await asyncio.sleep(0.001)
-                    order.append(f"{caller}{place}")
-                finally:
-                    inside -= 1
+            await turns.take(caller)
+            inside, most = inside + 1, max(most, inside + 1)
+            try:
+                await asyncio.sleep(0.001)
+                order.append(f"{caller}{place}")
+            finally:
+                inside -= 1
+                turns.pass_on()
 
         tasks = [asyncio.ensure_future(one(place, caller)) for place, caller in enumerate(asked)]
         await asyncio.sleep(0)
@@ -29,8 +32,8 @@ def run(asked: str, leave: tuple[int, ...] = ()) -> list[str]:
             tasks[place].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert most == 1
-        async with turns.of("x"):
-            return order
+        await turns.take("x")
+        return order
 
     return asyncio.run(asyncio.wait_for(work(), 5))
 
@@ -49,11 +52,41 @@ def test_those_who_leave_are_passed_over_whenever_they_do():
 def test_a_turn_that_comes_to_one_who_leaves_goes_on_to_the_next():
     async def work() -> None:
         turns = Turns()
-        async with turns.of("a"):
-            waiting = [asyncio.ensure_future(turns.of(name).__aenter__()) for name in "bc"]
-            await asyncio.sleep(0)
+        await turns.take("a")
+        waiting = [asyncio.ensure_future(turns.take(name)) for name in "bc"]
+        await asyncio.sleep(0)
+        turns.pass_on()
         waiting[0].cancel()  # its turn has come, and it does not know yet
         await asyncio.sleep(0)
         await asyncio.wait_for(waiting[1], 1)
+
+    asyncio.run(work())
+
+
+def test_work_that_has_begun_keeps_its_turn_until_it_is_done_though_nobody_waits_for_it():
+    async def work() -> None:
+        turns, ended, given_up, done = Turns(), threading.Event(), list[str](), list[str]()
+
+        def first() -> str:
+            assert ended.wait(5)
+            done.append("first")
+            return "first"
+
+        def second() -> None:
+            done.append("second")
+
+        asked = [
+            asyncio.ensure_future(in_thread(first, turns, "a", give_up=given_up.append)),
+            asyncio.ensure_future(in_thread(partial(done.append, "never"), turns, "a")),
+            asyncio.ensure_future(in_thread(second, turns, "b")),
+        ]
+        await asyncio.sleep(0.01)
+        for each in asked[:2]:
+            each.cancel()
+        await asyncio.sleep(0.05)
+        assert not done and all(each.cancelled() for each in asked[:2])
+        ended.set()
+        await asyncio.wait_for(asked[2], 5)
+        assert done == ["first", "second"] and given_up == ["first"]
 
     asyncio.run(work())

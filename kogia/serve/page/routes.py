@@ -1,6 +1,7 @@
 """What the page asks for beside the OpenAI routes: models, HTML of texts, answers with HTML, and traces."""
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -20,9 +21,10 @@ from kogia.serve.page.render import render
 from kogia.serve.page.trace import trace_of, trace_params
 from kogia.serve.prompts import check_tokens
 from kogia.serve.served import ServedModel
-from kogia.serve.sse import EventStream, until_gone
+from kogia.serve.sse import EventStream
 from kogia.serve.state import ServerState
 from kogia.serve.strict import StrictRoute
+from kogia.serve.turns import in_thread
 from kogia.text.chat import Prompt
 from kogia.text.thoughts import num_thought_tokens
 
@@ -59,8 +61,7 @@ async def rendered(body: RenderBody, request: Request, caller: Caller = Depends(
 
 async def _rendered(state: ServerState, caller: Caller, text: str) -> list[str]:
     """One at a time: several threads of Python would leave the others a few milliseconds each."""
-    async with state.rendering.of(caller.name):
-        return await asyncio.to_thread(render, text)
+    return await in_thread(partial(render, text), state.rendering, caller.name)
 
 
 @router.post("/page/chat")
@@ -76,8 +77,7 @@ async def chat(body: ChatBody, request: Request, caller: Caller = Depends(authen
 async def trace(body: TraceBody, request: Request, caller: Caller = Depends(authenticate)) -> Response:
     state: ServerState = request.app.state.server
     served = await state.find(body.model)
-    found = await until_gone(request.receive, _traced(state, served, body, caller))
-    return JSONResponse(found or {})
+    return JSONResponse(await _traced(state, served, body, caller))
 
 
 async def _traced(state: ServerState, served: ServedModel, body: TraceBody, caller: Caller) -> dict[str, Any]:
