@@ -96,14 +96,17 @@ WHITESPACE = {"whitespace_pattern": r"[ \t]{0,2}(\r?\n[ \t]{0,32})?"}
 """Between parts of JSON: a model that likes blanks would write them until its tokens end."""
 
 
+def with_blanks(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema that says how many blanks JSON may have, unless it does."""
+    return schema if isinstance(schema.get(OPTIONS), Mapping) else {**schema, OPTIONS: WHITESPACE}
+
+
 def _schema_text(schema: str | Mapping[str, Any]) -> str:
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         if parsed is True:  # anything
             parsed = {}
-        if isinstance(parsed, Mapping) and not isinstance(parsed.get(OPTIONS), Mapping):
-            parsed = {**parsed, OPTIONS: WHITESPACE}
-        text = json.dumps(parsed, allow_nan=False)
+        text = json.dumps(with_blanks(parsed) if isinstance(parsed, Mapping) else parsed, allow_nan=False)
     except (ValueError, TypeError) as error:
         raise ValueError(f"response_format.json is no JSON ({error}); give a schema as an object or its text") from None
     except RecursionError:

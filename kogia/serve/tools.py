@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kogia.engine.grammar import ResponseFormat
+from kogia.engine.grammar import ResponseFormat, with_blanks
 from kogia.serve.errors import ApiError
 from kogia.serve.fields import MOST_TOOLS, Flag, Part, Text, items
 from kogia.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def call_format(chosen: Sequence[Tool], form: ToolFormat, tokenizer: Tokenizer, 
     rules = [f"start: {before} call {more} {after}", "call: " + " | ".join(f"call{i}" for i in range(len(chosen)))]
     for index, tool in enumerate(chosen):
         begin, end = (part.replace("NAME", tool.function.name) for part in form.call)
-        schema = json.dumps(tool.function.parameters or {"type": "object"})
+        schema = json.dumps(with_blanks(tool.function.parameters or {"type": "object"}))
         rules.append(f"call{index}: {_literal(begin, tokenizer)} arguments{index} {_literal(end, tokenizer)}")
         rules.append(f"arguments{index}: %json {schema}")
     return ResponseFormat(grammar="\n".join(rules))

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from serve.asks import HELLO, events, letters, post, refusal
 from serve.server import serving
 
+from kogia.engine.grammar import Compiler
 from kogia.engine.request import SamplingParams
 from kogia.serve.state import ServerState
+from kogia.serve.tools import Tool, call_format
 from kogia.text.chat import Message, render_prompt
-from kogia.text.tools import DEEPSEEK
+from kogia.text.tools import DEEPSEEK, DEEPSEEK_V31, HERMES, LLAMA
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PICK = {
@@ -182,6 +184,30 @@ def test_a_tool_is_called_because_the_grammar_says_so(client, choice):
         final = stream.get_final_completion().choices[0]
     assert final.finish_reason == "tool_calls"
     assert final.message.tool_calls[0].function.arguments == call.function.arguments
+
+
+@pytest.mark.parametrize("form", [DEEPSEEK, DEEPSEEK_V31, HERMES, LLAMA], ids=lambda form: form.name)
+def test_a_grammar_of_calls_bounds_their_blanks(server, form):
+    tokenizer = server.tokenizer
+    compiler = Compiler(tokenizer.backend.to_str(), tokenizer.vocab_size, tokenizer.eos_ids)
+    matcher = compiler.start(*call_format([Tool(**PICK)], form, tokenizer, parallel=False).source)
+
+    def takes(text: str) -> bool:
+        own = matcher.deep_copy()
+        return all(own.consume_token(token) for token in tokenizer.encode(text))
+
+    begun = form.before + form.call[0].replace("NAME", "pick")
+    assert takes(begun + '{\n  "n": 1\n}') and takes(begun + '{"n":1}') and not takes(begun + '{"n"' + " " * 50)
+
+
+def test_blanks_in_a_call_come_to_an_end(client, server):
+    blanks = [number for number in range(server.tokenizer.vocab_size) if server.tokenizer.decode([number]).isspace()]
+    answer = client.chat.completions.create(
+        model="tiny", messages=HELLO, tools=[PICK], tool_choice="required", parallel_tool_calls=False, max_tokens=200,
+        logit_bias={str(number): 100 for number in blanks}, extra_body={"enable_thinking": False},
+    )  # fmt: skip
+    (call,) = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls" and json.loads(call.function.arguments)["n"] in (1, 2)
 
 
 def test_results_of_tools_go_back_in_and_results_without_calls_do_not(client, server):
