@@ -174,7 +174,7 @@ def _add(turns: list[ChatMessage], item: Item, name: str) -> None:
     if item.type == "message" and item.role != "assistant":
         turns.append(ChatMessage(role=item.role or "user", content=item.content).at(name, f"{name}.content"))
         return
-    if not turns or turns[-1].role != "assistant":
+    if not turns or turns[-1].role != "assistant" or _is_said(turns[-1], item):
         turns.append(ChatMessage(role="assistant").at(name, f"{name}.content"))
     turn = turns[-1]
     if item.type == "message":
@@ -189,6 +189,12 @@ def _add(turns: list[ChatMessage], item: Item, name: str) -> None:
             raise ApiError(f"{name}.{missing} is missing: a function_call has one", param=f"{name}.{missing}")
         function = CalledFunction(name=item.name, arguments=item.arguments)
         turn.tool_calls = [*(turn.tool_calls or []), CalledTool(id=item.call_id, function=function)]
+
+
+def _is_said(turn: ChatMessage, item: Item) -> bool:
+    """Whether a turn already has what an item would be to it: one text, and a thought before it."""
+    is_spoken = turn.content is not None
+    return is_spoken if item.type == "message" else item.type == "reasoning" and (is_spoken or bool(turn.thought))
 
 
 def _thought(content: Content | None) -> str | None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve.asks import events, letters, post, refusal
 
+from kogia.serve.responses import ResponsesBody
 from kogia.text.tools import DEEPSEEK
 
 URL = "/v1/responses"
@@ -58,6 +59,35 @@ def test_system_prompt_and_several_turns(client, server):
     short = client.responses.create(model="tiny", input="three", instructions="be brief", max_output_tokens=2)
     said = [said[0], said[-1]]
     assert short.usage.input_tokens == post(server, "/tokenize", {"messages": said}).json()["count"]
+
+
+def spoken(role, text):
+    return {"role": role, "content": [{"type": "input_text", "text": text}]}
+
+
+CALL = {"type": "function_call", "call_id": "c", "name": "pick", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "4"}
+
+
+def thought(text):
+    return {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+
+
+@pytest.mark.parametrize(
+    "items, turns",
+    [
+        ([spoken("assistant", "one"), spoken("assistant", "two")], [("one", None, 0), ("two", None, 0)]),
+        ([thought("a"), spoken("assistant", "one"), CALL], [("one", "a", 1)]),
+        ([spoken("assistant", "one"), CALL, OUTPUT, spoken("assistant", "two")], [("one", None, 1), ("two", None, 0)]),
+        ([thought("a"), thought("b"), spoken("assistant", "one")], [(None, "a", 0), ("one", "b", 0)]),
+        ([spoken("assistant", "one"), thought("b"), spoken("assistant", "two")], [("one", None, 0), ("two", "b", 0)]),
+    ],
+)
+def test_nothing_that_was_said_is_lost_where_items_of_an_assistant_follow_each_other(items, turns):
+    messages = ResponsesBody(input=[spoken("user", "x"), *items, spoken("user", "y")]).turn.messages
+    own = [each for each in messages if each.role == "assistant"]
+    found = [(each.content and each.content[0].text, each.thought, len(each.tool_calls or ())) for each in own]
+    assert found == turns
 
 
 def test_a_thought_is_an_item_of_its_own(client, server):
