@@ -104,6 +104,14 @@ class Limiter:
             account.requests.take(1, now)
         account.num_running += 1
 
+    def check_size(self, name: str, num_requests: int, field: str) -> None:
+        """Raise 400 for a body whose `field` makes so many requests that this key may never have them."""
+        limits = self._account(name).limits
+        for most, what in ((limits.concurrent_requests, "at once"), (limits.requests_per_minute, "a minute")):
+            if most is not None and num_requests > most:
+                rule = f"each is a request, of which this key may have {most} {what}; send fewer"
+                raise ApiError(f"{field} has {num_requests} texts: {rule}", param=field)
+
     def take_tokens(self, name: str, count: int, now: float) -> None:
         if (bucket := self._account(name).tokens) is not None:
             bucket.take(count, now)

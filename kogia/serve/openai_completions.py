@@ -128,6 +128,7 @@ async def _start(
 ) -> list[Running]:
     """Begin all; none if one of them will not do."""
     id_, started = new_id("cmpl-"), []
+    state.limiter.check_size(caller.name, len(prompts), "prompt")
     check_scores(sum(map(len, prompts)), body.logprobs if body.echo else None, "logprobs")
     check_scores(sum(map(len, prompts)), body.prompt_logprobs, "prompt_logprobs")
     logprobs = False if body.logprobs is None else body.logprobs or True

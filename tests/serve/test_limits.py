@@ -90,6 +90,18 @@ def test_one_at_a_time_is_one_at_a_time_and_room_comes_back_however_a_request_en
     assert ask(limited, "carol").status_code == 200
 
 
+def test_more_prompts_than_a_key_may_ever_have_are_refused_at_once(limited, clock):
+    def texts(name, count):
+        body = {"messages": None, "prompt": ["a"] * count, "max_tokens": 1}
+        return ask(limited, name, "/v1/completions", **body)
+
+    for name, most, what in (("alice", 3, "a minute"), ("carol", 1, "at once")):
+        error = refusal(texts(name, most + 1))
+        assert error["param"] == "prompt" and f"has {most + 1} texts" in error["message"] and what in error["message"]
+        assert texts(name, most).status_code == 200
+    assert texts("bob", 20).status_code == 200
+
+
 @given(
     st.integers(1, 100),
     st.lists(st.floats(0, 30), min_size=1, max_size=40),
