@@ -11,6 +11,8 @@ from typing import Any, cast
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from kogia.serve.errors import ApiError, response_to
+
 HEAD_SECONDS = 20.0
 """For the head of a request to arrive, once a connection is open."""
 IDLE_SECONDS = 75
@@ -108,6 +110,19 @@ class Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         self._since = self.loop.time()
         super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP, in the shape of all errors; nothing more where an answer has begun."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = response_to(ApiError("this is no request of HTTP/1.1 that can be read", 400), "")
+            headers = [*answer.raw_headers, (b"connection", b"close")]
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason="Bad Request"),
+                h11.Data(data=bytes(answer.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def look(self) -> None:
         """End the connection if the client has taken nothing for too long. To be called every second or so."""

@@ -19,6 +19,7 @@ RULES = {
     "dict_type": "must be an object",
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
+    "extra_forbidden": "is not known here; leave it out",
 }
 """In place of pydantic's own words."""
 MOST_SHOWN = 80

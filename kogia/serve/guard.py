@@ -52,6 +52,8 @@ class Guard:
             return
         exchange = Exchange(f"req_{uuid.uuid4().hex}", scope["method"], self._state.clock())
         current.set(exchange)
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # its answer, of which the server below sends no more than the head
         for listener in self._state.on_begin:
             listener(exchange, Headers(scope=scope))
         transfer = _Transfer(exchange, scope, receive, send)

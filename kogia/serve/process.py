@@ -60,6 +60,7 @@ class Process(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="error",  # what strangers send is no news
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=MOST_HEADER_BYTES,

@@ -19,6 +19,7 @@ from kogia.serve.fields import (
     MOST_COMPLETIONS,
     MOST_LOGPROBS,
     MOST_STOPS,
+    MOST_TOKENS,
     Biases,
     Body,
     Count,
@@ -33,7 +34,6 @@ from kogia.serve.fields import (
     Stops,
     Text,
     Token,
-    TokenIds,
     Whole,
     given,
     items,
@@ -119,7 +119,7 @@ class SamplingBody(Body):
     min_tokens: Annotated[Whole, Field(ge=0, le=2**20)] | None = None
     ignore_eos: Flag | None = None
     include_stop_str_in_output: Flag | None = None
-    allowed_token_ids: TokenIds | None = None
+    allowed_token_ids: Annotated[list[Token], items(MOST_TOKENS, 1)] | None = None
     bad_words: Stops | None = None
     priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
     """Lower goes first."""

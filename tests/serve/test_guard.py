@@ -113,6 +113,14 @@ def test_other_methods_and_upgrades_are_refused(server):
     assert raw(server, upgrade).split(b" ")[1] == b"200"  # an offer that is not taken up
 
 
+@pytest.mark.parametrize("path", ["/", "/page/app.js", "/health", "/ready", "/metrics", "/v1/models", "/none", CHAT])
+def test_head_is_get_without_the_body(server, path):
+    told, got = httpx.head(server.url + path), httpx.get(server.url + path)
+    assert (told.status_code, told.content) == (got.status_code, b"")
+    for name in ("content-type", "allow", "etag"):
+        assert told.headers.get(name) == got.headers.get(name), name
+
+
 def test_a_head_that_does_not_arrive_ends_the_connection(server, monkeypatch):
     monkeypatch.setattr("kogia.serve.connection.HEAD_SECONDS", 0.2)
     with socket.create_connection(address(server)) as slow:
