@@ -151,11 +151,11 @@ class Stream:
             raise self._error
 
     def _take(self, event: TokenEvent) -> None:
-        """The loop hands over an event."""
+        """The loop hands over an event. The last is there before the stream counts as ended: readers take no lock."""
+        self._events.append(event)
         if event.completion is not None:
             self.completions[event.request_id] = event.completion
             self._on_end(self)
-        self._events.append(event)
 
 
 class StreamLoop:
@@ -430,10 +430,10 @@ class StreamLoop:
         stream = self._streams.get(event.request_id)
         if stream is None:
             return  # of a request that was added without this loop
+        self._heard.append(stream)
+        stream._take(event)
         if event.completion is not None:
             del self._streams[event.request_id]
-        stream._take(event)
-        self._heard.append(stream)
 
     def _fail(self, stream: Stream, error: BaseException) -> None:
         """Let it raise an error where it would wait."""

@@ -363,6 +363,29 @@ def test_other_streams_take_no_request_its_turn(engine, model, ahead):
     assert_empty(engine)
 
 
+def test_whoever_sees_that_a_stream_has_ended_finds_its_last_event(engine):
+    """Looked for, as another thread would, before each line that the loop runs."""
+    stream = engine.submit([5, 6], PARAMS)
+    last: list[TokenEvent] = []
+
+    def look(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != loop_module.__file__:
+            return None
+        if event == "line" and stream.has_ended and not last:
+            reader = threading.Thread(target=lambda: last.extend(asyncio.run(stream.arrived()) or [None]))
+            reader.start()
+            reader.join(20)
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        engine.loop.wait(lambda: stream.has_ended)
+    finally:
+        sys.settrace(before)
+    assert last[-1] is not None and last[-1].completion == stream.result()[0]
+
+
 @contextmanager
 def interrupted_at(line: int, package: Path) -> Iterator[None]:
     """Ctrl-C before the `line`-th line that runs in files of `package`.
