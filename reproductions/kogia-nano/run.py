@@ -42,6 +42,7 @@ MORE_TO_DO = 3
 GRACE = 25.0
 """Seconds in which a stage that was told to stop has to end."""
 SHARD_BYTES = 15 << 20
+GENERATION = "generation_config.json"
 _MARKS = re.compile(r"<<[^<>]*>>")
 _FINAL = re.compile(r"\n?####.*\Z", re.DOTALL)
 
@@ -272,6 +273,8 @@ def without_copies(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if file.suffix != ".safetensors" and not file.name.startswith("model.safetensors"):
             shutil.copy(file, target / file.name)
+    generation = json.loads((target / GENERATION).read_text(encoding="utf-8"))
+    write_json(target / GENERATION, generation | {"do_sample": False})  # there is one answer to a puzzle
 
 
 def write_card(job: Job) -> bool:

@@ -1,15 +1,18 @@
 """The model in checkpoints/kogia-nano, as it is kept there."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from kogia.checkpoint.own import OWN
 from kogia.engine.request import SamplingParams
+from kogia.inference.config import ChatConfig
 from kogia.inference.llm import LLM
 from kogia.tasks.countdown import Countdown
-from kogia.tasks.task import Response
+from kogia.tasks.task import Message, Response
+from kogia.text.files import read_generation
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / OWN
@@ -49,3 +52,17 @@ def test_it_thinks_and_solves_held_out_problems():
     right = [task.verify(p, response(a)).correct for p, a in zip(problems, answers, strict=True)]
     assert sum(right) >= 7
     assert sum(a.num_accepted for a in answers) > 0.8 * sum(a.num_drafted for a in answers) > 0
+
+
+def test_it_answers_the_questions_of_its_card_as_its_settings_have_it_sampled():
+    (block,) = re.findall(
+        r"## What to ask\n.*?```\n(.*?)```", (MODEL / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    questions = [quoted or line for quoted, line in re.findall(r'"""([^"]+)"""|^([^\n]+)$', block, re.MULTILINE)]
+    params = SamplingParams.of(ChatConfig(str(MODEL)).sampling(read_generation(MODEL)))
+    assert params.temperature == 0
+    llm = LLM(MODEL, num_draft_tokens=1, device="cpu")
+    answers = [llm.chat([Message("user", question)], params)[0].answer for question in questions]
+    assert answers == [
+        "11+(23-14)", "28", "enots", "enost", "1", "Ray knight, Ann knight, Cid knave", "U"
+    ]  # fmt: skip

@@ -151,6 +151,7 @@ def test_an_exported_model_is_the_same_without_copies_in_small_files(tmp_path, m
     monkeypatch.setattr(run, "SHARD_BYTES", 20_000)
     (tmp_path / "small").mkdir()
     run.without_copies(tmp_path / "whole", tmp_path / "small")
+    assert json.loads((tmp_path / "small/generation_config.json").read_text())["do_sample"] is False
     files = list((tmp_path / "small").glob("*.safetensors"))
     assert len(files) > 2
     names = json.loads((tmp_path / "small/model.safetensors.index.json").read_text())["weight_map"]
