@@ -7,7 +7,7 @@ A recording keeps all memory that its kernels name, so there is a budget, and th
 """
 
 from bisect import bisect_left
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,22 +41,28 @@ def prompt_sizes(vocab_size: int) -> list[int]:
     return sorted(size for size in sizes if size <= min(_MOST, tokens_on_cpu(vocab_size)))
 
 
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What prompts run on and write to."""
+
+    model: Transformer
+    view: WholeCache
+    newest: Int[Tensor, " rows"]
+    """The runner's: what each sequence sampled last."""
+    state: DraftState | None
+    """Where steps may draft: what they leave of it."""
+    experts: ActiveExperts
+    longest: int
+    """The most tokens of a sequence."""
+
+
 class PromptStep:
     """The step of one number of tokens."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        view: WholeCache,
-        newest: Int[Tensor, " rows"],
-        state: DraftState | None,
-        experts: ActiveExperts,
-        size: int,
-        longest: int,
-    ) -> None:
-        """With a `state` it drafts; `newest` is the runner's. No context is longer than `longest`."""
-        self.model, self.view, self.newest, self.state = model, view, newest, state
-        cache = view.cache
+    def __init__(self, around: Surroundings, size: int, *, drafts: bool) -> None:
+        self.model, self.view, self.newest = around.model, around.view, around.newest
+        self.state = around.state if drafts else None
+        cache, experts, longest = around.view.cache, around.experts, around.longest + 1 + around.view.lookahead
         self.inputs = torch.zeros(4, size, dtype=torch.int64)
         """Tokens, positions, slots and next tokens."""
         self.numbers = torch.zeros(5, 1, dtype=torch.int64)
@@ -69,7 +75,7 @@ class PromptStep:
         self.tables = torch.full((2, num_blocks), cache.spare_slot // cache.block_size)
         """The same for their blocks."""
         self.contexts = np.full(2, num_blocks * cache.block_size)
-        self.active, self.active_drafts = (experts.own(count, model.device) for count in (size, 1))
+        self.active, self.active_drafts = (experts.own(count, around.model.device) for count in (size, 1))
         self.single, self.one = Segments(torch.arange(2), np.ones(1, dtype=np.int64)), torch.ones(1, dtype=torch.int64)
         self.found: list[Tensor] = []
         """Token, log-probability and drafts."""
@@ -146,19 +152,9 @@ class PromptStep:
 class Prompts:
     """Records and replays the steps of single prompts."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        view: WholeCache,
-        newest: Int[Tensor, " rows"],
-        state: DraftState | None,
-        experts: ActiveExperts,
-        longest: int,
-    ) -> None:
-        """With a `state`, steps with drafts are recorded too. Sequences have up to `longest` tokens."""
-        self.model, self.view, self.newest, self.state, self.experts = model, view, newest, state, experts
-        self.longest = longest + 1 + view.lookahead
-        self.sizes = prompt_sizes(model.config.vocab_size)
+    def __init__(self, around: Surroundings) -> None:
+        self.around = around
+        self.sizes = prompt_sizes(around.model.config.vocab_size)
         self._seen: set[tuple[int, bool]] = set()
         """Sizes, with drafts and without, that were asked for and are not recorded."""
         self._recorded: dict[tuple[int, bool], PromptStep] = {}
@@ -176,7 +172,7 @@ class Prompts:
             return False
         settings = table.settings(plan.rows)
         is_plain = not (settings.ruled or settings.has_top or settings.is_traced or table.scored(plan).any())
-        if not is_plain or plan.is_pending[0] or not self.experts.are_own(table, plan.rows):
+        if not is_plain or plan.is_pending[0] or not self.around.experts.are_own(table, plan.rows):
             return False
         kind = self._size(plan), drafts
         if kind in self._recorded or kind in self._seen:
@@ -189,8 +185,7 @@ class Prompts:
         kind = size, _ = self._size(plan), drafts
         step = self._recorded.pop(kind, None)
         if step is None:
-            state = self.state if drafts else None
-            step = PromptStep(self.model, self.view, self.newest, state, self.experts, size, self.longest)
+            step = PromptStep(self.around, size, drafts=drafts)
         step.fill(plan, table)
         step.play()
         self._keep(kind, step)

@@ -18,7 +18,7 @@ from kogia.engine.activation import ActiveExperts
 from kogia.engine.drafting import DraftGraphs, DraftState
 from kogia.engine.graphs import DecodeGraphs
 from kogia.engine.inputs import Arrived, Bundle, Download, Staging, Upload
-from kogia.engine.prompts import Prompts
+from kogia.engine.prompts import Prompts, Surroundings
 from kogia.engine.scoring import (
     prompt_scores,
     put_prompt_scoring,
@@ -107,7 +107,7 @@ class Runner:
                 state = DraftState(self._newest, num_drafts)
                 self.draft_graphs = DraftGraphs(model, view, state, experts, len(table.requests), longest)
             if self.device.type == "cpu":
-                self.prompts = Prompts(model, view, self._newest, state, experts, longest)
+                self.prompts = Prompts(Surroundings(model, view, self._newest, state, experts, longest))
 
     def launch(self, plan: StepPlan, num_drafts: int = 0) -> Flight:
         """Start a step: run every planned token, sample where the plan asks for it, draft `num_drafts` more."""
