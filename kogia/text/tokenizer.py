@@ -11,7 +11,7 @@ costs accuracy.
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ THINK = "<think>"
 END_THINK = "</think>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+MAX_VOCAB_SIZE = 1 << 22
+"""The trainer takes memory for all tokens that it may make, and ends the process where it gets none."""
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # The same words as kogia.text.chat.render_text, for every tool that reads tokenizer_config.json.
@@ -59,6 +61,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
 
+_LONG_RUN = re.compile(r"\S{512}(?=\S)|\s{512}(?=\s)")
 _DIGITS = r"\p{N}{1,3}"
 _CJK = r"[一-龥぀-ゟ゠-ヿ]+"
 _WORDS = (
@@ -344,17 +347,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(cut_long_runs(texts), trainer)
     return Tokenizer(backend, _default_config())
 
 
+def cut_long_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut where a word, or a run of blanks, goes on and on: merging takes the square of a word's length."""
+    for text in texts:
+        begin = 0
+        for run in _LONG_RUN.finditer(text):
+            yield text[begin : run.end()]
+            begin = run.end()
+        yield text[begin:]
+
+
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise ValueError for fewer tokens than `train_bpe` must give."""
+    """Raise ValueError for fewer tokens than `train_bpe` must give, or more than it can."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
             f"vocab_size={vocab_size}: must hold {len(SPECIAL_TOKENS)} special tokens and 256 bytes; "
             f"give at least {MIN_VOCAB_SIZE}"
         )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size}: a tokenizer is trained of at most {MAX_VOCAB_SIZE} tokens")
 
 
 def parse_backend(text: str, name: str) -> Backend:

@@ -11,10 +11,12 @@ from kogia.text.tokenizer import (
     BOS,
     END_THINK,
     EOS,
+    MAX_VOCAB_SIZE,
     MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,
     THINK,
     Tokenizer,
+    cut_long_runs,
     train_bpe,
 )
 
@@ -108,6 +110,27 @@ def test_the_trained_vocabulary_is_the_same_every_time(tmp_path):
     again = train_bpe(iter(CORPUS), 600)
     assert again.backend.get_vocab() == TOKENIZER.backend.get_vocab()
     assert MIN_VOCAB_SIZE < again.vocab_size <= 600
+
+
+@pytest.mark.parametrize("text", ["a" * 2_000_000, " " * 2_000_000, "=" * 2_000_000, "ACGGT" * 400_000])
+def test_training_takes_no_longer_for_a_word_that_goes_on_and_on(text):
+    """Merging takes the square of a word's length: of each of these hours."""
+    trained = train_bpe([text, *CORPUS], 600)
+    assert trained.decode(trained.encode(text[:5000])) == text[:5000]
+    assert max(map(len, trained.backend.get_vocab())) > 16, "runs are still learned"
+
+
+def test_texts_of_words_of_any_usual_length_are_learned_as_they_are():
+    words = ["x" * 511, "y" * 512, "\n" * 300]
+    texts = [*CORPUS, " ".join(words), words[1]]
+    assert list(cut_long_runs(texts)) == texts
+    assert list(cut_long_runs(["é" * 513, "a b", " " * 1030])) == ["é" * 512, "é", "a b", *[" " * 512] * 2, " " * 6]
+
+
+@pytest.mark.parametrize("size", [-5, MIN_VOCAB_SIZE - 1, MAX_VOCAB_SIZE + 1, 10**10])
+def test_a_vocabulary_too_small_or_too_large_to_train_is_refused(size):
+    with pytest.raises(ValueError, match=f"vocab_size={size}: .* at (least|most)"):
+        train_bpe(["a"], size)
 
 
 def test_saved_tokenizer_loads_the_same(tmp_path):
