@@ -35,6 +35,7 @@ from kogia.text.tokenizer import Tokenizer
 
 CHUNK = 1024  # documents tokenised at a time, on all cores
 META = "meta.json"
+SPLITS = "train", "val"
 CHECKED_BYTES = 4 << 30
 """Larger files are not read through to compare their checksum."""
 FORMAT = 3
@@ -100,8 +101,8 @@ def build_shards(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> dic
             write_json(directory / META, {"fingerprint": fingerprint})
         else:
             _write_directory(data, tokenizer, directory, fingerprint)
-    found = _read_meta(directory).get("fingerprint")
-    if found != fingerprint:
+    meta = _read_meta(directory)
+    if (found := meta.get("fingerprint")) != fingerprint:
         raise ValueError(
             f"{directory} holds the tokens of other data settings, tokenizer or file versions (fingerprint {found}, "
             f"now {fingerprint}); delete that folder to tokenise again, or undo the change to resume exactly"
@@ -110,7 +111,10 @@ def build_shards(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> dic
         return _open_prepared(prepared, data, tokenizer)
     specs = tuple((source.weight, source.spec) for source in data.sources)
     train = _open(directory / "train", data.piece, *zip(*specs, strict=True))
-    return {"train": train, "val": _open(directory / "val", data.longest, *zip(*specs, strict=True))}
+    val = _open(directory / "val", data.longest, *zip(*specs, strict=True))
+    if meta.get("splits", splits := splits_digest(directory)) != splits:  # earlier ones do not tell
+        raise _damaged(directory, "its train/ and val/ are not those that it was finished with")
+    return {"train": train, "val": val}
 
 
 def prepared_directory(data: DataConfig) -> Path | None:
@@ -142,6 +146,11 @@ def read_prepared(directory: Path) -> dict[str, Any]:
     return meta
 
 
+def splits_digest(directory: Path, *more: str) -> str:
+    """Hash of what the two splits of a directory say of themselves: others of the same form, or exchanged, differ."""
+    return digest(json.dumps([*more, *((directory / split / META).read_text(encoding="utf-8") for split in SPLITS)]))
+
+
 def _open_prepared(directory: Path, data: DataConfig, tokenizer: Tokenizer) -> dict[str, Shard]:
     meta = read_prepared(directory)
     if meta["tokenizer"] != tokenizer_digest(tokenizer):
@@ -153,7 +162,10 @@ def _open_prepared(directory: Path, data: DataConfig, tokenizer: Tokenizer) -> d
     shards = {"train": _open(directory / "train", data.piece, tuple(weights), tuple(names))}
     if len(shards["train"].source_ends) != len(meta["names"]):
         raise _damaged(directory, f"{META} and train/{META} disagree")
-    return shards | {"val": _open(directory / "val", data.longest)}
+    shards["val"] = _open(directory / "val", data.longest)
+    if splits_digest(directory, meta["tokenizer"]) != meta["fingerprint"]:
+        raise _damaged(directory, "its train/ and val/ are not those that it was finished with")
+    return shards
 
 
 def _open(directory: Path, longest: int, weights: tuple[float, ...] = (), names: tuple[str, ...] = ()) -> Shard:
@@ -408,7 +420,8 @@ def _write_directory(data: DataConfig, tokenizer: Tokenizer, directory: Path, fi
                 log.info(f"data: {replies:,} replies of the assistant count in the loss, and none of what they answer")
             train.finish()
             val.finish()
-        (draft / META).write_text(json.dumps({"fingerprint": fingerprint}))
+        meta = {"fingerprint": fingerprint, "splits": splits_digest(draft)}
+        (draft / META).write_text(json.dumps(meta))
 
 
 def _check_not_empty(data: DataConfig, train: SplitWriter, val: SplitWriter) -> None:

@@ -25,8 +25,8 @@ from kogia.checkpoint.directory import resolve_tokenizer_dir
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.config import load_toml, save_toml, to_dict
 from kogia.cores import usable_cores
-from kogia.data.config import PREPARED, is_of_files, is_prepared
-from kogia.data.shards import META, digest, source_state, token_dtype, tokenizer_digest
+from kogia.data.config import PREPARED, UNCUT, is_of_files, is_prepared
+from kogia.data.shards import META, SPLITS, open_shard, source_state, splits_digest, token_dtype, tokenizer_digest
 from kogia.data.sources import has_document, read_source, source_files
 from kogia.files import (
     check_directory,
@@ -82,7 +82,7 @@ def main(config: PrepareConfig) -> None:
         report = _prepare(plan, out)
     for line in report:
         log.info(line)
-    meta = json.loads((out / META).read_text(encoding="utf-8"))
+    meta = _read_json(out / META)
     told = f"{meta['tokens']:,} tokens, {meta['held_out_tokens']:,} more held out"
     size = Tokenizer.load(out / TOKENIZER).vocab_size
     model = "--model.preset", "kogia-demo", "--model.vocab-size", str(size)
@@ -178,10 +178,11 @@ def _prepare(plan: Plan, out: Path) -> list[str]:
     save_toml(replace(config, overwrite=False), out / PREPARED)
     inputs = _check_inputs(config, out)
     if (out / META).exists():
-        _remove_parts(out)
-        reports = [SourceReport(**each) for each in json.loads((out / REPORT).read_text(encoding="utf-8"))["sources"]]
-        log.info(f"{out} is complete")
-        return _finish(config, out, reports)
+        if (reports := _reports(out)) is not None:
+            _remove_parts(out)
+            log.info(f"{out} is complete")
+            return _finish(config, out, reports)
+        (out / META).unlink()
     (out / PARTS).mkdir(exist_ok=True)
     tokenizer = _tokenizer(config, out)
     write_json(out / INPUTS, inputs)
@@ -194,12 +195,37 @@ def _prepare(plan: Plan, out: Path) -> list[str]:
     return _conclude(config, out, parts, evaluations, tokenizer)
 
 
+def _reports(out: Path) -> list[SourceReport] | None:
+    """What a finished preparation has told of its sources; None, with a word, where it is damaged: it is made anew."""
+    try:
+        for split in SPLITS:
+            open_shard(out / split, UNCUT)
+        meta = _read_json(out / META)
+        if splits_digest(out, str(meta.get("tokenizer"))) != meta.get("fingerprint"):
+            raise ValueError(f"{out}: train/ and val/ are not those that it was finished with")
+        return [SourceReport(**each) for each in _read_json(out / REPORT)["sources"]]
+    except (ValueError, TypeError, KeyError) as error:
+        log.warn(f"{error}: the data are made anew")
+        return None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError with the file's name where it is none, or holds no object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error}); add --overwrite to begin anew") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: damaged (it holds no object); add --overwrite to begin anew")
+    return found
+
+
 def _check_inputs(config: PrepareConfig, out: Path) -> dict[str, Any]:
     """The state of all that is read. ValueError where it is another than that with which the work was begun."""
     sources = [source_state(source) for source in config.sources]
     inputs = json.loads(json.dumps({"files": {file: s for each in sources for file, s in each["files"].items()}}))
     if (out / INPUTS).exists():
-        before = json.loads((out / INPUTS).read_text(encoding="utf-8"))["files"]
+        before = _read_json(out / INPUTS).get("files", {})
         now = inputs["files"]
         if changed := [file for file in sorted(before.keys() | now.keys()) if before.get(file) != now.get(file)]:
             raise ValueError(
@@ -271,7 +297,7 @@ class Workers:
         source = self.config.sources[number]
         mark = self.place / f"{number:03d}.json"
         if mark.exists():
-            count = json.loads(mark.read_text(encoding="utf-8"))["chunks"]
+            count = int(_read_json(mark)["chunks"])
         else:
             count = self._make(number, before, size, total, line)
             write_json(mark, {"spec": source.spec, "chunks": count})
@@ -363,13 +389,12 @@ def _finish(
     """Write report and meta.json; also where only weights have changed, then without `sets`, which stay."""
     epochs = mix(config, reports)
     if sets is None:
-        sets = json.loads((out / REPORT).read_text(encoding="utf-8"))["evaluations"]
+        sets = _read_json(out / REPORT)["evaluations"]
     settings = {"dedup": config.dedup, "near_threshold": config.near_threshold, "ngram": config.ngram}
     write_json(out / REPORT, settings | {"sources": [asdict(each) for each in reports], "evaluations": sets})
     tokenizer = tokenizer_digest(Tokenizer.load(out / TOKENIZER))
-    splits = [(out / split / META).read_text(encoding="utf-8") for split in ("train", "val")]
     meta = {
-        "fingerprint": digest(json.dumps([tokenizer, *splits])),
+        "fingerprint": splits_digest(out, tokenizer),
         "tokenizer": tokenizer,
         "names": [source.spec for source in config.sources],
         "weights": epochs,

@@ -22,6 +22,7 @@ from kogia.data.config import DataConfig, SourceConfig
 from kogia.data.loader import gather_batch
 from kogia.data.rows import Document, document_from_row
 from kogia.data.shards import Shard, build_shards, is_held_out, join, open_shard, shard_fingerprint, tokenise
+from kogia.files import exchange
 from kogia.text.chat import Message, render_example
 from kogia.text.tokenizer import Tokenizer, train_bpe
 
@@ -159,6 +160,21 @@ def test_a_bit_that_flipped_is_noticed_by_the_checksum(tmp_path, tokenizer, name
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"train: damaged or truncated \(.*(checksum|disagree)"):
         build_shards(data, tokenizer, tmp_path / "data")
+
+
+def test_splits_that_were_exchanged_or_are_of_another_directory_are_noticed(tmp_path, tokenizer):
+    places = [tmp_path / "data", tmp_path / "other"]
+    configs = [
+        DataConfig((source("stories", num=num),), batch_tokens=64, max_seqlen=32, val_share=0.3) for num in (50, 60)
+    ]
+    for data, place in zip(configs, places, strict=True):
+        build_shards(data, tokenizer, place)
+    for other in (places[0] / "val", places[1] / "train"):
+        exchange(places[0] / "train", other)
+        with pytest.raises(ValueError, match="not those that it was finished with"):
+            build_shards(configs[0], tokenizer, places[0])
+        exchange(places[0] / "train", other)
+        build_shards(configs[0], tokenizer, places[0])
 
 
 def test_one_directory_of_texts_serves_any_context_and_chats_above_it_are_left_out(tmp_path, tokenizer):

@@ -17,6 +17,7 @@ from kogia.config import from_dict, parse_toml
 from kogia.data.config import DataConfig, SourceConfig
 from kogia.data.loader import gather_batch
 from kogia.data.shards import build_shards
+from kogia.files import exchange
 from kogia.prepare import chunks, run
 from kogia.prepare.config import EvaluationConfig, PrepareConfig, PreparedSource
 from kogia.text.tokenizer import Tokenizer, train_bpe
@@ -131,6 +132,29 @@ def test_two_workers_or_a_kill_between_any_two_parts_leave_the_same_bits(config,
     assert differing == {"prepare.toml"}, "which names `out` and `workers`"
     run.main(second)  # nothing is left to do
     assert files(second.out) == found
+
+
+@pytest.mark.parametrize("name", ["meta.json", "report.json", "train/tokens.bin", "val/offsets.bin", "val/meta.json"])
+def test_the_same_command_makes_damaged_data_anew(config, name, capsys):
+    run.main(config)
+    expected, file = files(config.out), Path(config.out) / name
+    file.write_bytes(file.read_bytes()[:-3])
+    run.main(config)
+    assert files(config.out) == expected
+    assert "damaged" in (told := capsys.readouterr().err) and "the data are made anew" in told
+
+
+def test_splits_that_were_exchanged_are_no_finished_data_and_damaged_notes_are_named(config, tmp_path):
+    run.main(config)
+    out, expected = Path(config.out), files(config.out)
+    exchange(out / "train", out / "val")
+    with pytest.raises(ValueError, match="not those that it was finished with"):
+        build_shards(DataConfig(files=(config.out,)), Tokenizer.load(out / "tokenizer"), tmp_path / "run")
+    run.main(config)
+    assert files(config.out) == expected
+    (out / "inputs.json").write_text("[")
+    with pytest.raises(ValueError, match=r"inputs.json: damaged .*add --overwrite"):
+        run.main(config)
 
 
 def test_other_settings_or_files_than_it_was_begun_with_are_named(config, corpus, tmp_path):
