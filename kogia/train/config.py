@@ -9,6 +9,11 @@ from kogia.model.config import Fp8Gradients, IndexerConfig, ModelConfig, Recompu
 from kogia.model.presets import preset
 from kogia.sinks import SinkName
 
+MOST_TOKENS = 1 << 28
+"""Of a step, whose batches are laid out at once: four times those of DeepSeek-V3."""
+MOST_RAMP = 1_000_000
+"""Steps over which a batch may grow: each is counted."""
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -238,11 +243,18 @@ class SupervisedConfig(LoopConfig):
         if not 0 <= self.average_from < 1:
             raise ValueError(f"average_from = {self.average_from}: must lie in [0, 1)")
         self._check_ramp()
+        if (tokens := self.micro_batches * self.data.batch_tokens) > MOST_TOKENS:
+            raise ValueError(
+                f"micro_batches = {self.micro_batches} of data.batch_tokens = {self.data.batch_tokens} are {tokens:,} "
+                f"tokens a step: at most {MOST_TOKENS:,} are laid out in memory; lower one of them"
+            )
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"epochs = {self.epochs}: must be above 0")
 
     def _check_ramp(self) -> None:
         check_least(self, 0, "ramp_steps")
+        if self.ramp_steps > MOST_RAMP:
+            raise ValueError(f"ramp_steps = {self.ramp_steps}: must be at most {MOST_RAMP:,}")
         if (self.micro_batches_first is None) != (self.ramp_steps == 0):
             raise ValueError(
                 f"micro_batches_first = {self.micro_batches_first} and ramp_steps = {self.ramp_steps}: a growing batch "

@@ -13,6 +13,7 @@ from train.runs import MODEL, assert_same_run, checkpoint_contents, tiny_run
 from kogia.checkpoint.hf import load_model
 from kogia.checkpoint.resume import ResumeState, latest_checkpoint
 from kogia.config import from_dict, to_dict
+from kogia.data.config import DataConfig
 from kogia.data.loader import LoaderState
 from kogia.log import read_metrics
 from kogia.train import guard, supervised
@@ -234,6 +235,9 @@ def test_what_a_guard_knows_goes_through_json_exactly():
         ({"average_from": 1.0}, r"average_from = 1.0"),
         ({"ramp_steps": 3}, "a growing batch needs both"),
         ({"micro_batches_first": 3, "ramp_steps": 3}, "micro_batches_first = 3: above micro_batches = 1"),
+        ({"micro_batches_first": 1, "ramp_steps": 10**9}, "ramp_steps = 1000000000: must be at most 1,000,000"),
+        ({"micro_batches": 10**9}, "micro_batches = 1000000000 of data.batch_tokens = .* lower one of them"),
+        ({"data": DataConfig(batch_tokens=10**12)}, "data.batch_tokens = 1000000000000 are 1,000,000,000,000 tokens"),
     ],
 )
 def test_wrong_settings_name_value_and_fix(config, fields, words):
