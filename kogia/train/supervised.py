@@ -375,6 +375,7 @@ def forecast_step(config: SupervisedConfig, model: ModelConfig, device: torch.de
 
         return step
 
+    pages.keep_freed()  # as the run does
     data, memory = config.data, train_memory(model, config.data.batch_tokens, **_memory_settings(config))
     return forecast(
         model,
