@@ -66,6 +66,16 @@ def write_text(path: str | Path, text: str) -> None:
         put_in_place(draft, path)
 
 
+def check_fetched(path: str | Path) -> None:
+    """Raise ValueError for what Git LFS leaves in the place of a file that it has not fetched: three lines of text."""
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path}: stands for a file that Git LFS has not fetched; `git lfs pull` brings it")
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def check_target(path: str | Path) -> None:
     """Raise ValueError for a place that no text can be written to, which is best known before it is made."""
     path = Path(path)

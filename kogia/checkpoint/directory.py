@@ -20,7 +20,7 @@ from kogia.checkpoint.gguf_file import is_gguf, read_gguf
 from kogia.checkpoint.gguf_tensors import gguf_tensors
 from kogia.checkpoint.hub import find_on_hub, is_hub_name
 from kogia.checkpoint.tensorfile import MAX_HEADER, Spec, StoredTensor, create, is_name, num_bytes, read_header
-from kogia.files import write_json
+from kogia.files import check_fetched, write_json
 from kogia.model.config import ModelConfig
 from kogia.model.hf_config import config_from_hf
 from kogia.text.files import inside
@@ -124,6 +124,7 @@ def _read_json(file: Path, limit: int) -> Any:
     size = file.stat().st_size
     if size > limit:
         raise ValueError(f"{file}: {size / 1e6:.0f} MB, over the limit of {limit / 1e6:.0f} MB; not what its name says")
+    check_fetched(file)
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

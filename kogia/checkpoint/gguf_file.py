@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kogia.checkpoint.tensorfile import MAX_HEADER, is_name
+from kogia.files import check_fetched
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -69,6 +70,7 @@ def is_gguf(path: Path) -> bool:
 
 def read_gguf(path: Path) -> GGUFFile:
     """The header of a file. Raises ValueError where it is cut, says what cannot be, or is of another version."""
+    check_fetched(path)
     status = path.stat()
     return _read(path, status.st_size, status.st_mtime_ns)
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kogia.files import writing
+from kogia.files import check_fetched, writing
 
 FP8 = "F8_E4M3"
 MAX_HEADER = 100_000_000
@@ -123,6 +123,7 @@ def read_header(file: Path, max_bytes: int = MAX_HEADER) -> list[StoredTensor]:
     A header over `max_bytes`, which is what the model at hand can need, is refused unread: its entries take sixteen
     times as much memory as text.
     """
+    check_fetched(file)
     try:
         with open(file, "rb") as handle:
             size = os.fstat(handle.fileno()).st_size

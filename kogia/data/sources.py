@@ -17,6 +17,7 @@ from kogia.config import resolve
 from kogia.data.config import HUB, SourceConfig, file_kind, is_of_files
 from kogia.data.hub import find_dataset
 from kogia.data.rows import Document, document_from_row
+from kogia.files import check_fetched
 
 Row = tuple[str, Any]
 """Where it stands, and what it holds."""
@@ -88,7 +89,9 @@ def read_rows(source: SourceConfig) -> Iterator[Row]:
 def read_file_rows(source: SourceConfig, file: str) -> Iterator[Row]:
     """The rows of one of its files."""
     readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".json": _read_json, ".parquet": _read_parquet}
-    yield from readers[file_kind(file)](replace(source, spec=file), Path(file).expanduser())
+    path = Path(file).expanduser()
+    check_fetched(path)
+    yield from readers[file_kind(file)](replace(source, spec=file), path)
 
 
 def read_text(spec: str) -> str:

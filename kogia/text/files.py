@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kogia.files import check_fetched
+
 TEMPLATE_FILE = "chat_template.jinja"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
@@ -38,6 +40,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     try:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path}: not a file; copy the model's own file there")
+        check_fetched(path)
         with path.open("rb") as file:
             content = file.read(limit + 1)
         if len(content) > limit:

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from kogia.checkpoint.directory import resolve_model_dir, stored_tensors
 from kogia.checkpoint.hf import load_model, read_rows, save_model
+from kogia.checkpoint.open import open_model
 from kogia.model.config import YarnConfig
 from kogia.model.costs import num_params
 from kogia.model.hf_config import config_from_hf
 from kogia.model.hf_export import config_to_hf
+from kogia.text.tokenizer import train_bpe
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "reference" / "hf_configs"
 
@@ -42,6 +45,18 @@ def test_missing_extra_and_misshaped_tensors_are_reported_together(saved):
     assert "mis-shaped: model.layers.1.mlp.experts.3.up_proj.weight is [7, 10], config.json says [6, 10]" in text
     assert "extra: model.layers.0.self_attn.indexer.wk.weight [2, 3]" in text
     assert str(saved) in text
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "model.gguf"]
+)
+def test_a_file_that_git_lfs_has_not_fetched_is_called_that(tmp_path, name):
+    tokenizer = train_bpe(["a text of few words"], 300)
+    directory = save_model(tiny(replace(CONFIG, vocab_size=tokenizer.vocab_size)), tmp_path / "model", tokenizer)
+    file = directory / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=rf"{name}: stands for a file that Git LFS has not fetched; `git lfs pull`"):
+        open_model(file if name.endswith(".gguf") else directory)
 
 
 def test_a_long_list_of_problems_is_cut_with_its_length(saved):

@@ -427,3 +427,10 @@ def test_a_data_set_of_the_hub_is_its_files_in_the_cache_and_else_says_how_to_ge
         list(read_source(SourceConfig("hf:deep/dives")))
     with pytest.raises(ValueError, match="write it as hf:org/name"):
         list(read_source(SourceConfig("hf:songs")))
+
+
+@pytest.mark.parametrize("name", ["books.txt", "rows.jsonl", "rows.json.gz", "rows.parquet"])
+def test_what_git_lfs_has_not_fetched_is_no_data(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=f"{name}: stands for a file that Git LFS has not fetched"):
+        list(read_source(SourceConfig(str(tmp_path / name))))
