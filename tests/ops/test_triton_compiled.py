@@ -1,0 +1,86 @@
+"""Kernels as a Hopper GPU gets them, on a machine without one: they assemble with the arguments of their launches, fit,
+and keep what they compute in registers. The interpreter knows nothing of that."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels need Triton")
+
+LAUNCHES = """
+import json
+import re
+import numpy as np
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Hopper:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+driver.set_active(Hopper())
+torch.cuda.is_available, torch.cuda.get_device_capability = (lambda: True), (lambda *_: (9, 0))
+found = {}
+PATTERNS = {"spills": "STL|LDL", "wide": "LDG[^ ]*128", "products": "[HQ]G?MMA", "waits": "ACQBULK"}
+
+def note(*, fn, compile, is_manual_warmup, **_):
+    if not is_manual_warmup:
+        found[fn.jit_function, compile["specialization_data"]] = None
+    return not is_manual_warmup  # which Triton takes for "somebody has done it"
+
+knobs.runtime.jit_cache_hook = note
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+from kogia.ops.segments import Segments
+from kogia.ops.triton import blockwise, experts, moe, norm, prefill, sample
+
+with torch.no_grad():
+    tokens, ids, numbers = 4096, dict(dtype=torch.int64), dict(dtype=torch.float32)
+    rows, both, hidden = tensor(tokens, 2048), tensor(tokens, 2816), tensor(tokens, 1408)
+    norm.add_rms_norm(rows, rows, tensor(2048), 1e-6)
+    experts.weighted_silu_mul(both, tensor(tokens, **numbers))
+    experts.sum_copies(rows, tensor(tokens, **ids), 4)
+    blockwise.quantize_rows(rows)
+    blockwise.quantize_both(rows)
+    blockwise.quantize_weight(tensor(2, 2816, 2048))
+    blockwise.weighted_silu_mul_rows_backward(hidden, both, tensor(tokens, **numbers))
+    few = tensor(64, 2048), tensor(64, 6, **ids), tensor(64, 6, **numbers)
+    moe.mix_experts(*few, tensor(64, 2, 1408, 2048), tensor(64, 2048, 1408))
+    keys, segments = tensor(tokens, 16, 192), Segments(tensor(2, **ids), np.array([tokens]))
+    prefill.varlen_attention(keys, keys, tensor(tokens, 16, 128), segments, scale=0.1)
+    sample.sample(tensor(64, 32000), tensor(64, **numbers), tensor(64, dtype=torch.float64))
+for function, variant in found:
+    asm, metadata = (kernel := function.preload(variant)).asm, kernel.metadata
+    found_in = {name: len(re.findall(pattern, asm["sass"])) for name, pattern in PATTERNS.items()}
+    print(json.dumps({"name": function.__name__, "shared": metadata.shared, **found_in}))
+"""
+
+
+MAY_SPILL = {"_gate_up"}
+"""Some versions of Triton have no room for its weights; it waits for them anyway."""
+
+
+def test_kernels_assemble_for_a_hopper_gpu_fit_on_it_and_stay_in_registers():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LAUNCHES], capture_output=True, text=True, env=environment
+    )
+    if "ptxas" in done.stderr and "Cannot find" in done.stderr:
+        pytest.skip("this Triton comes without an assembler")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for each in found:
+        name = each["name"]
+        assert each["shared"] <= 227 * 1024, each
+        assert not each["spills"] or name in MAY_SPILL, each
+        assert each["waits"] == 1, f"{name} may be put on the device before what it reads is there"
+        assert each["wide"] > 0 or name in {"_order"}, f"{name} reads less than 16 bytes at a time"
+    assert {each["name"] for each in found if each["products"]} == {"_gate_up", "_down", "_varlen"}
