@@ -82,7 +82,7 @@ class Stream:
             if not self._has_news():
                 self._loop.ask(self)
                 self._loop.wait(self._has_news)
-            if not self._events:
+            if not self._has_event():
                 return self._raise_error()
             yield self._events.popleft()
 
@@ -131,9 +131,10 @@ class Stream:
         """Wait until the loop's own thread has brought an event; False at the end."""
         if not self._has_news():
             await self._news()
-        if not self._events:
+        if not self._has_event():
             self._raise_error()
-        return bool(self._events)
+            return False
+        return True
 
     async def _news(self) -> None:
         self._loop.run_in_background()
@@ -146,6 +147,10 @@ class Stream:
     def _has_news(self) -> bool:
         return bool(self._events) or self.has_ended
 
+    def _has_event(self) -> bool:
+        """Where there is news. Of a stream that has just ended another thread may be about to hand over the last."""
+        return bool(self._events) or self._loop.has_event(self)
+
     def _raise_error(self) -> None:
         if self._error is not None and not self.is_done:
             raise self._error
@@ -154,7 +159,8 @@ class Stream:
         """The loop hands over an event. The last is there before the stream counts as ended: readers take no lock."""
         self._events.append(event)
         if event.completion is not None:
-            self.completions[event.request_id] = event.completion
+            # a new dict: another thread may be walking through the old one
+            self.completions = {**self.completions, event.request_id: event.completion}
             self._on_end(self)
 
 
@@ -220,6 +226,11 @@ class StreamLoop:
             self._asked.append(stream)
             if self._turn is None:
                 self._exchange()
+
+    def has_event(self, stream: Stream) -> bool:
+        """Whether a stream has one, when what is being handed over has been."""
+        with self._lock:
+            return bool(stream._events)
 
     def note_unasked(self, stream: Stream, arrived: asyncio.Future[None]) -> None:
         """See `Stream.note_unasked`."""

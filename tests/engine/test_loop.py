@@ -231,6 +231,41 @@ def test_a_cancelled_stream_keeps_what_it_has_and_frees_its_blocks(engine, model
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("in_asyncio", [False, True])
+def test_who_looks_while_an_end_is_handed_over_gets_it(engine, in_asyncio):
+    """The last event of a stream is not lost to a thread that sees a moment before that all have ended."""
+    found: list[list[TokenEvent]] = []
+
+    async def arrived(stream: Stream) -> list[TokenEvent]:
+        news: list[TokenEvent] = []
+        while more := await stream.arrived():
+            news += more
+        return news
+
+    def look(stream: Stream) -> None:
+        found.append(asyncio.run(arrived(stream)) if in_asyncio else list(stream))
+
+    def looked_at(stream: Stream) -> None:
+        threads.append(threading.Thread(target=look, args=(stream,)))
+        threads[-1].start()
+        threads[-1].join(0.1)
+
+    threads: list[threading.Thread] = []
+    engine.loop.submit([4, 5, 6], SamplingParams(max_tokens=3), on_end=looked_at).result()
+    threads[0].join(5)
+    assert [event.completion is not None for event in found[0]][-1:] == [True]
+
+
+def test_who_walks_through_completions_is_not_disturbed_by_another_end(engine):
+    walks: list[Iterator[Completion]] = []
+
+    def walk(stream: Stream) -> None:
+        walks.append(iter(stream.completions.values()))
+
+    engine.loop.submit([4, 5, 6], SamplingParams(max_tokens=3, n=3), on_end=walk).result()
+    assert [len(list(each)) for each in walks] == [1, 2, 3]
+
+
 def test_cancelling_before_the_first_step_and_after_the_end(engine):
     early = engine.submit([5], PARAMS)
     early.cancel()

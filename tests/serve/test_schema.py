@@ -43,6 +43,7 @@ def fuzz(url, seconds, directory):
     words += ["--header", f"Authorization: Bearer {KEY}", "--exclude-checks", ",".join(EXCLUDED)]
     words += ["--phases", "coverage,fuzzing", "--max-time", str(seconds), "--max-examples", str(max(3, SECONDS // 5))]
     words += ["--no-color", "--generation-database", "none"]
+    words += ["--request-timeout", "60"]  # seconds: of a machine with much to do, too
     words += ["--seed", "1"] if "SCHEMA_SECONDS" not in os.environ else []
     return subprocess.run(words, cwd=directory, capture_output=True, text=True, check=False)
 
