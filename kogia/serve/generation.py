@@ -79,7 +79,7 @@ class AnswerReader(Reader):
             more, content = self._thoughts.finish()
             reasoning += more
             for each in [Read(content)] if self._calls is None else [self._calls.push(content), self._calls.finish()]:
-                read = Read(read.content + each.content, read.calls + each.calls)
+                read += each
         return _piece(index, event, reasoning, read)
 
 

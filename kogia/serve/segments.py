@@ -59,6 +59,9 @@ def _pieces_of(piece: Piece) -> list[tuple[Kind, str | None, str]]:
     parts: list[tuple[Kind, str | None, str]] = []
     if piece.reasoning:
         parts.append(("thought", None, piece.reasoning))
-    if piece.content:
-        parts.append(("text", None, piece.content))
-    return parts + [("call", call.name, call.arguments) for call in piece.calls]
+    start = 0
+    for call in piece.calls:
+        parts += [("text", None, piece.content[start : call.place]), ("call", call.name, call.arguments)]
+        start = call.place
+    parts.append(("text", None, piece.content[start:]))
+    return [(kind, name, text) for kind, name, text in parts if text or name is not None]

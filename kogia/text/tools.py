@@ -13,7 +13,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kogia.text.thoughts import held_back
@@ -42,6 +42,8 @@ class CallPiece:
     """Set in the first piece."""
     arguments: str
     """More of its JSON text."""
+    place: int
+    """Characters of the content that has come with it, before it."""
 
 
 @dataclass(slots=True)
@@ -50,6 +52,10 @@ class Read:
 
     content: str = ""
     calls: list[CallPiece] = field(default_factory=list)
+
+    def __add__(self, more: "Read") -> "Read":
+        behind = [replace(call, place=len(self.content) + call.place) for call in more.calls]
+        return Read(self.content + more.content, self.calls + behind)
 
 
 class CallReader(ABC):
@@ -98,13 +104,13 @@ class CallReader(ABC):
         self._read.content += text
 
     def _call(self, name: str, arguments: str = "") -> None:
-        self._read.calls.append(CallPiece(self.num_calls, name, arguments))
+        self._read.calls.append(CallPiece(self.num_calls, name, arguments, len(self._read.content)))
         self.num_calls += 1
         self._is_behind_call, self._blank = True, ""
 
     def _more(self, arguments: str) -> None:
         if arguments:
-            self._read.calls.append(CallPiece(self.num_calls - 1, None, arguments))
+            self._read.calls.append(CallPiece(self.num_calls - 1, None, arguments, len(self._read.content)))
 
     def _say_up_to(self, marks: tuple[str, ...]) -> str | None:
         """Content up to the first of the marks, which is taken; None while there is none: what may begin one waits."""
