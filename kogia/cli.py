@@ -91,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:  # the last: a loss or logits that are not finite
         if show_traceback:
             traceback.print_exc()
-        from kogia.log import printable
+        from kogia.terminal import fail
 
-        print(f"kogia: error: {printable(str(error) or type(error).__name__)}{_origin(error)}", file=sys.stderr)
+        fail(f"{str(error) or type(error).__name__}{_origin(error)}")
         return 2
 
 

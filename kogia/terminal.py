@@ -24,22 +24,32 @@ GAP = 2
 WIDE, WIDE_BAR, NARROW_BAR = 100, 12, 8
 """From this width of the terminal on the bar is wide; columns of either."""
 
-_console = Console(stderr=True, highlight=False)
+_console = Console(stderr=True, highlight=False, emoji=False)
 
 
 def info(message: str) -> None:
-    """Print a line to stderr, above the live line where there is one."""
-    _console.print(printable(message), markup=False, soft_wrap=True)
+    """Print a message to stderr, above the live line where there is one: a line, which a terminal breaks at blanks."""
+    _print(printable(message))
 
 
 def warn(message: str) -> None:
-    """Print a line that asks for attention to stderr."""
-    _console.print(f"warning: {printable(message)}", style="yellow", markup=False, soft_wrap=True)
+    """The same for what asks for attention."""
+    _print(f"warning: {printable(message)}", "yellow")
+
+
+def fail(message: str) -> None:
+    """The same for what ends a command."""
+    _print(f"kogia: error: {printable(message)}")
+
+
+def _print(text: str, style: str | None = None) -> None:
+    _console.print(text, style=style, markup=False, soft_wrap=not _console.is_terminal)
 
 
 def conclude(result: str, path: str | Path, *command: str | Path) -> None:
     """Print the last line of a command: what came out, where it is, and what to type next."""
-    info(f"{result}; in {path}; next: {shlex.join(map(str, command))}")
+    line = printable(f"{result}; in {path}; next: {shlex.join(map(str, command))}")
+    _console.print(line, markup=False, soft_wrap=True)  # whole, or a terminal would not give back the command as it is
 
 
 def printable(text: str) -> str:

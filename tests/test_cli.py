@@ -138,7 +138,7 @@ def test_each_command_has_a_main_that_takes_its_configuration(name: str):
             {"task_options": {"countdown": {"max_target": 50}}},
         ),
         ("rl --init M --resume false --normalize-std False", {"resume": False, "normalize_std": False}),
-        ("inspect", {"model": None, "json": False}),
+        ("inspect", {"model": "", "json": False}),
     ],
 )
 def test_commands_take_what_people_type(line: str, fields: dict[str, Any]):

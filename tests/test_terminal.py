@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kogia import terminal
 from kogia.log import MetricLog
-from kogia.terminal import LiveLine, SamplingProgress, conclude, info
+from kogia.terminal import LiveLine, SamplingProgress, conclude, fail, info, warn
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 RL = {
@@ -137,6 +137,30 @@ def test_a_name_cannot_steer_the_terminal(screen):
         line.update(1, 2)
     assert "\x1b[2J" not in shown.getvalue()
     assert frames(shown)[-1].startswith("run\\x1b[2J below")
+
+
+@pytest.mark.parametrize("say", [info, warn, fail])
+def test_a_message_is_broken_at_blanks_on_a_terminal_and_nowhere_else(screen, capsys, say):
+    message = " ".join(["a message that is longer than the line is", "/a/path/that-stays/whole.json"] * 3)
+    say(message)
+    assert capsys.readouterr().err.endswith(f"{message}\n")
+    shown = screen(80)
+    say(message)
+    lines = ANSI.sub("", shown.getvalue()).splitlines()
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 80
+    assert " ".join(line.strip() for line in lines).endswith(message)
+
+
+def test_what_looks_like_a_sign_by_its_name_is_text(screen, capsys):
+    fail("127.0.0.1:100: not [bold]known[/bold]")
+    assert capsys.readouterr().err == "kogia: error: 127.0.0.1:100: not [bold]known[/bold]\n"
+
+
+def test_the_last_line_stays_whole_on_a_terminal_for_its_command(screen):
+    shown = screen(80)
+    conclude("val loss 2.1", Path("runs/of/a/long/name"), "kogia", "chat", "a/path/of/many/parts/to/copy", "--single")
+    assert ANSI.sub("", shown.getvalue()).count("\n") == 1
 
 
 @pytest.mark.parametrize("path", ["runs/a b", "runs/plain"])

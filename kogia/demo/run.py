@@ -248,8 +248,8 @@ def _task_flags(config: DemoConfig) -> str:
 def _farewell(config: DemoConfig, done: Stages) -> None:
     out = Path(config.out)
     print(f"\nDone in {done.seconds / 60:.1f} minutes. The report is {out / 'report.html'}. Next:\n")
-    print(f"  kogia chat {out / 'rejection_sft'} --single            # type: numbers 4 6 15 target 17")
-    print(f"  kogia eval {out / 'grpo'} --tasks countdown {_task_flags(config)}    # measure it again, your way")
-    rl = f"kogia rl --init {out / 'cold_start'} --out runs/mine --tasks countdown {_task_flags(config)}"
-    print(f"  {rl}    # reinforce it yourself")
+    flags = _task_flags(config)
+    print(f"  kogia chat {out / 'rejection_sft'} --single  # numbers 4 6 15 target 17")
+    print(f"  kogia eval {out / 'grpo'} --tasks countdown \\\n      {flags}")
+    print(f"  kogia rl --init {out / 'cold_start'} --out runs/mine --tasks countdown \\\n      {flags}")
     print("\nA task of your own, from nothing: docs/your-task.md.")
