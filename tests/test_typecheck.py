@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from jaxtyping import Float, TypeCheckError
+from jaxtyping import Float, Int, TypeCheckError
 from torch import Tensor
 from typecheck import jaxtyped
 
@@ -32,6 +32,21 @@ def count(up_to: int) -> Iterator[int]:
 @jaxtyped(typechecker=None)
 def later(given: "Unheard", count: "int", pair: "list[Missing] | None" = None) -> "Later | None":
     return None
+
+
+@jaxtyped(typechecker=None)
+def first(x: Int[Tensor, " n"], lengths: list[int]) -> Int[Tensor, " n"]:
+    return x if lengths == [len(x)] else x[:1]
+
+
+@dataclass
+class Rows:
+    num: int
+
+
+@jaxtyped(typechecker=None)
+def cut(x: Float[Tensor, " n"], rows: Rows) -> Float[Tensor, " n"]:
+    return x[: rows.num]
 
 
 class Later:
@@ -62,6 +77,23 @@ def test_wrong_arguments_and_answers_are_found():
         with pytest.raises(TypeCheckError):
             call()
     assert list(count(3)) == [0, 1, 2] and Pair(torch.ones(2), torch.zeros(2)).second.sum() == 0
+
+
+def test_calls_of_one_kind_are_checked_once_and_any_other_is_checked():
+    a, b = torch.ones(2, 3), torch.ones(3, 5)
+    for _ in range(2):
+        assert product(a, b, 1).shape == (2, 5)
+        for wrong in ((a, b.T), (a.int(), b), (a, b.tolist()), (a, b, "1"), (a, None)):
+            with pytest.raises(TypeCheckError):
+                product(*wrong)
+    for length in (2, 3, 2):
+        assert first(torch.arange(length), [length]).shape == (length,)
+    for given in ([9], [None]):  # of the same kind as before: what is in a list counts
+        with pytest.raises(TypeCheckError):
+            first(torch.arange(2), given)
+    assert cut(torch.ones(3), Rows(3)).shape == (3,)
+    with pytest.raises(TypeCheckError):
+        cut(torch.ones(3), Rows(2))  # the same of all that it is given, and another answer
 
 
 def test_the_package_is_checked():
