@@ -1,7 +1,13 @@
-"""Shared settings: one thread per test process, and hypothesis without deadlines (reproducible where CI is set)."""
+"""Shared settings: one thread per test process, and hypothesis without deadlines.
+
+Where CI is set, what is drawn is the same in every run: the examples of hypothesis, and the seeds of requests that
+bring none. Elsewhere it is not, so that a test which depends on a draw is found.
+"""
 
 import os
+import random
 import signal
+from types import SimpleNamespace
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell starts background jobs with Ctrl-C ignored; the tests of Ctrl-C need it to arrive
@@ -27,3 +33,11 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests without a seed get theirs from the name of the test where CI is set."""
+    if os.environ.get("CI"):
+        draw = random.Random(request.node.nodeid).randbytes
+        monkeypatch.setattr("kogia.engine.request.os", SimpleNamespace(urandom=draw))
