@@ -82,8 +82,8 @@ def _tables(data: dict[str, Any]) -> list[dict[str, Any]]:
 def outcome(directory: Path, data: dict[str, Any]) -> str:
     """`loaded`, `refused` (in words that can be shown), or what else happened when it was loaded and inspected."""
     (directory / "config.json").write_text(json.dumps(data))
-    begin, results = time.monotonic(), [_try(_run, directory), _try(inspect_model, str(directory))]
-    if time.monotonic() - begin > SECONDS:
+    begin, results = time.process_time(), [_try(_run, directory), _try(inspect_model, str(directory))]
+    if time.process_time() - begin > SECONDS:
         return f"hung: {data!r}"[:2000]
     odd = next((result for result in results if result not in ("loaded", "refused")), None)
     return f"{odd}: {data!r}"[:4000] if odd else results[0]

@@ -168,10 +168,8 @@ def test_a_full_disk_while_saving_names_the_place_and_keeps_the_older_checkpoint
 def test_ctrl_c_saves_the_step_and_exits_130_and_the_run_goes_on(folder):
     words = ("pretrain", "pretrain.toml", "--out", "long", "--optim.schedule", "constant")
     process = start(folder, *words, "--steps", "100000")
-    deadline = time.monotonic() + 60
     while len(read_metrics(folder / "long")) < 3:
         assert process.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -26,7 +26,7 @@ sys.path[:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])] 
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock")
 PR_SET_CHILD_SUBREAPER = 36
-ORPHAN_SECONDS = 10.0
+ORPHAN_SECONDS = 60.0
 """A worker is killed by the kernel with the command that started it; it may take so long on a busy machine."""
 POLL_SECONDS = 0.002
 

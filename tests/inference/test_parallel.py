@@ -36,7 +36,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 PROMPTS = [[5, 9, 11, 3], list(range(2, 40)), [2] * 17, [12], list(range(40, 2, -1))]
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=12, seed=3, ignore_eos=True, logprobs=True, n=2)
 GREEDY = replace(SAMPLED, temperature=0.0, n=1)
-SMALL = EngineConfig(block_size=4, num_blocks=40, max_sequences=5, max_batch_tokens=23)
+SMALL = EngineConfig(block_size=4, num_blocks=40, max_sequences=5, max_batch_tokens=23, adaptive_drafts=False)
 """Too small for all at once: prompts run in chunks, sequences wait and are preempted."""
 
 

@@ -1,7 +1,8 @@
 """How tests ask a server, and what every answer to what will not do must be."""
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -20,6 +21,16 @@ def events(server: Any, path: str, body: dict[str, Any], **kwargs: Any) -> Itera
         for line in response.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 yield json.loads(line.removeprefix("data: "))
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> bool:
+    """Wait for what comes about in another thread or process; False where it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def refusal(response: httpx.Response, status: int = 400) -> dict[str, Any]:

@@ -12,7 +12,7 @@ def connect(server, *, receive_bytes: int | None = None) -> socket.socket:
     client = socket.socket()
     if receive_bytes is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-    client.settimeout(5)
+    client.settimeout(60)
     client.connect((host, int(port)))
     return client
 

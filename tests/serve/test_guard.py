@@ -2,17 +2,17 @@
 
 import contextlib
 import json
-import socket
 import time
+from contextlib import closing
 
 import httpx2 as httpx
 import pytest
 from serve.asks import HELLO, post, refusal
+from serve.sockets import CHAT, connect, raw
 
 from kogia.serve.config import ServeConfig
 from kogia.serve.guard import MOST_BODY_BYTES, MOST_HEADER_BYTES
 
-CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
 
 
@@ -46,7 +46,7 @@ def test_a_body_of_another_type_is_refused(server):
 
 @pytest.mark.parametrize("headers", [{}, JSON, {"content-type": "text/plain"}])
 def test_a_request_without_a_body_is_answered_whatever_type_it_names(server, headers):
-    response = httpx.post(server.url + CHAT, headers=headers, timeout=5)
+    response = httpx.post(server.url + CHAT, headers=headers, timeout=60)
     assert "the body is missing" in refusal(response)["message"]
 
 
@@ -123,12 +123,11 @@ def test_head_is_get_without_the_body(server, path):
 
 def test_a_head_that_does_not_arrive_ends_the_connection(server, monkeypatch):
     monkeypatch.setattr("kogia.serve.connection.HEAD_SECONDS", 0.2)
-    with socket.create_connection(address(server)) as slow:
-        slow.settimeout(5)
-        started = time.monotonic()
+    started = time.monotonic()
+    with closing(connect(server)) as slow:
         slow.sendall(b"GET /health HT")
         assert slow.recv(100) == b""
-        assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 15  # 20 s are allowed
 
 
 def test_a_body_that_does_not_arrive_is_answered_408(server, monkeypatch):
@@ -156,22 +155,6 @@ def test_other_addresses_than_this_machines_take_keys():
         ServeConfig(path="x", host=host, api_key_file="keys")
     for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
         ServeConfig(path="x", host=host)
-
-
-def address(server) -> tuple[str, int]:
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    return host, int(port)
-
-
-def raw(server, data: bytes) -> bytes:
-    """What the server answers to these bytes, until it hangs up or says nothing more."""
-    with socket.create_connection(address(server)) as connection:
-        connection.settimeout(5)
-        connection.sendall(data)
-        answer = b""
-        while b"\r\n\r\n" not in answer and (part := connection.recv(65536)):
-            answer += part
-        return answer
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\x1b[2J", "\x85", "\u2028", "\u2029"])

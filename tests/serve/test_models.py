@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import threading
-import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from inference.tiny import CONFIG
-from serve.asks import HELLO, events, post, refusal
+from serve.asks import HELLO, events, post, refusal, until
 from serve.server import serving
 from serve.test_metrics import scrape, value
 
@@ -113,9 +112,9 @@ def test_a_model_that_answers_is_never_unloaded_and_who_finds_no_room_is_told_to
         got: list[httpx.Response] = []
         server.state.models._wait_seconds = 30
         waiting.start()
-        time.sleep(0.1)
+        assert until(lambda: server.state.models["b"].num_users)
         stream.close()  # a is free now, and goes
-        waiting.join(20)
+        waiting.join(60)
         assert got[0].status_code == 200 and states(server) == {"a": "unloaded", "b": "loaded"}
 
 
@@ -124,16 +123,17 @@ LONG = {"messages": HELLO, "stream": True, "max_tokens": 1000, "ignore_eos": Tru
 
 def test_all_who_ask_for_a_model_wait_for_one_loading(model, tmp_path):
     with serving(model, engine=ENGINE, models_file=models_file(tmp_path, model, "b")) as server:
-        load, began = server.state.models._load, []
-        server.state.models._load = lambda config: (began.append(config), time.sleep(0.2), load(config))[2]
+        load, began, go = server.state.models._load, [], threading.Event()
+        server.state.models._load = lambda config: (began.append(config), go.wait(60), load(config))[2]
         answers: list[int] = []
         asking = [threading.Thread(target=lambda: answers.append(say(server, "b").status_code)) for _ in range(4)]
         for each in asking:
             each.start()
-        time.sleep(0.1)
+        assert until(lambda: began and server.state.models["b"].num_users == 4)
         assert states(server)["b"] == "loading" and say(server, "tiny").status_code == 200  # others answer meanwhile
+        go.set()
         for each in asking:
-            each.join(20)
+            each.join(60)
         assert answers == [200] * 4 and len(began) == 1
 
 
@@ -281,15 +281,14 @@ def test_more_requests_than_may_wait_are_told_to_come_again(model, tmp_path, mon
     monkeypatch.setattr(models_module, "MOST_WAITING", 1)
     with serving(model, engine=ENGINE, models_file=models_file(tmp_path, model, "b")) as server:
         load, go = server.state.models._load, threading.Event()
-        server.state.models._load = lambda config: (go.wait(10), load(config))[1]
+        server.state.models._load = lambda config: (go.wait(60), load(config))[1]
         answers: list[int] = []
         first = threading.Thread(target=lambda: answers.append(say(server, "b").status_code))
         first.start()
-        while states(server)["b"] != "loading":
-            time.sleep(0.01)
+        assert until(lambda: states(server)["b"] == "loading")
         refusal(say(server, "b"), 503)
         go.set()
-        first.join(20)
+        first.join(60)
         assert answers == [200]
 
 

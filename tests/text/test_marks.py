@@ -185,9 +185,9 @@ def test_what_a_template_refuses_is_said_with_the_text_as_it_was(directories):
 def test_a_megabyte_of_marks_or_of_their_beginnings_takes_no_longer_than_to_tokenise_it(directories):
     tokenizer = Tokenizer.load(directories["qwen3"])
     for text in ("<" * 10**6, "<|im_end|>" * 10**5, "<|im_" * 2 * 10**5):
-        began = time.perf_counter()
+        began = time.process_time()
         marks = Marks(tokenizer)
         ids = marks.encode(marks.hide(text))
-        assert not mark_ids(tokenizer) & set(ids) and time.perf_counter() - began < 30
-    began = time.perf_counter()
-    assert tokenizer.find_marks("a < b, c > d\n" * 10**5) == [] and time.perf_counter() - began < 1
+        assert not mark_ids(tokenizer) & set(ids) and time.process_time() - began < 30
+    began = time.process_time()
+    assert tokenizer.find_marks("a < b, c > d\n" * 10**5) == [] and time.process_time() - began < 1

@@ -7,7 +7,6 @@ writes that very text, token by token.
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev 
 pytest.importorskip("llguidance", reason="needs kogia[grammars]")
 from inference.tiny import CONFIG
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from serve.asks import until
 from serve.page.test_render import ATTACKS
 from serve.server import RunningServer, serving
 
@@ -28,6 +28,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (on Debian: apt-get install chromium)")
 FLAGS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
 QUESTION = "what is it?"
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def context(browser) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     yield context
     context.close()
 
@@ -110,14 +111,11 @@ def imported(page: Page, question: str, answer: str) -> None:
 
 
 def ended(page: Page, count: int = 1) -> None:
-    expect(page.locator(".answer .stats")).to_have_count(count, timeout=30_000)
+    expect(page.locator(".answer .stats")).to_have_count(count)
 
 
 def is_idle(server: RunningServer) -> bool:
-    deadline = time.monotonic() + 10
-    while server.state.running and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not server.state.running
+    return until(lambda: not server.state.running)
 
 
 def test_an_answer_is_shown_as_it_is_meant_and_is_there_after_a_reload(page):
