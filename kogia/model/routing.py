@@ -74,6 +74,16 @@ class Routing:
         """Copies of tokens that the choices ask for, nobody's among them."""
         return sum(ids.numel() for ids in self.chosen.values())
 
+    @property
+    def num_mixtures(self) -> int:
+        """Mixtures that ran: those of prediction modules do not in every pass."""
+        return len(self.chosen)
+
+    @property
+    def num_indexers(self) -> int:
+        """Indexers that ran."""
+        return len(self._indexer)
+
     def balance_loss(self) -> Float[Tensor, ""] | None:
         """The balance loss of experts summed over tokens and mixtures (DeepSeek-V3 eq 17-20); None without mixtures."""
         return None if (losses := self.balance_losses()) is None else losses[0]

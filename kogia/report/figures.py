@@ -247,10 +247,12 @@ def _draw_curve(name: str, curve: Curve, series: dict[str, tuple[list[float], li
 
 
 def _tick(axes: Axes, values: Sequence[float]) -> None:
-    """Few labels, each a whole number by itself; a curve that stays where it is lies in the middle."""
+    """Few labels, each a whole number by itself, as steps are; a curve that stays where it is lies in the middle."""
     low, high = min(values), max(values)
     if high - low <= 1e-6 * max(abs(low), abs(high)):  # what is left is rounding
-        axes.set_ylim(low - 0.1 * abs(low) - 1e-12, high + 0.1 * abs(high) + 1e-12)
+        room = 0.1 * abs(low) or 0.1
+        axes.set_ylim(low - room, high + room)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(_label))

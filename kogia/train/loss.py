@@ -26,7 +26,7 @@ from kogia.train.config import SupervisedConfig
 from kogia.train.step import Loss, Metrics
 
 BALANCES = ("balance", "device_balance", "communication_balance")
-"""Metrics of the balance losses, each a mean over mixtures, in the order of `balance_losses`."""
+"""Metrics of the balance losses, each a mean over the mixtures that ran, in the order of `balance_losses`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,10 @@ def supervised_loss(
     for name, weight, loss in zip(BALANCES, weights.balances, () if balance is None else balance, strict=False):
         if weight:
             total = total + weight * weights.share * loss
-            metrics[name] = weights.share * loss.detach() / len(model.routers())
+            metrics[name] = weights.share * loss.detach() / routing.num_mixtures
     if imitation is not None:
         total = total + weights.indexer * weights.share * imitation
-        metrics["indexer"] = weights.share * imitation.detach() / len(model.indexers())
+        metrics["indexer"] = weights.share * imitation.detach() / routing.num_indexers
     return Loss(total, metrics, routing.loads(len(model.routers())), num_copies=routing.num_copies)
 
 

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from report.pages import full_demo
 
 from kogia.report.build import write_report
+from kogia.report.figures import _tick
 from kogia.report.load import load_run
 from kogia.report.words import before_and_after, explain_change, explain_student, grouped, headline_group
 
@@ -261,3 +263,13 @@ def test_a_stage_that_knows_its_rate_alone_says_that_alone(demo):
     path.write_text('{"step": 1, "reward": 1.0, "tokens_per_second": 12.0}\n')
     page = write_report(demo).read_text(encoding="utf-8")
     assert "<p>GRPO: 12 tokens/s in the median step.</p>" in page
+
+
+@pytest.mark.parametrize(("values", "bounds"), [([0.0] * 5, (-0.1, 0.1)), ([2.0] * 5, (1.8, 2.2)), ([0.0, 1.0], None)])
+def test_a_curve_that_stays_has_room_around_it_and_steps_are_whole_numbers(values, bounds):
+    axes = Figure().add_subplot()
+    axes.plot(range(1, len(values) + 1), values)
+    _tick(axes, values)
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+    if bounds is not None:
+        assert axes.get_ylim() == pytest.approx(bounds)

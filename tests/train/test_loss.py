@@ -58,13 +58,16 @@ def test_the_loss_is_the_sum_over_documents_computed_one_by_one_from_full_logits
     assert float(loss.total.detach()) == pytest.approx(main + 0.3 / 2 * sum(mtp) + own, rel=1e-5)
 
 
-def test_the_balance_term_is_one_per_token_and_layer_at_perfect_balance():
-    model = tiny_model(num_mtp_layers=0)
+@pytest.mark.parametrize(("num_mtp_layers", "mtp"), [(0, 0.0), (1, 0.0), (2, 0.3)])
+def test_the_balance_term_is_one_per_token_and_layer_at_perfect_balance(num_mtp_layers, mtp):
+    """Also where prediction modules are there and are not trained: they run no router."""
+    model = tiny_model(num_mtp_layers=num_mtp_layers)
     with torch.no_grad():
-        model.routers()[0].weight.zero_()  # equal affinities: P_i = 1/8, so sum f_i P_i = 1 whatever is selected
+        for router in model.routers():
+            router.weight.zero_()  # equal affinities: P_i = 1/8, so sum f_i P_i = 1 whatever is selected
     batch = make_batch(random_sequences([6, 9]), [[0, 0, 0, 1, 1, 1], [0] * 5 + [1] * 4])
     share = batch.num_loss_tokens / batch.tokens.num_tokens
-    metrics = supervised_loss(model, batch, LossWeights(mtp=0.0, balance=0.5, share=share)).metrics
+    metrics = supervised_loss(model, batch, LossWeights(mtp=mtp, balance=0.5, share=share)).metrics
     assert float(metrics["balance"]) == pytest.approx(batch.num_loss_tokens, rel=1e-6)
 
 
