@@ -1,12 +1,13 @@
 """What `kogia pretrain --dry-run` predicts of a step, beside steps of the run itself: time and peak memory.
 
-    python benchmarks/dry_run.py [--device cpu] [--steps 8] [--shapes NAME ...] [--out RESULT.json]
+    python benchmarks/dry_run.py [--device cpu] [--rounds 3] [--steps 8] [--shapes NAME ...] [--out RESULT.json]
 
-Every prediction and every run is a process of its own. A prediction is that of the dry run, from steps of shallow
-models. A run is whole optimiser steps on random tokens, as in the prediction; its figure is the median of `--steps`
-steps behind three that are not counted. Memory is what PyTorch allocates at the peak, on a GPU alone; beside it stands
-what is counted without a device. On a CPU one thread is at work, and its CPU seconds stand for those of the clock,
-which other work on the machine adds to. Within 15% is wanted, of every shape.
+Every prediction and every run is a process of its own, and they take turns. A prediction is that of the dry run, from
+steps of shallow models. A run is whole optimiser steps on random tokens, as in the prediction; its figure is the median
+of `--steps` steps behind three that are not counted. A shape's figure is the median ratio of the rounds, with the least
+and the largest. Memory is what PyTorch allocates at the peak, on a GPU alone; beside it stands what is counted without
+a device. On a CPU one thread is at work, and its CPU seconds stand for those of the clock, which other work on the
+machine adds to. Within 15% is wanted, of every shape.
 """
 
 import argparse
@@ -32,6 +33,7 @@ SHAPES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(SHAPES), default="cuda")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--shapes", nargs="+", choices=[name for names in SHAPES.values() for name in names])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/dry_run.json, or dry_run_cpu.json")
@@ -48,8 +50,11 @@ def main() -> None:
     out = args.out or ROOT / "benchmarks/results" / ("dry_run.json" if args.device == "cuda" else "dry_run_cpu.json")
     rows: list[dict[str, Any]] = []
     for name in args.shapes or SHAPES[args.device]:
-        found = {what: child([what, name, args.device, args.steps]) for what in ("predict", "run")}
-        rows += figures(name, found["predict"], found["run"])
+        turns = [
+            {what: child([what, name, args.device, args.steps]) for what in ("predict", "run")}
+            for _ in range(args.rounds)
+        ]
+        rows += figures(name, [turn["predict"] for turn in turns], [turn["run"] for turn in turns])
         print("\n".join(json.dumps(each) for each in rows if name in each["id"]), flush=True)
         write_result(out, "dry runs", [*rows, *worst(rows)])
     for each in worst(rows):
@@ -65,21 +70,27 @@ def child(work: list[Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def figures(name: str, predicted: dict[str, Any], measured: dict[str, Any]) -> list[dict[str, Any]]:
+def figures(name: str, predicted: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ratios of the predicted over the measured."""
     from result import row
 
-    low, high = (predicted["seconds"] / each for each in (max(measured["seconds"]), min(measured["seconds"])))
+    steps = [median(each["seconds"]) for each in measured]
+    ratios = [each["seconds"] / step for each, step in zip(predicted, steps, strict=True)]
     time_row = row(
-        f"dry-run-{name}-time", predicted["seconds"] / median(measured["seconds"]), "ratio", low=low, high=high,
-        predicted_s=round(predicted["seconds"], 4), measured_s=round(median(measured["seconds"]), 4),
-        tokens=measured["tokens"], took_s=round(predicted["took_s"], 1), trial_tokens=predicted["trial_tokens"],
+        f"dry-run-{name}-time", median(ratios), "ratio", low=min(ratios), high=max(ratios),
+        predicted_s=[round(each["seconds"], 4) for each in predicted], measured_s=[round(step, 4) for step in steps],
+        tokens=measured[0]["tokens"], took_s=round(median(each["took_s"] for each in predicted), 1),
+        trial_tokens=[each["trial_tokens"] for each in predicted],
     )  # fmt: skip
-    if predicted["memory"] is None:
+    if predicted[0]["memory"] is None:
         return [time_row]
-    gib = {f"{key}_gib": round(predicted[key] / 2**30, 2) for key in ("memory", "counted")}
-    gib["measured_gib"] = round(measured["memory"] / 2**30, 2)
-    return [time_row, row(f"dry-run-{name}-memory", predicted["memory"] / measured["memory"], "ratio", **gib)]
+    gib = {f"{key}_gib": round(median(each[key] for each in predicted) / 2**30, 2) for key in ("memory", "counted")}
+    gib["measured_gib"] = round(median(each["memory"] for each in measured) / 2**30, 2)
+    ratios = [each["memory"] / run["memory"] for each, run in zip(predicted, measured, strict=True)]
+    return [
+        time_row,
+        row(f"dry-run-{name}-memory", median(ratios), "ratio", low=min(ratios), high=max(ratios), **gib),
+    ]
 
 
 def worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

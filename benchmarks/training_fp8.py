@@ -1,4 +1,4 @@
-"""Training in FP8 on one Hopper GPU: whether every kernel is right and how fast, what a step takes, and the loss.
+"""Training in FP8 on one Hopper GPU: whether every kernel is right and how fast, and what a step takes.
 
     python benchmarks/training_fp8.py [--parts check quantise dense grouped step] [--out FILE]
 
@@ -8,7 +8,6 @@ dense     cuBLAS with scales by block beside bf16, forward and for a gradient of
 grouped   the experts' kernel with many tiles, beside bf16 and row-wise FP8 of PyTorch; 64 experts, 98,304 rows
 step      `train_step` of a model of hidden size 2048 with 64 experts of 1408, FP8 beside bf16, each in its own process
 compiled  the same with layers compiled (FP8 products break their graphs)
-loss      a model in bf16 and one in FP8 on the same batches of the repository's own text, for some seeds
 
 Each part takes less than two minutes and is a process of its own: what fails is reported, and the rest goes on. Results
 are added to the file as they come. Without a GPU all is tiny and runs in Triton's interpreter: to try the script.
@@ -27,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 import torch
@@ -71,10 +70,7 @@ ROWS: list[dict[str, Any]] = []
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["check", "quantise", "dense", "grouped", "step"])
-    parser.add_argument("--seconds", type=float, default=100.0, help="after which grouped and loss begin nothing more")
-    parser.add_argument("--seeds", type=int, default=2, help="of loss")
-    parser.add_argument("--loss-steps", type=int, default=400 if ON_GPU else 3)
-    parser.add_argument("--data", type=Path, help="text for loss; by default the repository's own")
+    parser.add_argument("--seconds", type=float, default=100.0, help="after which grouped begins nothing more")
     parser.add_argument("--micro-batches", type=int, default=2, help="of a step, of 16,384 tokens each")
     parser.add_argument("--profile", type=Path, help="directory for the kernels of a step in FP8")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/training_fp8.json")
@@ -551,70 +547,6 @@ def step(args: argparse.Namespace, compiled: bool = False) -> None:
         record(f"train-fp8-ratio{how}", found[best] / base, "ratio", limit=1.15, weight_gradients=best[1])
 
 
-# --- loss
-
-
-def loss_model(precision: str, seed: int) -> TrainState:
-    width, layers = (1024, 8) if ON_GPU else (64, 2)
-    attention = MLAConfig(
-        num_heads=width // 128 or 2, q_lora_rank=None, kv_lora_rank=width // 4, qk_nope_head_dim=64,
-        qk_rope_head_dim=32, v_head_dim=64,
-    )  # fmt: skip
-    moe = MoEConfig(num_experts=16, num_shared_experts=1, topk=4, expert_dim=width // 2, num_dense_layers=1)
-    sizes: dict[str, Any] = {
-        "vocab_size": 256,
-        "dim": width,
-        "num_layers": layers,
-        "ffn_dim": 4 * width,
-        "max_position": 512,
-    }
-    config = ModelConfig(**sizes, attention=attention, moe=moe, num_mtp_layers=0, init_std=0.02)
-    model = build_model(config, device=DEVICE, dtype=DTYPE, seed=seed)
-    if precision == "fp8":
-        train_in_fp8(model, "dense", power_of_two=False)
-    return state_of(model, 10_000, lr=4e-4, warmup_steps=50)
-
-
-def text_bytes(path: Path | None) -> Tensor:
-    if path is not None:
-        raw = path.read_bytes()
-    else:
-        files = [*ROOT.glob("kogia/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("docs/*.md")]
-        raw = b"\n".join(each.read_bytes() for each in sorted(set(files)))
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(DEVICE)
-
-
-def loss(args: argparse.Namespace) -> None:
-    """Mean losses over the last half of the steps, and the gap in percent; both models see the same batches."""
-    text, length = text_bytes(args.data), 512 if ON_GPU else 32
-    per_step, gaps = (32 if ON_GPU else 2) * length, []
-    end = time.perf_counter() + args.seconds
-    for seed in range(args.seeds):
-        states = {name: loss_model(name, seed) for name in PRODUCTS}
-        losses: dict[str, list[float]] = {name: [] for name in PRODUCTS}
-        generator = torch.Generator().manual_seed(seed)
-        share = end - (args.seeds - seed - 1) * args.seconds / args.seeds
-        for i in range(args.loss_steps):
-            starts = torch.randint(len(text) - length, (per_step // length,), generator=generator).to(DEVICE)
-            ids = text[(starts[:, None] + torch.arange(length, device=DEVICE)).flatten()].long()
-            for name, state in states.items():
-                weights = LossWeights(mtp=0.0, balance=1e-4)
-                found = train_step(state, [batch_of(ids, length)], partial(supervised_loss, weights=weights))
-                losses[name].append(found["loss"])
-            if i % 100 == 0:
-                say(seed=seed, step=i, **{PRODUCTS[k]: round(v[-1], 4) for k, v in losses.items()})
-            if time.perf_counter() > share:
-                break
-        tail = {name: fmean(values[len(values) // 2 :]) for name, values in losses.items()}
-        gaps.append(100 * (tail["fp8"] - tail["dtype"]) / tail["dtype"])
-        tokens = len(losses["fp8"]) * per_step
-        say(seed=seed, gap_percent=round(gaps[-1], 4), tokens=tokens, bf16=tail["dtype"], fp8=tail["fp8"])
-        record(f"fp8-loss-seed-{seed}", tail["fp8"], "nats a byte", bf16=round(tail["dtype"], 5), tokens=tokens)
-    spread = stdev(gaps) if len(gaps) > 1 else None
-    low, high = min(gaps), max(gaps)
-    record("fp8-loss-gap-percent", fmean(gaps), "percent", low=low, high=high, limit=0.25, spread=spread)
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "check": check,
     "quantise": quantise,
@@ -622,7 +554,6 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "grouped": grouped,
     "step": step,
     "compiled": partial(step, compiled=True),
-    "loss": loss,
 }
 
 if __name__ == "__main__":

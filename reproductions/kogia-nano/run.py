@@ -2,6 +2,7 @@
 
     python reproductions/kogia-nano/run.py pack --raw DATA      # where DATA is; 28 MB to take along in runs/nano/raw
     python reproductions/kogia-nano/run.py all --seconds 560    # on the GPU, again and again until it says "done"
+    python reproductions/kogia-nano/run.py twin --seconds 560   # likewise, the twin alone, beside the model in OUT
 
 What is done is not done again. With --seconds every stage is told to stop in time: training saves a checkpoint and goes
 on from it, in the same bits, with the next call; preparing loses a part of 4 MiB. Exit status 3: there is more to do.
@@ -68,7 +69,7 @@ class Job:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("pack", "all", *STAGES))
+    parser.add_argument("stage", choices=("pack", *GROUPS, *STAGES))
     parser.add_argument(
         "--raw", type=Path, help="for pack: directory with text/books_part*.jsonl.gz and math/*.jsonl.gz"
     )
@@ -88,7 +89,7 @@ def main(words: list[str] | None = None) -> int:
             parser.error("pack needs --raw DIRECTORY")
         pack(args.raw, job)
         return 0
-    for name in STAGES if args.stage == "all" else (args.stage,):
+    for name in GROUPS.get(args.stage, (args.stage,)):
         if not run_stage(name, job):
             print(f"nano: {name} is not done; the same command goes on")
             return MORE_TO_DO
@@ -228,11 +229,16 @@ def rehearsed(config: SupervisedConfig) -> SupervisedConfig:
 # Figures and files ----------------------------------------------------------------------------------------------------
 
 
-def measure(job: Job) -> bool:
-    """Bits per byte and scores, in WORK/nano.json, by benchmarks/nano.py."""
+def measure(job: Job, *models: str, out: str = "nano.json") -> bool:
+    """Bits per byte and scores, in WORK/OUT, by benchmarks/nano.py."""
     size = ("--questions", "4", "--max-tokens", "32", "--pieces", "4") if job.is_rehearsal else ()
-    words = [str(ROOT / "benchmarks/nano.py"), str(job.work), "--device", job.device, *size]
-    return call(job, [*words, "--out", str(job.work / "nano.json")])
+    words = [str(ROOT / "benchmarks/nano.py"), str(job.work), "--device", job.device, *size, *models]
+    return call(job, [*words, "--out", str(job.work / out)])
+
+
+def measure_twin(job: Job) -> bool:
+    """The same of the model in OUT beside the twin, both after the cold start, in WORK/nano_twin.json."""
+    return measure(job, "--model", str(job.out), "--twin", str(job.work / "dense_sft"), out="nano_twin.json")
 
 
 def export(job: Job) -> bool:
@@ -330,6 +336,11 @@ STAGES: dict[str, Callable[[Job], bool]] = {
     "dense_sft": lambda job: train(job, "dense_sft"),
     "measure": measure,
     "card": write_card,
+    "measure_twin": measure_twin,
+}
+GROUPS = {
+    "all": ("prepare", "sft_data", "base", "sft", "export", "dense", "dense_sft", "measure", "card"),
+    "twin": ("prepare", "sft_data", "dense", "dense_sft", "measure_twin"),
 }
 
 
