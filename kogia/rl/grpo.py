@@ -51,7 +51,7 @@ from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer
 from kogia.train.precision import memory_settings, multiply_in
 from kogia.train.rates import REINFORCING, rate_line, settle_rate
-from kogia.train.run_dir import RECIPE, check_run_dir, hold_run_dir, open_run_dir, was_measured
+from kogia.train.run_dir import RECIPE, check_run_dir, hold_run_dir, open_run_dir, record_settings, was_measured
 from kogia.train.step import Loss, TrainState, train_step
 
 SAMPLES_FILE = "samples.jsonl"
@@ -169,6 +169,7 @@ def build_planned(plan: Plan, stack: ExitStack) -> Run:
     run = Run(config, out, tokenizer, state, Engine(model, tokenizer, config.engine), sources, guard, reference)
     if checkpoint is not None:
         restore(run, checkpoint)
+        record_settings(config)
     log.cut_back(out / SAMPLES_FILE, run.rollouts - 1)
     return run
 

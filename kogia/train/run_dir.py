@@ -44,7 +44,8 @@ def check_run_dir(config: Any) -> Path | None:
 
 
 def open_run_dir(config: Any) -> Path | None:
-    """Make `config.out` ready and write its run.toml; returns the checkpoint to resume from, if any.
+    """Make `config.out` ready, with its run.toml; returns the checkpoint to resume from, if any. Of such a run the
+    settings are to be recorded once it goes on.
 
     Raises ValueError as `check_run_dir` does, but for another run, which `hold_run_dir` keeps out.
     """
@@ -58,8 +59,14 @@ def open_run_dir(config: Any) -> Path | None:
         empty_directory(out, last=RECIPE)
     if config.resume and checkpoint is None:
         log.info(f"{out} has no checkpoint to resume from: starting at the first step")
-    save_toml(replace(config, resume=False, overwrite=False), recipe)
+    if checkpoint is None:
+        record_settings(config)
     return checkpoint
+
+
+def record_settings(config: Any) -> None:
+    """Write run.toml. Of a run that goes on, once nothing refuses its settings any more: it tells those of the run."""
+    save_toml(replace(config, resume=False, overwrite=False), Path(config.out) / RECIPE)
 
 
 def _checkpoint(config: Any) -> Path | None:

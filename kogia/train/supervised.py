@@ -54,7 +54,7 @@ from kogia.train.loss import LossWeights, balance_of, supervised_loss, validatio
 from kogia.train.optim import build_optimizer
 from kogia.train.precision import memory_settings, multiply_in
 from kogia.train.routing_log import RoutingLog
-from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, was_measured
+from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, record_settings, was_measured
 from kogia.train.schedule import Ramp
 from kogia.train.speed import Speed, measured_speed
 from kogia.train.step import LossFn, TrainState, train_step
@@ -136,6 +136,7 @@ def build_planned(plan: Plan) -> Run:
     _describe(plan, shards, loader, num_steps, speed)
     if checkpoint is not None:
         restore(run, checkpoint)
+        record_settings(config)
     return run
 
 

@@ -403,3 +403,20 @@ def test_a_run_goes_to_tensorboard_too_and_may_be_resumed_without(config, capsys
     main(replace(config, steps=5, resume=True))
     assert "steps = 5 (was 4)" in " ".join(capsys.readouterr().err.split())
     assert "sinks" not in capsys.readouterr().err
+
+
+def test_settings_that_a_resume_refuses_are_not_put_on_record(config):
+    config = replace(config, steps=4, save_every=2, eval_every=0)
+    main(config)
+    recipe = Path(config.out) / "run.toml"
+    kept = recipe.read_bytes()
+    for changed, words in (
+        (replace(config, optim=replace(config.optim, kind="muon")), "belongs to another model or another optim.kind"),
+        (replace(config, data=replace(config.data, max_seqlen=32)), "holds the tokens of other data settings"),
+        (replace(config, data=replace(config.data, val_share=0.3)), "holds the tokens of other data settings"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            main(replace(changed, resume=True))
+        assert recipe.read_bytes() == kept, "the settings of the run"
+    main(replace(config, steps=6, resume=True))
+    assert load_toml(recipe, SupervisedConfig).steps == 6
