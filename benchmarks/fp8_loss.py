@@ -2,10 +2,10 @@
 
     python benchmarks/fp8_loss.py runs/nano [--seeds 3] [--tokens 1.05e8] [--seconds 560] [--device cuda]
 
-WORK has raw/ of `reproductions/kogia-nano/run.py pack`; what is made stands in WORK/fp8: the data, with fewer generated
-documents than the recipe has, and one run for each precision and seed, which sets weights and order of data. Nothing is
-done twice, and a run that is told to stop goes on exactly: with --seconds the command ends in time with status 3, and
-the same command goes on. The result is written after every pair.
+WORK has raw/ of `reproductions/kogia-nano/run.py pack`; what is made stands in WORK/fp8_loss: the data, with fewer
+generated documents than the recipe has, and one run for each precision and seed, which sets weights and order of data.
+Nothing is done twice, and a run that is told to stop goes on exactly: with --seconds the command ends in time with
+status 3, and the same command goes on. The result is written after every pair.
 
 `fp8-loss-gap-percent` is what the training loss in FP8 lies above that in bfloat16, on the same batches over the last
 tenth of the steps, in percent of it: a mean over seeds with the 95% interval of pairs (Student's t).
@@ -66,9 +66,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fp8_loss.json")
     args = parser.parse_args()
     until = None if args.seconds is None else time.monotonic() + args.seconds
-    place = args.work / "fp8"
+    place = args.work / "fp8_loss"
     is_tiny = pick_device(args.device).type == "cpu"
     if not (place / "data" / META).exists() and not called("prepare", data_of(args, place, is_tiny), place, until):
+        print(f"{place / 'data'} is not done; the same command goes on")
         return MORE_TO_DO
     pairs: list[dict[str, Any]] = []
     for seed in range(args.seeds):
