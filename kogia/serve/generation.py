@@ -109,8 +109,10 @@ async def run(
     *,
     is_text: bool = False,
 ) -> Running:
-    """Start a request. Raises 400 for what the engine refuses, 429 where the caller has used what is his."""
+    """Start a request. Raises 400 for what the engine refuses, 429 where the caller has used what is his, 503 where too
+    many wait."""
     state.check_ready()
+    state.check_room(asked.params.n)
     began = state.clock()
     state.limiter.admit(caller.name, began)
     try:

@@ -27,6 +27,8 @@ MOST_CHUNK_SECONDS = 0.05
 """Text that comes later is seen to come late."""
 
 
+MOST_ANSWERS = 16_384
+"""Under way and in line, of all requests together: each takes some ten kilobytes."""
 ENDS = "the server is shutting down; ask again"
 
 
@@ -89,6 +91,8 @@ class ServerState:
         self.models = Models(config)
         self.running: dict[str, Running] = {}
         """By the id of the answer."""
+        self.num_answers = 0
+        """Of those that run; a request may ask for several."""
         self.is_loaded = False
         """What is loaded at the start has been."""
         self.is_drained = False
@@ -127,6 +131,12 @@ class ServerState:
         if self.status is not Status.READY:
             raise ApiError(f"the server is {self.status}; try again later", 503, headers={"Retry-After": "5"})
 
+    def check_room(self, num_answers: int) -> None:
+        """Raise 503 where so many more answers would be too many."""
+        if self.num_answers + num_answers > MOST_ANSWERS:
+            message = f"{self.num_answers:,} answers are under way or in line; try again later"
+            raise ApiError(message, 503, headers={"Retry-After": "5"})
+
     @property
     def chunk_seconds(self) -> float:
         """Least time between two chunks of a stream. Tokens that come faster share one, so that what is spent on chunks
@@ -152,6 +162,7 @@ class ServerState:
 
     def begin(self, running: Running) -> None:
         self.running[running.id] = running
+        self.num_answers += running.params.n
 
     def note_tokens(self, running: Running, index: int, count: int) -> None:
         """Tokens of one of a request's answers have come."""
@@ -176,6 +187,7 @@ class ServerState:
         """Free what a request holds, whether or not it has ended: within the engine's next step."""
         running.stream.cancel()
         if self.running.pop(running.id, None) is not None:
+            self.num_answers -= running.params.n
             self.limiter.leave(running.caller.name)
             for listener in self.on_end:
                 listener(running)

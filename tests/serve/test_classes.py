@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import httpx2 as httpx
 import pytest
 from fastapi.routing import APIRoute
-from serve.asks import HELLO, post, refusal, until
+from serve.asks import HELLO, events, post, refusal, until
 from serve.server import serving
 from serve.sockets import connect, head
 
@@ -223,6 +223,27 @@ def test_log_probabilities_have_a_budget(server, monkeypatch):
     error = refusal(post(server, TEXT, {"prompt": [[1] * 201], "prompt_logprobs": 0, "max_tokens": 1}))
     assert error["param"] == "prompt_logprobs" and "201" in error["message"]
     assert post(server, CHAT, {"messages": HELLO, "logprobs": True, **many}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path, body, most",
+    [
+        (CHAT, {"messages": HELLO, "n": 3}, 10),
+        (TEXT, {"prompt": ["a", "b"], "n": 2}, 11),
+        ("/v1/messages", {"messages": HELLO}, 8),
+    ],
+)
+def test_answers_in_line_have_a_bound(server, monkeypatch, path, body, most):
+    """Class 4: many small bodies ask for as much as a large one."""
+    monkeypatch.setattr("kogia.serve.state.MOST_ANSWERS", most)
+    stream = events(server, CHAT, {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "n": 8, "stream": True})
+    next(stream)
+    refused = post(server, path, {**body, "max_tokens": 1})
+    assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
+    assert "answers are under way" in refused.json()["error"]["message"]
+    stream.close()
+    assert until(lambda: server.state.num_answers == 0)
+    assert post(server, path, {**body, "max_tokens": 1}).status_code == 200
 
 
 def test_bombs_by_the_dozen_hold_nobody_up_who_asks_for_no_format(server, monkeypatch):
