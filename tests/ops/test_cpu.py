@@ -623,6 +623,30 @@ def test_attention_over_the_cache_equals_the_reference_in_float64(lengths, conte
     assert distance(cpu_attention.cached_attention(q, view, segments, scale=0.2), want) < 2 * ROUNDED[dtype]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("heads", [2, 4, 16])
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [
+        (LatentRow(64, 32), BF16),
+        (LatentRow(32, 16), torch.float32),
+        (KVRow(2, 32), BF16),
+        (KVRow(2, 20), torch.float32),
+    ],
+)
+def test_a_query_reads_nothing_of_the_tokens_behind_it(row, dtype, heads, poison):
+    """As drafts are: what they make of themselves, numbers or none, is theirs."""
+    lengths, wrong, right = [3, 2, 4], [2, 4, 7, 8], [0, 1, 3, 5, 6]
+    view, segments = paged(lengths, [9, 33, 40], row, dtype), segments_of(lengths)
+    width = row.latent + row.rope if isinstance(row, LatentRow) else row.head_dim
+    q = draw(sum(lengths), heads, width, dtype=dtype)
+    want = cpu_attention.cached_attention(q, view, segments, scale=0.2)
+    view.rows[view.slots[wrong]] = poison
+    found = cpu_attention.cached_attention(q, view, segments, scale=0.2)
+    assert torch.equal(found[right], want[right]) and not found[wrong].isfinite().all(-1).any()
+
+
 def test_attention_refuses_what_has_no_kernel():
     q, segments = draw(1, 2, 48), segments_of([1])
     supports = cpu_attention.cached_attention_supports

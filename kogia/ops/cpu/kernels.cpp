@@ -960,15 +960,12 @@ template <class T> void attend(const AttentionArgs& a, const Queries& tile) {
         seen[m] = context - length + query + 1;
         most = std::max(most, seen[m]);
     }
-    float* sums = scratch<float, 1>(TILE * a.value_width);
-    std::fill(sums, sums + TILE * a.value_width, 0.0f);
+    float* sums = scratch<float, 1>(2 * TILE * a.value_width);  // weighted_rows may write to more rows than it is given
+    std::fill(sums, sums + 2 * TILE * a.value_width, 0.0f);
     float best[TILE], total[TILE] = {}, scores[TILE][KEYS];
     T weights[TILE][KEYS] = {};
-    const T* given[TILE];
-    for (int m = 0; m < TILE; m++) {
-        best[m] = -std::numeric_limits<float>::infinity();
-        given[m] = weights[m];
-    }
+    const T nothing[KEYS] = {};
+    std::fill(best, best + TILE, -std::numeric_limits<float>::infinity());
     const int64_t* table = a.tables + tile.seq * a.table_stride;
     float scale = float(a.scale);
     for (int64_t j = 0; j < most; j += KEYS) {
@@ -1014,7 +1011,18 @@ template <class T> void attend(const AttentionArgs& a, const Queries& tile) {
             if (shrink != 1.0f)
                 for (int64_t c = 0; c < a.value_width; c++) sums[m * a.value_width + c] *= shrink;
         }
-        weighted_rows(values, count, given, many, a.value_width, sums);
+        // Values of keys that a row does not see may be no numbers, and 0 times them is none: rows that see as many keys
+        // go together.
+        for (int m = 0, end; m < many; m = end) {
+            int64_t visible = std::min(count, seen[m] - j);
+            for (end = m + 1; end < many && std::min(count, seen[end] - j) == visible; end++) {}
+            if (visible <= 0) continue;
+            const T* given[TILE];
+            for (int r = 0; r < TILE; r++) given[r] = r < end - m ? weights[m + r] : nothing;
+            const T* read[KEYS];
+            for (int64_t i = 0; i < KEYS; i++) read[i] = values[std::min(i, visible - 1)];
+            weighted_rows(read, visible, given, end - m, a.value_width, sums + m * a.value_width);
+        }
     }
     for (int m = 0; m < many; m++) settled(sums + m * a.value_width, a.value_width, 1.0f / total[m], out[m]);
 }
