@@ -45,6 +45,7 @@ from kogia.sinks import check_sinks, open_sinks
 from kogia.tasks.pool import VerifyPool
 from kogia.tasks.task import Problem, Task
 from kogia.text.tokenizer import Tokenizer
+from kogia.train.checks import resuming_from
 from kogia.train.guard import Guard, heed
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
@@ -122,7 +123,9 @@ def plan_run(config: RLConfig) -> Plan:
     tasks = load_tasks(config.tasks, config.task_options)
     source = checkpoint or config.init
     check_thinking_switch(config.init, config.thinking)
-    found = find_model(source, device=config.device, dtype=config.dtype, quantize="none", weights=not config.dry_run)
+    weights = not config.dry_run
+    with resuming_from(checkpoint):
+        found = find_model(source, device=config.device, dtype=config.dtype, quantize="none", weights=weights)
     check_engine(found.config, config.engine, found.dtype)
     longest = longest_sequence(found.config, config.engine, found.dtype)
     chosen = [(spec, task, _training_problems(task, found.tokenizer, longest, config)) for spec, task in tasks.items()]

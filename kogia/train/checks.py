@@ -4,6 +4,8 @@ The run and its `--dry-run` begin here. A setting that is doomed to fail is refu
 tokenizer trained, a document tokenised or a weight read.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,18 +50,31 @@ def plan_run(config: SupervisedConfig) -> Plan:
     checkpoint = check_run_dir(config)
     pick_device(config.device)
     source = checkpoint or config.init
-    start = read_stored(source, weights=not config.dry_run) if source else None
+    with resuming_from(checkpoint):
+        start = read_stored(source, weights=not config.dry_run) if source else None
     if start is not None and config.extend_context is not None and checkpoint is None:
         start = replace(start, config=extended_config(start.config, config.extend_context))
     model = _architecture(config, start, is_resumed=checkpoint is not None)
     check_sizes(config, model)
     if checkpoint is None:  # else the tokens are there
         _check_data(config)
-    _check_tokenizer(config, model, checkpoint)
+    with resuming_from(checkpoint):
+        _check_tokenizer(config, model, checkpoint)
     kind = rate_kind(config)
     settled = settle_rate(config.optim, kind, model)
     data = replace(config.data, max_seqlen=min(config.data.longest, model.max_position))
     return Plan(replace(config, data=data, optim=settled), model, start, rate_line(config.optim, settled, kind, model))
+
+
+@contextmanager
+def resuming_from(checkpoint: Path | None) -> Iterator[None]:
+    """Within the block, what is wrong with a checkpoint to go on from is told with what to do about it."""
+    try:
+        yield
+    except ValueError as error:
+        if checkpoint is None:
+            raise
+        raise ValueError(f"{error}; or delete {checkpoint} to resume from the checkpoint before it") from error
 
 
 def rate_kind(config: SupervisedConfig) -> Rate:

@@ -420,3 +420,20 @@ def test_settings_that_a_resume_refuses_are_not_put_on_record(config):
         assert recipe.read_bytes() == kept, "the settings of the run"
     main(replace(config, steps=6, resume=True))
     assert load_toml(recipe, SupervisedConfig).steps == 6
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "config.json", "tokenizer.json", None])
+def test_a_damaged_checkpoint_may_be_deleted_to_resume_from_the_one_before_it(config, damaged):
+    config = replace(config, steps=4, save_every=2, eval_every=0)
+    main(config)
+    last = latest_checkpoint(config.out)
+    if damaged is None:
+        shutil.rmtree(last)
+        last.mkdir()
+    else:
+        (last / damaged).write_bytes((last / damaged).read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"; or delete {last} to resume from the checkpoint before it"):
+        main(replace(config, resume=True))
+    shutil.rmtree(last)
+    main(replace(config, resume=True))
+    assert latest_checkpoint(config.out) == last
