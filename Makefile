@@ -23,8 +23,10 @@ ADVISED := from urllib.request import urlopen; \
 demo: .venv/.installed
 	.venv/bin/kogia demo $(ARGS)
 
+# Plugins by name: pytest rewrites the asserts of all packages among which it looks for plugins, a third of its start.
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --disable-plugin-autoload -p hypothesispytest -p jaxtyping -p timeout \
+	    -p xdist -n 2 --dist worksteal $(ARGS)
 
 check: .venv/.installed-dev
 	.venv/bin/ruff format --check .
