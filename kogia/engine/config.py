@@ -112,11 +112,16 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that will not do, in the fields of subclasses too."""
-        for field in fields(self):
-            holds, rule = _RULES.get(field.name, (lambda _: True, ""))
-            value = getattr(self, field.name)
-            if value is not field.default and not holds(value):
-                raise ValueError(f"{field.name} = {value!r:.{_MOST_SHOWN}}: must be {rule}")
+        check_sampling(self)
+
+
+def check_sampling(settings: Any) -> None:
+    """Raise ValueError for a field of a dataclass that has a rule, another value than its default, and breaks it."""
+    for field in fields(settings):
+        holds, rule = _RULES.get(field.name, (lambda _: True, ""))
+        value = getattr(settings, field.name)
+        if value is not field.default and not holds(value):
+            raise ValueError(f"{field.name} = {value!r:.{_MOST_SHOWN}}: must be {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)

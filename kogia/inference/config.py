@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from kogia.checkpoint.config import LoadDtype, LoadQuantize
 from kogia.checkpoint.own import own_model
 from kogia.config import check_least, check_seed
-from kogia.engine.config import EngineConfig, FilteredSamplingConfig
+from kogia.engine.config import EngineConfig, FilteredSamplingConfig, check_sampling
 
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 """Settings that a generation_config.json may hold too."""
@@ -28,8 +28,36 @@ ENGINE_OPTIONS = (
 """Options of `BenchConfig` for a server, and for a model in the process."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerSamplingConfig:
+    """How answers are drawn; what is left out is the model's own."""
+
+    temperature: float | None = None
+    """0 is greedy. None takes what the model's generation_config.json says, else 0.6."""
+    max_tokens: int = 512
+    """Longest answer; one that has not ended by then is cut off."""
+    seed: int | None = None
+    """Makes sampling repeatable; None draws a new seed."""
+    top_k: int | None = None
+    """Keep the k most likely tokens; 0 is off. None takes what generation_config.json says, else 0."""
+    top_p: float | None = None
+    """Keep the smallest set of most likely tokens with at least this probability; 1 is off. None takes what
+    generation_config.json says, else 0.95."""
+    min_p: float | None = None
+    """Keep tokens at least this fraction as likely as the most likely one; 0 is off. None takes what
+    generation_config.json says, else 0."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that will not do, in the fields of subclasses too."""
+        check_sampling(self)
+
+    def sampling(self, own: Mapping[str, Any]) -> FilteredSamplingConfig:
+        """The settings given here, over those of `own`, a generation_config.json, over the defaults."""
+        return filtered_sampling(self, own, max_tokens=self.max_tokens, seed=self.seed)
+
+
 @dataclass(frozen=True)
-class GenerateConfig(FilteredSamplingConfig):
+class GenerateConfig(AnswerSamplingConfig):
     """Answer prompts, from --prompt, --file or stdin: one a line, or rows of JSON."""
 
     path: Positional[str] = ""
@@ -59,8 +87,6 @@ class GenerateConfig(FilteredSamplingConfig):
     """File with a JSON schema that answers match, behind their thoughts."""
     n: int = 1
     """Completions per prompt."""
-    temperature: float = 0.6
-    top_p: float = 0.95
     stop: tuple[str, ...] = ()
     """Texts that end a completion; they are cut off."""
     logprobs: bool = False
@@ -88,7 +114,7 @@ class GenerateConfig(FilteredSamplingConfig):
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(AnswerSamplingConfig):
     """Talk to a model in the terminal."""
 
     path: Positional[str] = ""
@@ -104,19 +130,6 @@ class ChatConfig:
     json_schema: str | None = None
     """File with a JSON schema that answers match, behind their thoughts."""
     max_tokens: int = 2048
-    """Longest answer; one that has not ended by then is cut off."""
-    temperature: float | None = None
-    """0 is greedy. None takes what the model's generation_config.json says, else 0.6."""
-    top_k: int | None = None
-    """Keep the k most likely tokens; 0 is off. None takes what generation_config.json says, else 0."""
-    top_p: float | None = None
-    """Keep the smallest set of most likely tokens with at least this probability; 1 is off. None takes what
-    generation_config.json says, else 0.95."""
-    min_p: float | None = None
-    """Keep tokens at least this fraction as likely as the most likely one; 0 is off. None takes what
-    generation_config.json says, else 0."""
-    seed: int | None = None
-    """Makes sampling repeatable; None draws a new seed."""
     single: bool = False
     """Forget each exchange before the next question, as models trained on single questions expect."""
     draft_tokens: int | None = None
@@ -142,13 +155,9 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that will not do, before anything is loaded."""
-        self.sampling({})
+        super().__post_init__()
         self.engine_options()
         settle_path(self)
-
-    def sampling(self, own: Mapping[str, Any]) -> FilteredSamplingConfig:
-        """The settings given here, over those of `own`, a generation_config.json, over the defaults."""
-        return filtered_sampling(self, own, max_tokens=self.max_tokens, seed=self.seed)
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of `EngineConfig`. `num_draft_tokens` may be None: one where the model can draft."""

@@ -17,7 +17,7 @@ from kogia.engine.output import printable
 from kogia.engine.request import Completion, SamplingParams, report_errors
 from kogia.engine.threads import generation_threads
 from kogia.files import check_target
-from kogia.inference.config import GenerateConfig
+from kogia.inference.config import FILTERS, GenerateConfig
 from kogia.inference.formats import read_format
 from kogia.inference.llm import LLM
 from kogia.inference.prompts import Question, read_prompts
@@ -25,6 +25,7 @@ from kogia.inference.row_file import RowFile, Rows, json_line, open_rows, unfini
 from kogia.model.costs import num_params
 from kogia.terminal import SamplingProgress
 from kogia.text.chat import Prompt, render_prompt
+from kogia.text.files import read_generation
 from kogia.text.tokenizer import Tokenizer
 
 ELSEWHERE = {"path", "prompt", "file", "out", "resume", "device", "tensor_parallel", "expert_parallel", "engine"}
@@ -34,18 +35,26 @@ ELSEWHERE = {"path", "prompt", "file", "out", "resume", "device", "tensor_parall
 def main(config: GenerateConfig) -> int:
     if config.out is not None:
         check_target(config.out)
-    _params(config)  # what they refuse is refused before anything is loaded
+    response_format = read_format(config.json_schema)
     questions = read_prompts(config)
     _check_raw(config, questions)
     directory = resolve_model_dir(config.path)
+    params = SamplingParams.of(
+        config.sampling(read_generation(directory)),
+        n=config.n,
+        stop=config.stop,
+        logprobs=config.logprobs,
+        thinking_token_budget=config.thinking_token_budget,
+        response_format=response_format,
+    )
     check_thinking_switch(directory, config.thinking)
     if config.resume and _is_whole(config, questions):
         log.info(f"{config.out} is complete: the rows of all {len(questions)} prompts are there")
         return 0
-    with _destination(config, questions, directory) as rows:
+    with _destination(config, params, questions, directory) as rows:
         llm = LLM.of(directory, config, **asdict(config.engine))
         given = []
-        for place, completions in _complete(llm, config, questions, rows.left):
+        for place, completions in _complete(llm, config, params, questions, rows.left):
             rows.add(place, [_row(config, questions[place], index, each) for index, each in enumerate(completions)])
             given += completions
         rows.finish()
@@ -64,10 +73,6 @@ def _check_raw(config: GenerateConfig, questions: Sequence[Question]) -> None:
         raise ValueError(f"raw: continues texts, but {spoken[0].title!r:.60} is the end of messages; leave out --raw")
 
 
-def _params(config: GenerateConfig) -> SamplingParams:
-    return SamplingParams.of(config, response_format=read_format(config.json_schema))
-
-
 def _prompt(config: GenerateConfig, question: Question, tokenizer: Tokenizer) -> Prompt:
     if config.raw:
         return Prompt.of(tokenizer.encode_raw(question.title), tokenizer)
@@ -75,12 +80,11 @@ def _prompt(config: GenerateConfig, question: Question, tokenizer: Tokenizer) ->
 
 
 def _complete(
-    llm: LLM, config: GenerateConfig, questions: Sequence[Question], places: Sequence[int]
+    llm: LLM, config: GenerateConfig, params: SamplingParams, questions: Sequence[Question], places: Sequence[int]
 ) -> Iterator[tuple[int, list[Completion]]]:
     """(place, completions) of the questions at these places, in the order in which they end."""
     prompts = [_prompt(config, questions[place], llm.tokenizer) for place in places]
-    params, num_kept = _params(config), (len(questions) - len(places)) * config.n
-    total = len(questions) * config.n
+    num_kept, total = (len(questions) - len(places)) * config.n, len(questions) * config.n
     with (
         generation_threads(config.threads, num_params(llm.model.config)),
         SamplingProgress("generating", transient=True) as progress,
@@ -119,12 +123,13 @@ def _print(text: str) -> None:
 
 @contextmanager
 def _destination(
-    config: GenerateConfig, questions: Sequence[Question], directory: Path
+    config: GenerateConfig, params: SamplingParams, questions: Sequence[Question], directory: Path
 ) -> Iterator[RowFile | _Terminal]:
     if config.out is None:
         yield _Terminal(questions)
         return
     settings = {name: value for name, value in to_dict(config).items() if name not in ELSEWHERE}
+    settings |= {name: getattr(params, name) for name in FILTERS}
     asked = json_line({"questions": [question.columns for question in questions]})
     settings |= {"model": str(directory), "prompts": hashlib.sha256(asked.encode()).hexdigest()}
     num = len(questions)

@@ -64,12 +64,12 @@ from kogia.engine.request import SamplingParams
 from kogia.inference.config import GenerateConfig
 from kogia.rl.config import RLConfig
 refused = [
-    ("temperature", "1"), ("temperature", None), ("max_tokens", 2.5), ("max_tokens", None), ("seed", 1.5),
-    ("seed", "0"), ("n", 10**7), ("top_k", 2.0), ("top_p", "1"), ("min_p", None), ("n", 1.5), ("stop", "x"),
-    ("stop", ["x"]),
+    ("temperature", "1"), ("max_tokens", 2.5), ("max_tokens", None), ("seed", 1.5), ("seed", "0"), ("n", 10**7),
+    ("top_k", 2.0), ("top_p", "1"), ("n", 1.5), ("stop", "x"), ("stop", ["x"]),
 ]
-for make in (SamplingParams, lambda **changes: GenerateConfig("m", **changes)):
-    for name, value in refused:
+nothing = [("temperature", None), ("min_p", None)]  # to a command the model's own value
+for make, own in ((SamplingParams, nothing), (lambda **changes: GenerateConfig("m", **changes), [])):
+    for name, value in refused + own:
         try:
             make(**{name: value})
         except ValueError as error:
@@ -153,7 +153,7 @@ for value in ({values}):
 def test_the_fields_are_inherited_and_flags_stay_flat(program):
     base = SamplingConfig if program is RLConfig else FilteredSamplingConfig
     names = [field.name for field in fields(base)]
-    if program is not ChatConfig:  # where None is the model's own value
+    if program not in (GenerateConfig, ChatConfig):  # where None is the model's own value
         assert issubclass(program, base)
         assert set(names) <= to_dict(program("m", seed=3)).keys()  # in recipes too
     key = "--init" if program is RLConfig else None
@@ -181,22 +181,23 @@ def test_each_program_keeps_its_own_defaults():
         for program in PROGRAMS
     }
     assert defaults == {
-        GenerateConfig: (0.6, 512, None),
+        GenerateConfig: (None, 512, None),
         ChatConfig: (None, 2048, None),
         EvalConfig: (1.0, 512, 0),
         CurateConfig: (1.0, 512, 0),
         RLConfig: (1.0, 256, 0),
     }
-    assert [program("m").top_p for program in FILTERING] == [0.95, None, 1.0, 1.0]
+    assert [program("m").top_p for program in FILTERING] == [None, None, 1.0, 1.0]
+    assert GenerateConfig("m").sampling({}) == FilteredSamplingConfig(temperature=0.6, top_p=0.95)
     assert ChatConfig("m").sampling({}) == FilteredSamplingConfig(max_tokens=2048, temperature=0.6, top_p=0.95)
     assert SamplingParams() == SamplingParams(temperature=1.0, top_p=1.0, max_tokens=256, n=1, seed=None)
 
 
 def test_sampling_params_are_what_the_settings_say_with_the_changes():
-    config = GenerateConfig("m", n=3, temperature=0.5, top_k=4, min_p=0.25, max_tokens=9, seed=8, stop=("x",))
-    expected = SamplingParams(temperature=0.5, top_k=4, top_p=0.95, min_p=0.25, max_tokens=9, seed=8, n=3, stop=("x",))
-    assert SamplingParams.of(config) == expected
-    assert SamplingParams.of(config, n=1, logprobs=True) == replace(expected, n=1, logprobs=True)
+    config = CurateConfig("m", temperature=0.5, top_k=4, top_p=0.95, min_p=0.25, max_tokens=9, seed=8)
+    expected = SamplingParams(temperature=0.5, top_k=4, top_p=0.95, min_p=0.25, max_tokens=9, seed=8)
+    assert SamplingParams.of(config, n=1) == expected
+    assert SamplingParams.of(config, n=3, logprobs=True) == replace(expected, n=3, logprobs=True)
     rollout = SamplingParams.of(RLConfig("m", temperature=0.5), n=16)
     assert rollout == SamplingParams(temperature=0.5, max_tokens=256, seed=0, n=16)
     assert SamplingParams.of(CurateConfig("m", top_k=5)).top_k == 5

@@ -62,6 +62,35 @@ def test_a_format_or_a_budget_that_is_none_is_refused_before_the_model_is_loaded
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("own", "flags", "expected"),
+    [
+        ({"do_sample": False}, [], {"temperature": 0.0, "top_p": 0.95}),
+        ({"do_sample": True, "temperature": 1.0, "top_k": 3}, [], {"temperature": 1.0, "top_k": 3, "top_p": 0.95}),
+        ({"do_sample": False, "top_p": 0.5}, ["--temperature", "1.0"], {"temperature": 1.0, "top_p": 0.5}),
+    ],
+)
+def test_generate_samples_as_the_model_says_where_nothing_is_asked(directory, tmp_path, capsys, own, flags, expected):
+    model = shutil.copytree(directory, tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | own))
+    asked = ["--prompt", "the answer", "--max-tokens", "8", "--seed", "1", "--device", "cpu"]
+    assert cli.main(["generate", str(model), *asked, *flags]) == 0
+    params = SamplingParams(max_tokens=8, seed=1, **expected)
+    (completion,) = LLM(model, device="cpu").chat([Message("user", "the answer")], params)
+    assert capsys.readouterr().out == completion.text + "\n"
+
+
+def test_generate_command_refuses_what_a_model_says_of_sampling_that_cannot_be(directory, tmp_path, capsys):
+    model = shutil.copytree(directory, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"top_p": 2.0, "eos_token_id": 1}')
+    assert cli.main(["generate", str(model), "--prompt", "a"]) == 2
+    assert "generation_config.json of the model: top_p = 2.0" in " ".join(capsys.readouterr().err.split())
+    assert (
+        cli.main(["generate", str(model), "--prompt", "a", "--top-p", "1", "--max-tokens", "2", "--device", "cpu"]) == 0
+    )
+
+
 def test_generate_command_writes_one_json_line_per_completion(directory, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n')
