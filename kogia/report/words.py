@@ -11,6 +11,8 @@ from statistics import median
 
 from kogia.report.load import Interval, Measurement, Stage, number
 
+NOTHING = "0.0 points"
+
 
 def headline_group(stages: Sequence[Stage]) -> list[Measurement]:
     """The group that compares most stages."""
@@ -82,10 +84,11 @@ def explain_student(group: Sequence[Measurement]) -> list[str]:
         apart = teacher.stage != "student" and teacher.identity != student.identity
         if student.stage == "student" and apart and teacher.pass_1 and student.pass_1:
             gap = student.pass_1.mean - teacher.pass_1.mean
-            side = "below" if gap < 0 else "above"
+            size = points(abs(gap)).removeprefix("+")
+            place = "on a par with" if size == NOTHING else f"{size} {'below' if gap < 0 else 'above'}"
             return [
-                f"The distilled student is {100 * abs(gap):.1f} points {side} its teacher ({plain(teacher.stage)}) in "
-                f"pass@1; {_separation(teacher.pass_1, student.pass_1)}."
+                f"The distilled student is {place} its teacher ({plain(teacher.stage)}) in pass@1; "
+                f"{_separation(teacher.pass_1, student.pass_1)}."
             ]
     return []
 
@@ -117,4 +120,5 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def points(difference: float) -> str:
-    return f"{100 * difference:+.1f} points".replace("-", "−")
+    shown = f"{100 * difference:+.1f} points".replace("-", "−")
+    return NOTHING if shown[1:] == NOTHING else shown  # no sign before a change too small to show

@@ -159,6 +159,23 @@ def test_a_student_is_not_compared_with_its_own_checkpoint(tmp_path):
     assert explain_student(headline_group(load_run(tmp_path).stages)) == []
 
 
+@pytest.mark.parametrize(
+    ("of_student", "said", "change"),
+    [
+        (0.5002, "student is on a par with its teacher", "0.0 points"),
+        (0.4998, "student is on a par with its teacher", "0.0 points"),
+        (0.55, "student is 5.0 points above its teacher", "+5.0 points"),
+        (0.444, "student is 5.6 points below its teacher", "−5.6 points"),
+    ],
+)
+def test_a_difference_too_small_to_show_has_no_side(tmp_path, of_student, said, change):
+    stage(tmp_path, "grpo", [0.5, 0.4, 0.6], None, None, text="x", checkpoint="teacher")
+    stage(tmp_path, "student", [of_student, 0.4, 0.6], None, None, text="x", checkpoint="student")
+    group = headline_group(load_run(tmp_path).stages)
+    assert said in explain_student(group)[0]
+    assert f", {change};" in explain_change(*group, group)[0]
+
+
 def test_half_a_surrogate_pair_in_a_file_or_a_name_does_not_stop_the_page(demo):
     for path in demo.glob("*/evals/heldout.json*"):
         data = json.loads(path.read_text())
