@@ -99,7 +99,7 @@ class Protocol(H11Protocol):
         else:
             content = len(cycle.body) - size
             self._crumbs += len(data) - 2 * content
-            if self._crumbs > MOST_CRUMBS:
+            if self._crumbs >= MOST_CRUMBS:
                 self.transport.abort()
         self._watch()
 
