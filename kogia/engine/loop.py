@@ -57,6 +57,8 @@ class Stream:
         self._requests = requests
         self._on_end = on_end
         self._events: deque[TokenEvent] = deque()
+        self._num_ended = 0
+        """Completions whose events are there."""
         self._error: BaseException | None = None
         self._waiting: list[asyncio.Future[None]] = []
         """Of asyncio; resolved when there is news."""
@@ -64,7 +66,7 @@ class Stream:
     @property
     def is_done(self) -> bool:
         """All completions are there."""
-        return len(self.completions) == len(self.request_ids)
+        return self._num_ended == len(self.request_ids)
 
     @property
     def unfinished(self) -> list[Request]:
@@ -82,7 +84,7 @@ class Stream:
             if not self._has_news():
                 self._loop.ask(self)
                 self._loop.wait(self._has_news)
-            if not self._has_event():
+            if not self._events:
                 return self._raise_error()
             yield self._events.popleft()
 
@@ -131,10 +133,9 @@ class Stream:
         """Wait until the loop's own thread has brought an event; False at the end."""
         if not self._has_news():
             await self._news()
-        if not self._has_event():
+        if not self._events:
             self._raise_error()
-            return False
-        return True
+        return bool(self._events)
 
     async def _news(self) -> None:
         self._loop.run_in_background()
@@ -147,20 +148,19 @@ class Stream:
     def _has_news(self) -> bool:
         return bool(self._events) or self.has_ended
 
-    def _has_event(self) -> bool:
-        """Where there is news. Of a stream that has just ended another thread may be about to hand over the last."""
-        return bool(self._events) or self._loop.has_event(self)
-
     def _raise_error(self) -> None:
         if self._error is not None and not self.is_done:
             raise self._error
 
     def _take(self, event: TokenEvent) -> None:
-        """The loop hands over an event. The last is there before the stream counts as ended: readers take no lock."""
-        self._events.append(event)
+        """The loop hands over an event. Readers take no lock: first the completion, for whoever has its event; then the
+        event, for whoever sees that the stream has ended."""
         if event.completion is not None:
             # a new dict: another thread may be walking through the old one
             self.completions = {**self.completions, event.request_id: event.completion}
+        self._events.append(event)
+        if event.completion is not None:
+            self._num_ended += 1
             self._on_end(self)
 
 
@@ -226,11 +226,6 @@ class StreamLoop:
             self._asked.append(stream)
             if self._turn is None:
                 self._exchange()
-
-    def has_event(self, stream: Stream) -> bool:
-        """Whether a stream has one, when what is being handed over has been."""
-        with self._lock:
-            return bool(stream._events)
 
     def note_unasked(self, stream: Stream, arrived: asyncio.Future[None]) -> None:
         """See `Stream.note_unasked`."""

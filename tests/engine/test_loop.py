@@ -398,16 +398,21 @@ def test_other_streams_take_no_request_its_turn(engine, model, ahead):
     assert_empty(engine)
 
 
-def test_whoever_sees_that_a_stream_has_ended_finds_its_last_event(engine):
-    """Looked for, as another thread would, before each line that the loop runs."""
-    stream = engine.submit([5, 6], PARAMS)
-    last: list[TokenEvent] = []
+@pytest.mark.parametrize("n", [1, 2])
+def test_readers_at_any_line_find_the_last_event_of_what_has_ended_and_the_completion_of_what_they_read(engine, n):
+    """They look, as another thread would, before each line that the loop runs."""
+    stream = engine.submit([5, 6], replace(PARAMS, n=n))
+    found: list[tuple[bool, list[TokenEvent], list[int]]] = []
+
+    def take() -> None:
+        has_ended, events = stream.has_ended, asyncio.run(stream.arrived())
+        found.append((has_ended, events, list(stream.completions)))
 
     def look(frame: FrameType, event: str, _: object) -> Any:
         if frame.f_code.co_filename != loop_module.__file__:
             return None
-        if event == "line" and stream.has_ended and not last:
-            reader = threading.Thread(target=lambda: last.extend(asyncio.run(stream.arrived()) or [None]))
+        if event == "line" and stream._has_news() and not (found and found[-1][0]):
+            reader = threading.Thread(target=take)
             reader.start()
             reader.join(20)
         return look
@@ -418,7 +423,10 @@ def test_whoever_sees_that_a_stream_has_ended_finds_its_last_event(engine):
         engine.loop.wait(lambda: stream.has_ended)
     finally:
         sys.settrace(before)
-    assert last[-1] is not None and last[-1].completion == stream.result()[0]
+    for _, events, known in found:
+        assert {event.request_id for event in events if event.completion is not None} <= set(known)
+    ends = [event.completion for _, events, _ in found for event in events if event.completion is not None]
+    assert sorted(end.token_ids for end in ends) == sorted(end.token_ids for end in stream.result())
 
 
 @contextmanager
