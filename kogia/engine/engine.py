@@ -75,6 +75,8 @@ class EngineStats:
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
     num_drafted: int = 0
+    num_proposals: int = 0
+    """Sequences' steps that verified drafts."""
     num_accepted: int = 0
     num_dropped_rows: int = 0
     """Cache rows that pruning dropped, each layer's counted."""
@@ -436,7 +438,9 @@ class Engine:
         gained = int(num_new.sum())
         self.stats.num_generated_tokens += gained
         if self.config.num_draft_tokens:
-            self.stats.num_drafted += self.scheduler.take_drafted()
+            num_drafted, num_proposals = self.scheduler.take_drafted()
+            self.stats.num_drafted += num_drafted
+            self.stats.num_proposals += num_proposals
             self.stats.num_accepted += gained - int(np.count_nonzero(num_new))
         return _Landing(plan, result.drafts.shape[1] > 0, gained)
 

@@ -104,6 +104,8 @@ class Scheduler:
         self.num_prefix_hit_tokens = 0
         self.num_drafted = 0
         """Drafts that were verified."""
+        self.num_proposals = 0
+        """Sequences' steps that verified any."""
         self.lookahead = max(0, config.num_draft_tokens - 1)
         """A chain of k drafts also writes k - 1 rows of its own past the tokens that run."""
         self.budgets = TokenBudgets.of(config, is_gpu=is_gpu)
@@ -527,6 +529,7 @@ class Scheduler:
             table.num_drafted[rows] += samples - (samples > 0)
             table.num_accepted[rows] += num_new - (num_new > 0)
             self.num_drafted += int(samples.sum()) - int(np.count_nonzero(samples))
+            self.num_proposals += int(np.count_nonzero(samples > 1))
             table.num_drafts[rows] = 0
             rejected = plan.num_samples - num_new
         table.num_known[rows] += num_new
@@ -677,10 +680,11 @@ class Scheduler:
         count, self.num_prefix_hit_tokens = self.num_prefix_hit_tokens, 0
         return count
 
-    def take_drafted(self) -> int:
-        """Drafts verified since the last call."""
-        count, self.num_drafted = self.num_drafted, 0
-        return count
+    def take_drafted(self) -> tuple[int, int]:
+        """Drafts verified since the last call, and how many sequences' steps they were of."""
+        counts = self.num_drafted, self.num_proposals
+        self.num_drafted = self.num_proposals = 0
+        return counts
 
     def _end(self, row: int, *, failed: bool = False) -> None:
         """A running sequence is over. Its row and blocks are free when no step in flight runs it."""

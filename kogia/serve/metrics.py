@@ -300,6 +300,7 @@ COUNTERS: Sequence[tuple[str, str, Value]] = (
     ("vllm:num_preemptions", "Sequences put back for want of room.", lambda m, _: m.stats.num_preemptions),
     ("vllm:prefix_cache_queries", "Tokens of prompts that were looked up.", lambda _, own: own.cache_queries),
     ("vllm:prefix_cache_hits", "Tokens of prompts that were found.", lambda _, own: own.cache_hits),
+    ("vllm:spec_decode_num_drafts", "Sequences' steps with drafts.", lambda model, _: model.stats.num_proposals),
     ("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", lambda model, _: model.stats.num_drafted),
     ("vllm:spec_decode_num_accepted_tokens", "Drafts that were right.", lambda m, _: m.stats.num_accepted),
     ("kogia_engine_steps", "Steps of the engine.", lambda model, _: model.stats.num_steps),

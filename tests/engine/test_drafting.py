@@ -169,6 +169,8 @@ def test_a_sequence_gets_no_token_past_its_greatest_length(model, build, length)
         assert all(len(c.token_ids) == length and c.finish_reason == "length" for group in found for c in group)
         drafted = sum(c.num_drafted for group in found for c in group)
         assert engine.stats.num_drafted == drafted, "what a step planned ahead ran in vain counts nowhere"
+        proposals = engine.stats.num_proposals
+        assert proposals <= drafted <= drafts * proposals, "one to `drafts` tokens each"
         assert_empty(engine)
 
 

@@ -51,6 +51,7 @@ def test_drafts_are_accepted_up_to_the_first_that_differs():
         assert table.logprobs[row, 3 : 4 + len(gained)].tolist() == [-1.0 - i for i in range(len(gained) + 1)]
         assert (table.num_drafted[row], table.num_accepted[row]) == (len(drafts), len(gained) - 1)
         assert table.num_drafts[row] == 0
+        assert (scheduler.take_drafted(), scheduler.take_drafted()) == ((len(drafts), int(bool(drafts))), (0, 0))
 
 
 def test_the_block_tail_goes_back_with_the_rejected_drafts():

@@ -43,6 +43,7 @@ def test_what_vllms_dashboard_asks_for_is_there_from_the_start(server):
     tokens = ("request_prompt_tokens", "request_generation_tokens", "request_max_num_generation_tokens")
     tokens += ("iteration_tokens_total", "request_params_n", "request_inference_time_seconds")
     totals += ("prompt_tokens_cached",)
+    totals += tuple(f"spec_decode_num_{each}" for each in ("drafts", "draft_tokens", "accepted_tokens"))
     histograms = [f"vllm:{name}_seconds" for name in (*seconds, *parts)] + [f"vllm:{name}" for name in tokens]
     for name in (*(f"vllm:{each}" for each in gauges), *(f"vllm:{each}_total" for each in totals)):
         assert found[name][0].labels == ENGINE
