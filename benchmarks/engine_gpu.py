@@ -6,7 +6,9 @@ A model of DeepSeek-V2-Lite's shape with random bf16 weights of standard deviati
 Decode: 129 tokens behind prompts of 512, less the time of 1, medians of three. Prefill: 16 to 64 prompts of 512, and
 one of 8,192. `--peer` holds what a script printed that measured the same with vLLM on this machine just before: lines
 of JSON, {"B": batch, "decode_tok_s": ..., "prefill_tok_s": ...} and {"...": "prefill_8k_tok_s", "v": ...}. With
---check, log-probabilities beside float32's; with --profile, the kernels of one decode step by time.
+--check, log-probabilities beside float32's; with --profile, the kernels of one decode step by time. With
+--prompt-steps, steps with prompts of 2,048 to 8,192 tokens by themselves and beside 128 sequences that decode, and the
+host's part of them.
 """
 
 import argparse
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--profile-host", type=int, metavar="BATCH", help="0: of one long prompt")
     parser.add_argument("--profile-prefill", action="store_true")
     parser.add_argument("--long", action="store_true", help="what 63k more tokens of context add to a step of batch 1")
+    parser.add_argument("--prompt-steps", action="store_true")
     parser.add_argument("--lazy", action="store_true", help="record graphs when they are needed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -75,14 +78,19 @@ def main() -> None:
         beside(f"decode-bf16-b{batch}", [s[0] for s in speeds], BARS.get(batch, 1.0), **host_share(engine, batch))
     if prefills:
         beside("prefill-bf16", prefills, 1.0)
-    prefill(engine, 1, 8192)
-    beside("prefill-bf16-8k", [prefill(engine, 1, 8192) for _ in range(args.rounds)], 1.0)
+    if args.batches:
+        prefill(engine, 1, 8192)
+        beside("prefill-bf16-8k", [prefill(engine, 1, 8192) for _ in range(args.rounds)], 1.0)
     for batch in args.profile:
         profile(engine, batch)
     if args.profile_host is not None:
         host_profile(engine, args.profile_host)
     if args.profile_prefill:
         profile_prefill(engine)
+    if args.prompt_steps:
+        for decoding in (0, 128):
+            for id, value, extra in prompt_steps(engine, decoding):
+                say(id, value, "ms", **extra)
     if args.long:
         del engine, model
         torch.cuda.empty_cache()
@@ -203,6 +211,33 @@ def step_ms(engine: Any, context: int, steps: int = 100) -> float:
 
 def prefill(engine: Any, count: int, length: int) -> float:
     return count * length / timed(engine, prompts_of(count, length), 1)
+
+
+def prompt_steps(engine: Any, decoding: int) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """Steps of prompts of 512 tokens beside so many sequences that decode: (id, milliseconds until the device is done,
+    those of them until the host is)."""
+    if decoding:
+        for prompt in prompts_of(decoding, 512):
+            engine.add(prompt, params_of(200))
+        for _ in range(20):
+            engine.step()
+    for tokens in (2048, 4096, 8192):
+        found = []
+        for seed in range(6):
+            for prompt in prompts_of(tokens // 512, 512, seed):
+                engine.add(prompt, params_of(1))
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            engine.step()  # of the step before only what the host does: the device is done with it
+            host = time.perf_counter() - start
+            torch.cuda.synchronize()
+            found.append((time.perf_counter() - start, host))
+            for _ in range(3):
+                engine.step()
+        whole, host = (median(values) * 1e3 for values in zip(*found[1:], strict=True))
+        yield f"prompt-step-{tokens}-beside-{decoding}", whole, {"host_ms": round(host, 2)}
+    while engine.num_unfinished:
+        engine.step()
 
 
 def host_share(engine: Any, batch: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ A checkpoint of DeepSeek-V2-Lite's shape with random bf16 weights is written to 
 it is in the page cache. Then processes load it, compile, record and draw a token: one with an empty cache of compiled
 kernels, as after an installation, and `--rounds` with the cache that it left, as ever after. Afterwards prompts of many
 lengths come and go at all numbers of sequences: `compiled-after-ready` is how many kernels were compiled for them.
+With --quantize weights are rounded to a format while they are loaded.
 """
 
 import argparse
@@ -27,12 +28,13 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=27)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quantize", default="auto")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", type=float, metavar="STARTED", help=argparse.SUPPRESS)
     args = parser.parse_args()
     model = args.dir / "model"
     if args.child is not None:
-        print(json.dumps(ready(model, args.child)))
+        print(json.dumps(ready(model, args.child, args.quantize)))
         return
     from result import row, write_result
 
@@ -71,7 +73,9 @@ def write_model(directory: Path, layers: int) -> None:
 
 
 def child(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--dir", str(args.dir), "--child", repr(time.time())]
+    command = [
+        sys.executable, __file__, "--dir", str(args.dir), "--quantize", args.quantize, "--child", repr(time.time())
+    ]  # fmt: skip
     done = subprocess.run(
         command, env=os.environ | {"TRITON_CACHE_DIR": str(cache)}, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -79,7 +83,7 @@ def child(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ready(model: Path, started: float) -> dict[str, Any]:
+def ready(model: Path, started: float, quantize: str) -> dict[str, Any]:
     """Seconds by stage until the first token, and what was compiled later."""
     from triton import knobs
 
@@ -93,7 +97,8 @@ def ready(model: Path, started: float) -> dict[str, Any]:
 
     knobs.compilation.listener = note
     imports = time.time() - started
-    llm = LLM(model, device="cuda", max_sequences=256, max_batch_tokens=16384, block_size=64, num_blocks=5000)
+    settings: dict[str, Any] = {"max_sequences": 256, "max_batch_tokens": 16384, "block_size": 64, "num_blocks": 5000}
+    llm = LLM(model, device="cuda", quantize=quantize, **settings)
     llm.warm_up()
     known = len(compiled)
     start = time.perf_counter()

@@ -132,14 +132,15 @@ class SomeExperts(Experts):
         residual: Float[Tensor, "tokens dim"] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """`expert_ids` are places among all experts of the layer."""
-        if self._own is None or self._own.device != x.device:
-            self._own = self._places(x.device)
-        return super().forward(x, self._own[expert_ids], weights, shared, residual)
+        return super().forward(x, self.place(x.device)[expert_ids], weights, shared, residual)
 
-    def _places(self, device: torch.device) -> Int[Tensor, " experts_and_nobody"]:
-        held = torch.arange(len(self.gate_up_proj.weight), device=device)
-        places = torch.full((self.num_experts + 1,), -1, device=device)
-        return places.index_copy_(0, self.first + held, held)
+    def place(self, device: torch.device) -> Int[Tensor, " experts_and_nobody"]:
+        """Make `_own` where it is not there; once before a graph is recorded, which would not fill it."""
+        if self._own is None or self._own.device != device:
+            held = torch.arange(len(self.gate_up_proj.weight), device=device)
+            places = torch.full((self.num_experts + 1,), -1, device=device)
+            self._own = places.index_copy_(0, self.first + held, held)
+        return self._own
 
 
 class MoE(nn.Module):

@@ -12,6 +12,7 @@ Parameter names are those of the Hugging Face checkpoints; only the routed exper
 
 import hashlib
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class Decoder(nn.Module):
     def forward(self, token_ids: Int[Tensor, " tokens"], step: StepContext) -> Float[Tensor, "tokens dim"]:
         """Residual stream before the final norm."""
         x = self.embed_tokens(token_ids)
-        for layer in self.layers[: self.num_layers]:
+        for layer in islice(self.layers, self.num_layers):  # a slice would make a module of them, every time
             x = layer(x, step)
         return x
 
@@ -290,7 +291,7 @@ class Transformer(nn.Module):
                 module.absorb()
 
     def _mtp_layer(self, depth: int) -> MTPLayer:
-        layer = self.model.layers[self.config.num_layers + depth]
+        layer = self.model.layers[self.model.num_layers + depth]
         assert isinstance(layer, MTPLayer)
         return layer
 

@@ -31,6 +31,7 @@ from kogia.ops.dispatch import op
 from kogia.ops.fp8 import BLOCK
 from kogia.ops.linear import grouped_outer, product
 from kogia.ops.moe import ExpertOrder, order_by_expert, sum_copies, weighted_silu_mul, weighted_silu_mul_backward
+from kogia.ops.packed import Packed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,8 +62,19 @@ class Blocks:
     """A weight, or a stack of them, in E4M3 with a scale per 128 x 128 block."""
 
     codes: Float[Tensor, "*stack out padded"]
+    """Rows are filled up as those of `Rows`."""
     scale: Float[Tensor, "*stack out_blocks groups"]
-    """float32; of as many groups as `codes` have, and zeros up to a multiple of 4, as cuBLAS wants them."""
+    """float32; of as many groups as `codes` have, and perhaps zeros up to a multiple of 4, as cuBLAS wants them."""
+
+    @classmethod
+    def of(cls, weight: Packed) -> "Blocks":
+        """A packed FP8 weight, where it lies unless its rows must be filled up. Of [experts, parts, out, in] the parts
+        are below each other; blocks end where they do."""
+        codes, scale = weight.data, weight.scale
+        if codes.ndim > 3:
+            assert codes.shape[-2] % BLOCK == 0, f"blocks of parts of {codes.shape[-2]} rows go beyond them"
+            codes, scale = codes.flatten(1, -2), scale.flatten(1, -2)
+        return cls(_padded(codes), scale)
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +189,13 @@ def weighted_silu_mul_rows(both: Float[Tensor, "routed gate_and_up"], weights: F
     """`weighted_silu_mul`, rounded to FP8 alone."""
     wide = both.to(torch.promote_types(both.dtype, torch.float32))
     return quantize_rows.reference(weighted_silu_mul.reference(wide, weights))
+
+
+@op(cuda=("kogia.ops.triton.blockwise",))
+def silu_mul_rows(both: Float[Tensor, "routed gate_and_up"]) -> Rows:
+    """silu(gate) * up of rows [gate ; up], rounded to FP8 alone."""
+    gate, up = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, -1)
+    return quantize_rows.reference(F.silu(gate) * up)
 
 
 @op(cuda=("kogia.ops.triton.blockwise",))

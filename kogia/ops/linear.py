@@ -26,7 +26,7 @@ def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -
 
 @op(
     invariant=("kogia.ops.invariant.linear",),
-    cuda=("kogia.ops.triton.linear",),
+    cuda=("kogia.ops.w8a8.products", "kogia.ops.triton.linear"),
     cpu=("kogia.ops.cpu.linear", "kogia.ops.cpu.products"),
 )
 def linear(

@@ -299,7 +299,7 @@ SharedExperts = tuple[Tensor | Packed, Tensor | Packed, Tensor | Packed]
 """Gate, up and down matrices of the shared experts, which are one of their total width."""
 
 
-@op(cuda=("kogia.ops.triton.moe",), cpu=("kogia.ops.cpu.moe",))
+@op(cuda=("kogia.ops.w8a8.products", "kogia.ops.triton.moe"), cpu=("kogia.ops.cpu.moe",))
 def mix_experts(
     x: Float[Tensor, "tokens dim"],
     expert_ids: Int[Tensor, "tokens topk"],

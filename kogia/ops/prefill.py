@@ -69,14 +69,14 @@ def absorbed_part(cache: LayerCache, segments: Segments, prefill: Prefill) -> tu
     """The sequences before `prefill`, as a step of their own."""
     if "absorbed" not in cache.shared:
         first = prefill.first
-        head = Segments(segments.cu_seqlens[: first + 1], segments.lengths[:first])
-        cache.shared["absorbed"] = head, {}
-    (head, shared), first = cache.shared["absorbed"], prefill.first
-    return replace(
-        cache,
-        slots=cache.slots[: prefill.num_rows],
-        block_tables=cache.block_tables[:first],
-        context_lens=cache.context_lens[:first],
-        contexts=cache.contexts[:first],
-        shared=shared,
-    ), head
+        part = replace(
+            cache,
+            slots=cache.slots[: prefill.num_rows],
+            block_tables=cache.block_tables[:first],
+            context_lens=cache.context_lens[:first],
+            contexts=cache.contexts[:first],
+            shared={},
+        )
+        cache.shared["absorbed"] = part, Segments(segments.cu_seqlens[: first + 1], segments.lengths[:first])
+    part, head = cache.shared["absorbed"]
+    return replace(part, rows=cache.rows), head

@@ -8,24 +8,26 @@ import torch
 
 from kogia.engine.config import EngineConfig
 from kogia.engine.engine import Engine
+from kogia.engine.graphs import DecodeGraphs
 from kogia.engine.request import SamplingParams
-from kogia.engine.warm_up import prompt_steps
+from kogia.engine.warm_up import one_of_each_kind, prompt_steps
 from kogia.model.config import MLAConfig, ModelConfig, MoEConfig
+from kogia.model.packed import pack
 from kogia.model.transformer import Transformer, build_model
 from kogia.ops.prefill import FEW
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def latent(device: str, num_mtp_layers: int = 0) -> Transformer:
+def latent(device: str, num_mtp_layers: int = 0, num_layers: int = 2) -> Transformer:
     """A small model whose latent rows are as wide as the published ones, for which kernels are made."""
     mla = MLAConfig(
         num_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=32
     )
     moe = MoEConfig(num_experts=8, num_shared_experts=1, topk=2, expert_dim=64)
     config = ModelConfig(
-        vocab_size=97, dim=128, num_layers=2, ffn_dim=128, attention=mla, max_position=1024, init_std=0.1, moe=moe,
-        num_mtp_layers=num_mtp_layers,
+        vocab_size=97, dim=128, num_layers=num_layers, ffn_dim=128, attention=mla, max_position=1024, init_std=0.1,
+        moe=moe, num_mtp_layers=num_mtp_layers,
     )  # fmt: skip
     return build_model(config, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
 
@@ -54,6 +56,34 @@ def test_steps_that_are_gone_through_span_every_power_of_two_of_tokens_and_of_bl
     for blocks in range(1, -(-longest // block) + 1):
         more = 1 << (blocks - 1).bit_length()
         assert (FEW, min(more, -(-longest // block))) in few
+
+
+def layers_of(model: Transformer) -> list[Any]:
+    return list(model.model.layers)
+
+
+def test_what_is_gone_through_has_one_layer_of_each_kind_and_then_all_of_them_again():
+    model = latent("cpu", num_mtp_layers=1, num_layers=7)
+    layers = layers_of(model)
+    layers[3].self_attn.o_proj.pack("int8")
+    layers[4].mlp.experts.down_proj.pack("fp8")
+    layers[6].mlp.gate.weight = torch.nn.Parameter(torch.zeros(8 * 128 + 1)[1:].view(8, 128))  # aligned otherwise
+    graphs = engine_of(model).runner.graphs
+    assert isinstance(graphs, DecodeGraphs)
+    with one_of_each_kind(model, graphs.cache.rows):
+        assert layers_of(model) == [layers[i] for i in (0, 1, 3, 4, 6, 7)]
+        step = model.step(pack([[1, 2, 3]]))
+        hidden = model(pack([[1, 2, 3]]), step=step)
+        assert hidden.isfinite().all() and model.mtp_hidden(0, hidden, torch.tensor([2, 3, 4]), step).isfinite().all()
+    assert layers_of(model) == layers and model.model.num_layers == 7
+
+
+def test_layers_whose_rows_of_the_cache_are_aligned_otherwise_are_kinds_of_their_own():
+    model = latent("cpu", num_layers=5)
+    layers, rows = layers_of(model), torch.zeros(5, 3, 2)  # 24 bytes a layer
+    with pytest.raises(KeyboardInterrupt), one_of_each_kind(model, rows):
+        raise KeyboardInterrupt if layers_of(model) == layers[:3] else AssertionError
+    assert layers_of(model) == layers
 
 
 @gpu

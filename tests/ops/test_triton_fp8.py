@@ -106,6 +106,8 @@ def test_activated_rows_are_rounded_to_fp8_and_their_gradients_as_in_the_referen
     assert triton_blockwise.weighted_silu_mul_rows_backward_supports(grad, both, weights) is None
     want = blockwise.weighted_silu_mul_rows.reference(both, weights)
     near(triton_blockwise.weighted_silu_mul_rows(both, weights).dense(), want.dense())
+    assert triton_blockwise.silu_mul_rows_supports(both) is None
+    near(triton_blockwise.silu_mul_rows(both).dense(), blockwise.silu_mul_rows.reference(both).dense())
     got = triton_blockwise.weighted_silu_mul_rows_backward(grad, both, weights)
     want = blockwise.weighted_silu_mul_rows_backward.reference(grad, both, weights)
     for ours, theirs in zip(got[:3], want[:3], strict=True):

@@ -7,18 +7,20 @@ from torch import Tensor
 from kogia.ops.blockwise import Blocks, Rows
 
 _ROWS = 4  # scales of 16 bytes: their rows are as many as those of the codes
+_GROUPS = 4  # likewise the groups of a weight
 
 
 def rows_product(a: Rows, b: Blocks, dtype: torch.dtype) -> Tensor:
     rows = len(a.codes)
-    a = _whole(a)
+    a, missing = _whole(a), -b.scale.shape[1] % _GROUPS
+    b_scale = F.pad(b.scale, (0, missing)) if missing else b.scale
     kinds = F.ScalingType
     return F.scaled_mm(
         a.codes,
         b.codes.T,
         a.scale.T,
         kinds.BlockWise1x128,
-        b.scale.T,
+        b_scale.T,
         kinds.BlockWise128x128,
         output_dtype=dtype,
     )[:rows]

@@ -11,7 +11,6 @@ the keys as the M side of the tensor cores, was slower in Triton at every shape 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from kogia.ops.cache import LatentRow, LayerCache
 from kogia.ops.prefill import FEW
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, odd_width, refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, next_power_of_2, odd_width, refusal, wait_for_inputs
 
 
 @kernel
@@ -173,8 +172,8 @@ def merge_parts(part: Tensor, lse: Tensor, out: Tensor) -> None:
     if tokens * heads <= 512:
         block, at_once = (min(latent, 64), 64) if parts <= 64 else (min(latent, 32), 128)
     _merge[(tokens * heads, latent // block)](
-        part, lse, out, parts, LATENT=latent, PADDED=triton.next_power_of_2(parts), BLOCK=block,
-        AT_ONCE=min(at_once, triton.next_power_of_2(parts)), PDL=PDL, num_warps=4, **LAUNCH,
+        part, lse, out, parts, LATENT=latent, PADDED=next_power_of_2(parts), BLOCK=block,
+        AT_ONCE=min(at_once, next_power_of_2(parts)), PDL=PDL, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 
@@ -185,7 +184,7 @@ def attention_parts(
     row = cache.row
     assert isinstance(row, LatentRow)
     heads, queries = q.shape[1], segments.longest
-    tile = min(64, max(16, triton.next_power_of_2(queries * heads)))
+    tile = min(64, max(16, next_power_of_2(queries * heads)))
     block, warps, stages = (32, 4, 5) if tile <= 32 else (64, 8, 3)
     tiles = -(-queries * heads // tile)
     parts = parts or num_parts(segments.num_seqs * tiles, int(cache.contexts.max()), block)

@@ -11,12 +11,11 @@ either, and the step is found bad.
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kogia.ops.blockwise import Blocks, Forms, Rows
-from kogia.ops.triton.common import INTERPRETED, LAUNCH, PDL, kernel, refusal, rows_refusal, wait_for_inputs
+from kogia.ops.triton.common import INTERPRETED, LAUNCH, PDL, cdiv, kernel, refusal, rows_refusal, wait_for_inputs
 from kogia.ops.triton.experts import weighted_silu_mul_backward, weighted_silu_mul_backward_supports
 
 _GROUP = tl.constexpr(128)
@@ -130,7 +129,7 @@ def _launch(x: Tensor, rows: Rows | None, turned: Rows | None, power_of_two: boo
     one, two = rows or turned, turned or rows
     assert one is not None and two is not None, "one of the two is wanted"
     tile = 128 if turned else 32
-    _quantize[(triton.cdiv(height, tile), triton.cdiv(width, 128))](
+    _quantize[(cdiv(height, tile), cdiv(width, 128))](
         x, one.codes, one.scale, two.codes, two.scale, height, width, x.stride(0), one.codes.shape[1],
         two.codes.shape[1], ROWS=tile, BY_ROW=rows is not None, BY_COLUMN=turned is not None, POWERS=power_of_two,
         TURNED_POWERS=power_of_two and rows is None, INTERPRET=INTERPRETED, PDL=PDL,
@@ -154,7 +153,7 @@ def _chip_refusal(x: Tensor) -> str | None:
 def quantize_weight(weight: Tensor) -> Forms:
     *stack, rows, width = weight.shape
     forward, backward = (_empty_blocks(stack, *shape, weight.device) for shape in ((rows, width), (width, rows)))
-    _quantize_blocks[(math.prod(stack), triton.cdiv(rows, 128), triton.cdiv(width, 128))](
+    _quantize_blocks[(math.prod(stack), cdiv(rows, 128), cdiv(width, 128))](
         weight, forward.codes, forward.scale, backward.codes, backward.scale, rows, width, forward.codes.shape[-1],
         backward.codes.shape[-1], forward.scale.shape[-1], backward.scale.shape[-1],
         INTERPRET=INTERPRETED, PDL=PDL, num_warps=8, **LAUNCH,
@@ -182,27 +181,42 @@ def _activated(both, row, n, inside, width):
 
 @kernel
 def _silu_rows(
-    both, weights, codes, scale, num_rows, width, padded, ROWS: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr
+    both, weights, codes, scale, num_rows, width, padded, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group, there = tl.program_id(1), row < num_rows
     n = group * _GROUP + tl.arange(0, _GROUP)
     g, u, sigmoid = _activated(both, row, n, there[:, None] & (n < width)[None, :], width)
-    w = tl.load(weights + row, there, 0.0)
+    product = g * sigmoid * u
+    if WEIGHTED:
+        product *= tl.load(weights + row, there, 0.0)[:, None]
     to = codes + row[:, None] * padded + n[None, :]
     at = scale + group.to(tl.int64) * num_rows + row
-    _to_rows(g * sigmoid * u * w[:, None], to, at, there, False, INTERPRET)
+    _to_rows(product, to, at, there, False, INTERPRET)
+
+
+def silu_mul_rows(both: Tensor) -> Rows:
+    return _activated_rows(both, None)
 
 
 def weighted_silu_mul_rows(both: Tensor, weights: Tensor) -> Rows:
+    return _activated_rows(both, weights)
+
+
+def _activated_rows(both: Tensor, weights: Tensor | None) -> Rows:
     rows, width = both.shape[0], both.shape[1] // 2
     out = _empty_rows(rows, width, both.device)
-    _silu_rows[(triton.cdiv(rows, 32), triton.cdiv(width, 128))](
-        both, weights, out.codes, out.scale, rows, width, out.codes.shape[1], ROWS=32,
-        INTERPRET=INTERPRETED, PDL=PDL, num_warps=4, **LAUNCH,
+    _silu_rows[(cdiv(rows, 32), cdiv(width, 128))](
+        both, both if weights is None else weights, out.codes, out.scale, rows, width, out.codes.shape[1], ROWS=32,
+        WEIGHTED=weights is not None, INTERPRET=INTERPRETED, PDL=PDL, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return out
+
+
+def silu_mul_rows_supports(both: Tensor) -> str | None:
+    return _chip_refusal(both) or refusal(both, dtypes=_DTYPES)
 
 
 def weighted_silu_mul_rows_supports(both: Tensor, weights: Tensor) -> str | None:
@@ -248,7 +262,7 @@ def weighted_silu_mul_rows_backward(grad: Tensor, both: Tensor, weights: Tensor)
         return grad_both, grad_weights, hidden, quantize_rows(grad_both)
     grad_both, grad_weights, hidden = torch.empty_like(both), torch.empty_like(weights), torch.empty_like(grad)
     out = _empty_rows(rows, 2 * width, both.device)
-    _silu_rows_backward[(triton.cdiv(rows, 16),)](
+    _silu_rows_backward[(cdiv(rows, 16),)](
         grad, both, weights, grad_both, grad_weights, hidden, out.codes, out.scale, rows, width,
         ROWS=16, INTERPRET=INTERPRETED, PDL=PDL, num_warps=4, **LAUNCH,
     )  # fmt: skip

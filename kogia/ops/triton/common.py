@@ -53,6 +53,16 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+def cdiv(count: int, size: int) -> int:
+    """Parts of `size` that `count` takes. Triton's own, made for kernels as well, takes a host 4 us."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The least power of two that is no less; likewise."""
+    return 1 << max(0, count - 1).bit_length()
+
+
 def refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     """Why a kernel cannot take these tensors, or None: one dtype of `dtypes`, contiguous, not empty, no gradients."""
     for tensor in tensors:

@@ -5,11 +5,10 @@
 # pyright: reportGeneralTypeIssues=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, cdiv, kernel, next_power_of_2, refusal, wait_for_inputs
 
 _TILE = 2048
 """Numbers of gate, and as many of up, that a program takes at a time."""
@@ -33,7 +32,7 @@ def weighted_silu_mul(both: Tensor, weights: Tensor) -> Tensor:
     rows, width = both.shape[0], both.shape[1] // 2
     out = torch.empty(rows, width, dtype=both.dtype, device=both.device)
     tile = _tile(width)
-    _forward[(triton.cdiv(rows, tile["ROWS"]),)](both, weights, out, rows, width, **tile, PDL=PDL, **LAUNCH)
+    _forward[(cdiv(rows, tile["ROWS"]),)](both, weights, out, rows, width, **tile, PDL=PDL, **LAUNCH)
     return out
 
 
@@ -70,7 +69,7 @@ def weighted_silu_mul_backward(grad: Tensor, both: Tensor, weights: Tensor) -> t
     rows, width = grad.shape
     grad_both, grad_weights, out = torch.empty_like(both), torch.empty_like(weights), torch.empty_like(grad)
     tile = _tile(width)
-    _backward[(triton.cdiv(rows, tile["ROWS"]),)](
+    _backward[(cdiv(rows, tile["ROWS"]),)](
         grad, both, weights, grad_both, grad_weights, out, rows, width, **tile, PDL=PDL, **LAUNCH
     )
     return grad_both, grad_weights, out
@@ -81,7 +80,7 @@ def weighted_silu_mul_backward_supports(grad: Tensor, both: Tensor, weights: Ten
 
 
 def _tile(width: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     return {"ROWS": max(1, _TILE // padded), "WIDTH": padded, "num_warps": 4 if padded <= _TILE else 8}
 
 
@@ -101,8 +100,8 @@ def _sum(y, inverse, out, dim, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.con
 def sum_copies(y: Tensor, inverse: Tensor, topk: int) -> Tensor:
     tokens, dim = inverse.shape[0] // topk, y.shape[1]
     out = torch.empty(tokens, dim, dtype=y.dtype, device=y.device)
-    block = min(_TILE, triton.next_power_of_2(dim))
-    _sum[(tokens, triton.cdiv(dim, block))](
+    block = min(_TILE, next_power_of_2(dim))
+    _sum[(tokens, cdiv(dim, block))](
         y, inverse, out, dim, K=topk, BLOCK=block, PDL=PDL, num_warps=4 if block > 512 else 2, **LAUNCH
     )
     return out

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kogia.ops.blockwise import Blocks, Rows
-from kogia.ops.triton.common import INTERPRETED, kernel
+from kogia.ops.triton.common import INTERPRETED, cdiv, kernel, next_power_of_2
 
 _GROUP = tl.constexpr(128)
 
@@ -131,13 +130,13 @@ def tiled_product(a: Rows, b: Blocks, counts: Tensor, dtype: torch.dtype, tile: 
     """Two launches, no wait."""
     (rows, padded), (experts, width) = a.codes.shape, b.codes.shape[:2]
     out = torch.empty(rows, width, dtype=dtype, device=a.device)
-    most = triton.cdiv(rows, tile.rows) + experts
+    most = cdiv(rows, tile.rows) + experts
     tiles = torch.empty(1 + 3 * most, dtype=torch.int32, device=a.device)
     _plan[(experts,)](
-        counts, tiles, rows, E=experts, PADDED=triton.next_power_of_2(experts), BLOCK_M=tile.rows,
+        counts, tiles, rows, E=experts, PADDED=next_power_of_2(experts), BLOCK_M=tile.rows,
         num_warps=1,
     )  # fmt: skip
-    across = triton.cdiv(width, tile.columns * tile.parts)
+    across = cdiv(width, tile.columns * tile.parts)
     options = {} if tile.registers is None else {"maxnreg": tile.registers}
     _grouped[(min(most * across, tile.programs * _multiprocessors(a.device)),)](
         TensorDescriptor.from_tensor(a.codes, [tile.rows, 128]),

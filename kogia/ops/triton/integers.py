@@ -6,12 +6,11 @@ Plain PyTorch takes some hundred passes."""
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kogia.ops.integers import SHRINKS, group_size
-from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, kernel, refusal, wait_for_inputs
+from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, cdiv, kernel, refusal, wait_for_inputs
 
 _LEAST_SCALE, _MOST_SCALE = tl.constexpr(2.0**-126), tl.constexpr(2.0**120)
 _EVEN = tl.constexpr(1.5 * 2**23)
@@ -88,7 +87,7 @@ def quantize_nibbles(
     scale = torch.empty((*front, columns // group), dtype=torch.bfloat16, device=weight.device)
     zero = torch.empty(scale.shape, dtype=torch.uint8, device=weight.device) if asymmetric else None
     weighed = scale if importance is None else importance.float().contiguous()
-    _quantize[(triton.cdiv(scale.numel(), _BLOCK),)](
+    _quantize[(cdiv(scale.numel(), _BLOCK),)](
         weight, weighed, data, scale, data if zero is None else zero, scale.numel(), columns // group,
         GROUP=group, ASYMMETRIC=asymmetric, WEIGHTED=importance is not None, SHRINKS=SHRINKS, BLOCK=_BLOCK, PDL=PDL,
         num_warps=4, enable_fp_fusion=False, **LAUNCH,

@@ -9,7 +9,6 @@ M side of the products, several tokens of drafts one after the other. Parts are 
 # pyright: reportGeneralTypeIssues=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from kogia.ops.triton.common import (
     LAUNCH,
     PDL,
     kernel,
+    next_power_of_2,
     odd_width,
     refusal,
     rows_refusal,
@@ -92,7 +92,7 @@ def cached_attention(
     assert isinstance(row, KVRow)
     tokens, heads, dim = q.shape
     share, queries = heads // row.num_heads, segments.longest
-    tile = min(64, max(16, triton.next_power_of_2(queries * share)))
+    tile = min(64, max(16, next_power_of_2(queries * share)))
     block, tiles = 64, -(-queries * share // tile)
     programs = segments.num_seqs * row.num_heads
     parts = parts or num_parts(programs * tiles, int(cache.contexts.max()), block)
@@ -144,7 +144,7 @@ def write_kv(k: Tensor, v: Tensor, cache: LayerCache) -> None:
     width = heads * dim
     _write_kv[(tokens,)](
         k, v, cache.slots, cache.rows, k.stride(0), v.stride(0), ROW=cache.rows.stride(0), WIDTH=width,
-        PADDED=triton.next_power_of_2(width), PDL=PDL, num_warps=4, **LAUNCH,
+        PADDED=next_power_of_2(width), PDL=PDL, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 

@@ -5,20 +5,11 @@
 # pyright: reportOperatorIssue=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kogia.ops.cache import LatentRow, LayerCache
-from kogia.ops.triton.common import (
-    LAUNCH,
-    PDL,
-    kernel,
-    odd_width,
-    refusal,
-    rows_refusal,
-    wait_for_inputs,
-)
+from kogia.ops.triton.common import LAUNCH, PDL, cdiv, kernel, odd_width, refusal, rows_refusal, wait_for_inputs
 
 
 @kernel
@@ -144,7 +135,7 @@ def absorb_query(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     nope, latent = w_uk.shape[1:]
     out = torch.empty(tokens, heads, latent + width - nope, dtype=q.dtype, device=q.device)
     block_t, block_n = 16, min(latent, 128)
-    _absorb[(heads, latent // block_n + 1, triton.cdiv(tokens, block_t))](
+    _absorb[(heads, latent // block_n + 1, cdiv(tokens, block_t))](
         q, w_uk, cos, sin, out, tokens, q.stride(0), w_uk.stride(0), w_uk.stride(1),
         HEADS=heads, NOPE=nope, ROPE=width - nope, LATENT=latent, BLOCK_T=block_t, BLOCK_N=block_n, PDL=PDL,
         num_warps=4, **LAUNCH,
@@ -195,7 +186,7 @@ def project_values(mixed: Tensor, w_uv: Tensor) -> Tensor:
     block_t = 16 if tokens <= 16 else 64
     block_v = min(width, 16 if tokens <= 16 else 64)
     block_k = min(latent, 512 if tokens <= 16 else 256)
-    _values[(heads, width // block_v, triton.cdiv(tokens, block_t))](
+    _values[(heads, width // block_v, cdiv(tokens, block_t))](
         mixed, w_uv, out, tokens, w_uv.stride(0), w_uv.stride(1),
         HEADS=heads, LATENT=latent, V=width, BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_K=block_k, PDL=PDL,
         num_warps=4, **LAUNCH,
@@ -238,7 +229,7 @@ def join_rope(nope: Tensor, rope: Tensor, cos: Tensor | None = None, sin: Tensor
     """One pass: both parts are read once."""
     tokens, heads, width = nope.shape
     out = torch.empty(tokens, heads, width + rope.shape[2], dtype=nope.dtype, device=nope.device)
-    _join[(triton.cdiv(tokens * heads, 16),)](
+    _join[(cdiv(tokens * heads, 16),)](
         nope, rope, cos if cos is not None else rope, sin if sin is not None else rope, out, tokens, heads,
         nope.stride(0), nope.stride(1), rope.stride(0), rope.stride(1) if rope.shape[1] > 1 else 0,
         NOPE=width, ROPE=rope.shape[2], TURN=cos is not None, BLOCK=16, PDL=PDL, num_warps=4, **LAUNCH,

@@ -5,19 +5,11 @@
 # pyright: reportGeneralTypeIssues=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kogia.ops.packed import Packed
-from kogia.ops.triton.common import (
-    LAUNCH,
-    PDL,
-    kernel,
-    refusal,
-    rows_refusal,
-    wait_for_inputs,
-)
+from kogia.ops.triton.common import LAUNCH, PDL, cdiv, kernel, refusal, rows_refusal, wait_for_inputs
 from kogia.ops.triton.packed import (
     add_product,
     block_starts,
@@ -30,7 +22,8 @@ from kogia.ops.triton.packed import (
 )
 
 MOST_ROWS = 512
-"""For more, the weight is made dense once (`dequantize`), and cuBLAS takes it."""
+"""For more, FP8 weights are multiplied in FP8 (kogia.ops.w8a8); others are made dense once (`dequantize`), and cuBLAS
+takes them."""
 
 
 @kernel
@@ -70,7 +63,7 @@ def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Te
     (rows, depth), width = flat.shape, len(weight)
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     tiles = tile(rows, width)
-    _linear[(triton.cdiv(width, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"]))](
+    _linear[(cdiv(width, tiles["BLOCK_N"]), cdiv(rows, tiles["BLOCK_M"]))](
         flat, operand(weight), bias, out, rows, depth, width, flat.stride(0),
         **tiles, **layout(weight), PDL=PDL, **LAUNCH,
     )  # fmt: skip

@@ -5,11 +5,10 @@
 # pyright: reportOperatorIssue=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, next_power_of_2, refusal, wait_for_inputs
 
 
 @kernel
@@ -60,7 +59,7 @@ def loss_gradient(logits: Tensor, targets: Tensor, counted: Tensor | None = None
     mask = targets if counted is None else counted.view(torch.uint8)
     _loss_gradient[(rows,)](
         logits, targets, mask, logprobs, entropy, vocab, MASKED=counted is not None,
-        BLOCK=min(4096, triton.next_power_of_2(vocab)), PDL=PDL, num_warps=8, **LAUNCH,
+        BLOCK=min(4096, next_power_of_2(vocab)), PDL=PDL, num_warps=8, **LAUNCH,
     )  # fmt: skip
     return logprobs, entropy, logits
 

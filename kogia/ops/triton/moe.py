@@ -8,7 +8,8 @@
 
 Shared experts ride along as further experts that every token has chosen with weight 1. For many tokens the products
 are bound by arithmetic, and `order`, which has all copies in one tile, would not fit: this backend leaves them to
-PyTorch's grouped_mm (kogia.ops.aten). Where the two are equally fast has not been measured.
+PyTorch's grouped_mm (kogia.ops.aten), and experts in FP8 to kogia.ops.w8a8. Where the former is as fast as this has not
+been measured.
 """
 
 # Inside kernels, types are Triton's:
@@ -16,7 +17,6 @@ PyTorch's grouped_mm (kogia.ops.aten). Where the two are equally fast has not be
 # pyright: reportGeneralTypeIssues=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -26,8 +26,10 @@ from kogia.ops.packed import Packed
 from kogia.ops.triton.common import (
     LAUNCH,
     PDL,
+    cdiv,
     counters,
     kernel,
+    next_power_of_2,
     refusal,
     rows_refusal,
     wait_for_inputs,
@@ -179,15 +181,15 @@ def route(
     weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
     single = tokens * weight.numel() <= _SINGLE  # a program a token and a few experts, else tiles of 16 tokens
     block_t, block_e, block_k, warps = (1, 1 if tokens <= 8 else 4, 2048, 1) if single else (16, 16, 256, 4)
-    blocks = triton.cdiv(tokens, block_t)
-    _route[(blocks, triton.cdiv(experts, block_e))](
+    blocks = cdiv(tokens, block_t)
+    _route[(blocks, cdiv(experts, block_e))](
         x, weight, bias if bias is not None else scores, limits if limits is not None else ids,
         thresholds if thresholds is not None else scores, scores, ids, weights, counters(x.device, blocks), tokens,
         scale, x.shape[1], LIMITED=limits is not None, THRESHOLD=thresholds is not None, TRAINED=trained,
         E=experts, K=topk, GROUPS=num_groups, KEPT=topk_groups, SIGMOID=score == "sigmoid",
         BIASED=bias is not None, NORMALIZE=normalize, BLOCK_T=block_t, BLOCK_E=block_e,
-        BLOCK_K=min(block_k, triton.next_power_of_2(x.shape[1])),
-        PADDED=triton.next_power_of_2(experts), DOT=block_t > 1, PDL=PDL, num_warps=warps, **LAUNCH,
+        BLOCK_K=min(block_k, next_power_of_2(x.shape[1])),
+        PADDED=next_power_of_2(experts), DOT=block_t > 1, PDL=PDL, num_warps=warps, **LAUNCH,
     )  # fmt: skip
     return Routed(ids, weights, scores)
 
@@ -394,7 +396,7 @@ def mix_experts(
     add, other = residual is not None, x if residual is None else residual
     out = torch.empty_like(x)
     pairwise = tokens <= PAIRWISE
-    padded = triton.next_power_of_2(pairs)
+    padded = next_power_of_2(pairs)
     bm = _block_rows(1.0 if pairwise else padded / total)  # of no other number: as few kernels as can be
     shapes = {"K": topk, "E": experts, "SHARED": num_shared, "PAIRS": pairwise, "BLOCK_M": bm, "PDL": PDL, **LAUNCH}
     most = pairs if pairwise else min(total, pairs) + pairs // bm
@@ -405,23 +407,23 @@ def mix_experts(
         num_blocks = block_expert[most:]
         _order[(total,)](
             expert_ids, rows, block_expert, num_blocks, pairs, K=topk, E=experts, SHARED=num_shared, BLOCK_M=bm,
-            PADDED=padded, EXPERTS=triton.next_power_of_2(total),
+            PADDED=padded, EXPERTS=next_power_of_2(total),
             PDL=PDL, num_warps=4 if pairs <= 1024 else 8, **LAUNCH,
         )  # fmt: skip
     tile = _tile(gate_up, bm, pairwise)
     if pairwise and kind(gate_up)[0] == "int4":
         tile = INT4_PAIRWISE
-    _gate_up[(triton.cdiv(width, tile["BLOCK_N"]), most)](
+    _gate_up[(cdiv(width, tile["BLOCK_N"]), most)](
         x, expert_ids, rows, block_expert, num_blocks, operand(gate_up), operand(sg), operand(su), hidden, dim, width,
         **layout(gate_up), **tile, **shapes,
     )  # fmt: skip
     y = torch.empty(pairs, dim, dtype=x.dtype, device=x.device)
     tile = _tile(down, bm, pairwise)
-    _down[(triton.cdiv(dim, tile["BLOCK_N"]), most)](
+    _down[(cdiv(dim, tile["BLOCK_N"]), most)](
         hidden, expert_ids, rows, block_expert, num_blocks, operand(down), operand(sd), y, dim, width,
         **layout(down), **tile, **shapes,
     )  # fmt: skip
-    _sum[(tokens, triton.cdiv(dim, 1024))](
+    _sum[(tokens, cdiv(dim, 1024))](
         y, expert_ids, weights, other, out, dim, K=topk, SHARED=num_shared, ADD=add, BLOCK=1024, PDL=PDL,
         num_warps=4, **LAUNCH,
     )  # fmt: skip
@@ -498,8 +500,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """One pass."""
     rows, width = gate.shape
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
-    block = min(2048, triton.next_power_of_2(width))
-    _silu_mul[(rows, triton.cdiv(width, block))](
+    block = min(2048, next_power_of_2(width))
+    _silu_mul[(rows, cdiv(width, block))](
         gate, up, out, width, gate.stride(0), up.stride(0), PDL=PDL, BLOCK=block, num_warps=4, **LAUNCH
     )
     return out
@@ -534,9 +536,9 @@ def gathered_sum(y: Tensor, inverse: Tensor, weights: Tensor, *added: Tensor) ->
     """One pass over the rows, in the order of the tokens."""
     (tokens, topk), dim = weights.shape, y.shape[1]
     out = torch.empty(tokens, dim, dtype=y.dtype, device=y.device)
-    block = min(2048, triton.next_power_of_2(dim))
+    block = min(2048, next_power_of_2(dim))
     first, second = (*added, y, y)[:2]
-    _gathered_sum[(tokens, triton.cdiv(dim, block))](
+    _gathered_sum[(tokens, cdiv(dim, block))](
         y, inverse, weights, first, second, out, dim, K=topk, ADDED=len(added), BLOCK=block, PDL=PDL,
         num_warps=4, **LAUNCH,
     )  # fmt: skip

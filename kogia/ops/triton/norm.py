@@ -1,11 +1,10 @@
 """RMSNorm, alone and behind a residual sum."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, next_power_of_2, refusal, wait_for_inputs
 
 
 @kernel
@@ -49,7 +48,7 @@ def add_rms_norm_supports(x: Tensor, delta: Tensor, weight: Tensor, eps: float) 
 
 def _launch(x: Tensor, delta: Tensor, weight: Tensor, total: Tensor, out: Tensor, eps: float, *, add: bool) -> None:
     dim = x.shape[-1]
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     warps = max(1, min(16, block // 256))
     grid = (x.numel() // dim,)
     _norm[grid](x, delta, weight, total, out, eps, dim, ADD=add, BLOCK=block, PDL=PDL, num_warps=warps, **LAUNCH)

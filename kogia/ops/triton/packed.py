@@ -25,7 +25,9 @@ from kogia.ops.triton.common import (
     INTERPRETED,
     LAUNCH,
     PDL,
+    cdiv,
     kernel,
+    next_power_of_2,
     refusal,
     wait_for_inputs,
 )
@@ -317,8 +319,8 @@ def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
     name, group, zeros = kind(weight)
     *stack, rows, stored = weight.data.shape
     out = torch.empty(*stack, rows, 2 * stored if group else stored, dtype=dtype, device=weight.device)
-    block = min(2048, triton.next_power_of_2(stored))
-    _dequantize[(out.numel() // out.shape[-1], triton.cdiv(stored, block))](
+    block = min(2048, next_power_of_2(stored))
+    _dequantize[(out.numel() // out.shape[-1], cdiv(stored, block))](
         operand(weight), out, rows, stored, group, FORMAT=name, ZEROS=zeros, BLOCK=block, PDL=PDL,
         num_warps=4, **LAUNCH,
     )  # fmt: skip

@@ -6,13 +6,12 @@ wider than a power of two, as latent attention's 128 + 64 are: they are read in 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, rows_refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, cdiv, kernel, rows_refusal, wait_for_inputs
 
 
 @kernel
@@ -107,7 +106,7 @@ def varlen_attention(
     a, b = _split(width)
     out = torch.empty(tokens, heads, v.shape[2], dtype=q.dtype, device=q.device)
     block_m, block_n, warps, stages = config
-    _varlen[(triton.cdiv(segments.longest, block_m), heads, segments.num_seqs)](
+    _varlen[(cdiv(segments.longest, block_m), heads, segments.num_seqs)](
         q, k, v, out, segments.cu_seqlens, keys.cu_seqlens, scale * 1.4426950408889634,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads,
         SHARE=heads // k.shape[1], A=a, B=b, V=v.shape[2], BLOCK_M=block_m, BLOCK_N=block_n,

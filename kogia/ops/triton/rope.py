@@ -1,19 +1,10 @@
 """Rotation of half-split pairs (Llama, Qwen) in one pass."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import (
-    LAUNCH,
-    PDL,
-    kernel,
-    odd_width,
-    refusal,
-    rows_refusal,
-    wait_for_inputs,
-)
+from kogia.ops.triton.common import LAUNCH, PDL, cdiv, kernel, odd_width, refusal, rows_refusal, wait_for_inputs
 
 
 @kernel
@@ -39,7 +30,7 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """One launch."""
     tokens, heads, width = x.shape
     out = torch.empty(tokens, heads, width, dtype=x.dtype, device=x.device)
-    _rotate[(triton.cdiv(tokens * heads, 8),)](
+    _rotate[(cdiv(tokens * heads, 8),)](
         x, cos, sin, out, tokens, heads, x.stride(0), x.stride(1), HALF=width // 2, BLOCK=8, PDL=PDL,
         num_warps=4, **LAUNCH,
     )  # fmt: skip

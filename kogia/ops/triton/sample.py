@@ -11,11 +11,20 @@ no more passes than 32. Of tokens at the threshold those with the lowest ids are
 # pyright: reportGeneralTypeIssues=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import DTYPES, LAUNCH, PDL, kernel, refusal, rows_refusal, wait_for_inputs
+from kogia.ops.triton.common import (
+    DTYPES,
+    LAUNCH,
+    PDL,
+    cdiv,
+    kernel,
+    next_power_of_2,
+    refusal,
+    rows_refusal,
+    wait_for_inputs,
+)
 
 
 @kernel
@@ -34,9 +43,7 @@ def _uniforms(seeds, positions, out, num_rows, BLOCK: tl.constexpr, PDL: tl.cons
 def counter_uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     """One launch."""
     found = torch.empty(len(seeds), dtype=torch.float64, device=seeds.device)
-    _uniforms[(triton.cdiv(len(seeds), 256),)](
-        seeds, positions, found, len(seeds), BLOCK=256, PDL=PDL, num_warps=4, **LAUNCH
-    )
+    _uniforms[(cdiv(len(seeds), 256),)](seeds, positions, found, len(seeds), BLOCK=256, PDL=PDL, num_warps=4, **LAUNCH)
     return found
 
 
@@ -223,7 +230,7 @@ def sample(
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(8192, triton.next_power_of_2(vocab))
+    block = min(8192, next_power_of_2(vocab))
     filters = (top_k, top_p, min_p)
     if uniforms is not None and any(each is not None for each in filters):
         off = ((0, torch.int64), (1.0, torch.float32), (0.0, torch.float32))
