@@ -8,8 +8,8 @@
 16b-layers  8 of the 27 layers of DeepSeek-V2-Lite's shape, 4.6B parameters: 83 GB before activations, an H200
 moe-tax     1b beside a dense model of as many parameters as a token of it uses: the time of a step over the other's
 
-Sequences have 4096 random tokens, and routers choose by themselves. Weights are bfloat16 on both sides; the peer's
-gradients and moments are too, ours has float32 masters, gradients and moments. Every variant is a process of its own;
+Sequences have 4096 random tokens, and routers choose by themselves. Weights, gradients and moments are bfloat16 on both
+sides, ours has float32 masters besides. Every variant is a process of its own;
 its figure is the median of the steps after the warm-up, and written at once. DIRECTORY has torchtitan 0.2.2 and what it
 imports (`pip install --target`); without it there is no ratio to it. A step here is `train_step`: balance loss, loads,
 clipping and metrics included. MFU counts the FLOPs of the model, attention causal or in full, over the rate of a large
@@ -228,7 +228,7 @@ def ours(config: Any, sequences: int, compiled: bool, steps: int, profile: Path 
     model = build_model(config, device=DEVICE, dtype=torch.bfloat16)
     if compiled:
         model.compile_layers()
-    optim = OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0)
+    optim = OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0, moments="bfloat16")
     state = TrainState(model, build_optimizer(model, optim), optim, WARM_UP + steps)
     segments = segments_of([LENGTH] * sequences, DEVICE)
     tokens, positions = segments.num_tokens, segments.offsets

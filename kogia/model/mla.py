@@ -23,11 +23,11 @@ from kogia.model.layers import RMSNorm, StepContext
 from kogia.model.linear import Linear
 from kogia.ops.attention import paged_attention, varlen_attention
 from kogia.ops.cache import LatentRow, LayerCache, write_latent
-from kogia.ops.latent import absorb_query, join_rope, project_values
+from kogia.ops.latent import absorb_query, keys_and_values, latent_and_key, project_values, rotate_query
 from kogia.ops.linear import linear
 from kogia.ops.packed import Packed, joined
 from kogia.ops.prefill import Prefill, absorbed_part, prefill_of
-from kogia.ops.rope import rotate_interleaved, yarn_mscale
+from kogia.ops.rope import yarn_mscale
 from kogia.ops.segments import Segments
 from kogia.ops.sparse import IndexVectors, indexer_loss
 
@@ -85,17 +85,13 @@ class MLA(nn.Module):
         self, q: Tensor, kv: Tensor, step: StepContext, index: IndexVectors | None
     ) -> Float[Tensor, "tokens heads v"]:
         c = self.config
-        latent, k_rope = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent = up_to_rank(self.kv_a_layernorm(latent), step.latent_ranks)
-        k_rope = rotate_interleaved(k_rope[:, None], step.cos, step.sin)
-        q, (k, v) = self._rotate_query(q, step.cos, step.sin), self._keys_and_values(latent, k_rope)
+        norm = self.kv_a_layernorm
+        latent, k_rope = latent_and_key(kv, norm.weight, step.cos, step.sin, norm.eps)
+        q = rotate_query(q, step.cos, step.sin, c.qk_nope_head_dim)
+        k, v = self._keys_and_values(up_to_rank(latent, step.latent_ranks), k_rope)
         if index is not None and step.routing is not None and step.routing.losses:
             step.routing.add_indexer_loss(self.layer, indexer_loss(q, k, index, step.segments, self.scale))
         return varlen_attention(q, k, v, step.segments, scale=self.scale, index=index)
-
-    def _rotate_query(self, q: Tensor, cos: Tensor, sin: Tensor) -> Float[Tensor, "tokens heads qk"]:
-        nope, rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
-        return join_rope(nope, rope, cos, sin)
 
     def _keys_and_values(
         self, latent: Float[Tensor, "keys rank"], k_rope: Float[Tensor, "keys 1 rope"]
@@ -103,8 +99,7 @@ class MLA(nn.Module):
         """Those of every head, from normed latents and the rotated shared key."""
         c = self.config
         both = self.kv_b_proj(latent).view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
-        k_nope, v = both.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        return join_rope(k_nope, k_rope), v
+        return keys_and_values(both, k_rope, c.qk_nope_head_dim)
 
     def _cached(
         self, q: Tensor, kv: Tensor, step: StepContext, cache: LayerCache, index: IndexVectors | None
@@ -148,7 +143,7 @@ class MLA(nn.Module):
         assert isinstance(row, LatentRow), "a latent layer has latent rows"
         latent, k_rope = row.unpack(cache.rows.index_select(0, prefill.slots), q.dtype).split([rank, row.rope], -1)
         k, v = self._keys_and_values(latent, k_rope[:, None])
-        q = self._rotate_query(q, cos, sin)
+        q = rotate_query(q, cos, sin, self.config.qk_nope_head_dim)
         return varlen_attention(q, k, v, prefill.segments, scale=self.scale, keys=prefill.keys)
 
     @torch.no_grad()

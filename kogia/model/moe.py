@@ -17,6 +17,7 @@ from kogia.model.config import MoEConfig
 from kogia.model.layers import FeedForward, StepContext
 from kogia.model.linear import Linear
 from kogia.ops.moe import Routed, SharedExperts, balance_losses, mix_experts, route
+from kogia.ops.norm import branches, residual_sum
 
 
 class Router(nn.Module):
@@ -157,9 +158,11 @@ class MoE(nn.Module):
     ) -> Float[Tensor, "tokens dim"]:
         """`residual` + the routed and shared experts' sum. With a cache, the shared ones ride along with the routed:
         each alone is a small product. Without one they are a module like any other, which may be sharded by itself."""
-        routed, shared = self.gate(x, step), self.shared_experts
+        shared = self.shared_experts
         if shared is None or step.cache is not None:
-            weights = None if shared is None else shared.operands()
+            routed, weights = self.gate(x, step), None if shared is None else shared.operands()
             return self.experts(x, routed.expert_ids, routed.weights, weights, residual)
-        y = self.experts(x, routed.expert_ids, routed.weights) + shared(x, step)
-        return y if residual is None else residual + y
+        for_router, for_experts, for_shared = branches(x, 3)
+        routed = self.gate(for_router, step)
+        y, z = self.experts(for_experts, routed.expert_ids, routed.weights), shared(for_shared, step)
+        return y + z if residual is None else residual_sum(residual, y, z)

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kogia.ops.dispatch import op
+from kogia.ops.norm import rms_norm
 from kogia.ops.rope import rotate_interleaved
 
 
@@ -42,3 +43,37 @@ def join_rope(
     if cos is not None and sin is not None:
         rope = rotate_interleaved(rope, cos, sin)
     return torch.cat((nope, rope.expand(-1, nope.shape[1], -1)), -1)
+
+
+@op(cuda=("kogia.ops.triton.latent_training",))
+def latent_and_key(
+    kv: Float[Tensor, "tokens rank_rope"],
+    weight: Float[Tensor, " rank"],
+    cos: Float[Tensor, "tokens half"],
+    sin: Float[Tensor, "tokens half"],
+    eps: float,
+) -> tuple[Float[Tensor, "tokens rank"], Float[Tensor, "tokens 1 rope"]]:
+    """(normed latent, rotated shared key) of what the down-projection gives."""
+    latent, key = kv.split([len(weight), kv.shape[1] - len(weight)], -1)
+    return rms_norm(latent, weight, eps), rotate_interleaved(key[:, None], cos, sin)
+
+
+@op(cuda=("kogia.ops.triton.latent_training",))
+def rotate_query(
+    q: Float[Tensor, "tokens heads nope_rope"],
+    cos: Float[Tensor, "tokens half"],
+    sin: Float[Tensor, "tokens half"],
+    nope: int,
+) -> Float[Tensor, "tokens heads nope_rope"]:
+    """[q_nope ; RoPE(q_rope)]."""
+    q_nope, q_rope = q.split([nope, q.shape[-1] - nope], -1)
+    return join_rope(q_nope, q_rope, cos, sin)
+
+
+@op(cuda=("kogia.ops.triton.latent_training",))
+def keys_and_values(
+    both: Float[Tensor, "keys heads nope_v"], key: Float[Tensor, "keys 1 rope"], nope: int
+) -> tuple[Float[Tensor, "keys heads nope_rope"], Float[Tensor, "keys heads v"]]:
+    """([k_nope ; the shared rotated key], v) of every head, from [k_nope ; v]; v may share its memory."""
+    k_nope, v = both.split([nope, both.shape[-1] - nope], -1)
+    return join_rope(k_nope, key), v

@@ -113,8 +113,21 @@ def route(
 ) -> Routed:
     """Score tokens against experts in float32, choose and weigh. With `given` ids nothing is chosen; some of them may
     be -1 only where `may_be_nobody` says so. Without, `activation` stands in for `topk`."""
+    logits = router_logits(x, weight)
+    if activation is None and not may_be_nobody:
+        return route_logits(
+            logits,
+            bias,
+            given,
+            score=score,
+            topk=topk,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            normalize=normalize,
+            scale=scale,
+        )
     return choose_and_weigh(
-        affinities(x.float() @ weight.float().T, score),
+        affinities(logits, score),
         bias,
         topk=topk,
         num_groups=num_groups,
@@ -124,6 +137,40 @@ def route(
         given=given,
         may_be_nobody=may_be_nobody,
         activation=activation,
+    )
+
+
+@op(cuda=("kogia.ops.aten.router",))
+def router_logits(
+    x: Float[Tensor, "tokens dim"], weight: Float[Tensor, "experts dim"]
+) -> Float[Tensor, "tokens experts"]:
+    """x W^T in float32."""
+    return x.float() @ weight.float().T
+
+
+@op(cuda=("kogia.ops.triton.router_training",))
+def route_logits(
+    logits: Float[Tensor, "tokens experts"],
+    bias: Float[Tensor, " experts"] | None,
+    given: Int[Tensor, "tokens topk"] | None,
+    *,
+    score: str,
+    topk: int,
+    num_groups: int,
+    topk_groups: int,
+    normalize: bool,
+    scale: float,
+) -> Routed:
+    """`route` from the logits on, as the model was trained: everybody is somebody."""
+    return choose_and_weigh(
+        affinities(logits, score),
+        bias,
+        topk=topk,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        normalize=normalize,
+        scale=scale,
+        given=given,
     )
 
 
@@ -184,6 +231,7 @@ def _activated(
     return ids
 
 
+@op(cuda=("kogia.ops.triton.router_training",))
 def expert_counts(expert_ids: Int[Tensor, "tokens topk"], num_experts: int) -> Int[Tensor, " experts"]:
     """Copies sent to each expert; nobody's are left out. Unlike bincount, it never waits for the device."""
     return _counts(_nobody_last(expert_ids, num_experts), num_experts)
@@ -213,7 +261,7 @@ def order_by_expert(expert_ids: Int[Tensor, "tokens topk"], num_experts: int) ->
     ids = _nobody_last(expert_ids, num_experts)
     order = ids.to(torch.int16 if num_experts < 2**15 else torch.int64).argsort(stable=True)  # a sort goes by bytes
     inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    return ExpertOrder(order, inverse, _counts(ids, num_experts))
+    return ExpertOrder(order, inverse, expert_counts(expert_ids, num_experts))
 
 
 class _ToExperts(torch.autograd.Function):
@@ -368,7 +416,11 @@ class _Experts(torch.autograd.Function):
         return sum_copies(grad_rows, inverse, ctx.topk), grad_weights, grad_gate_up, grad_down, None, None, None
 
 
-@op(cuda=("kogia.ops.triton.moe",), invariant=("kogia.ops.invariant.moe",), cpu=("kogia.ops.cpu.moe",))
+@op(
+    cuda=("kogia.ops.triton.moe", "kogia.ops.triton.experts"),
+    invariant=("kogia.ops.invariant.moe",),
+    cpu=("kogia.ops.cpu.moe",),
+)
 def silu_mul(gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
     """silu(gate) * up, the inside of SwiGLU."""
     return F.silu(gate) * up
@@ -429,11 +481,11 @@ def balance_losses(
     of the actual selection and carry no gradient.
     """
     (num_tokens, num_experts), topk, num_groups = scores.shape, expert_ids.shape[1], segments.num_seqs
-    owner, lengths = segments.owner, segments.device_lengths
+    owner, lengths, bounds = segments.owner, segments.device_lengths, segments.cu_seqlens
     if balance.over == "batch":
         owner, num_groups, lengths = torch.zeros_like(owner), 1, torch.full_like(lengths[:1], num_tokens)
-    normed = scores / scores.sum(-1, keepdim=True)
-    total_p = scores.new_zeros(num_groups, num_experts).index_add(0, owner, normed)
+        bounds = torch.cat((bounds[:1], bounds[-1:]))
+    total_p = affinity_sums(scores, owner, bounds)
     places = torch.where(expert_ids < 0, -1, owner[:, None] * num_experts + expert_ids)
     copies = expert_counts(places, num_groups * num_experts).view_as(total_p)
     f = copies.to(scores.dtype) * (num_experts / topk) / lengths[:, None]
@@ -441,9 +493,18 @@ def balance_losses(
     if balance.devices > 1:
         by_device = total_p.unflatten(-1, (balance.devices, -1)).sum(-1)
         losses.append((f.unflatten(-1, (balance.devices, -1)).mean(-1) * by_device).sum())
-        sent = scores.new_zeros(num_groups, balance.devices).index_add(0, owner, _sent_to(expert_ids, normed, balance))
+        sent = scores.new_zeros(num_groups, balance.devices).index_add(0, owner, _sent_to(expert_ids, scores, balance))
         losses.append((sent * (balance.devices / balance.reach) / lengths[:, None] * by_device).sum())
     return torch.stack(losses)
+
+
+@op(cuda=("kogia.ops.triton.router_training",))
+def affinity_sums(
+    scores: Float[Tensor, "tokens experts"], owner: Int[Tensor, " tokens"], bounds: Int[Tensor, " groups_plus_1"]
+) -> Float[Tensor, "groups experts"]:
+    """Sums of s_i / sum_j s_j over groups of tokens, which begin and end at `bounds`: `owner` is the group of each."""
+    normed = scores / scores.sum(-1, keepdim=True)
+    return scores.new_zeros(len(bounds) - 1, scores.shape[1]).index_add(0, owner, normed)
 
 
 def _sent_to(expert_ids: Tensor, like: Tensor, balance: Balance) -> Float[Tensor, "tokens devices"]:

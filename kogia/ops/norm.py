@@ -36,7 +36,11 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype), None
 
 
-@op(cuda=("kogia.ops.triton.norm",), invariant_cuda=("kogia.ops.triton.norm",), cpu=("kogia.ops.cpu.norm",))
+@op(
+    cuda=("kogia.ops.triton.norm", "kogia.ops.triton.norm_training"),
+    invariant_cuda=("kogia.ops.triton.norm",),
+    cpu=("kogia.ops.cpu.norm",),
+)
 def rms_norm(x: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "... dim"]:
     """Normalise the last axis. The product with `weight` is taken in the input's dtype, as the published models do."""
     if not torch.is_grad_enabled():
@@ -44,7 +48,11 @@ def rms_norm(x: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: fl
     return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
-@op(cuda=("kogia.ops.triton.norm",), invariant_cuda=("kogia.ops.triton.norm",), cpu=("kogia.ops.cpu.norm",))
+@op(
+    cuda=("kogia.ops.triton.norm", "kogia.ops.triton.norm_training"),
+    invariant_cuda=("kogia.ops.triton.norm",),
+    cpu=("kogia.ops.cpu.norm",),
+)
 def add_rms_norm(
     x: Float[Tensor, "... dim"], delta: Float[Tensor, "... dim"], weight: Float[Tensor, " dim"], eps: float
 ) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:
@@ -53,10 +61,20 @@ def add_rms_norm(
     return total, rms_norm(total, weight, eps)
 
 
-@op(cpu=("kogia.ops.cpu.norm",))
-def residual_sum(x: Float[Tensor, "... dim"], delta: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-    """x + delta: the residual stream behind a block that nothing normalises at once."""
+@op(cuda=("kogia.ops.triton.sums",), cpu=("kogia.ops.cpu.norm",))
+def residual_sum(
+    x: Float[Tensor, "... dim"], delta: Float[Tensor, "... dim"], *more: Float[Tensor, "... dim"]
+) -> Float[Tensor, "... dim"]:
+    """x plus the sum of the others: the residual stream behind a block that nothing normalises at once."""
+    for each in more:
+        delta = delta + each
     return x + delta
+
+
+@op(cuda=("kogia.ops.triton.sums",))
+def branches(x: Float[Tensor, "... dim"], number: int) -> tuple[Float[Tensor, "... dim"], ...]:
+    """x for so many readers, whose gradients may be added up in one pass."""
+    return (x,) * number
 
 
 @op(cpu=("kogia.ops.cpu.norm",))

@@ -42,6 +42,9 @@ def orthogonalised(x: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack o
 class Muon(torch.optim.Optimizer):
     """Over matrices alone; `moments` is the type that the momentum is kept in."""
 
+    keys = ("momentum",)
+    """What is kept of a parameter."""
+
     def __init__(
         self,
         params: Iterable[Parameter],
@@ -55,19 +58,20 @@ class Muon(torch.optim.Optimizer):
         self.moments = moments
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], float] | None = None, *, scale: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update, of gradients times `scale`, which may stay on the device."""
         assert closure is None, "a training step has the gradients already"
         for group in self.param_groups:
             for weight in (p for p in group["params"] if p.grad is not None):
-                self._move(weight, group["lr"], group["momentum"], group["weight_decay"])
+                grad = weight.grad.float() if scale is None else weight.grad.float().mul_(scale)
+                self._move(weight, grad, group["lr"], group["momentum"], group["weight_decay"])
 
-    def _move(self, weight: Parameter, lr: float, momentum: float, weight_decay: float) -> None:
-        assert weight.grad is not None
+    def _move(self, weight: Parameter, grad: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
         state = self.state[weight]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(weight, dtype=self.moments)
-        mean = state["momentum"].float().lerp(weight.grad, 1 - momentum)
+        mean = state["momentum"].float().lerp(grad, 1 - momentum)
         state["momentum"].copy_(mean)
-        update = orthogonalised(weight.grad.lerp(mean, momentum))
+        update = orthogonalised(grad.lerp(mean, momentum))
         weight.mul_(1 - lr * weight_decay)
         weight.add_(update, alpha=-lr * UPDATE_SIZE * max(weight.shape[-2:]) ** 0.5)

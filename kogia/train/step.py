@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kogia.model.transformer import Transformer
 from kogia.train.config import OptimConfig
@@ -109,8 +107,7 @@ def train_step(
         loss = loss_fn(model, batch)
         (loss.total / divisor).backward()
         results.append(replace(loss, total=loss.total.detach()))
-    parameters = state.optimizer.with_gradients()
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = state.optimizer.gradient_norm()
     loads = _total_loads(results)
     values = _read([loss.total for loss in results], norm, loads, _summed(results), _worst(results))
     losses, grad_norm, state.loads, sums, maxima = values
@@ -121,7 +118,7 @@ def train_step(
     elif trouble is not None:
         raise FloatingPointError(explain(state, state.step + 1, trouble))
     if trouble is None:
-        _update(state, parameters, norm, lr, loads)
+        _update(state, norm, lr, loads)
     state.step += 1
     means = {name: value / num_tokens for name, value in sums.items()}
     health = _health(state.loads, _copies(results))
@@ -129,17 +126,10 @@ def train_step(
     return {**means, **maxima, "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, **health, **skipped}
 
 
-def _update(
-    state: TrainState,
-    parameters: list[Parameter],
-    norm: Tensor,
-    lr: float,
-    loads: Int[Tensor, "mixtures experts"] | None,
-) -> None:
+def _update(state: TrainState, norm: Tensor, lr: float, loads: Int[Tensor, "mixtures experts"] | None) -> None:
     """Clip, move the weights, move the router biases."""
-    if state.optim.clip:
-        clip_grads_with_norm_(parameters, state.optim.clip, norm)
-    state.optimizer.step(lr)
+    clip = state.optim.clip
+    state.optimizer.step(lr, (clip / (norm + 1e-6)).clamp(max=1.0) if clip else None)
     if loads is not None:
         state.model.update_router_biases(loads, state.bias_update_speed)
 

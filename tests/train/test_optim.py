@@ -5,7 +5,7 @@ import torch
 from train.tiny import make_batch, random_sequences, tiny_config, tiny_model, tiny_state
 
 from kogia.model.transformer import build_model
-from kogia.train import optim
+from kogia.ops import adamw
 from kogia.train.config import OptimConfig
 from kogia.train.loss import LossWeights, supervised_loss
 from kogia.train.optim import build_optimizer
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused_by_name():
 def test_low_moments_are_bfloat16_between_steps_and_the_same_however_they_are_cut(monkeypatch):
     models = []
     for at_once in (1, 2**26):
-        monkeypatch.setattr(optim, "WIDENED_AT_ONCE", at_once)
+        monkeypatch.setattr(adamw, "WIDENED_AT_ONCE", at_once)
         state = tiny_state(tiny_model(), moments="bfloat16")
         for seed in range(3):
             train_step(state, [make_batch(random_sequences([20], seed))], LOSS)

@@ -42,7 +42,7 @@ def add_rms_norm_supports(x: Tensor, delta: Tensor, weight: Tensor, eps: float) 
     return alike_refusal(x, delta, weight)
 
 
-def residual_sum(x: Tensor, delta: Tensor) -> Tensor:
+def residual_sum(x: Tensor, delta: Tensor, *more: Tensor) -> Tensor:
     out = torch.empty_like(x)
     _sum(
         DTYPES[x.dtype], x.data_ptr(), delta.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads()
@@ -50,7 +50,9 @@ def residual_sum(x: Tensor, delta: Tensor) -> Tensor:
     return out
 
 
-def residual_sum_supports(x: Tensor, delta: Tensor) -> str | None:
+def residual_sum_supports(x: Tensor, delta: Tensor, *more: Tensor) -> str | None:
+    if more:
+        return f"it adds two tensors, not {2 + len(more)}"
     return alike_refusal(x, delta) if x.shape == delta.shape else f"{x.shape} and {delta.shape} are not alike"
 
 

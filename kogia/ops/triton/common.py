@@ -84,6 +84,20 @@ def rows_refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> 
     return None
 
 
+def trained_refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+    """Why a kernel that has a backward cannot take these tensors, or None: plain ones of one dtype, the numbers of a
+    row side by side."""
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.dtype != first.dtype or tensor.dtype not in dtypes:
+            return f"it takes tensors of one of {dtypes}, not {tensor.dtype} beside {first.dtype}"
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"it takes plain tensors, not {type(tensor).__name__}"
+        if tensor.stride(-1) != 1:
+            return f"it takes rows of numbers side by side, not strides {tensor.stride()}"
+    return None
+
+
 def odd_width(least: int, **widths: int) -> str | None:
     """Why these widths will not do: a kernel has them as whole tiles."""
     for name, width in widths.items():

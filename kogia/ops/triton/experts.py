@@ -8,7 +8,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import LAUNCH, PDL, cdiv, kernel, next_power_of_2, refusal, wait_for_inputs
+from kogia.ops.triton.common import (
+    LAUNCH,
+    PDL,
+    cdiv,
+    kernel,
+    next_power_of_2,
+    refusal,
+    trained_refusal,
+    wait_for_inputs,
+)
 
 _TILE = 2048
 """Numbers of gate, and as many of up, that a program takes at a time."""
@@ -77,6 +86,80 @@ def weighted_silu_mul_backward(grad: Tensor, both: Tensor, weights: Tensor) -> t
 
 def weighted_silu_mul_backward_supports(grad: Tensor, both: Tensor, weights: Tensor) -> str | None:
     return weighted_silu_mul_supports(both, weights) or refusal(grad, both)
+
+
+@kernel
+def _silu_mul(
+    gate, up, out, num_rows, width, gate_row, up_row, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = (row < num_rows)[:, None] & (n < width)[None, :]
+    g = tl.load(gate + row[:, None] * gate_row + n[None, :], inside, 0.0).to(tl.float32)
+    u = tl.load(up + row[:, None] * up_row + n[None, :], inside, 0.0)
+    value = (g / (1.0 + tl.exp(-g))).to(u.dtype) * u  # rounded twice, as the reference is
+    tl.store(out + row[:, None] * width + n[None, :], value, inside)
+
+
+@kernel
+def _silu_mul_backward(
+    grad, gate, up, grad_gate, grad_up, num_rows, width, gate_row, up_row,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = (row < num_rows)[:, None] & (n < width)[None, :]
+    at = row[:, None] * width + n[None, :]
+    d = tl.load(grad + at, inside, 0.0).to(tl.float32)
+    g = tl.load(gate + row[:, None] * gate_row + n[None, :], inside, 0.0).to(tl.float32)
+    u = tl.load(up + row[:, None] * up_row + n[None, :], inside, 0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-g))
+    of_gate = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
+    tl.store(grad_gate + at, of_gate.to(grad_gate.dtype.element_ty), inside)
+    tl.store(grad_up + at, (d * g * sigmoid).to(grad_up.dtype.element_ty), inside)
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        rows, width = gate.shape
+        ctx.save_for_backward(gate, up)
+        out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
+        if out.numel():
+            grid, tile = _narrow(rows, width)
+            _silu_mul[grid](gate, up, out, rows, width, gate.stride(0), up.stride(0), **tile, PDL=PDL, **LAUNCH)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        rows, width = gate.shape
+        grad_gate, grad_up = (torch.empty(rows, width, dtype=gate.dtype, device=gate.device) for _ in range(2))
+        if grad_up.numel():
+            grid, tile = _narrow(rows, width)
+            _silu_mul_backward[grid](
+                grads[0].contiguous(), gate, up, grad_gate, grad_up, rows, width, gate.stride(0), up.stride(0),
+                **tile, PDL=PDL, **LAUNCH,
+            )  # fmt: skip
+        return grad_gate, grad_up
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """One pass forward, one backward, which computes the sigmoid again."""
+    return _SiluMul.apply(gate, up)  # pyright: ignore[reportReturnType]
+
+
+def silu_mul_supports(gate: Tensor, up: Tensor) -> str | None:
+    return trained_refusal(gate, up)
+
+
+def _narrow(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Programs that share out rows of any width, and the tile of each."""
+    columns = min(1024, next_power_of_2(width))
+    tile = {"ROWS": _TILE // columns, "WIDTH": columns, "num_warps": 4}
+    return (cdiv(rows, tile["ROWS"]), cdiv(width, columns)), tile
 
 
 def _tile(width: int) -> dict[str, int]:
