@@ -5,7 +5,8 @@
 check    every kernel and its gradients beside the same formula in float64, on fresh random inputs and poisoned memory
 time     every kernel forward and backward, in bytes that it must move, beside the rate of a copy and its reference
 step     `train_step` of the models of benchmarks/training.py and training_fp8.py (`--shapes large-bf16 large-fp8` are
-         twice as wide) with all kernels, without any, and without each; before that, loss and gradients of one batch
+         twice as wide; with -dense, gradients of dense weights are in FP8 too) with all kernels, without any, and
+         without each; before that, loss and gradients of one batch
 profile  the kernels that take most of a step
 
 `--without` leaves kernels out of the parts step and profile. Results are added to the file; what fails is
@@ -371,19 +372,22 @@ def large_config() -> ModelConfig:
     return replace(wide, dim=4096, ffn_dim=11008, attention=attention, moe=moe)
 
 
-def state_fp8(config: Callable[[], ModelConfig], precision: str) -> TrainState:
+def state_fp8(config: Callable[[], ModelConfig], gradients: str | None) -> TrainState:
+    """In FP8 unless `gradients` is None: which gradients of weights are too."""
     model = build_model(config(), device=DEVICE, dtype=DTYPE)
-    if precision == "fp8":
-        train_in_fp8(model, "none", power_of_two=False)
+    if gradients is not None:
+        train_in_fp8(model, gradients, power_of_two=False)  # pyright: ignore[reportArgumentType]
     return fp8.state_of(model, 10_000, moments="bfloat16")
 
 
 SHAPES = {
     "1b": Shape(state_1b, 1, TOKENS if ON_GPU else fp8.TOKENS),
-    "wide-bf16": Shape(partial(state_fp8, fp8.model_config, "bf16"), 2, fp8.TOKENS),
-    "wide-fp8": Shape(partial(state_fp8, fp8.model_config, "fp8"), 2, fp8.TOKENS),
-    "large-bf16": Shape(partial(state_fp8, large_config, "bf16"), 2, fp8.TOKENS),
-    "large-fp8": Shape(partial(state_fp8, large_config, "fp8"), 2, fp8.TOKENS),
+    "wide-bf16": Shape(partial(state_fp8, fp8.model_config, None), 2, fp8.TOKENS),
+    "wide-fp8": Shape(partial(state_fp8, fp8.model_config, "none"), 2, fp8.TOKENS),
+    "wide-fp8-dense": Shape(partial(state_fp8, fp8.model_config, "dense"), 2, fp8.TOKENS),
+    "large-bf16": Shape(partial(state_fp8, large_config, None), 2, fp8.TOKENS),
+    "large-fp8": Shape(partial(state_fp8, large_config, "none"), 2, fp8.TOKENS),
+    "large-fp8-dense": Shape(partial(state_fp8, large_config, "dense"), 2, fp8.TOKENS),
 }
 """As benchmarks/training.py has it, with 16 sequences, as training_fp8.py has it, and larger."""
 
@@ -421,9 +425,10 @@ def step(args: argparse.Namespace) -> None:
     for name in args.shapes:
         if (a := medians.get(f"step-{name}-{own}")) and (b := medians.get(f"step-{name}-without-any")):
             record(f"step-{name}-gain", b / a, "ratio")
-    for size in ("wide", "large"):
-        if (a := medians.get(f"step-{size}-fp8-{own}")) and (b := medians.get(f"step-{size}-bf16-{own}")):
-            record(f"train-fp8-ratio-{size}", b / a, "ratio", limit=1.15)
+    for name in ("wide-fp8", "wide-fp8-dense", "large-fp8", "large-fp8-dense"):
+        plain = f"step-{name.split('-')[0]}-bf16-{own}"
+        if (a := medians.get(f"step-{name}-{own}")) and (b := medians.get(plain)):
+            record(f"train-fp8-ratio-{name}", b / a, "ratio", limit=1.15)
 
 
 def free() -> None:

@@ -40,7 +40,9 @@ def tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 from kogia.ops.segments import Segments
-from kogia.ops.triton import blockwise, experts, moe, norm, prefill, sample
+from kogia.ops.adamw import Trained, TrainedGroup
+from kogia.ops.triton import adamw, blockwise, experts, latent_training, moe, norm, norm_training, prefill
+from kogia.ops.triton import router_training, sample, sums
 
 with torch.no_grad():
     tokens, ids, numbers = 4096, dict(dtype=torch.int64), dict(dtype=torch.float32)
@@ -57,6 +59,32 @@ with torch.no_grad():
     keys, segments = tensor(tokens, 16, 192), Segments(tensor(2, **ids), np.array([tokens]))
     prefill.varlen_attention(keys, keys, tensor(tokens, 16, 128), segments, scale=0.1)
     sample.sample(tensor(64, 32000), tensor(64, **numbers), tensor(64, dtype=torch.float64))
+
+def trained(function, *leaves):
+    made = function(*(leaf.requires_grad_() for leaf in leaves))
+    made = [each for each in ([made] if isinstance(made, torch.Tensor) else made) if each.is_floating_point()]
+    torch.autograd.grad(made, leaves, [torch.empty_like(each) for each in made])
+
+turn = tensor(tokens, 32, **numbers), tensor(tokens, 32, **numbers)
+options = dict(score="sigmoid", topk=6, num_groups=1, topk_groups=1, normalize=True, scale=1.0)
+route = lambda logits: parts_of(router_training.route_logits(logits, tensor(64, **numbers), None, **options))
+parts_of = lambda routed: (routed.expert_ids, routed.weights, routed.scores)
+trained(lambda x, delta, w: norm_training.add_rms_norm(x, delta, w, 1e-6), rows, tensor(tokens, 2048), tensor(2048))
+trained(lambda q: latent_training.rotate_query(q, *turn, 128), tensor(tokens, 16, 192))
+trained(lambda kv, w: latent_training.latent_and_key(kv, w, *turn, 1e-6), tensor(tokens, 576), tensor(512))
+trained(lambda b, key: latent_training.keys_and_values(b, key, 128), tensor(tokens, 16, 256), tensor(tokens, 1, 64))
+trained(experts.silu_mul, hidden, tensor(tokens, 1408))
+trained(route, tensor(tokens, 64, **numbers))
+owner, bounds = tensor(tokens, **ids), tensor(3, **ids)
+trained(lambda s: router_training.affinity_sums(s, owner, bounds), tensor(tokens, 64, **numbers))
+trained(sums.residual_sum, rows, tensor(tokens, 2048), tensor(tokens, 2048))
+trained(lambda x: sums.branches(x, 3), rows)
+with torch.no_grad():
+    router_training.expert_counts(tensor(tokens, 6, **ids), 64)
+    weight, moments = tensor(2048, 2048, **numbers), (tensor(2048, 2048), tensor(2048, 2048))
+    members = [Trained(weight, tensor(2048, 2048), *moments, tensor(**numbers), tensor(2048, 2048))]
+    adamw.adamw(TrainedGroup(members), tensor(**numbers), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    adamw.added_up(tensor(2048, 2048), tensor(2048, 2048))
 for function, variant in found:
     asm, metadata = (kernel := function.preload(variant)).asm, kernel.metadata
     found_in = {name: len(re.findall(pattern, asm["sass"])) for name, pattern in PATTERNS.items()}

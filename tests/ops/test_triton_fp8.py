@@ -56,11 +56,11 @@ def poisoned(monkeypatch):
 
 
 def same_codes(got: Any, want: Any) -> None:
-    """A quotient that a GPU rounds otherwise may fall to the neighbouring number, here and there."""
+    """A number times the reciprocal of its scale may round to the neighbour of what the quotient does, now and then."""
     assert got.codes.shape == want.codes.shape and got.scale.shape == want.scale.shape
     torch.testing.assert_close(got.scale, want.scale, rtol=0 if INTERPRETED else 1e-6, atol=0)
     differing = int((got.codes.float() != want.codes.float()).sum())
-    assert differing <= (0 if INTERPRETED else 1e-3 * want.codes.numel())
+    assert differing <= 1e-3 * want.codes.numel()
 
 
 @pytest.mark.parametrize("powers", [False, True])
@@ -80,12 +80,27 @@ def test_rows_and_columns_are_rounded_to_fp8_as_the_reference_rounds_them(shape,
     same_codes(triton_blockwise.quantize_rows(view, power_of_two=powers), rows)
 
 
-def test_a_group_that_is_not_finite_gets_a_scale_that_is_not():
-    for bad in (float("nan"), float("inf")):
-        x = draw(3, 256)
-        x[1, 200] = bad
-        scale = triton_blockwise.quantize_rows(x).scale
-        assert not scale[1, 1].isfinite() and int(scale.isfinite().sum()) == 5
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_16_bits_are_rounded_to_fp8_as_in_32(dtype):
+    x = spread(131, 144).to(dtype)
+    rows, columns = triton_blockwise.quantize_both(x)
+    same_codes(rows, blockwise.quantize_rows.reference(x.float()))
+    same_codes(columns, blockwise.quantize_columns.reference(x.float()))
+
+
+@pytest.mark.parametrize("powers", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_group_that_is_not_finite_gets_a_scale_that_is_not(bad, powers):
+    x = draw(3, 256)
+    x[1, 200] = bad
+    rows, columns = triton_blockwise.quantize_both(x, power_of_two=powers)
+    for scale in (triton_blockwise.quantize_rows(x, power_of_two=powers).scale, rows.scale):
+        assert (~scale.isfinite()).nonzero().tolist() == [[1, 1]]
+    for scale in (triton_blockwise.quantize_columns(x, power_of_two=powers).scale, columns.scale):
+        assert (~scale.isfinite()).nonzero().tolist() == [[0, 200]]
+    forms = triton_blockwise.quantize_weight(x)
+    assert (~forms.forward.scale.isfinite()).nonzero().tolist() == [[0, 1]]
+    assert (~forms.backward.scale.isfinite()).nonzero().tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (3, 130, 257)], ids=str)

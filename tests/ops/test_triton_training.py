@@ -308,6 +308,31 @@ def test_only_what_takes_gradients_goes_to_the_kernels_of_training():
     assert "powers of two" in str(latent_training.rotate_query_supports(kv[:, None], cos, sin, 6))
 
 
+def test_what_is_compiled_is_left_to_the_compiler(monkeypatch):
+    from kogia.ops.aten import router
+
+    kv, weight, (cos, sin), logits = draw(3, 12), draw(8), angles(3, 2), draw(3, 8).float()
+    ids, segments = torch.zeros(512, 8, dtype=torch.int64, device=DEVICE), segments_of([2, 1], DEVICE)
+    options: dict[str, Any] = {"score": "sigmoid", "topk": 2, "num_groups": 1, "topk_groups": 1}
+    halves = draw(8, 8).bfloat16()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for reason in (
+        norm_training.rms_norm_supports(kv, draw(12), 1e-5),
+        norm_training.add_rms_norm_supports(kv, kv, draw(12), 1e-5),
+        latent_training.latent_and_key_supports(kv, weight, cos, sin, 1e-5),
+        latent_training.rotate_query_supports(kv[:, None], cos, sin, 8),
+        latent_training.keys_and_values_supports(kv[:, None], kv[:, None, :4], 8),
+        experts.silu_mul_supports(kv, kv),
+        router.router_logits_supports(halves, halves),
+        router_training.route_logits_supports(logits, None, None, **options, normalize=True, scale=1.0),
+        router_training.expert_counts_supports(ids, 8),
+        router_training.affinity_sums_supports(logits, segments.owner, segments.cu_seqlens),
+        sums.residual_sum_supports(kv, kv, kv),
+        sums.branches_supports(kv, 3),
+    ):
+        assert "torch.compile" in str(reason)
+
+
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 @pytest.mark.parametrize(
     ("biased", "normalize", "repeated"), [(True, True, False), (False, False, False), (True, True, True)]

@@ -53,7 +53,8 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    members = group.members
+    # the largest first: the device is busy with them while the host launches the many small ones
+    members = sorted(group.members, key=lambda each: -each.weight.numel())
     torch._foreach_add_([each.step for each in members], 1)
     rates = {"lr": lr, "rise1": 1 - betas[0], "beta2": betas[1], "rise2": 1 - betas[1], "eps": eps}
     for each, corrections in zip(members, _corrections(members, betas).unbind(), strict=True):

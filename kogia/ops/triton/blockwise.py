@@ -21,16 +21,27 @@ from kogia.ops.triton.experts import weighted_silu_mul_backward, weighted_silu_m
 _GROUP = tl.constexpr(128)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODE = torch.float8_e4m3fn
+_REGISTERS = 80
+"""Of a thread that turns a tile, at most: of 256 threads each, three programs have room on a multiprocessor."""
 
 
 @kernel
-def _scale_of(x, AXIS: tl.constexpr, POWERS: tl.constexpr):
-    """The scale that maps the largest magnitude along an axis to 448, or the power of two above it; 1 for zeros."""
-    largest = tl.max(tl.abs(x), AXIS)
-    scale = tl.where(largest > 0, tl.maximum(largest / 448.0, 1.1754943508222875e-38), 1.0)
-    if POWERS:  # a mantissa that is not zero carries into the exponent
-        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    return scale + tl.sum(x * 0.0, AXIS)
+def _magnitude(x):
+    """|x| as an integer that is ordered as it is, infinity behind all numbers and NaN behind infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@kernel
+def _scale(largest, POWERS: tl.constexpr):
+    """The scale that maps a largest magnitude to 448, or the power of two above it; 1 for zero."""
+    largest = largest.to(tl.float32, bitcast=True)
+    scale = largest / 448.0
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)  # NaN stays
+    scale = tl.where(largest == 0, 1.0, scale)
+    if POWERS:  # a mantissa that is not zero carries into the exponent, and NaN would carry into the sign
+        power = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = power + (scale - scale)
+    return scale
 
 
 @kernel
@@ -47,32 +58,82 @@ def _codes(x, INTERPRET: tl.constexpr):
 @kernel
 def _to_rows(x, codes, scale, there, POWERS: tl.constexpr, INTERPRET: tl.constexpr):
     """Write a tile of one group of each row to `codes`, and its scales."""
-    by_row = _scale_of(x, 1, POWERS)
-    tl.store(codes, _codes(x / by_row[:, None], INTERPRET), there[:, None])
+    by_row = _scale(tl.max(_magnitude(x), 1), POWERS)
+    tl.store(codes, _codes(x * (1.0 / by_row)[:, None], INTERPRET), there[:, None])
     tl.store(scale, by_row, there)
 
 
 @kernel
-def _quantize(
-    x, codes, scale, turned, turned_scale, num_rows, width, x_row, padded, padded_rows,
-    ROWS: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, POWERS: tl.constexpr,
-    TURNED_POWERS: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+def _quantize_rows(
+    x, codes, scale, num_rows, width, x_row, padded, ROWS: tl.constexpr, POWERS: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
-    block, group = tl.program_id(0), tl.program_id(1)
-    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = group * _GROUP + tl.arange(0, _GROUP)
     there, inside = row < num_rows, column < width
     numbers = tl.load(x + row[:, None] * x_row + column[None, :], there[:, None] & inside[None, :], 0.0).to(tl.float32)
+    to = codes + row[:, None] * padded + column[None, :]
+    _to_rows(numbers, to, scale + group.to(tl.int64) * num_rows + row, there, POWERS, INTERPRET)
+
+
+@kernel
+def _one_in_four(numbers, largest, codes, there, BY_ROW: tl.constexpr, POWERS: tl.constexpr, INTERPRET: tl.constexpr):
+    """Write one of every four rows of a tile, if `BY_ROW`; returns the larger of each magnitude and `largest`, and the
+    scales of the rows."""
+    wide = numbers.to(tl.float32)
+    by_row = _scale(tl.max(_magnitude(wide), 1), POWERS)
     if BY_ROW:
-        to = codes + row[:, None] * padded + column[None, :]
-        _to_rows(numbers, to, scale + group.to(tl.int64) * num_rows + row, there, POWERS, INTERPRET)
-    if BY_COLUMN:  # ROWS is a group
-        by_column = _scale_of(numbers, 0, TURNED_POWERS)
-        at = turned + column.to(tl.int64)[:, None] * padded_rows + row[None, :]
-        values = tl.trans(_codes(numbers / by_column[None, :], INTERPRET))
-        tl.store(at, values, inside[:, None])
-        tl.store(turned_scale + block.to(tl.int64) * width + column, by_column, inside)
+        tl.store(codes, _codes(wide * (1.0 / by_row)[:, None], INTERPRET), there[:, None])
+    return tl.maximum(largest, tl.abs(wide), propagate_nan=tl.PropagateNan.ALL), by_row
+
+
+@kernel
+def _byte(numbers, factor, INTERPRET: tl.constexpr):
+    return _codes(numbers.to(tl.float32) * factor, INTERPRET).to(tl.uint8, bitcast=True).to(tl.int32)
+
+
+@kernel
+def _quantize_columns(
+    x, codes, scale, turned, turned_scale, num_rows, width, x_row, padded, padded_rows,
+    BY_ROW: tl.constexpr, POWERS: tl.constexpr, TURNED_POWERS: tl.constexpr, INTERPRET: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A tile of 128 x 128, by column and also by row. A thread has four neighbours of a column, whose codes are turned
+    as one word; the numbers are read again from the cache, so that three tiles fit on a multiprocessor at a time."""
+    wait_for_inputs(PDL)
+    block, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    quad = tl.arange(0, _GROUP // 4)
+    row, column = block * _GROUP + 4 * quad, group * _GROUP + tl.arange(0, _GROUP)
+    inside = column < width
+    there0, there1, there2, there3 = row < num_rows, row + 1 < num_rows, row + 2 < num_rows, row + 3 < num_rows
+    at = x + row[:, None] * x_row + column[None, :]
+    x0 = tl.load(at, there0[:, None] & inside[None, :], 0.0)
+    x1 = tl.load(at + x_row, there1[:, None] & inside[None, :], 0.0)
+    x2 = tl.load(at + 2 * x_row, there2[:, None] & inside[None, :], 0.0)
+    x3 = tl.load(at + 3 * x_row, there3[:, None] & inside[None, :], 0.0)
+    to, largest = codes + row[:, None] * padded + column[None, :], tl.zeros((_GROUP // 4, _GROUP), tl.float32)
+    largest, scale0 = _one_in_four(x0, largest, to, there0, BY_ROW, POWERS, INTERPRET)
+    largest, scale1 = _one_in_four(x1, largest, to + padded, there1, BY_ROW, POWERS, INTERPRET)
+    largest, scale2 = _one_in_four(x2, largest, to + 2 * padded, there2, BY_ROW, POWERS, INTERPRET)
+    largest, scale3 = _one_in_four(x3, largest, to + 3 * padded, there3, BY_ROW, POWERS, INTERPRET)
+    if BY_ROW:
+        scales = tl.reshape(tl.join(tl.join(scale0, scale2), tl.join(scale1, scale3)), (_GROUP,))
+        every = block * _GROUP + tl.arange(0, _GROUP)
+        tl.store(scale + group.to(tl.int64) * num_rows + every, scales, every < num_rows)
+    by_column = _scale(tl.max(_magnitude(largest), 0), TURNED_POWERS)
+    factor = (1.0 / by_column)[None, :]
+    if BY_ROW:
+        x0 = tl.load(at, there0[:, None] & inside[None, :], 0.0)
+        x1 = tl.load(at + x_row, there1[:, None] & inside[None, :], 0.0)
+        x2 = tl.load(at + 2 * x_row, there2[:, None] & inside[None, :], 0.0)
+        x3 = tl.load(at + 3 * x_row, there3[:, None] & inside[None, :], 0.0)
+    low = _byte(x0, factor, INTERPRET) | (_byte(x1, factor, INTERPRET) << 8)
+    words = low | (_byte(x2, factor, INTERPRET) << 16) | (_byte(x3, factor, INTERPRET) << 24)
+    to = turned.to(tl.pointer_type(tl.int32)) + column.to(tl.int64)[:, None] * (padded_rows // 4)
+    tl.store(to + (block * (_GROUP // 4) + quad)[None, :], tl.trans(words), inside[:, None])
+    tl.store(turned_scale + block * width + column, by_column, inside)
 
 
 @kernel
@@ -88,10 +149,8 @@ def _quantize_blocks(
     there, inside = row < rows, column < width
     at = x + matrix * rows * width + row.to(tl.int64)[:, None] * width + column[None, :]
     numbers = tl.load(at, there[:, None] & inside[None, :], 0.0).to(tl.float32)
-    largest = tl.max(tl.max(tl.abs(numbers), 1), 0)
-    factor = tl.where(largest > 0, tl.maximum(largest / 448.0, 1.1754943508222875e-38), 1.0)
-    factor += tl.sum(tl.sum(numbers * 0.0, 1), 0)
-    values = _codes(numbers / factor, INTERPRET)
+    factor = _scale(tl.max(tl.max(_magnitude(numbers), 1), 0), False)
+    values = _codes(numbers * (1.0 / factor), INTERPRET)
     to = codes + matrix * rows * padded + row.to(tl.int64)[:, None] * padded + column[None, :]
     tl.store(to, values, there[:, None])
     to = turned + matrix * width * padded_rows + column.to(tl.int64)[:, None] * padded_rows + row[None, :]
@@ -101,40 +160,40 @@ def _quantize_blocks(
 
 
 def quantize_rows(x: Tensor, *, power_of_two: bool = False) -> Rows:
-    rows = _empty_rows(*x.shape, x.device)
-    _launch(x, rows, None, power_of_two)
+    rows, (height, width) = _empty_rows(*x.shape, x.device), x.shape
+    _quantize_rows[(cdiv(height, 32), cdiv(width, 128))](
+        x, rows.codes, rows.scale, height, width, x.stride(0), rows.codes.shape[1], ROWS=32, POWERS=power_of_two,
+        INTERPRET=INTERPRETED, PDL=PDL, num_warps=4, **LAUNCH,
+    )  # fmt: skip
     return rows
 
 
 def quantize_columns(x: Tensor, *, power_of_two: bool = False) -> Rows:
-    turned = _empty_rows(x.shape[1], x.shape[0], x.device)
-    _launch(x, None, turned, power_of_two)
-    return turned
+    return _turned(x, None, power_of_two)
 
 
 def quantize_both(x: Tensor, *, power_of_two: bool = False) -> tuple[Rows, Rows]:
-    rows, turned = _empty_rows(*x.shape, x.device), _empty_rows(x.shape[1], x.shape[0], x.device)
-    _launch(x, rows, turned, power_of_two)
-    return rows, turned
+    rows = _empty_rows(*x.shape, x.device)
+    return rows, _turned(x, rows, power_of_two)
+
+
+def _turned(x: Tensor, rows: Rows | None, power_of_two: bool) -> Rows:
+    """The rows of x^T; and those of x, where they are wanted."""
+    (height, width), turned = x.shape, _empty_rows(x.shape[1], x.shape[0], x.device)
+    one = turned if rows is None else rows
+    _quantize_columns[(cdiv(height, 128), cdiv(width, 128))](
+        x, one.codes, one.scale, turned.codes, turned.scale, height, width, x.stride(0), one.codes.shape[1],
+        turned.codes.shape[1], BY_ROW=rows is not None, POWERS=power_of_two,
+        TURNED_POWERS=power_of_two and rows is None, INTERPRET=INTERPRETED, PDL=PDL, num_warps=8, maxnreg=_REGISTERS,
+        **LAUNCH,
+    )  # fmt: skip
+    return turned
 
 
 def _empty_rows(rows: int, width: int, device: torch.device) -> Rows:
     groups = -(-width // 128)
     codes = torch.empty(rows, groups * 128, dtype=_CODE, device=device)
     return Rows(codes, torch.empty(groups, rows, dtype=torch.float32, device=device))
-
-
-def _launch(x: Tensor, rows: Rows | None, turned: Rows | None, power_of_two: bool) -> None:
-    height, width = x.shape
-    one, two = rows or turned, turned or rows
-    assert one is not None and two is not None, "one of the two is wanted"
-    tile = 128 if turned else 32
-    _quantize[(cdiv(height, tile), cdiv(width, 128))](
-        x, one.codes, one.scale, two.codes, two.scale, height, width, x.stride(0), one.codes.shape[1],
-        two.codes.shape[1], ROWS=tile, BY_ROW=rows is not None, BY_COLUMN=turned is not None, POWERS=power_of_two,
-        TURNED_POWERS=power_of_two and rows is None, INTERPRET=INTERPRETED, PDL=PDL,
-        num_warps=8 if turned else 4, **LAUNCH,
-    )  # fmt: skip
 
 
 def quantize_rows_supports(x: Tensor, *, power_of_two: bool = False) -> str | None:

@@ -87,6 +87,8 @@ def rows_refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> 
 def trained_refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     """Why a kernel that has a backward cannot take these tensors, or None: plain ones of one dtype, the numbers of a
     row side by side."""
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses what it does by itself"
     first = tensors[0]
     for tensor in tensors:
         if tensor.dtype != first.dtype or tensor.dtype not in dtypes:
@@ -96,6 +98,13 @@ def trained_refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) 
         if tensor.stride(-1) != 1:
             return f"it takes rows of numbers side by side, not strides {tensor.stride()}"
     return None
+
+
+def training_refusal() -> str | None:
+    """Why a kernel that is for steps of training alone is not for this call, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses what it does by itself"
+    return None if torch.is_grad_enabled() else "it is for training"
 
 
 def odd_width(least: int, **widths: int) -> str | None:

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, odd_width, refusal, trained_refusal, wait_for_inputs
+from kogia.ops.triton.common import (
+    LAUNCH,
+    PDL,
+    kernel,
+    odd_width,
+    refusal,
+    trained_refusal,
+    training_refusal,
+    wait_for_inputs,
+)
 from kogia.ops.triton.norm_training import norm_backward, norm_forward
 
 _TILE = 2048
@@ -135,9 +144,7 @@ def rotate_query_supports(q: Tensor, cos: Tensor, sin: Tensor, nope: int) -> str
 
 
 def _refusal(x: Tensor) -> str | None:
-    if not torch.is_grad_enabled():
-        return "it is for training"
-    return None if x.numel() else f"it takes no empty tensor, as one of {tuple(x.shape)} is"
+    return training_refusal() or (None if x.numel() else f"it takes no empty tensor, as one of {tuple(x.shape)} is")
 
 
 class _Latent(torch.autograd.Function):

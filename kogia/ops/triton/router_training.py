@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kogia.ops.moe import Routed
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, refusal, trained_refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, refusal, trained_refusal, training_refusal, wait_for_inputs
 
 _TILE = 2048
 _MOST_BINS = 2048
@@ -178,14 +178,14 @@ def route_logits_supports(
     normalize: bool,
     scale: float,
 ) -> str | None:
-    if not torch.is_grad_enabled() or not logits.numel():
-        return "it is for training, with one token at least"
+    if not logits.numel():
+        return "it takes one token at least"
     if num_groups > 1 and given is None:
         return "it chooses among all experts, not within groups"
     if logits.dtype != torch.float32 or not logits.is_contiguous() or logits.shape[1] > _TILE:
         return f"it takes contiguous float32 logits of at most {_TILE} experts"
     floats = None if bias is None else refusal(bias, dtypes=(torch.float32,))
-    return floats or (None if given is None else refusal(given, dtypes=(torch.int64,)))
+    return training_refusal() or floats or (None if given is None else refusal(given, dtypes=(torch.int64,)))
 
 
 @kernel
@@ -209,9 +209,9 @@ def expert_counts(expert_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def expert_counts_supports(expert_ids: Tensor, num_experts: int) -> str | None:
-    if not torch.is_grad_enabled() or num_experts >= _MOST_BINS or expert_ids.numel() < _TILE:
-        return f"it is for training, with many copies of tokens and less than {_MOST_BINS} experts"
-    return refusal(expert_ids, dtypes=(torch.int64,))
+    if num_experts >= _MOST_BINS or expert_ids.numel() < _TILE:
+        return f"it counts {_TILE} copies of tokens or more, and less than {_MOST_BINS} experts"
+    return training_refusal() or refusal(expert_ids, dtypes=(torch.int64,))
 
 
 @kernel
@@ -274,8 +274,8 @@ def affinity_sums(scores: Tensor, owner: Tensor, bounds: Tensor) -> Tensor:
 
 
 def affinity_sums_supports(scores: Tensor, owner: Tensor, bounds: Tensor) -> str | None:
-    if not torch.is_grad_enabled() or not scores.numel() or scores.shape[1] > _TILE:
-        return f"it is for training, with one token at least and at most {_TILE} experts"
+    if not scores.numel() or scores.shape[1] > _TILE:
+        return f"it takes one token at least and at most {_TILE} experts"
     if not (scores.is_contiguous() and owner.is_contiguous() and bounds.is_contiguous()):
         return "it takes contiguous tensors"
-    return trained_refusal(scores, dtypes=(torch.float32,))
+    return training_refusal() or trained_refusal(scores, dtypes=(torch.float32,))

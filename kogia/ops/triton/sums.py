@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.triton.common import LAUNCH, PDL, kernel, trained_refusal, wait_for_inputs
+from kogia.ops.triton.common import LAUNCH, PDL, kernel, trained_refusal, training_refusal, wait_for_inputs
 
 _BLOCK = 2048
 _MOST = 4
@@ -78,6 +78,6 @@ def branches(x: Tensor, number: int) -> tuple[Tensor, ...]:
 
 
 def branches_supports(x: Tensor, number: int) -> str | None:
-    if not torch.is_grad_enabled() or not 2 < number <= _MOST:
-        return f"it is for training, and three or four readers, not {number}"
-    return trained_refusal(x)
+    if not 2 < number <= _MOST:
+        return f"it has three or four readers, not {number}"
+    return training_refusal() or trained_refusal(x)
