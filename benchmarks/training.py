@@ -45,7 +45,14 @@ VARIANTS = {
         "ours-compiled-8",
         "ours-compiled-16",
     ),
-    "16b-layers": ("peer-compiled-4", "ours-eager-4", "peer-compiled-8", "ours-eager-8"),
+    "16b-layers": (
+        "peer-compiled-4",
+        "ours-eager-4",
+        "peer-compiled-8",
+        "ours-eager-8",
+        "peer-compiled-16",
+        "ours-eager-16",
+    ),
     "moe-tax": ("dense-eager-8", "ours-eager-8", "dense-eager-16", "ours-eager-16"),
 }
 """Whose, whether torch.compile fuses its layers, and sequences of a step."""

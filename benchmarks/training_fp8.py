@@ -47,7 +47,7 @@ from kogia.model.fp8 import train_in_fp8  # noqa: E402
 from kogia.model.packed import PackedTokens  # noqa: E402
 from kogia.model.transformer import Transformer, build_model  # noqa: E402
 from kogia.ops import blockwise  # noqa: E402
-from kogia.ops.blockwise import Blocks, Rows, WeightForms, fp8_experts, fp8_linear  # noqa: E402
+from kogia.ops.blockwise import Blocks, Rows, WeightForms, fp8_experts, fp8_linears  # noqa: E402
 from kogia.ops.dispatch import which  # noqa: E402
 from kogia.ops.linear import grouped_linear  # noqa: E402
 from kogia.ops.moe import mix_experts  # noqa: E402
@@ -281,7 +281,7 @@ def check_layers() -> Found:
     exact = x.double() @ weight.double().T, dy.double() @ weight.double(), dy.double().T @ x.double()
     for gradient in (False, True):
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
-        y = fp8_linear(leaves[0], leaves[1], WeightForms(), fp8_gradient=gradient)
+        (y,) = fp8_linears(leaves[0], leaves[1:], [WeightForms()], fp8_gradient=gradient)
         y.backward(dy)
         for name, got, want in zip(("y", "dx", "dw"), (y, leaves[0].grad, leaves[1].grad), exact, strict=True):
             assert got is not None

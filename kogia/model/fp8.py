@@ -6,15 +6,15 @@ precision stays in the model's dtype: embedding, head, routers, norms, attention
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from kogia.model.config import Fp8Gradients
 from kogia.model.layers import Head
 from kogia.model.linear import Fp8Training, Linear
 from kogia.model.transformer import Transformer
-from kogia.ops.blockwise import fp8_experts, fp8_linear
+from kogia.ops.blockwise import fp8_experts, fp8_linears
 
 ALIGNMENT = 16
 """Numbers that the rows of both forms of a weight must be multiples of: 16 bytes of FP8."""
@@ -26,7 +26,7 @@ def train_in_fp8(model: Transformer, gradients: Fp8Gradients, *, power_of_two: b
     goes into the projection behind attention, and to and from experts.
     """
     left = []
-    dense, routed = _uncompiled(fp8_linear), _uncompiled(fp8_experts)
+    dense, routed = _uncompiled(fp8_linears), _uncompiled(fp8_experts)
     for name, layer in _projections(model):
         if layer.in_features % ALIGNMENT or layer.out_features % ALIGNMENT:
             left.append(f"{name} {list(layer.shape)}")
@@ -40,7 +40,7 @@ def train_in_fp8(model: Transformer, gradients: Fp8Gradients, *, power_of_two: b
     return left
 
 
-def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """It, as torch.compile is to call it: that cannot look into when weights are rounded."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType, reportArgumentType]
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kogia.model.cache import StepCache
 from kogia.model.config import Recompute
-from kogia.model.linear import Linear
+from kogia.model.linear import Linear, project
 from kogia.model.routing import Routing
 from kogia.ops.embed import embed
 from kogia.ops.logprob import linear_logprob, linear_loss
@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
         self, x: Float[Tensor, "tokens dim"], step: StepContext, residual: Float[Tensor, "tokens dim"] | None = None
     ) -> Float[Tensor, "tokens dim"]:
         """`residual` + FFN(x). `step` is what every feed-forward part takes; this one needs nothing of it."""
-        y = self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+        y = self.down_proj(silu_mul(*project(x, self.gate_proj, self.up_proj)))
         return y if residual is None else residual_sum(residual, y)
 
     def operands(self) -> SharedExperts:

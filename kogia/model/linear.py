@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kogia.ops.blockwise import WeightForms
-from kogia.ops.linear import linear
+from kogia.ops.linear import linear, linears
 from kogia.ops.packed import FORMATS, ZERO_NAME, Packed
 
 
@@ -22,11 +22,16 @@ class Fp8Training:
     """Whether the weight's gradient is a product in FP8 too."""
     power_of_two: bool
     """Whether the scales of what comes in are powers of two."""
-    product: Callable[..., Tensor]
-    """`fp8_linear`, or `fp8_experts` of a stack; torch.compile calls it as it is."""
+    product: Callable[..., Any]
+    """`fp8_linears`, or `fp8_experts` of a stack; torch.compile calls it as it is."""
     forms: WeightForms = field(default_factory=WeightForms)
 
-    def __call__(self, *operands: Any) -> Tensor:
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """What layers have in common whose rows may be rounded once for all of them."""
+        return self.fp8_gradient, self.power_of_two
+
+    def __call__(self, *operands: Any) -> Any:
         return self.product(*operands, fp8_gradient=self.fp8_gradient, power_of_two=self.power_of_two)
 
 
@@ -58,7 +63,7 @@ class Linear(nn.Module):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.fp8 is None or not torch.is_grad_enabled():
             return linear(x, self.operand(), self.bias)
-        y = self.fp8(x, self.weight, self.fp8.forms)
+        (y,) = self.fp8(x, (self.weight,), (self.fp8.forms,))
         return y if self.bias is None else y + self.bias
 
     def operand(self) -> Tensor | Packed:
@@ -113,3 +118,15 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         setattr(self, FORMATS[packed.format].scale_name, packed.scale)
         setattr(self, ZERO_NAME, packed.zero)
+
+
+def project(x: Float[Tensor, "... in"], *layers: Linear) -> tuple[Float[Tensor, "... _"], ...]:
+    """What each of several layers makes of `x`. Where they are trained, their products share what they can."""
+    if not torch.is_grad_enabled() or any(layer.bias is not None or layer.format is not None for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    weights, first = [layer.weight for layer in layers], layers[0].fp8
+    if all(layer.fp8 is None for layer in layers):
+        return linears(x, weights)
+    if first is None or any(layer.fp8 is None or layer.fp8.kind != first.kind for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    return first(x, weights, [layer.fp8.forms for layer in layers if layer.fp8 is not None])

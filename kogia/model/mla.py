@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kogia.model.config import MLAConfig
 from kogia.model.indexer import Indexer
 from kogia.model.layers import RMSNorm, StepContext
-from kogia.model.linear import Linear
+from kogia.model.linear import Linear, project
 from kogia.ops.attention import paged_attention, varlen_attention
 from kogia.ops.cache import LatentRow, LayerCache, write_latent
 from kogia.ops.latent import absorb_query, keys_and_values, latent_and_key, project_values, rotate_query
@@ -71,7 +71,7 @@ class MLA(nn.Module):
         if self._joint is not None and step.cache is not None:
             first, kv = linear(x, self._joint).split([len(self._joint) - kv_width(c), kv_width(c)], -1)
         else:
-            first, kv = (self.q_proj if self.q_rank is None else self.q_a_proj)(x), self.kv_a_proj_with_mqa(x)
+            first, kv = project(x, self.q_proj if self.q_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa)
         q_latent = x if self.q_rank is None else self.q_a_layernorm(first.contiguous())
         q = (first if self.q_rank is None else self.q_b_proj(q_latent)).unflatten(-1, (c.num_heads, c.qk_head_dim))
         index = None if self.indexer is None else self.indexer(x, q_latent, step)

@@ -18,6 +18,7 @@ bits take, rounded once and not, as in the report, from the form by row.
 The functions here are the reference, at any width: they make the operands dense and multiply in float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,26 +208,29 @@ def weighted_silu_mul_rows_backward(
     return grad_both, grad_weights, hidden, quantize_rows(grad_both)
 
 
-def fp8_linear(
+def fp8_linears(
     x: Float[Tensor, "... in"],
-    weight: Float[Tensor, "out in"],
-    forms: WeightForms,
+    weights: Sequence[Float[Tensor, "_ in"]],
+    forms: Sequence[WeightForms],
     *,
     fp8_gradient: bool,
     power_of_two: bool = False,
-) -> Float[Tensor, "... out"]:
-    """x W^T with all products in FP8, that of the weight's gradient where `fp8_gradient` says so. `power_of_two` is of
-    the scales of x, by row."""
-    return _Linear.apply(x, weight, forms.of(weight), fp8_gradient, power_of_two)  # pyright: ignore[reportReturnType]
+) -> tuple[Float[Tensor, "... _"], ...]:
+    """x W^T of one weight or several, with all products in FP8, those of the weights' gradients where `fp8_gradient`
+    says so; x is rounded once. `power_of_two` is of the scales of x, by row."""
+    made = [each.of(weight) for each, weight in zip(forms, weights, strict=True)]
+    return _Linears.apply(x, made, fp8_gradient, power_of_two, *weights)  # pyright: ignore[reportReturnType]
 
 
-class _Linear(torch.autograd.Function):
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, forms: Forms, fp8_gradient: bool, power_of_two: bool) -> Tensor:
+    def forward(
+        ctx, x: Tensor, forms: Sequence[Forms], fp8_gradient: bool, power_of_two: bool, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        ctx.forms, ctx.shape, ctx.dtype, ctx.in_fp8 = forms, x.shape, weight.dtype, fp8_gradient
+        ctx.forms, ctx.shape, ctx.dtype, ctx.in_fp8 = forms, x.shape, weights[0].dtype, fp8_gradient
         kept: tuple[Tensor, ...] = ()
-        if not ctx.needs_input_grad[1]:
+        if not any(ctx.needs_input_grad[_WEIGHTS:]):
             rows = quantize_rows(flat, power_of_two=power_of_two)
         elif fp8_gradient:
             rows, columns = quantize_both(flat, power_of_two=power_of_two)
@@ -234,22 +238,30 @@ class _Linear(torch.autograd.Function):
         else:
             rows, kept = quantize_rows(flat, power_of_two=power_of_two), (flat,)
         ctx.save_for_backward(*kept)
-        return rows_product(rows, forms.forward, x.dtype).view(*x.shape[:-1], -1)
+        return tuple(rows_product(rows, each.forward, x.dtype).view(*x.shape[:-1], -1) for each in forms)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
-        dx = dw = rows = columns = None
-        if kept and ctx.in_fp8:
-            rows, columns = quantize_both(dy)
-            dw = rows_outer(columns, Rows(*kept), ctx.dtype)
-        elif kept:
-            dw = product(dy.T, kept[0].T)
-        if ctx.needs_input_grad[0]:
-            rows = quantize_rows(dy) if rows is None else rows
-            dx = rows_product(rows, ctx.forms.backward, dy.dtype).view(ctx.shape)
-        return dx, dw, None, None, None
+        kept, dx, dw = ctx.saved_tensors, None, []
+        for i, (grad, form) in enumerate(zip(grads, ctx.forms, strict=True)):
+            dy = grad.reshape(-1, grad.shape[-1])
+            rows = of_weight = None
+            if ctx.needs_input_grad[_WEIGHTS + i]:
+                if ctx.in_fp8:
+                    rows, columns = quantize_both(dy)
+                    of_weight = rows_outer(columns, Rows(*kept), ctx.dtype)
+                else:
+                    of_weight = product(dy.T, kept[0].T)
+            dw.append(of_weight)
+            if ctx.needs_input_grad[0]:
+                rows = quantize_rows(dy) if rows is None else rows
+                part = rows_product(rows, form.backward, dy.dtype)
+                dx = part if dx is None else dx.add_(part)
+        return None if dx is None else dx.view(ctx.shape), None, None, None, *dw
+
+
+_WEIGHTS = 4
+"""Where they begin among the arguments of `_Linears.forward`."""
 
 
 def fp8_experts(

@@ -1,6 +1,7 @@
 """Products with a weight that is dense or packed."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,14 @@ def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -
     return a @ b.T
 
 
+@op(cuda=("kogia.ops.aten.linear",))
+def add_product(
+    total: Float[Tensor, "rows columns"], a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]
+) -> Float[Tensor, "rows columns"]:
+    """`total` += a b^T in place, without gradients, in the dtype of `total`, which may be the wider one."""
+    return total.add_(product(a, b))
+
+
 @op(
     invariant=("kogia.ops.invariant.linear",),
     cuda=("kogia.ops.w8a8.products", "kogia.ops.triton.linear"),
@@ -34,6 +43,12 @@ def linear(
 ) -> Float[Tensor, "... out"]:
     """x W^T + b. The reference makes a packed weight dense in the dtype of `x`; it takes no gradient."""
     return F.linear(x, _dense(weight, x.dtype), bias)
+
+
+@op(cuda=("kogia.ops.aten.linear",))
+def linears(x: Float[Tensor, "... in"], weights: Sequence[Float[Tensor, "_ in"]]) -> tuple[Float[Tensor, "... _"], ...]:
+    """x W^T of several dense weights."""
+    return tuple(linear(x, weight) for weight in weights)
 
 
 @op(cpu=("kogia.ops.cpu.products",), any=("kogia.ops.aten.linear",), invariant=("kogia.ops.invariant.linear",))

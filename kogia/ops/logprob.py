@@ -6,19 +6,21 @@ What becomes of the log-probabilities is not known in general: the backward pass
 is their sum, the gradient is made with them in the forward pass, and the backward pass only scales it.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kogia.ops.dispatch import op
-from kogia.ops.linear import product
+from kogia.ops.linear import add_product, product
 from kogia.ops.packed import Packed
 
 _CACHED = 1 << 17
 """Logits that a CPU's cache holds: half a megabyte in float32."""
 _LEAST_ROWS = 256
 """Products of fewer rows are slow."""
-_MEMORY_SHARE = 128
+_MEMORY_SHARE = 64
 """The share of a GPU's memory that one chunk of logits takes is one part of so many."""
 
 
@@ -31,7 +33,10 @@ def chunk_rows(vocab: int, weight: Tensor) -> int:
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows, size = hidden.shape[0], chunk_rows(weight.shape[0], weight)
+    """As few as may be, and of nearly one size, since each goes over the gradient of the whole weight."""
+    rows, most = hidden.shape[0], chunk_rows(weight.shape[0], weight)
+    each = max(1, rows) / max(1, math.ceil(rows / most))
+    size = min(most, math.ceil(each / _LEAST_ROWS) * _LEAST_ROWS)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
@@ -89,7 +94,7 @@ class _LinearLogprob(torch.autograd.Function):
             grad = grads[0][part] / ctx.temperature
             d_logits = prediction_grads(logits, targets[part], lse[part], grad).to(weight.dtype)
             grad_hidden[part] = product(d_logits, weight.T)
-            grad_weight += product(d_logits.T, hidden[part].T)
+            add_product(grad_weight, d_logits.T, hidden[part].T)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
@@ -122,7 +127,7 @@ class _LinearLoss(torch.autograd.Function):
                 product(hidden[part], weight), targets[part], counts
             )
             grad_hidden[part] = product(d_logits, weight.T)
-            grad_weight += product(d_logits.T, hidden[part].T)
+            add_product(grad_weight, d_logits.T, hidden[part].T)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(logprobs, entropy)
@@ -132,7 +137,8 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = (grad_hidden.to(grad_weight.dtype) * grads[0]).to(grad_hidden.dtype)
-        return scaled, (grad_weight * grads[0]).to(ctx.weight_dtype), None, None
+        narrow = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+        return scaled, torch.mul(grad_weight, grads[0], out=narrow), None, None
 
 
 def _summed_loss(logprobs: Tensor, counted: Tensor | None) -> Tensor:

@@ -20,6 +20,8 @@ from kogia.train.config import OptimConfig
 from kogia.train.muon import Muon
 
 MASTER = "master"
+_LARGE = 1 << 22
+"""Numbers of a gradient whose norm is a launch of its own."""
 
 
 class Optimizer:
@@ -53,7 +55,10 @@ class Optimizer:
         halves = [grad for grad in grads if grad.dtype != torch.float32]
         if not halves:
             return get_total_norm(grads)
-        norms = [*torch._foreach_norm(halves, 2, dtype=torch.float32)]
+        small = [grad for grad in halves if grad.numel() < _LARGE]
+        # one at a time, large ones are read at 3.4 TB/s, where those of a list are at 2.4 on an H200
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in halves if grad.numel() >= _LARGE]
+        norms += torch._foreach_norm(small, 2, dtype=torch.float32) if small else ()
         if whole := [grad for grad in grads if grad.dtype == torch.float32]:
             norms += torch._foreach_norm(whole, 2)
         return torch.stack(norms).norm()

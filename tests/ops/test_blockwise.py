@@ -13,7 +13,7 @@ from kogia.ops.blockwise import (
     Rows,
     WeightForms,
     fp8_experts,
-    fp8_linear,
+    fp8_linears,
     grouped_product,
     quantize_both,
     quantize_columns,
@@ -90,7 +90,7 @@ def test_rows_are_multiplied_with_the_matrix_of_their_expert_and_nobodys_are_zer
 def test_gradients_of_a_layer_are_near_those_in_double_precision(widths, fp8_gradient):
     x, weight, dy = drawn(3, 70, widths[1]), drawn(*widths, seed=1), drawn(3, 70, widths[0], seed=2)
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    y = fp8_linear(leaves[0], leaves[1], WeightForms(), fp8_gradient=fp8_gradient)
+    (y,) = fp8_linears(leaves[0], leaves[1:], [WeightForms()], fp8_gradient=fp8_gradient)
     y.backward(dy)
     exact = [x.double() @ weight.double().T, dy.double() @ weight.double()]
     exact.append(dy.double().flatten(0, 1).T @ x.double().flatten(0, 1))
@@ -100,15 +100,35 @@ def test_gradients_of_a_layer_are_near_those_in_double_precision(widths, fp8_gra
     assert (rounded > 1e-3) == fp8_gradient, "otherwise it is the product of what was never rounded"
 
 
+@pytest.mark.parametrize("fp8_gradient", [False, True])
+def test_several_weights_of_one_input_are_as_each_by_itself_and_its_gradients_are_added_up(fp8_gradient, monkeypatch):
+    rounded: list[Tensor] = []
+    name = "quantize_both" if fp8_gradient else "quantize_rows"
+    real = getattr(blockwise, name)
+    monkeypatch.setattr(blockwise, name, lambda x, **how: rounded.append(x) or real(x, **how))
+    x, weights = drawn(2, 70, 96).requires_grad_(), [drawn(n, 96, seed=n).requires_grad_() for n in (48, 128, 16)]
+    dy = [drawn(2, 70, len(w), seed=1 + len(w)) for w in weights]
+    together = fp8_linears(x, weights, [WeightForms() for _ in weights], fp8_gradient=fp8_gradient)
+    assert len(rounded) == 1, "x, for all of them"
+    got = torch.autograd.grad(together, (x, *weights), dy)
+    dx = torch.zeros_like(x)
+    for y, weight, of_y, of_weight in zip(together, weights, dy, got[1:], strict=True):
+        (alone,) = fp8_linears(x, [weight], [WeightForms()], fp8_gradient=fp8_gradient)
+        part, want = torch.autograd.grad(alone, (x, weight), of_y)
+        dx += part
+        assert torch.equal(y, alone) and torch.equal(of_weight, want)
+    torch.testing.assert_close(got[0], dx)
+
+
 def test_a_layer_keeps_a_byte_a_number_and_nothing_where_its_weight_is_frozen():
     kept: list[Tensor] = []
     weight = drawn(128, 256).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fp8_linear(drawn(128, 256).requires_grad_(), weight, WeightForms(), fp8_gradient=True)
+        fp8_linears(drawn(128, 256).requires_grad_(), [weight], [WeightForms()], fp8_gradient=True)
         assert [(t.dtype, t.numel()) for t in kept] == [(torch.float8_e4m3fn, 128 * 256), (torch.float32, 256)]
         kept.clear()
         frozen = weight.detach()
-        y = fp8_linear(drawn(128, 256).requires_grad_(), frozen, WeightForms(), fp8_gradient=True)
+        (y,) = fp8_linears(drawn(128, 256).requires_grad_(), [frozen], [WeightForms()], fp8_gradient=True)
     assert not kept
     y.sum().backward()
 
@@ -153,7 +173,7 @@ def test_a_weight_is_rounded_once_for_each_of_its_values(monkeypatch):
 def test_what_is_not_finite_stays_so_through_every_product(bad):
     x, weight = drawn(130, 140), drawn(32, 140, seed=1).requires_grad_()
     x[3, 5] = bad
-    y = fp8_linear(x.requires_grad_(), weight, WeightForms(), fp8_gradient=True)
+    (y,) = fp8_linears(x.requires_grad_(), [weight], [WeightForms()], fp8_gradient=True)
     assert not y[3].isfinite().any() and bool(y[4:].isfinite().all())
     y.nan_to_num().sum().backward()
     assert weight.grad is not None and not weight.grad[:, 5].isfinite().any()

@@ -117,3 +117,14 @@ def test_chunks_keep_products_large_at_a_large_vocabulary():
     assert logprob.chunk_rows(129280, torch.empty(0)) == 256
     assert logprob.chunk_rows(512, torch.empty(0)) == 256
     assert logprob.chunk_rows(16, torch.empty(0)) == 8192
+
+
+@pytest.mark.parametrize(("rows", "most", "want"), [
+    (0, 512, []), (1, 512, [1]), (512, 512, [512]), (513, 512, [512, 1]), (1100, 1024, [768, 332]),
+    (32768, 10752, [8192, 8192, 8192, 8192]), (33000, 10752, [8448, 8448, 8448, 7656]),
+])  # fmt: skip
+def test_chunks_are_as_few_as_may_be_and_of_nearly_one_size(rows, most, want, monkeypatch):
+    monkeypatch.setattr(logprob, "chunk_rows", lambda *_: most)
+    hidden = torch.empty(rows, 1)
+    parts = logprob._chunks(hidden, torch.empty(3, 1))
+    assert [len(hidden[part]) for part in parts] == want

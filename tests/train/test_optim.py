@@ -2,13 +2,15 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from train.tiny import make_batch, random_sequences, tiny_config, tiny_model, tiny_state
 
 from kogia.model.transformer import build_model
 from kogia.ops import adamw
+from kogia.train import optim as optim_module
 from kogia.train.config import OptimConfig
 from kogia.train.loss import LossWeights, supervised_loss
-from kogia.train.optim import build_optimizer
+from kogia.train.optim import Optimizer, build_optimizer
 from kogia.train.step import Loss, train_step
 
 LOSS = partial(supervised_loss, weights=LossWeights(mtp=0.3, balance=1e-3))
@@ -138,3 +140,17 @@ def test_gradients_of_micro_batches_are_added_in_float32():
     master = state.optimizer.weights["model.norm.weight"]
     torch.testing.assert_close(master.grad, torch.full_like(master, 1.008), rtol=1e-4, atol=0)
     assert weight.grad is None
+
+
+def test_the_norm_of_gradients_of_any_size_and_dtype_is_that_in_float64(monkeypatch):
+    monkeypatch.setattr(optim_module, "_LARGE", 100)
+    model = nn.ParameterDict({
+        "large": nn.Parameter(torch.zeros(11, 13, dtype=torch.bfloat16)), "small": nn.Parameter(torch.zeros(7)),
+        "narrow": nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)), "whole": nn.Parameter(torch.zeros(200)),
+    })  # fmt: skip
+    optimizer = Optimizer(model, OptimConfig())
+    draw, squares = torch.Generator().manual_seed(0), 0.0
+    for name, weight in optimizer.weights.items():
+        weight.grad = grad = torch.randn(weight.shape, generator=draw).to(model[name].dtype)
+        squares += float(grad.double().square().sum())
+    assert float(optimizer.gradient_norm()) == pytest.approx(squares**0.5, rel=1e-6)

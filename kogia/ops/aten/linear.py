@@ -1,6 +1,7 @@
 """Products by PyTorch's own fused kernels, where they take the arguments."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,38 @@ from kogia.ops.linear import dequantize
 from kogia.ops.packed import Packed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes that the strides of grouped_mm's operands must be multiples of
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
+        dx, dw = None, []
+        for i, weight in enumerate(weights):
+            dy = grads[i].reshape(len(rows), -1)
+            if ctx.needs_input_grad[0]:
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            dw.append(dy.T @ rows if ctx.needs_input_grad[1 + i] else None)
+        return None if dx is None else dx.view(x.shape), *dw
+
+
+def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Backward, cuBLAS adds the gradients of x up, which would be a pass over them for each weight but the first."""
+    return _Linears.apply(x, *weights)  # pyright: ignore[reportReturnType]
+
+
+def linears_supports(x: Tensor, weights: Sequence[Tensor]) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile makes its own products"
+    return None if torch.is_grad_enabled() and len(weights) > 1 else "it is for training, and two weights at least"
 
 
 def grouped_linear(
@@ -58,3 +90,17 @@ def grouped_outer_supports(a: Tensor, b: Tensor, counts: Tensor) -> str | None:
         if width * a.element_size() % _ALIGNMENT:
             return f"grouped_mm wants rows of a multiple of {_ALIGNMENT} bytes; {width} numbers are not"
     return None
+
+
+def add_product(
+    total: Float[Tensor, "rows columns"], a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]
+) -> Float[Tensor, "rows columns"]:
+    """cuBLAS adds in the float32 that it accumulates in: nothing is rounded to 16 bits, and one pass over `total`
+    takes the place of a product's and a sum's."""
+    return torch.addmm(total, a, b.T, out_dtype=torch.float32, out=total)
+
+
+def add_product_supports(total: Tensor, a: Tensor, b: Tensor) -> str | None:
+    if total.dtype != torch.float32 or a.dtype not in _HALVES or b.dtype != a.dtype:
+        return f"it adds products of two of {_HALVES} to float32, not {a.dtype} and {b.dtype} to {total.dtype}"
+    return None if total.is_contiguous() else "it adds to contiguous memory"
