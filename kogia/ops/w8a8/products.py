@@ -14,9 +14,9 @@ from kogia.ops.fp8 import BLOCK
 from kogia.ops.moe import SharedExperts, combine, order_by_expert, silu_mul
 from kogia.ops.packed import Packed
 
-LEAST_ROWS = 513
+LEAST_ROWS = 384
 """Of one matrix. `python benchmarks/engine_gpu_packed.py --products` measures from where on it is faster."""
-LEAST_TOKENS = 513
+LEAST_TOKENS = 384
 """Of experts; measured likewise."""
 _DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16
