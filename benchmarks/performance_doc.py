@@ -49,6 +49,8 @@ def written(text: str) -> str:
         "two": two_gpu_table(),
         "packed": packed_table(),
         "training": training_table(),
+        "fp8 steps": fp8_steps_table(),
+        "fp8 prompts": fp8_prompts_table(),
         "cpu": cpu_table(),
         "cores": cores_table(),
         "host": host_table(),
@@ -248,15 +250,52 @@ def packed_table() -> list[str]:
 
 
 def training_table() -> list[str]:
-    lines = _measured("training") + _head("who", "sequences", "tokens/s (spread)", "peak memory (GB)", "MFU, causal")
-    for id, row in results("training").items():
-        if "memory_gb" in row:
-            who, how, batch = id.removeprefix("train-1b-").split("-")
-            name = "torchtitan 0.2.2" if who == "peer" else "kogia"
-            lines.append(
-                _line(f"{name}, {how}", batch[1:], _spread(row), str(row["memory_gb"]), f"{row['mfu_causal']:.0%}")
-            )
+    """Rates of steps beside torchtitan's and of a dense model's, and the ratios that have a bar."""
+    files = {"1b": "training", "16b-layers": "training_16b_layers", "moe-tax": "training_moe_tax"}
+    names = {"peer": "torchtitan 0.2.2", "ours": "kogia", "dense": "kogia, dense model"}
+    lines = _head("work", "who", "sequences", "tokens/s (spread)", "peak memory (GB)", "MFU, causal", "commit, date")
+    ratios = _head("ratio", "value (spread)", "bar")
+    for work, file in files.items():
+        commit, _, changes = _file(file)["commit"].partition("+")
+        measured = f"{commit[:7]}{' with changes' if changes else ''}, {_file(file)['date']}"
+        for id, row in results(file).items():
+            if "memory_gb" in row:
+                who, how, batch = id.removeprefix(f"train-{work}-").split("-")
+                cells = [batch[1:], _spread(row), f"{row['memory_gb']:.1f}", f"{row['mfu_causal']:.0%}"]
+                lines.append(_line(work, f"{names[who]}, {how}", *cells, measured))
+            elif "limit" in row:
+                ratios.append(_bounded(row))
+    return [*lines, "", *ratios]
+
+
+def fp8_steps_table() -> list[str]:
+    """Steps of training in FP8 beside steps in bf16."""
+    rows = results("training_fp8_steps")
+    lines = _measured("training_fp8_steps") + _head("model", "bf16, ms a step (spread)", "FP8 (spread)", "ratio")
+    shapes = {"wide": "2,048 wide, experts of 1,408", "large": "4,096 wide, experts of 2,048"}
+    for shape, name in shapes.items():
+        bf16, fp8 = (rows[f"step-{shape}-{kind}-all"] for kind in ("bf16", "fp8-dense"))
+        lines.append(_line(name, _spread(bf16), _spread(fp8), f"{rows[f'train-fp8-ratio-{shape}']['value']:.2f}"))
     return lines
+
+
+def fp8_prompts_table() -> list[str]:
+    """Decoding and prompts with FP8 weights, multiplied in FP8 or made dense, beside bf16 weights in the same run."""
+    rows = results("engine_gpu_packed_prefill")
+    work = {"decode-{}-b64": "decode, batch 64", "decode-{}-b256": "decode, batch 256",
+            "prefill-{}-16x512": "prompts, 16 x 512", "prefill-{}-1x8192": "prompts, 1 x 8,192"}  # fmt: skip
+    lines = _measured("engine_gpu_packed_prefill") + _head(
+        "tokens/s (spread)", "bf16 weights", "FP8, made dense", "FP8", "FP8 to bf16"
+    )
+    for id, name in work.items():
+        each = [rows[id.format(kind)] for kind in ("bf16", "fp8-made-dense", "fp8")]
+        lines.append(_line(name, *map(_spread, each), f"{each[2]['value'] / each[0]['value']:.2f}"))
+    return lines
+
+
+def _bounded(row: dict[str, Any]) -> str:
+    spread = f" ({row['low']:.2f} to {row['high']:.2f})" if row.get("low") is not None else ""
+    return _line(f"`{row['id']}`", f"{row['value']:.2f}{spread}", f"{row['limit']}")
 
 
 def _head(*cells: str) -> list[str]:
