@@ -6,7 +6,7 @@ pieces on the side. What they are called is in layout.py, the files in directory
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from kogia.checkpoint.layout import (
 )
 from kogia.checkpoint.quantisation import SCALES, Weight, check_quantization, describe, weights_of
 from kogia.checkpoint.tensorfile import (
+    PIECE,
     StoredTensor,
     has_nonfinite,
     in_parallel,
@@ -43,6 +44,7 @@ from kogia.checkpoint.tensorfile import (
 )
 from kogia.checkpoint.weights import (
     CODES,
+    DTYPES,
     as_bytes,
     check_scales,
     dense_shape,
@@ -67,6 +69,8 @@ __all__ = ["Stored", "load_config", "load_model", "read_stored", "resolve_model_
 SHARD_BYTES = 5 * 2**30
 STORED = "stored"
 """For `load_model`: quantised weights stay as they are."""
+_PIECES_ON_DEVICE = 16
+"""Pieces that a GPU rounds at once, which takes some twenty launches whatever their number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,19 +188,56 @@ Piece = Callable[[], str | None]
 """Reads rows into their place. Returns the tensor's name where it holds NaN or infinity."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rounding:
+    """Rows of a weight that are to be rounded, and where they go."""
+
+    weight: Weight
+    start: int
+    target: Packed
+    columns: Part | None
+    """Of the weight, where it is not all."""
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What is equal in those that may be rounded together."""
+        return self.target.format, tuple(self.target.data.shape), self.weight.format, self.weight.data.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(dense_shape(self.target))
+
+    def read(self) -> Tensor:
+        """The dense rows on the CPU. Numbers of 16 bits stay so: on the way to a GPU they are half as many bytes."""
+        own = torch.float32 if self.weight.format else DTYPES.get(self.weight.data.dtype, torch.float32)
+        dtype = own if own.itemsize < 4 else torch.float32
+        rows = _cut(read_dense(self.weight, self.start, self.start + len(self.target), dtype), self.columns)
+        check_packable(self.weight, rows, self.target.format)
+        return rows
+
+
 def _pieces(model: Transformer, weights: Mapping[str, Weight], share: Share | None) -> Iterator[Piece]:
-    """In the order of the files."""
+    """In the order of the files, but for small pieces that are rounded together."""
+    waiting: dict[tuple[Any, ...], list[_Rounding]] = {}
     places = sorted(disk_weights(model), key=lambda item: (weights[item[0]].data.file, weights[item[0]].data.offset))
     for name, target in places:
         weight = weights[name]
         if isinstance(target, Packed):
-            same = (target.format, target.zero is None) == (weight.format, weight.zero is None)
-            yield from (_kept if same else _rounded)(weight, target, share)
+            if (target.format, target.zero is None) == (weight.format, weight.zero is None):
+                yield from _kept(weight, target, share)
+                continue
+            num_pieces = 1 if target.device.type == "cpu" else _PIECES_ON_DEVICE
+            for piece in _to_round(weight, target, share, num_pieces):
+                together = waiting.setdefault(piece.kind, [])
+                together.append(piece)
+                if (len(together) + 1) * piece.size > num_pieces * PIECE:
+                    yield partial(_pack, waiting.pop(piece.kind))
         elif weight.format:
             for start, rows, columns in _spans(weight.data, weight.shape, tuple(target.shape), share):
                 yield partial(_make_dense, weight, start, target[rows], columns)
         else:
             yield from _copies(weight.data, target, share)
+    yield from (partial(_pack, together) for together in waiting.values())
 
 
 def _spans(
@@ -230,10 +271,10 @@ def _kept(weight: Weight, target: Packed, share: Share | None) -> Iterator[Piece
             yield partial(_copy_zeros, weight.zero, start, target.zero[rows], columns)
 
 
-def _rounded(weight: Weight, target: Packed, share: Share | None) -> Iterator[Piece]:
+def _to_round(weight: Weight, target: Packed, share: Share | None, num_pieces: int) -> Iterator[_Rounding]:
     """A packed weight of one that is stored in another form."""
-    for start, rows, columns in _spans(weight.data, weight.shape, dense_shape(target), share):
-        yield partial(_pack, weight, start, packed_rows(target, rows.start, rows.stop), columns)
+    for start, rows, columns in _spans(weight.data, weight.shape, dense_shape(target), share, num_pieces):
+        yield _Rounding(weight, start, packed_rows(target, rows.start, rows.stop), columns)
 
 
 def _copy(source: StoredTensor, start: int, target: Tensor, columns: Part | None) -> str | None:
@@ -261,12 +302,14 @@ def _make_dense(weight: Weight, start: int, target: Tensor, columns: Part | None
     return _nonfinite(weight.name, rows)
 
 
-def _pack(weight: Weight, start: int, target: Packed, columns: Part | None) -> None:
-    rows = _cut(read_dense(weight, start, start + len(target), torch.float32), columns)
-    check_packable(weight, rows, target.format)
-    packed = FORMATS[target.format].pack(rows.to(target.data.device))
-    target.data.copy_(packed.data)
-    target.scale.copy_(packed.scale)
+def _pack(together: Sequence[_Rounding]) -> None:
+    """Round rows of one kind where they will stay, at once."""
+    target = together[0].target
+    read = [each.read().to(target.device) for each in together]
+    packed = FORMATS[target.format].pack(torch.stack(read) if len(read) > 1 else read[0][None])
+    for i, each in enumerate(together):
+        each.target.data.copy_(packed.data[i])
+        each.target.scale.copy_(packed.scale[i])
 
 
 def _cut(rows: Tensor, columns: Part | None) -> Tensor:

@@ -56,14 +56,20 @@ def quantize_blocks(
     `power_of_two` rounds scales up to powers of two (the ue8m0 format of DeepSeek-V3.1 and later).
     """
     rows, columns = weight.shape[-2:]
-    blocks = scale_shape(weight.shape)
-    padded = weight.new_zeros(*weight.shape[:-2], blocks[-2] * BLOCK, blocks[-1] * BLOCK, dtype=torch.float32)
+    *stack, down, across = scale_shape(weight.shape)
+    whole = (down * BLOCK, across * BLOCK)
+    new = weight.new_empty if whole == (rows, columns) else weight.new_zeros
+    padded = new(*stack, *whole, dtype=torch.float32)
     padded[..., :rows, :columns] = weight
-    tiles = padded.unflatten(-1, (blocks[-1], BLOCK)).unflatten(-3, (blocks[-2], BLOCK))
+    tiles = padded.unflatten(-1, (across, BLOCK)).unflatten(-3, (down, BLOCK))
     scale = _scales(tiles.abs().amax((-3, -1)), power_of_two)
-    quantized = padded[..., :rows, :columns].div_(_spread(scale, rows, columns))
-    limit = _spread(_largest_code(scale), rows, columns)
-    return quantized.clamp_(-limit, limit).to(torch.float8_e4m3fn), scale
+    tiles.div_(scale[..., :, None, :, None])
+    if power_of_two:
+        limit = _largest_code(scale)[..., :, None, :, None]
+        tiles.clamp_(-limit, limit)
+    else:  # the largest float32 number has a scale below 2^120
+        tiles.clamp_(-E4M3_MAX, E4M3_MAX)
+    return padded[..., :rows, :columns].to(torch.float8_e4m3fn), scale
 
 
 def _scales(amax: Tensor, power_of_two: bool = False) -> Tensor:

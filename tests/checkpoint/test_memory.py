@@ -59,6 +59,7 @@ found["load"] = extra(lambda: load_model(root / "m"))
 found["load float32"] = extra(lambda: load_model(root / "m", dtype=torch.float32))
 found["convert float32"] = extra(lambda: convert(root / "m", root / "f", dtype="float32", max_shard_bytes=0))
 found["convert fp8"] = extra(lambda: convert(root / "m", root / "q", dtype="fp8", max_shard_bytes=SHARD))
+found["round to fp8"] = extra(lambda: load_model(root / "m", quantize="fp8"))
 found["load fp8"] = extra(lambda: load_model(root / "q"))
 found["keep fp8"] = extra(lambda: load_model(root / "q", quantize="stored"))
 print(json.dumps(found))
@@ -86,7 +87,7 @@ def test_what_is_stored_as_it_is_held_takes_next_to_nothing_on_the_side(found, w
     assert found[what] < 8e6, found  # large pages (kogia.ops.cpu.pages) end 1 MB behind each big weight on average
 
 
-@pytest.mark.parametrize("what", ["load float32", "load fp8", "convert float32", "convert fp8"])
+@pytest.mark.parametrize("what", ["load float32", "load fp8", "round to fp8", "convert float32", "convert fp8"])
 def test_conversions_hold_a_few_pieces_whatever_the_model_is(found, what):
     # four threads, each with a piece of half a million elements in the types that it goes through
     assert found[what] < 40e6, found

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint.tiny import CONFIG, GROUPS, assert_same, edit, rewrite, shard, stored, tiny, tiny_packed
 
-from kogia.checkpoint import tensorfile
+from kogia.checkpoint import hf, tensorfile
 from kogia.checkpoint.convert import convert
 from kogia.checkpoint.hf import load_model, save_model
 from kogia.checkpoint.inspection import inspect_model
@@ -136,6 +136,18 @@ def test_fp8_at_load_is_what_convert_writes(tmp_path):
     source = save_model(tiny(GROUPS, torch.bfloat16), tmp_path / "source")
     fp8 = convert(source, tmp_path / "fp8", quantize="fp8")
     assert_same(load_model(source, quantize="fp8"), load_model(fp8, quantize="stored"))
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("piece", [1, 5000, 1 << 19])
+def test_weights_rounded_together_at_load_are_as_rounded_alone(format, piece, tmp_path, monkeypatch):
+    config = replace(GROUPS, moe=replace(GROUPS.moe, expert_dim=160))
+    source = save_model(tiny(config, torch.bfloat16), tmp_path / "source")
+    wide = {EXPERT: torch.float32, EXPERT.replace("2", "3"): torch.float64}
+    rewrite(source, lambda tensors: tensors.update({name: tensors[name].to(kind) for name, kind in wide.items()}))
+    for module in (hf, tensorfile):
+        monkeypatch.setattr(module, "PIECE", piece)
+    assert_same(load_model(source, dtype=torch.bfloat16, quantize=format), tiny_packed(format, config))
 
 
 def test_one_format_is_made_of_another_and_dense_of_any(saved, kind, tmp_path):

@@ -1,5 +1,7 @@
 """Block-scaled FP8 against a loop over blocks, at odd sizes, and the layers that hold such weights."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,20 @@ def test_the_scale_multiplies_its_block_and_edge_blocks_are_cut():
     got = dequantize_blocks(weight, scale, torch.float32)
     for row, column, factor in [(0, 0, 1), (127, 127, 1), (127, 128, 2), (0, 256, 3), (128, 127, 4), (129, 256, 6)]:
         assert got[row, column] == float(weight[row, column]) * factor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(128, 256), (3, 130, 257), (2, 2, 256, 128)])
+def test_codes_are_of_numbers_divided_by_the_scale_of_their_block(shape, dtype):
+    weight = (drawn(*shape) * 300).to(dtype)
+    quantized, scale = quantize_blocks(weight)
+    stacks = (each.reshape(-1, *each.shape[-2:]) for each in (weight, quantized, scale))
+    for numbers, codes, scales in zip(*stacks, strict=True):
+        for i, j in itertools.product(range(scales.shape[0]), range(scales.shape[1])):
+            block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+            assert scales[i, j] == numbers[block].float().abs().max() / 448
+            want = (numbers[block].float() / scales[i, j]).clamp(-448, 448).to(torch.float8_e4m3fn)
+            assert torch.equal(codes[block].view(torch.uint8), want.view(torch.uint8))
 
 
 @settings(max_examples=25, deadline=None)
