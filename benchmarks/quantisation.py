@@ -1,34 +1,49 @@
 """What rounding the weights costs a trained model: perplexity of held-out books, and a task.
 
     python benchmarks/quantisation.py --text books1.jsonl.gz --heldout books2.jsonl.gz [--checkpoint NAME=DIR]
+    python benchmarks/quantisation.py --text books1.jsonl.gz --heldout runs/nano/raw/books_heldout.jsonl.gz \\
+        --checkpoint kogia-nano=checkpoints/kogia-nano --solver kogia-nano=checkpoints/kogia-nano \\
+        --only kogia-nano --sequences 200 --max-tokens 512 --variants bf16 fp8-products fp8-latents
 
 A small mixture of experts is trained on books, arithmetic and countdown traces, all with `kogia pretrain`; more models
 come as checkpoints, and for the task one that has learned it, such as the demonstration's cold start. Each is converted
 to every format with `kogia convert`, and read back dense, in float32: figures are those of the rounded weights, not of
 a kernel. "fp8-products" rounds the rows that FP8 weights are multiplied with as well, as a GPU does with many of them
-(ops/w8a8). A ratio is exp(mean difference of the nats per token) over sequences of one book each, with the 95% interval
-of that mean. The task is countdown, one greedy answer per problem.
+(ops/w8a8). "fp8-latents" leaves the weights and rounds the cached latents, `engine.cache_dtype`: an engine reads each
+sequence a few tokens at a time, once with such a cache and once without, so that nearly all that is attended to comes
+out of it. A ratio is exp(mean difference of the nats per token) over sequences of one document each, with the 95%
+interval of that mean. The task is countdown, one greedy answer per problem.
 
-Interrupted, it goes on where it stopped; what is in --runs is taken as it is.
+The "bf16" of a checkpoint that is stored in FP8, as kogia-nano is, are its weights made dense, and its "fp8" these
+rounded to FP8 once more, which changes little; that it was rounded before is in both. Held-out text must be what the
+model has not seen: kogia-nano's is what reproductions/kogia-nano/run.py puts aside, in pieces of books.
+
+Interrupted, it goes on where it stopped; what is in --runs is taken as it is. Figures of models and variants that are
+not measured again stay in the result, with the commit that they are of.
 """
 
 import argparse
+import datetime
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from result import row, write_result
+from result import commit, hardware, row, write_result
 
 from kogia.checkpoint.config import ConvertConfig
 from kogia.checkpoint.hf import load_model
 from kogia.checkpoint.open import find_model
 from kogia.data.config import DataConfig, SourceConfig
 from kogia.data.sources import read_source
+from kogia.engine.config import EngineConfig
+from kogia.engine.engine import Engine
+from kogia.engine.request import SamplingParams
 from kogia.eval.config import EvalConfig
 from kogia.eval.run import evaluate_tasks
 from kogia.files import write_json
@@ -58,11 +73,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4-calibrated": {"quantize": "int4", "calibration": True},
     "int4-asymmetric": {"quantize": "int4", "asymmetric": True},
     "int4-asymmetric-calibrated": {"quantize": "int4", "asymmetric": True, "calibration": True},
+    "fp8-latents": {"dtype": "bfloat16"},
 }
+TASK = "share of countdown"
+"""The unit of its figures."""
 STEPS, SAVED = 1600, 400
 LENGTH = 256
 BEHIND = 20_000
-"""Characters that are passed over in each held-out or calibration book."""
+"""Characters that are passed over in each held-out or calibration book; none in mere pieces of them."""
+AT_ONCE, SIDE_BY_SIDE = 16, 4
+"""Tokens of a sequence that an engine reads at a time, and sequences."""
 CALIBRATION = 16, 1200
 """Books, and characters of each."""
 BEGIN, END = "<!-- figures: benchmarks/results/quantisation.json -->", "<!-- end of figures -->"
@@ -75,46 +95,72 @@ def main() -> None:
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR", help="measured as well")
     parser.add_argument("--solver", metavar="NAME=DIR", help="a model that has learned countdown")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="bf16 and others")
-    parser.add_argument("--only", help="measure this model alone and write no result")
+    parser.add_argument("--only", nargs="+", help="measure these models alone")
     parser.add_argument("--runs", type=Path, default=Path("runs/quantisation"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantisation.json"))
-    parser.add_argument("--sequences", type=int, default=64, help="held-out books, of one sequence each")
+    parser.add_argument("--sequences", type=int, default=64, help="held-out documents, of one sequence each")
     parser.add_argument("--step", type=int, default=STEPS, help=f"take the model at this one, a multiple of {SAVED}")
     parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--max-tokens", type=int, default=192, help="longest answer")
     parser.add_argument("--docs", type=Path, help="page to write the figures into")
     args = parser.parse_args()
-    solvers = [args.solver] if args.solver else []
-    sources = dict(each.split("=", 1) for each in (*args.checkpoint, *solvers))
-    names = [SMALL, *sources] if args.only is None else [args.only]
-    measured = {name: measure(name, sources.get(name), args) for name in names}
-    if args.only is None:
-        write_result(
-            args.out, "quantisation", [each for name in names for each in rows(name, measured[name], args.step)]
-        )
-        if args.docs:
-            write_docs(args.docs, json.loads(args.out.read_text()))
+    cases = [Case(SMALL, None, False)]
+    given = [(each, False) for each in args.checkpoint] + ([(args.solver, True)] if args.solver else [])
+    for each, solves in given:
+        name, source = each.split("=", 1)
+        cases.append(Case(name, source, solves))
+    chosen = [case for case in cases if args.only is None or case.name in args.only]
+    found = [each for case in chosen for each in rows(case, measure(case, args), args.step)]
+    write_result(args.out, "quantisation", kept(args.out, found) + found)
+    if args.docs:
+        write_docs(args.docs, json.loads(args.out.read_text()))
 
 
-def measure(name: str, source: str | None, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+class Case(NamedTuple):
+    """What is measured of a model."""
+
+    name: str
+    source: str | None
+    """None is the model trained here."""
+    solves: bool
+    """The task, not perplexity."""
+
+
+def kept(out: Path, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of an earlier result that are not measured again."""
+    if not out.exists():
+        return []
+    earlier = json.loads(out.read_text())
+    again = {each["id"] for each in measured}
+    origin = {"cpu": earlier["hardware"]["cpu"], "torch": earlier["versions"]["torch"]}
+    origin |= {"commit": earlier["commit"], "date": earlier["date"]}
+    return [{**each, "of": each.get("of", origin)} for each in earlier["rows"] if each["id"] not in again]
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Variant -> what came out, kept in a file each."""
-    directory = trained(args) if source is None else Path(source)
+    directory = trained(args) if case.source is None else Path(case.source)
     found = {}
     for variant in args.variants:
-        if variant == "fp8-products" and args.solver == f"{name}={source}":
+        if variant == "fp8-products" and case.solves:
             continue  # an engine runs few rows at a time, which are not rounded
-        options, file = VARIANTS[variant], args.runs / f"{name}-{variant}.json"
+        options, file = VARIANTS[variant], args.runs / f"{case.name}-{variant}{'-task' if case.solves else ''}.json"
         if not file.exists():
-            target = converted(directory, args.runs / f"{name}-{variant}", options, calibration_text(args))
-            if args.solver == f"{name}={source}":
-                result = {"accuracy": accuracy(target, args.questions, args.runs / "evals")}
-            else:
-                model = load_model(target, dtype=torch.float32)
-                if variant == "fp8-products":
-                    model = in_fp8(load_model(target, dtype=torch.float32, quantize="stored"))
-                result = {"nats": nats_per_token(model, target, args.heldout, args.sequences)}
-            write_json(file, result)
+            target = args.runs / f"{case.name}-{variant}"
+            if not target.exists():
+                converted(directory, target, options, calibration_text(args))
+            write_json(file, (solved if case.solves else nats)(target, variant, args))
         found[variant] = json.loads(file.read_text())
     return found
+
+
+def nats(target: Path, variant: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Nats per token of each sequence, and those to compare with where that is not "bf16"."""
+    ids = held_out(target, args)
+    model = load_model(target, dtype=torch.float32, quantize="stored" if variant == "fp8-products" else None)
+    if variant == "fp8-latents":
+        return {"nats": nats_in_engine(model, ids, "fp8"), "beside": nats_in_engine(model, ids, "auto")}
+    return {"nats": nats_per_token(in_fp8(model) if variant == "fp8-products" else model, ids)}
 
 
 def trained(args: argparse.Namespace) -> Path:
@@ -165,12 +211,17 @@ def in_fp8(model: Transformer) -> Transformer:
     return model
 
 
+def held_out(directory: Path, args: argparse.Namespace) -> list[list[int]]:
+    """A sequence of each of some documents, which are spread over all."""
+    tokenizer, length = find_model(directory).tokenizer, 16 * LENGTH
+    texts = [document.text for document in read_source(SourceConfig(args.heldout))]
+    texts = texts[:: max(1, len(texts) // args.sequences)][: args.sequences]
+    begins = [BEHIND if len(text) >= BEHIND + length else 0 for text in texts]
+    return [tokenizer.encode_raw(text[i : i + length])[:LENGTH] for i, text in zip(begins, texts, strict=True)]
+
+
 @torch.no_grad()
-def nats_per_token(model: Transformer, directory: Path, heldout: str, num_sequences: int) -> list[float]:
-    """Of the first sequence of each book behind its beginning."""
-    tokenizer = find_model(directory).tokenizer
-    documents = read_source(SourceConfig(heldout, num=num_sequences))
-    ids = [tokenizer.encode_raw(each.text[BEHIND : BEHIND + 16 * LENGTH])[:LENGTH] for each in documents]
+def nats_per_token(model: Transformer, ids: list[list[int]]) -> list[float]:
     found = []
     for start in range(0, len(ids), 8):
         part = ids[start : start + 8]
@@ -179,31 +230,66 @@ def nats_per_token(model: Transformer, directory: Path, heldout: str, num_sequen
     return found
 
 
-def accuracy(directory: Path, questions: int, out: Path) -> list[float]:
-    """[share, low, high] of right greedy answers."""
-    config = EvalConfig(
-        str(directory), tasks=("countdown",), task_options={"countdown": {"max_target": 50}}, num_questions=questions,
-        num_samples=0, greedy=True, max_tokens=192, name=directory.name, out=str(out), quantize="none", quiet=True,
+def nats_in_engine(model: Transformer, ids: list[list[int]], cache_dtype: Literal["auto", "fp8"]) -> list[float]:
+    """As an engine scores prompts."""
+    config = EngineConfig(
+        cache_dtype=cache_dtype, prefix_cache=False, max_sequences=SIDE_BY_SIDE,
+        max_batch_tokens=AT_ONCE * SIDE_BY_SIDE, num_blocks=1024,
     )  # fmt: skip
-    return evaluate_tasks(config)[0]["greedy"]
-
-
-def rows(name: str, measured: dict[str, dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=True, seed=0)
     found = []
+    for (completion,) in Engine(model, None, config).generate(ids, params):
+        values = [value for value in completion.prompt_logprobs or [] if value is not None]
+        found.append(-sum(values) / len(values))
+    return found
+
+
+def solved(directory: Path, variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """[share, low, high] of right greedy answers, and each of them."""
+    config = EvalConfig(
+        str(directory), tasks=("countdown",), task_options={"countdown": {"max_target": 50}},
+        num_questions=args.questions, num_samples=0, greedy=True, max_tokens=args.max_tokens, name=directory.name,
+        out=str(args.runs / "evals"), engine=EngineConfig(cache_dtype="fp8" if variant == "fp8-latents" else "auto"),
+        quantize="none", quiet=True,
+    )  # fmt: skip
+    share, file = evaluate_tasks(config)[0]["greedy"], args.runs / "evals" / f"{directory.name}.jsonl"
+    answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {"accuracy": share, "answers": {each["problem_id"]: [each["correct"], each["text"]] for each in answers}}
+
+
+def rows(case: Case, measured: dict[str, dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    name, found = case.name, []
+    origin = {"cpu": hardware()["cpu"], "torch": torch.__version__, "commit": commit()}
+    origin |= {"date": datetime.date.today().isoformat()}
     for variant, result in measured.items():
         id = "int4-quality" if (name, variant) == (SMALL, "int4") else f"quantisation-{name}-{variant}"
         more = {"model": name, "variant": variant} | ({"step": step, "of_steps": STEPS} if name == SMALL else {})
+        more |= {"of": origin}
         if "accuracy" in result:
             share, low, high = result["accuracy"]
-            found.append(row(f"{id}-accuracy", share, "share of countdown", low=low, high=high, **more))
+            if variant != "bf16":
+                more |= beside_bf16(result["answers"], measured["bf16"]["answers"])
+            found.append(row(f"{id}-accuracy", share, TASK, low=low, high=high, **more))
             continue
-        differences = [a - b for a, b in zip(result["nats"], measured["bf16"]["nats"], strict=True)]
+        beside = result.get("beside", measured["bf16"]["nats"])
+        differences = [a - b for a, b in zip(result["nats"], beside, strict=True)]
         half = 1.96 * stdev(differences) / math.sqrt(len(differences))
         ratio, low, high = (math.exp(fmean(differences) + end) for end in (0.0, -half, half))
-        more |= {"perplexity": round(math.exp(fmean(result["nats"])), 3), "books": len(result["nats"])}
+        more |= {"perplexity": round(math.exp(fmean(result["nats"])), 3), "sequences": len(result["nats"])}
         more |= {"limit": 1.03} if id == "int4-quality" else {}
         found.append(row(id, ratio, "perplexity over bf16's", low=low, high=high, **more))
     return found
+
+
+def beside_bf16(answers: dict[str, list[Any]], other: dict[str, list[Any]]) -> dict[str, int]:
+    """Of two answers to each question: how many are the same text, and solve or fail what the other does not."""
+    pairs = [(answers[id], other[id]) for id in other]
+    return {
+        "questions": len(pairs),
+        "same_text": sum(ours[1] == theirs[1] for ours, theirs in pairs),
+        "won": sum(ours[0] and not theirs[0] for ours, theirs in pairs),
+        "lost": sum(theirs[0] and not ours[0] for ours, theirs in pairs),
+    }
 
 
 def write_docs(page: Path, result: dict[str, Any]) -> None:
@@ -214,27 +300,30 @@ def write_docs(page: Path, result: dict[str, Any]) -> None:
 
 
 def figures(result: dict[str, Any]) -> str:
-    """A line for each variant, a column for each model."""
-    models = list(dict.fromkeys(each["model"] for each in result["rows"]))
-    cells: dict[str, dict[str, str]] = {each["variant"]: {} for each in result["rows"]}
-    for each in result["rows"]:
-        share = each["unit"] == "share of countdown"
-        value, low, high = (f"{each[k]:.0%}" if share else f"{each[k]:.3f}" for k in ("value", "low", "high"))
-        first = each["variant"] == "bf16" and not share
-        cells[each["variant"]][each["model"]] = "1" if first else f"{value} ({low} to {high})"
-    heads = [
-        f"{name}, {'countdown solved' if _solves(result, name) else 'perplexity relative to bf16'}" for name in models
-    ]
-    lines = [f"| weights | {' | '.join(heads)} |", "|---|" + "---|" * len(models)]
-    lines += [f"| {variant} | {' | '.join(row.get(name, '') for name in models)} |" for variant, row in cells.items()]
-    hardware, versions = result["hardware"], result["versions"]
-    return "\n".join(
-        [f"Measured on {hardware['cpu']}, torch {versions['torch']}, commit {result['commit'][:12]}.", "", *lines]
-    )
+    """A line for each variant, a column for each model and what was measured of it."""
+    kinds = list(dict.fromkeys((each["model"], each["unit"] == TASK) for each in result["rows"]))
+    cells: dict[str, dict[tuple[str, bool], str]] = {}
+    for each in sorted(result["rows"], key=lambda each: list(VARIANTS).index(each["variant"])):
+        solves = each["unit"] == TASK
+        value, low, high = (f"{each[k]:.0%}" if solves else f"{each[k]:.3f}" for k in ("value", "low", "high"))
+        cell = "1" if each["variant"] == "bf16" and not solves else f"{value} ({low} to {high})"
+        cells.setdefault(each["variant"], {})[each["model"], solves] = cell
+    heads = [f"{name}, {'countdown solved' if solves else 'perplexity relative to bf16'}" for name, solves in kinds]
+    lines = [f"| rounded | {' | '.join(heads)} |", "|---|" + "---|" * len(kinds)]
+    lines += [f"| {variant} | {' | '.join(row.get(kind, '') for kind in kinds)} |" for variant, row in cells.items()]
+    return "\n".join([*_measured(result["rows"]), "", *lines])
 
 
-def _solves(result: dict[str, Any], name: str) -> bool:
-    return any(each["model"] == name and each["unit"] == "share of countdown" for each in result["rows"])
+def _measured(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each commit and machine, with what is of them."""
+    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for each in rows:
+        variants = found.setdefault(tuple(each["of"].values()), {}).setdefault(each["model"], [])
+        variants += [each["variant"]] if each["variant"] not in variants else []
+    for (cpu, version, revision, date), models in found.items():
+        parts = {name for name in models if sum(name in other for other in found.values()) > 1}
+        names = [f"{name} ({', '.join(models[name])})" if name in parts else name for name in models]
+        yield f"{', '.join(names)}: measured on {cpu}, torch {version}, commit {revision[:12]}, {date}."
 
 
 if __name__ == "__main__":
