@@ -77,9 +77,11 @@ class Part(BaseModel):
         """Names with a value (null, false and an empty list are none) and no meaning here; those of inner objects stand
         behind a dot: "stream_options.pace"."""
         names = [name for name, has_value in (self.model_extra or {}).items() if has_value]
+        sent = self.model_fields_set
         for field, value in vars(self).items():
-            inner = value if isinstance(value, list) else [value]
-            names += [f"{field}.{name}" for part in inner if isinstance(part, Part) for name in part.unknown]
+            if field in sent:  # of some fifty, most are not
+                inner = value if isinstance(value, list) else (value,)
+                names += [f"{field}.{name}" for part in inner if isinstance(part, Part) for name in part.unknown]
         return list(dict.fromkeys(names))
 
     @property

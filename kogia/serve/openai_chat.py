@@ -46,11 +46,13 @@ class StreamOptions(Part):
     include_usage: Flag | None = None
 
 
-def last_chunk(head: dict[str, Any], end: dict[str, Any], options: StreamOptions | None) -> bytes:
-    """What ends a stream, without a choice: usage, where it is asked for, and what else concerns all choices. Nothing
-    where there is neither."""
-    if options is None or not options.include_usage:
-        end = {name: value for name, value in end.items() if name != "usage"}
+def wants_usage(options: StreamOptions | None) -> bool:
+    """Whether a stream ends with what it has used, whose thoughts take longer to count than many a chunk to send."""
+    return options is not None and bool(options.include_usage)
+
+
+def last_chunk(head: dict[str, Any], end: dict[str, Any]) -> bytes:
+    """What ends a stream, without a choice; nothing where there is nothing that concerns all choices."""
     return encode({**head, "choices": [], **end}) if end else b""
 
 
@@ -184,7 +186,7 @@ class ChatReply:
         return {
             **self._head("chat.completion"),
             "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
-            **self._end([answer.completion for answer in answers]),
+            **self._end([answer.completion for answer in answers], has_usage=True),
         }
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -198,8 +200,8 @@ class ChatReply:
                         completions.append(piece.completion)
                     if not piece.is_empty or self._shows_tokens:
                         yield self._piece(piece)
-            yield last_chunk(self._head(), self._end(completions), self._body.stream_options)
-            yield DONE
+            end = self._end(completions, has_usage=wants_usage(self._body.stream_options))
+            yield last_chunk(self._head(), end) + DONE
         except ApiError as error:
             yield encode(error.body)
         finally:
@@ -251,9 +253,9 @@ class ChatReply:
         choice = {"index": index, "delta": delta, "finish_reason": reason, **(more or {})}
         return encode({**self._head(), "choices": [choice]})
 
-    def _end(self, completions: list[Completion]) -> dict[str, Any]:
+    def _end(self, completions: list[Completion], *, has_usage: bool) -> dict[str, Any]:
         body, running = self._body, self._running
-        extras: dict[str, Any] = {"usage": usage([running], completions)}
+        extras: dict[str, Any] = {"usage": usage([running], completions)} if has_usage else {}
         if body.timings:
             extras["timings"] = timings(running)
         if body.return_token_ids:

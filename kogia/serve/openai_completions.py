@@ -16,7 +16,7 @@ from kogia.serve.errors import ApiError
 from kogia.serve.fields import MOST_COMPLETIONS, MOST_LOGPROBS, MOST_PROMPTS, Flag, Text, TokenIds, Whole, items
 from kogia.serve.generation import Piece, collect, merge, new_id, pieces, run, timings, usage
 from kogia.serve.logprobs import TextLogprobs, prompt_logprobs, routed_experts
-from kogia.serve.openai_chat import StreamOptions, last_chunk
+from kogia.serve.openai_chat import StreamOptions, last_chunk, wants_usage
 from kogia.serve.prompts import write_prompt
 from kogia.serve.sampling import Format, SamplingBody, check_best_of, check_scores, format_of, sampling_params
 from kogia.serve.served import ServedModel
@@ -179,7 +179,7 @@ class CompletionReply:
         return {
             **self._head(),
             "choices": [self._choice(index, each.content, each.completion) for index, each in enumerate(answers)],
-            **self._end(completions),
+            **self._end(completions, has_usage=True),
         }
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -193,8 +193,8 @@ class CompletionReply:
                         completions.append(piece.completion)
                     if not piece.is_empty or self._body.logprobs is not None or self._body.return_token_ids:
                         yield self._piece(piece)
-            yield last_chunk(self._head(), self._end(completions), self._body.stream_options)
-            yield DONE
+            end = self._end(completions, has_usage=wants_usage(self._body.stream_options))
+            yield last_chunk(self._head(), end) + DONE
         except ApiError as error:
             yield encode(error.body)
         finally:
@@ -261,8 +261,10 @@ class CompletionReply:
         choice = {"index": index, "text": text, "finish_reason": reason, **(more or {}), **extras}
         return encode({**self._head(), "choices": [choice]})
 
-    def _end(self, completions: list[Completion]) -> dict[str, Any]:
-        used = usage(self._running, completions)
-        if self._body.max_tokens == 0:
-            used |= {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]}
-        return {"usage": used} | ({"timings": timings(self._running[0])} if self._body.timings else {})
+    def _end(self, completions: list[Completion], *, has_usage: bool) -> dict[str, Any]:
+        extras: dict[str, Any] = {}
+        if has_usage:
+            extras["usage"] = used = usage(self._running, completions)
+            if self._body.max_tokens == 0:
+                used |= {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]}
+        return extras | ({"timings": timings(self._running[0])} if self._body.timings else {})

@@ -6,6 +6,7 @@ Thinking is one state with many names: DeepSeek's `thinking`, `reasoning_effort`
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -141,7 +142,13 @@ class SamplingBody(Body):
     @property
     def called(self) -> dict[str, str]:
         """What this body calls the engine's fields: their own names, where it says nothing else."""
-        return {name: name for name in ENGINE_FIELDS if name in type(self).model_fields}
+        return dict(_called_alike(type(self)))
+
+
+@cache
+def _called_alike(body: type[SamplingBody]) -> Mapping[str, str]:
+    """The engine's fields that a body has by the same names."""
+    return {name: name for name in ENGINE_FIELDS if name in body.model_fields}
 
 
 @dataclass(frozen=True)

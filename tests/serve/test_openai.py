@@ -16,6 +16,7 @@ from serve.sockets import connect, head, status
 
 from kogia.engine.grammar import Compiler
 from kogia.engine.request import SamplingParams
+from kogia.serve import openai_chat, openai_completions
 from kogia.serve.state import ServerState
 from kogia.serve.tools import Tool, call_format
 from kogia.text.chat import Message, render_prompt
@@ -126,6 +127,20 @@ def test_the_client_streams_with_usage(client):
     timings = chunks[-1].timings
     assert timings["predicted_n"] == 9 and timings["prompt_n"] + timings["cache_n"] == chunks[-1].usage.prompt_tokens
     assert all(timings[name] > 0 for name in ("queue_ms", "prompt_ms", "predicted_ms", "predicted_per_second"))
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, {"messages": HELLO}), (TEXT, {"prompt": "the answer"})])
+def test_a_stream_ends_with_its_usage_where_that_is_asked_for(server, monkeypatch, path, body):
+    """What nobody is told is not counted either: the thoughts of a long answer take a while, at the end of all."""
+    counted = []
+    for module in (openai_chat, openai_completions):
+        count = module.usage
+        monkeypatch.setattr(module, "usage", lambda *args, count=count: (counted.append(args), count(*args))[1])
+    asked = {**body, "max_tokens": 4, "stream": True}
+    *_, last = events(server, path, asked)
+    assert last["choices"] and not counted
+    *_, last = events(server, path, {**asked, "stream_options": {"include_usage": True}})
+    assert not last["choices"] and last["usage"]["completion_tokens"] <= 4 and len(counted) == 1
 
 
 @settings(max_examples=12)
