@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from kogia.serve.state import Running
 
 
+QUICK_BYTES = 2 << 10
+"""Of a body: a prompt of that size takes a tenth of a millisecond, and one that is made to be slow one and a half."""
+
+
 @dataclass(eq=False)
 class Exchange:
     id: str
@@ -32,6 +36,12 @@ class Exchange:
     """Headers that name the trace which its client keeps of it, where somebody is told of them."""
     models: list["Entry"] = field(default_factory=list)
     """That it uses: none of them is unloaded before it ends."""
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether what it asks for first is done at once: to give that to a thread would take as long. What it asks for
+        besides, as several prompts do, is not: that may be hundreds."""
+        return 0 < self.size <= QUICK_BYTES and not self.running
 
 
 current: ContextVar[Exchange | None] = ContextVar("current", default=None)

@@ -129,10 +129,14 @@ async def run(
 
 
 async def _submit(served: ServedModel, caller: Caller, prompt: Prompt | Sequence[int], asked: Asked) -> Stream:
-    """In a thread: the engine checks a request, and compiles its grammar, and no client without one waits for that."""
+    """In a thread unless it is quick: the engine checks a request, and compiles its grammar, and no client without one
+    waits for that."""
     lane = None if asked.params.response_format is None else served.lanes.formats
     submit = partial(served.engine.submit, prompt, asked.params)
+    exchange = current.get()
     try:
+        if lane is None and exchange is not None and exchange.is_quick:
+            return submit()
         return await in_thread(submit, lane, caller.name, give_up=Stream.cancel)
     except ValueError as error:
         raise asked.refused(error) from None

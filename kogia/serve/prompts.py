@@ -177,11 +177,14 @@ def check_tokens(token_ids: Sequence[int], name: str, served: ServedModel) -> No
 async def write_prompt(
     served: ServedModel, caller: Caller, work: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs
 ) -> Made:
-    """What `work` makes, in a thread. Where it may take seconds, the model's callers have their turns."""
+    """What `work` makes, in a thread unless it is quick. Where it may take seconds, the model's callers have their
+    turns."""
     exchange, has_template = current.get(), served.tokenizer.template is not None
     lane = served.lanes.templates if has_template else None
     if exchange is not None and exchange.size > LARGE_BYTES:
         lane = served.lanes.large
+    if lane is None and exchange is not None and exchange.is_quick:
+        return work(*args, **kwargs)
     return await in_thread(partial(work, *args, **kwargs), lane, caller.name)
 
 

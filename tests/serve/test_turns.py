@@ -1,9 +1,14 @@
 """One at a time, and callers by turns."""
 
 import asyncio
+import pkgutil
 import threading
 from functools import partial
 
+import pytest
+from serve.asks import HELLO, post
+
+from kogia.serve.exchange import QUICK_BYTES
 from kogia.serve.turns import Turns, in_thread
 
 
@@ -90,3 +95,36 @@ def test_work_that_has_begun_keeps_its_turn_until_it_is_done_though_nobody_waits
         assert done == ["first", "second"] and given_up == ["first"]
 
     asyncio.run(work())
+
+
+LONG = [{"role": "user", "content": "the answer is " * (QUICK_BYTES // 14)}]
+FORMAT = {"structured_outputs": {"choice": ["42"]}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "written", "begun"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}, ["loop"], ["loop"]),
+        ("/v1/chat/completions", {"messages": LONG}, ["thread"], ["thread"]),
+        ("/v1/chat/completions", {"messages": HELLO, **FORMAT}, ["loop"], ["thread"]),
+        ("/v1/messages", {"messages": HELLO}, ["loop"], ["loop"]),
+        ("/v1/completions", {"prompt": ["a", "b", "c"]}, ["loop"], ["loop", "thread", "thread"]),
+    ],
+)
+def test_what_is_quick_is_done_at_once_and_the_rest_in_threads(server, monkeypatch, path, body, written, begun):
+    """A prompt of a few words, and the first request of a body without a format."""
+    where = {"written": [], "begun": []}
+
+    def noted(name, work):
+        def call(*args, **kwargs):
+            is_pool = threading.current_thread().name.startswith("asyncio_")
+            where[name].append("thread" if is_pool else "loop")
+            return work(*args, **kwargs)
+
+        return call
+
+    for name in ("chat.render", "openai_completions._encode"):
+        monkeypatch.setattr(f"kogia.serve.{name}", noted("written", pkgutil.resolve_name(f"kogia.serve.{name}")))
+    monkeypatch.setattr(server.engine, "submit", noted("begun", server.engine.submit))
+    assert post(server, path, {**body, "max_tokens": 1}).status_code == 200
+    assert where == {"written": written, "begun": begun}
