@@ -100,7 +100,7 @@ ROUNDED = {BF16: 3e-3, torch.float32: 1e-6}
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 50])
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize(("features", "width"), [(1, 64), (7, 128), (130, 320)])
+@pytest.mark.parametrize(("features", "width"), [(1, 64), (7, 128), (130, 320), (6, 1120)])
 def test_products_with_weights_of_every_format_equal_those_in_float64(rows, packing, features, width):
     x, weight, bias = draw(rows, width), pack(draw(features, width, seed=1), packing), draw(features, seed=2)
     assert cpu_linear.linear_supports(x, weight, bias) is None
@@ -185,10 +185,31 @@ def test_products_of_many_rows_refuse_what_is_not_for_them():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("group", [32, 64, 128, 192, 256])
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_products_with_int4_equal_loops_in_float64_whatever_columns_share_a_scale(group, has_zeros, rows):
+    width, features = 3 * group, 6
+    generator = np.random.default_rng(group)
+    codes, zeros = generator.integers(0, 16, (features, width)), generator.integers(0, 16, (features, 3))
+    zeros = zeros if has_zeros else np.full_like(zeros, 8)
+    scales, x = draw(features, 3, seed=1), draw(rows, width, dtype=torch.float32) + 1
+    stored = torch.from_numpy((codes[:, 1::2] << 4 | codes[:, ::2]).astype(np.uint8))
+    weight = Packed(stored, scales, torch.from_numpy(zeros.astype(np.uint8)) if has_zeros else None, "int4")
+    assert cpu_linear.linear_supports(x, weight) is None
+    want = torch.zeros(rows, features, dtype=torch.float64)
+    for n in range(features):
+        for i in range(width):
+            want[:, n] += x[:, i].double() * float(codes[n, i] - zeros[n, i // group]) * float(scales[n, i // group])
+    assert distance(cpu_linear.linear(x, weight), want) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [192, 1120, 8448])
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", NUMBERS)
-def test_a_row_has_the_same_product_in_any_company(packing, dtype):
-    x, weight = draw(23, 192, dtype=dtype), pack(draw(37, 192, seed=1, dtype=dtype), packing)
+def test_a_row_has_the_same_product_in_any_company(packing, dtype, width):
+    x, weight = draw(23, width, dtype=dtype), pack(draw(37, width, seed=1, dtype=dtype), packing)
     whole = cpu_linear.linear(x, weight)
     for rows in ([3], [0, 22], [5, 4, 3, 2, 1]):
         assert torch.equal(cpu_linear.linear(x[rows], weight), whole[rows])
@@ -786,14 +807,14 @@ def test_experts_of_narrow_models_equal_a_loop_over_tokens(tokens, packing, dim,
 
 
 @torch.no_grad()
-def test_experts_of_which_some_have_groups_of_32_beside_others_are_refused():
+def test_experts_of_which_some_share_scales_by_other_groups_are_refused():
     x, ids, weights = draw(1, 64), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
     gate_up, down = pack(draw(2, 2, 64, 64), "int4"), pack(draw(2, 64, 64), "int4")
     one = pack(draw(64, 64), "int4")
     narrow = Packed(one.data, torch.ones(64, 2, dtype=BF16), None, "int4")
     assert cpu_moe.mix_experts_supports(x, ids, weights, gate_up, down, shared=(one, one, one)) is None
     reason = cpu_moe.mix_experts_supports(x, ids, weights, gate_up, down, shared=(narrow, narrow, one))
-    assert "int4 groups of 32 columns beside others" in str(reason)
+    assert "int4 groups of 32 and of 64 numbers" in str(reason)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace {
@@ -30,11 +31,18 @@ template <class F> void spread(int64_t items, int64_t size, int64_t threads, F r
     });
 }
 
-// Memory that lives until the calling thread's next use of the same tag.
+constexpr int64_t AHEAD = 8192, PAGE = 4096, LINE = 64;  // bytes; AHEAD is how long before its use memory is fetched
+
+int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
+
+// Memory that lives until the calling thread's next use of the same tag. It begins with a line: a register's load that
+// reaches into a second one takes twice as long.
 template <class T, int TAG> T* scratch(int64_t size) {
-    static thread_local std::vector<T> memory;
-    if (int64_t(memory.size()) < size) memory.resize(size_t(size));
-    return memory.data();
+    struct alignas(LINE) Line { char bytes[LINE]; };
+    static thread_local std::vector<Line> memory;
+    const size_t lines = size_t(whole_lines(size * int64_t(sizeof(T))) / LINE);
+    if (memory.size() < lines) memory.resize(lines);
+    return reinterpret_cast<T*>(memory.data());
 }
 
 // ------------------------------------------------------------------------------------------------ weights and rows
@@ -66,8 +74,43 @@ struct Rows {
     const float* scales;
 };
 
-constexpr int64_t AHEAD = 8192;  // bytes: how long before its use memory is asked for; half of it was slower
 inline void fetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + AHEAD); }
+
+// Fetches N rows of a weight that are read side by side. A processor foresees by itself how rows are read that lie pages
+// apart, but not several within a page: such rows, where each begins at the end of another, are fetched as they lie.
+template <int N> class Fetched {
+public:
+    template <class Row> Fetched(const Row* w, int64_t row_bytes) : whole(row_bytes < PAGE) {
+        for (int n = 0; n < N; n++) {
+            rows[n] = reinterpret_cast<const char*>(w[n].data);
+            whole &= rows[n] == rows[0] + n * row_bytes;
+        }
+    }
+
+    // Before STEP bytes of each row are read, behind `done` of them. GCC drops calls of what does nothing but this.
+    template <int64_t STEP> __attribute__((always_inline)) void ask(int64_t done) const {
+        if (N == 1) return;
+        if (whole) for (int64_t i = 0; i < N * STEP; i += LINE) fetch(rows[0] + N * done + i);
+        else for (int n = 0; n < N; n++) fetch(rows[n] + done);
+    }
+
+private:
+    const char* rows[N];
+    bool whole;
+};
+
+// Fills in a format's sums of M rows of `in` numbers with N of a weight. A single row meets those of the weight one after
+// the other, for memory is read fastest as it lies, unless one is too short to fill the processor's pipeline, or is to
+// stay in the first-level cache and cannot.
+template <class F, int M, int N, class T>
+void set_sums(T (&sums)[M][N], const char* const* x, const typename F::Row* w, int64_t in, int64_t x_bytes) {
+    if (M > 1 || N == 1 || in < 16 * F::STEP || x_bytes > 1 << 14) return F::set_sums(sums, x, w, in);
+    for (int n = 0; n < N; n++) {
+        T one[1][1];
+        F::set_sums(one, x, w + n, in);
+        sums[0][n] = one[0][0];
+    }
+}
 
 template <class T> struct Dense {
     static constexpr int ROWS = ROWS_AT_ONCE;
@@ -77,6 +120,14 @@ template <class T> struct Dense {
 
     template <int M, int N>
     static void tile(const char* const* x, const float*, const Row* w, int64_t in, int64_t, float* const* out) {
+        Floats sums[M][N];
+        ::set_sums<Dense>(sums, x, w, in, in * int64_t(sizeof(T)));
+        for (int m = 0; m < M; m++) store_sums(sums[m], out[m]);
+    }
+
+    template <int M, int N>
+    static void set_sums(Floats (&found)[M][N], const char* const* x, const Row* w, int64_t in) {
+        const Fetched<N> rows(w, in * int64_t(sizeof(T)));
         Floats sums[M][N];
         for (auto& row : sums) for (auto& each : row) each = zeros();
         auto add = [&](int64_t i, auto... count) {
@@ -89,16 +140,17 @@ template <class T> struct Dense {
         };
         int64_t i = 0;
         for (; i + STEP <= in; i += STEP) {
-            for (int n = 0; n < N; n++) fetch(w[n].data + i);
+            rows.template ask<sizeof(Floats)>(i * int64_t(sizeof(T)));
             add(i);
         }
         if (i < in) add(i, in - i);
-        for (int m = 0; m < M; m++) store_sums(sums[m], out[m]);
+        std::memcpy(found, sums, sizeof(sums));
     }
 };
 
 struct Int8 {
     static constexpr int ROWS = ROWS_AT_ONCE;
+    static constexpr int64_t STEP = 2 * LANES;
     struct Row { const int8_t* data; float scale; };
     static Row row(const Weight& w, int64_t n, int64_t in) {
         return {reinterpret_cast<const int8_t*>(w.data) + n * in, reinterpret_cast<const float*>(w.scale)[n]};
@@ -107,21 +159,7 @@ struct Int8 {
     template <int M, int N>
     static void tile(const char* const* x, const float* scales, const Row* w, int64_t in, int64_t, float* const* out) {
         Ints sums[M][N];
-        for (auto& row : sums) for (auto& each : row) each = no_ints();
-        auto add = [&](int64_t i, auto... count) {
-            Ints b[N];
-            for (int n = 0; n < N; n++) b[n] = load_bytes(w[n].data + i, count...);
-            for (int m = 0; m < M; m++) {
-                Ints a = load_shorts(reinterpret_cast<const int16_t*>(x[m]) + i, count...);
-                for (int n = 0; n < N; n++) sums[m][n] = dot(sums[m][n], a, b[n]);
-            }
-        };
-        int64_t i = 0;
-        for (; i + 2 * LANES <= in; i += 2 * LANES) {
-            for (int n = 0; n < N; n++) fetch(w[n].data + i);
-            add(i);
-        }
-        if (i < in) add(i, in - i);
+        ::set_sums<Int8>(sums, x, w, in, in * 2);
         for (int m = 0; m < M; m++) {
             Floats wide[N];
             for (int n = 0; n < N; n++) wide[n] = to_floats(sums[m][n]);
@@ -129,14 +167,47 @@ struct Int8 {
             for (int n = 0; n < N; n++) out[m][n] *= scales[m] * w[n].scale;
         }
     }
+
+    template <int M, int N> static void set_sums(Ints (&found)[M][N], const char* const* x, const Row* w, int64_t in) {
+        constexpr int CHAINS = M * N == 1 ? 4 : 1;  // whole numbers may be added in any order
+        const Fetched<N> rows(w, in);
+        Ints sums[CHAINS][M][N];
+        for (auto& chain : sums) for (auto& row : chain) for (auto& each : row) each = no_ints();
+        auto add = [&](int chain, int64_t i, auto... count) {
+            Ints b[N];
+            for (int n = 0; n < N; n++) b[n] = load_bytes(w[n].data + i, count...);
+            for (int m = 0; m < M; m++) {
+                Ints a = load_shorts(reinterpret_cast<const int16_t*>(x[m]) + i, count...);
+                for (int n = 0; n < N; n++) sums[chain][m][n] = dot(sums[chain][m][n], a, b[n]);
+            }
+        };
+        int64_t i = 0;
+        for (; i + CHAINS * STEP <= in; i += CHAINS * STEP) {
+            rows.template ask<CHAINS * STEP>(i);
+            for (int chain = 0; chain < CHAINS; chain++) add(chain, i + chain * STEP);
+        }
+        for (; i < in; i += STEP)
+            if (i + STEP <= in) add(0, i);
+            else add(0, i, in - i);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) {
+                found[m][n] = sums[0][m][n];
+                for (int chain = 1; chain < CHAINS; chain++) found[m][n] = plus(found[m][n], sums[chain][m][n]);
+            }
+    }
 };
 
-// Columns of INT4 whose even ones come first in a prepared row, then its odd ones. Groups are of 32, or of whole chunks.
-constexpr int64_t CHUNK = 64;
-int64_t chunk_of(int64_t group) { return std::min(group, CHUNK); }
+// Rows that meet INT4 lie as words of four nibbles come apart: in chunks, of which every fourth number comes first, from
+// the first on, then every fourth from the second on, and so forth. Behind them are the sums of the chunks, negative, of
+// which a weight's zeros are taken.
+int64_t chunk_of(int64_t group) {
+    for (int64_t chunk : {8 * LANES, 4 * LANES})
+        if (group % chunk == 0) return chunk;
+    return 32;
+}
 
 struct Int4 {
-    static constexpr int ROWS = ROWS_AT_ONCE > 1 ? ROWS_AT_ONCE / 2 : 1;
+    static constexpr int ROWS = ROWS_AT_ONCE;
     struct Row { const uint8_t* data; const bf16* scale; const uint8_t* zero; };
     static Row row(const Weight& w, int64_t n, int64_t in) {
         int64_t groups = in / w.group;
@@ -146,44 +217,53 @@ struct Int4 {
 
     template <int M, int N>
     static void tile(const char* const* x, const float* scales, const Row* w, int64_t in, int64_t group, float* const* out) {
+        // rows of the weight that share what is loaded of several rows of x
+        constexpr int SIDE = M > 1 && N % 2 == 0 && LANES == 16 ? 2 : 1;
         Floats sums[M][N];
-        for (auto& row : sums) for (auto& each : row) each = zeros();
-        for (int64_t g = 0; g < in / group; g++) {
-            Ints part[M][N], zero[N];
-            for (auto& row : part) for (auto& each : row) each = no_ints();
-            for (int n = 0; n < N; n++) zero[n] = all_shorts(w[n].zero ? w[n].zero[g] : 8);
-            auto add = [&](int64_t i, int64_t half, auto... count) {  // pairs from column i on
-                Ints low[N], high[N];
-                for (int n = 0; n < N; n++) {
-                    Ints pairs = load_bytes(w[n].data + i / 2, count...);
-                    low[n] = subtract(low_nibbles(pairs), zero[n]);
-                    high[n] = subtract(high_nibbles(pairs), zero[n]);
-                }
-                for (int m = 0; m < M; m++) {
-                    const int16_t* row = reinterpret_cast<const int16_t*>(x[m]) + i / (2 * half) * (2 * half);
-                    row += i / 2 % half;
-                    Ints even = load_shorts(row, count...), odd = load_shorts(row + half, count...);
-                    for (int n = 0; n < N; n++) part[m][n] = dot(dot(part[m][n], even, low[n]), odd, high[n]);
-                }
-            };
-            if (group < CHUNK && group < 4 * LANES) {
-                add(g * group, group / 2, group / 2);
-            } else {
-                const int64_t half = chunk_of(group) / 2;
-                for (int64_t i = g * group; i < (g + 1) * group; i += 4 * LANES) {
-                    for (int n = 0; n < N; n++) fetch(w[n].data + i / 2);
-                    add(i, half);
-                }
-            }
-            for (int n = 0; n < N; n++) {
-                Floats scale = all(widen(w[n].scale[g]));
-                for (int m = 0; m < M; m++) sums[m][n] = multiply_add(to_floats(part[m][n]), scale, sums[m][n]);
-            }
+        for (int n = 0; n < N; n += SIDE) {
+            Floats part[M][SIDE];
+            if (chunk_of(group) == 8 * LANES) set_sums(part, x, w + n, in, group);
+            else set_sums(part, x, w + n, in, group, chunk_of(group) / 4);
+            for (int m = 0; m < M; m++)
+                for (int side = 0; side < SIDE; side++) sums[m][n + side] = part[m][side];
         }
         for (int m = 0; m < M; m++) {
             store_sums(sums[m], out[m]);
             for (int n = 0; n < N; n++) out[m][n] *= scales[m];
         }
+    }
+
+    template <int M, int N, class... Count>
+    static void set_sums(Floats (&found)[M][N], const char* const* x, const Row* w, int64_t in, int64_t group,
+                         Count... count) {
+        const int64_t chunk = chunk_of(group), words = chunk / 4;
+        const Fetched<N> rows(w, in / 2);
+        int64_t g = 0, rest = group;
+        Floats sums[M][N];
+        for (auto& row : sums) for (auto& each : row) each = zeros();
+        for (int64_t i = 0, c = 0; i < in; i += chunk, c++) {
+            rows.template ask<4 * LANES>(i / 2);
+            Ints b[N][4], part[M][N];
+            for (int n = 0; n < N; n++) {
+                Ints four = load_shorts(reinterpret_cast<const int16_t*>(w[n].data + i / 2), count...);
+                b[n][0] = nibbles<0>(four), b[n][1] = nibbles<1>(four);
+                b[n][2] = nibbles<2>(four), b[n][3] = nibbles<3>(four);
+                const int32_t zero = w[n].zero ? w[n].zero[g] : 8;
+                for (int m = 0; m < M; m++)
+                    part[m][n] = in_first(zero * reinterpret_cast<const int32_t*>(x[m] + in * 2)[c]);
+            }
+            for (int m = 0; m < M; m++)
+                for (int k = 0; k < 4; k++) {
+                    Ints a = load_shorts(reinterpret_cast<const int16_t*>(x[m]) + i + k * words, count...);
+                    for (int n = 0; n < N; n++) part[m][n] = dot(part[m][n], a, b[n][k]);
+                }
+            for (int n = 0; n < N; n++) {
+                Floats scale = all(w[n].scale + g);
+                for (int m = 0; m < M; m++) sums[m][n] = multiply_add(to_floats(part[m][n]), scale, sums[m][n]);
+            }
+            if ((rest -= chunk) == 0) g++, rest = group;
+        }
+        std::memcpy(found, sums, sizeof(sums));
     }
 };
 
@@ -210,28 +290,36 @@ template <class T> void quantise(const T* x, int64_t in, Format format, int64_t 
         for (int64_t i = 0; i < in; i++) out[i] = code(widen(x[i]));
         return;
     }
-    const int64_t chunk = chunk_of(group);
-    for (int64_t c = 0; c < in; c += chunk)
-        for (int64_t j = 0; j < chunk / 2; j++) {
-            out[c + j] = code(widen(x[c + 2 * j]));
-            out[c + chunk / 2 + j] = code(widen(x[c + 2 * j + 1]));
-        }
+    const int64_t chunk = chunk_of(group), words = chunk / 4;
+    int32_t* sums = reinterpret_cast<int32_t*>(out + in);
+    for (int64_t c = 0; c < in; c += chunk) {
+        for (int64_t k = 0; k < 4; k++)
+            for (int64_t j = 0; j < words; j++) out[c + k * words + j] = code(widen(x[c + 4 * j + k]));
+        *sums++ = -std::accumulate(out + c, out + c + chunk, int32_t(0));
+    }
+}
+
+// Bytes of a row of `in` numbers as products with a weight take it.
+int64_t row_bytes(const Weight& w, int64_t in) {
+    return w.format == FULL ? in * 4 : w.format == INT4 ? whole_lines(in * 2 + in / chunk_of(w.group) * 4) : in * 2;
 }
 
 // What products of a format take for `count` rows of `in` numbers; quantised ones lie in scratch memory of the tag.
 template <int TAG>
 Rows prepared(const char* x, int64_t dtype, int64_t count, int64_t in, const Weight& w, int64_t threads) {
-    if (w.format == HALF || w.format == FULL) return {x, in * (w.format == HALF ? 2 : 4), nullptr};
+    const int64_t stride = row_bytes(w, in);
+    if (w.format == HALF || w.format == FULL) return {x, stride, nullptr};
     const Format format = Format(w.format);
-    int16_t* codes = scratch<int16_t, TAG>(count * in);
+    char* codes = scratch<char, TAG>(count * stride);
     float* scales = scratch<float, TAG>(count);
     parallel(count, count * in < 1 << 15 ? 1 : threads, [&](int64_t r) {
+        int16_t* row = reinterpret_cast<int16_t*>(codes + r * stride);
         if (dtype == BFLOAT16)
-            quantise(reinterpret_cast<const bf16*>(x) + r * in, in, format, w.group, codes + r * in, scales + r);
+            quantise(reinterpret_cast<const bf16*>(x) + r * in, in, format, w.group, row, scales + r);
         else
-            quantise(reinterpret_cast<const float*>(x) + r * in, in, format, w.group, codes + r * in, scales + r);
+            quantise(reinterpret_cast<const float*>(x) + r * in, in, format, w.group, row, scales + r);
     });
-    return {reinterpret_cast<const char*>(codes), in * 2, scales};
+    return {codes, stride, scales};
 }
 
 // out[r][c - first] = x[rows[r]] . w[c], for c of [first, last), with `row_of(c)` the row of the weight.
@@ -287,20 +375,6 @@ void product(const Rows& x, const int64_t* rows, int64_t count, int64_t in, cons
     if (w.format == HALF) run(Dense<bf16>{});
     else if (w.format == FULL) run(Dense<float>{});
     else if (w.format == INT8) run(Int8{});
-    else run(Int4{});
-}
-
-// Rows of two weights in turns: out[r][2 * (c - first)] of `one`, the next of `two`.
-void paired_product(const Rows& x, const int64_t* rows, int64_t count, int64_t in, const Weight& one, const Weight& two,
-                    int64_t first, int64_t last, float* out, int64_t stride) {
-    auto run = [&](auto format) {
-        using F = decltype(format);
-        auto row_of = [&](int64_t n) { return F::row(n % 2 ? two : one, n / 2, in); };
-        product<F>(x, rows, count, in, one.group, 2 * first, 2 * last, row_of, out, stride);
-    };
-    if (one.format == HALF) run(Dense<bf16>{});
-    else if (one.format == FULL) run(Dense<float>{});
-    else if (one.format == INT8) run(Int8{});
     else run(Int4{});
 }
 
@@ -456,7 +530,7 @@ struct ExpertArgs {
 struct Crowd {
     Weight gate, up, down;
     int64_t width, first, count;  // its copies are first .. first + count - 1
-    int64_t hidden;               // where its activations begin, in numbers
+    int64_t hidden, codes;        // where its activations begin, in numbers, and they as `down` takes them, in bytes
 };
 
 void make_crowds(const ExpertArgs& a, std::vector<Crowd>& crowds, std::vector<int64_t>& token_of,
@@ -465,15 +539,15 @@ void make_crowds(const ExpertArgs& a, std::vector<Crowd>& crowds, std::vector<in
     auto real = [&](int64_t e) { return e >= 0 && e < a.experts; };
     for (int64_t i = 0; i < a.tokens * a.topk; i++) if (real(a.ids[i])) start[size_t(a.ids[i]) + 1]++;
     for (int64_t e = 0; e < a.experts; e++) start[size_t(e) + 1] += start[size_t(e)];
-    int64_t routed = start[size_t(a.experts)], hidden = 0;
+    int64_t routed = start[size_t(a.experts)], hidden = 0, codes = 0;
     token_of.resize(size_t(routed + (a.shared_width ? a.tokens : 0)));
     copy_of.assign(size_t(a.tokens * a.topk), -1);
     for (int64_t e = 0; e < a.experts; e++) {
         int64_t count = start[size_t(e) + 1] - start[size_t(e)];
         if (!count) continue;
         Weight gate = a.gate_up.from(2 * e * a.width, a.dim), up = a.gate_up.from((2 * e + 1) * a.width, a.dim);
-        crowds.push_back({gate, up, a.down.from(e * a.dim, a.width), a.width, start[size_t(e)], count, hidden});
-        hidden += count * a.width;
+        crowds.push_back({gate, up, a.down.from(e * a.dim, a.width), a.width, start[size_t(e)], count, hidden, codes});
+        hidden += count * a.width, codes += count * row_bytes(a.down, a.width);
     }
     for (int64_t i = 0; i < a.tokens * a.topk; i++) {
         if (!real(a.ids[i])) continue;
@@ -482,25 +556,22 @@ void make_crowds(const ExpertArgs& a, std::vector<Crowd>& crowds, std::vector<in
         copy_of[size_t(i)] = at;
     }
     if (!a.shared_width) return;
-    crowds.push_back({a.shared_gate, a.shared_up, a.shared_down, a.shared_width, routed, a.tokens, hidden});
+    crowds.push_back({a.shared_gate, a.shared_up, a.shared_down, a.shared_width, routed, a.tokens, hidden, codes});
     for (int64_t t = 0; t < a.tokens; t++) token_of[size_t(routed + t)] = t;
 }
 
-// silu(gate) * up of pairs, as activations of the down projection's format.
-void activate(const float* pairs, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i++) {
-        float gate = pairs[2 * i], up = pairs[2 * i + 1];
-        out[i] = gate / (1.0f + exponential(-gate)) * up;
-    }
+void activate(const float* gate, const float* up, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i++) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
 template <class T> void mix_experts(const ExpertArgs& a) {
     std::vector<Crowd> crowds;
     std::vector<int64_t> token_of, copy_of;
     make_crowds(a, crowds, token_of, copy_of);
-    int64_t copies = int64_t(token_of.size()), total = 0, widest = 0, most = 0;
+    int64_t copies = int64_t(token_of.size()), total = 0, bytes = 0, widest = 0, most = 0;
     for (const Crowd& each : crowds) {
         total += each.count * each.width;
+        bytes += each.count * row_bytes(each.down, each.width);
         widest = std::max(widest, each.width);
         most = std::max(most, each.count);
     }
@@ -511,7 +582,7 @@ template <class T> void mix_experts(const ExpertArgs& a) {
                 each.gate.format == INT4 ? prepared<2>(a.x, a.dtype, a.tokens, a.dim, each.gate, a.threads)
                                          : prepared<0>(a.x, a.dtype, a.tokens, a.dim, each.gate, a.threads);
     float* hidden = scratch<float, 3>(total);
-    int16_t* codes = scratch<int16_t, 4>(total);  // of bfloat16 or of int16, by the format of `down`
+    char* codes = scratch<char, 4>(bytes);
     float* code_scales = scratch<float, 4>(copies);
     float* mixed = scratch<float, 5>(copies * a.dim);
 
@@ -521,18 +592,21 @@ template <class T> void mix_experts(const ExpertArgs& a) {
         const Crowd& c = crowds[size_t(item / parts)];
         int64_t first = item % parts * part, last = std::min(first + part, c.width), n = last - first;
         if (n <= 0) return;
-        float* pairs = scratch<float, 1>(c.count * 2 * part);
-        paired_product(by_format[c.gate.format], token_of.data() + c.first, c.count, a.dim, c.gate, c.up, first, last,
-                       pairs, 2 * part);
+        float* gate = scratch<float, 1>(c.count * 2 * part);
+        float* up = gate + c.count * part;
+        const Rows& x = by_format[c.gate.format];
+        const int64_t* rows = token_of.data() + c.first;
+        product(x, rows, c.count, a.dim, c.gate, first, last, gate, part);
+        product(x, rows, c.count, a.dim, c.up, first, last, up, part);
         for (int64_t r = 0; r < c.count; r++)
-            activate(pairs + r * 2 * part, n, hidden + c.hidden + r * c.width + first);
+            activate(gate + r * part, up + r * part, n, hidden + c.hidden + r * c.width + first);
     });
     // as the down projections take them
     parallel(int64_t(crowds.size()), total < 1 << 14 ? 1 : a.threads, [&](int64_t item) {
         const Crowd& c = crowds[size_t(item)];
         for (int64_t r = 0; r < c.count && c.down.format != FULL; r++) {
             const float* from = hidden + c.hidden + r * c.width;
-            int16_t* to = codes + c.hidden + r * c.width;
+            int16_t* to = reinterpret_cast<int16_t*>(codes + c.codes + r * row_bytes(c.down, c.width));
             if (c.down.format == HALF)
                 for (int64_t i = 0; i < c.width; i++) to[i] = int16_t(narrow(from[i]));
             else
@@ -543,7 +617,7 @@ template <class T> void mix_experts(const ExpertArgs& a) {
     parallel(int64_t(crowds.size()) * cuts, a.threads, [&](int64_t item) {
         const Crowd& c = crowds[size_t(item / cuts)];
         int64_t first = item % cuts * cut, last = std::min(first + cut, a.dim);
-        Rows rows{reinterpret_cast<const char*>(codes + c.hidden), c.width * 2, code_scales + c.first};
+        Rows rows{codes + c.codes, row_bytes(c.down, c.width), code_scales + c.first};
         if (c.down.format == HALF) rows.scales = nullptr;
         if (c.down.format == FULL) rows = {reinterpret_cast<const char*>(hidden + c.hidden), c.width * 4, nullptr};
         product(rows, nullptr, c.count, c.width, c.down, first, last, mixed + c.first * a.dim + first, a.dim);

@@ -64,8 +64,9 @@ def mix_experts_supports(
         return "it has no backward"
     if shared is not None and _form(shared[0]) != _form(shared[1]):
         return f"shared experts whose gate is {_form(shared[0])} and whose up is {_form(shared[1])}"
-    if shared is not None and len({_group(each) for each in (gate_up, *shared[:2]) if _form(each) == "int4"}) > 1:
-        return "int4 groups of 32 columns beside others"
+    groups = {weight_fields(each)[-1] for each in (gate_up, *(shared or ())[:2]) if _form(each) == "int4"}
+    if len(groups) > 1:
+        return f"rows that meet int4 groups of {min(groups)} and of {max(groups)} numbers"
     for each in (gate_up, down, *(shared or ())):
         if reason := weight_refusal(each, x):
             return reason
@@ -79,11 +80,6 @@ def mix_experts_supports(
 
 def _form(weight: Tensor | Packed) -> str:
     return weight.format if isinstance(weight, Packed) else "dense"
-
-
-def _group(weight: Tensor | Packed) -> int:
-    """Columns that share a scale, as far as rows are laid out by them."""
-    return min(64, weight_fields(weight)[-1])
 
 
 def route(

@@ -4,7 +4,7 @@
 //   Halves   2 * LANES bfloat16
 //
 // `operands` loads as many numbers of a row as fill a register, whatever their type, and `dot` adds their products. With
-// a count fewer are loaded, and zeros stand behind them.
+// a count fewer are loaded, and zeros stand behind them. `nibbles<K>` are the K-th of words of four, the lowest first.
 #pragma once
 
 #include <cmath>
@@ -49,6 +49,9 @@ using Halves = __m512i;
 inline Floats zeros() { return _mm512_setzero_ps(); }
 inline Ints no_ints() { return _mm512_setzero_si512(); }
 inline Floats all(float x) { return _mm512_set1_ps(x); }
+inline Floats all(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi16(short(*p)), _mm512_set1_epi32(int(0xFFFF0000))));
+}
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load(const bf16* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -81,22 +84,17 @@ inline Ints load_shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline Ints load_bytes(const int8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline Ints load_bytes(const uint8_t* p) {
-    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 inline Halves operands(const bf16* p, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, p); }
 inline Floats operands(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p); }
 inline Ints load_shorts(const int16_t* p, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, p); }
 inline Ints load_bytes(const int8_t* p, int64_t count) {
     return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << count) - 1, p));
 }
-inline Ints load_bytes(const uint8_t* p, int64_t count) {
-    return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8((1u << count) - 1, p));
+inline Ints in_first(int32_t x) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(x)); }
+template <int K> inline Ints nibbles(Ints words) {
+    Ints lowest = _mm512_srli_epi16(words, 4 * K);
+    return K == 3 ? lowest : _mm512_and_si512(lowest, _mm512_set1_epi16(15));
 }
-inline Ints all_shorts(int x) { return _mm512_set1_epi16(short(x)); }
-inline Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
-inline Ints high_nibbles(Ints x) { return _mm512_srli_epi16(x, 4); }
-inline Ints subtract(Ints a, Ints b) { return _mm512_sub_epi16(a, b); }
 inline Ints dot(Ints sums, Ints a, Ints b) {
 #if defined(__AVX512VNNI__)
     return _mm512_dpwssd_epi32(sums, a, b);
@@ -104,6 +102,7 @@ inline Ints dot(Ints sums, Ints a, Ints b) {
     return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
 #endif
 }
+inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -116,6 +115,9 @@ using Halves = __m256i;
 inline Floats zeros() { return _mm256_setzero_ps(); }
 inline Ints no_ints() { return _mm256_setzero_si256(); }
 inline Floats all(float x) { return _mm256_set1_ps(x); }
+inline Floats all(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi16(short(*p)), _mm256_set1_epi32(int(0xFFFF0000))));
+}
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats load(const bf16* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -142,9 +144,6 @@ inline Ints load_shorts(const int16_t* p) { return _mm256_loadu_si256(reinterpre
 inline Ints load_bytes(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline Ints load_bytes(const uint8_t* p) {
-    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 // As many numbers as fill a register, the first `count` from memory.
 template <class T, int N> struct Part {
     alignas(32) T numbers[N] = {};
@@ -154,12 +153,13 @@ inline Halves operands(const bf16* p, int64_t count) { return operands(Part<bf16
 inline Floats operands(const float* p, int64_t count) { return load(Part<float, 8>(p, count).numbers); }
 inline Ints load_shorts(const int16_t* p, int64_t count) { return load_shorts(Part<int16_t, 16>(p, count).numbers); }
 inline Ints load_bytes(const int8_t* p, int64_t count) { return load_bytes(Part<int8_t, 16>(p, count).numbers); }
-inline Ints load_bytes(const uint8_t* p, int64_t count) { return load_bytes(Part<uint8_t, 16>(p, count).numbers); }
-inline Ints all_shorts(int x) { return _mm256_set1_epi16(short(x)); }
-inline Ints low_nibbles(Ints x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
-inline Ints high_nibbles(Ints x) { return _mm256_srli_epi16(x, 4); }
-inline Ints subtract(Ints a, Ints b) { return _mm256_sub_epi16(a, b); }
+inline Ints in_first(int32_t x) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(x)); }
+template <int K> inline Ints nibbles(Ints words) {
+    Ints lowest = _mm256_srli_epi16(words, 4 * K);
+    return K == 3 ? lowest : _mm256_and_si256(lowest, _mm256_set1_epi16(15));
+}
 inline Ints dot(Ints sums, Ints a, Ints b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+inline Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 
 #else
