@@ -100,11 +100,12 @@ private:
 };
 
 // Fills in a format's sums of M rows of `in` numbers with N of a weight. A single row meets those of the weight one after
-// the other, for memory is read fastest as it lies, unless one is too short to fill the processor's pipeline, or is to
-// stay in the first-level cache and cannot.
+// the other, for memory is read fastest as it lies, unless sums of a single row are slower than memory, or it is too
+// short to fill the processor's pipeline, or the row of x is to stay in the first-level cache and cannot.
 template <class F, int M, int N, class T>
 void set_sums(T (&sums)[M][N], const char* const* x, const typename F::Row* w, int64_t in, int64_t x_bytes) {
-    if (M > 1 || N == 1 || in < 16 * F::STEP || x_bytes > 1 << 14) return F::set_sums(sums, x, w, in);
+    constexpr bool is_fast = F::CHAINS * int64_t(sizeof(T)) >= LINE;
+    if (M > 1 || N == 1 || !is_fast || in < 16 * F::STEP || x_bytes > 1 << 14) return F::set_sums(sums, x, w, in);
     for (int n = 0; n < N; n++) {
         T one[1][1];
         F::set_sums(one, x, w + n, in);
@@ -113,7 +114,7 @@ void set_sums(T (&sums)[M][N], const char* const* x, const typename F::Row* w, i
 }
 
 template <class T> struct Dense {
-    static constexpr int ROWS = ROWS_AT_ONCE;
+    static constexpr int ROWS = ROWS_AT_ONCE, CHAINS = 1;  // of sums, of a single row with another
     static constexpr int64_t STEP = sizeof(Floats) / sizeof(T);
     struct Row { const T* data; };
     static Row row(const Weight& w, int64_t n, int64_t in) { return {reinterpret_cast<const T*>(w.data) + n * in}; }
@@ -130,13 +131,17 @@ template <class T> struct Dense {
         const Fetched<N> rows(w, in * int64_t(sizeof(T)));
         Floats sums[M][N];
         for (auto& row : sums) for (auto& each : row) each = zeros();
-        auto add = [&](int64_t i, auto... count) {
-            decltype(operands(w->data)) b[N];
-            for (int n = 0; n < N; n++) b[n] = operands(w[n].data + i, count...);
+        auto add_part = [&](auto part, int64_t i, auto... count) {
+            decltype(part_of<part>(operands(w->data))) b[N];
+            for (int n = 0; n < N; n++) b[n] = part_of<part>(operands(w[n].data + i, count...));
             for (int m = 0; m < M; m++) {
-                auto a = operands(reinterpret_cast<const T*>(x[m]) + i, count...);
+                auto a = part_of<part>(operands(reinterpret_cast<const T*>(x[m]) + i, count...));
                 for (int n = 0; n < N; n++) sums[m][n] = dot(sums[m][n], a, b[n]);
             }
+        };
+        auto add = [&](int64_t i, auto... count) {
+            add_part(std::integral_constant<int, 0>{}, i, count...);
+            if constexpr (PARTS<T> == 2) add_part(std::integral_constant<int, 1>{}, i, count...);
         };
         int64_t i = 0;
         for (; i + STEP <= in; i += STEP) {
@@ -149,7 +154,7 @@ template <class T> struct Dense {
 };
 
 struct Int8 {
-    static constexpr int ROWS = ROWS_AT_ONCE;
+    static constexpr int ROWS = ROWS_AT_ONCE, CHAINS = 4;  // whole numbers may be added in any order
     static constexpr int64_t STEP = 2 * LANES;
     struct Row { const int8_t* data; float scale; };
     static Row row(const Weight& w, int64_t n, int64_t in) {
@@ -169,9 +174,9 @@ struct Int8 {
     }
 
     template <int M, int N> static void set_sums(Ints (&found)[M][N], const char* const* x, const Row* w, int64_t in) {
-        constexpr int CHAINS = M * N == 1 ? 4 : 1;  // whole numbers may be added in any order
+        constexpr int MANY = M * N == 1 ? CHAINS : 1;
         const Fetched<N> rows(w, in);
-        Ints sums[CHAINS][M][N];
+        Ints sums[MANY][M][N];
         for (auto& chain : sums) for (auto& row : chain) for (auto& each : row) each = no_ints();
         auto add = [&](int chain, int64_t i, auto... count) {
             Ints b[N];
@@ -182,9 +187,9 @@ struct Int8 {
             }
         };
         int64_t i = 0;
-        for (; i + CHAINS * STEP <= in; i += CHAINS * STEP) {
-            rows.template ask<CHAINS * STEP>(i);
-            for (int chain = 0; chain < CHAINS; chain++) add(chain, i + chain * STEP);
+        for (; i + MANY * STEP <= in; i += MANY * STEP) {
+            rows.template ask<MANY * STEP>(i);
+            for (int chain = 0; chain < MANY; chain++) add(chain, i + chain * STEP);
         }
         for (; i < in; i += STEP)
             if (i + STEP <= in) add(0, i);
@@ -192,7 +197,7 @@ struct Int8 {
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) {
                 found[m][n] = sums[0][m][n];
-                for (int chain = 1; chain < CHAINS; chain++) found[m][n] = plus(found[m][n], sums[chain][m][n]);
+                for (int chain = 1; chain < MANY; chain++) found[m][n] = plus(found[m][n], sums[chain][m][n]);
             }
     }
 };

@@ -4,7 +4,8 @@
 //   Halves   2 * LANES bfloat16
 //
 // `operands` loads as many numbers of a row as fill a register, whatever their type, and `dot` adds their products. With
-// a count fewer are loaded, and zeros stand behind them. `nibbles<K>` are the K-th of words of four, the lowest first.
+// a count fewer are loaded, and zeros stand behind them. Operands are multiplied in PARTS: bfloat16 without instructions of
+// its own as float32, its even numbers, then its odd ones. `nibbles<K>` are the K-th of words of four, the lowest first.
 #pragma once
 
 #include <cmath>
@@ -69,16 +70,17 @@ inline void store_sums(const Floats (&x)[4], float* out) {
 }
 inline Halves operands(const bf16* p) { return _mm512_loadu_si512(p); }
 inline Floats operands(const float* p) { return load(p); }
-inline Floats dot(Floats sums, Halves a, Halves b) {
 #if defined(__AVX512BF16__)
-    return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
+template <class T> constexpr int PARTS = 1;
+template <int K> inline Halves part_of(Halves x) { return x; }
+inline Floats dot(Floats sums, Halves a, Halves b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
 #else
-    const __m512i high = _mm512_set1_epi32(int(0xFFFF0000));
-    auto odd = [&](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, high)); };
-    auto even = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
-    return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sums));
-#endif
+template <class T> constexpr int PARTS = sizeof(T) == 2 ? 2 : 1;
+template <int K> inline Floats part_of(Halves x) {
+    return _mm512_castsi512_ps(K ? _mm512_and_si512(x, _mm512_set1_epi32(int(0xFFFF0000))) : _mm512_slli_epi32(x, 16));
 }
+#endif
+template <int K> inline Floats part_of(Floats x) { return x; }
 inline Floats dot(Floats sums, Floats a, Floats b) { return multiply_add(a, b, sums); }
 inline Ints load_shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline Ints load_bytes(const int8_t* p) {
@@ -133,12 +135,11 @@ inline float sum(Floats x) {
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Halves operands(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Floats operands(const float* p) { return load(p); }
-inline Floats dot(Floats sums, Halves a, Halves b) {
-    const __m256i high = _mm256_set1_epi32(int(0xFFFF0000));
-    auto odd = [&](__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, high)); };
-    auto even = [](__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
-    return _mm256_fmadd_ps(odd(a), odd(b), _mm256_fmadd_ps(even(a), even(b), sums));
+template <class T> constexpr int PARTS = sizeof(T) == 2 ? 2 : 1;
+template <int K> inline Floats part_of(Halves x) {
+    return _mm256_castsi256_ps(K ? _mm256_and_si256(x, _mm256_set1_epi32(int(0xFFFF0000))) : _mm256_slli_epi32(x, 16));
 }
+template <int K> inline Floats part_of(Floats x) { return x; }
 inline Floats dot(Floats sums, Floats a, Floats b) { return multiply_add(a, b, sums); }
 inline Ints load_shorts(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Ints load_bytes(const int8_t* p) {
