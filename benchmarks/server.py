@@ -1,15 +1,17 @@
 """What HTTP costs: tokens per second of streams at 16 clients, beside those of the bare engine with as many sequences.
 
-    python benchmarks/server.py [--clients 16] [--tokens 400] [--rounds 15] [--out benchmarks/results/server.json]
+    python benchmarks/server.py [--clients 16] [--tokens 300] [--requests 6] [--rounds 9]
 
 The demonstration's model with random weights, on a CPU. Server and clients are two processes, the bare engine
-is a third, which waits while the others run; rounds take turns, so that both see the same machine. A round takes a
-third of a second, of which a machine that others share takes or gives a tenth now and then: few rounds say little.
-Each client opens a connection, streams one chat completion over the loopback and reads every chunk; tokens per second
-count from the first request to the last token, so that the beginning of 16 requests at once is among them. Time to
-the first chunk is of the same requests. The clients are plain sockets that one thread reads, since they share the
-cores with what is measured. Starting is from the start of the process to the first 200 of `/ready`, its files in the
-page cache.
+is a third, which waits while the others run; rounds take turns, so that both see the same machine. In a round each
+client streams chat completions over one connection, one after the other, of half to one and a half times --tokens, so
+that they begin and end at different times, and reads every chunk; the engine gets the same requests, and runs as many
+at once. Tokens per second count from the first request to the last token. `server-burst-overhead-percent` is the same
+of one request a client, all of one length, that begin at once and are over in a third of a second: what lies before
+their first tokens is a large part of that. Time to the first chunk is of these.
+
+The clients are plain sockets that one thread reads, since they share the cores with what is measured. Starting is from
+the start of the process to the first 200 of `/ready`, its files in the page cache.
 """
 
 import argparse
@@ -21,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -39,17 +40,18 @@ TEXT = re.compile(rb'"(?:reasoning_)?content": ?"[^"]')
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--requests", type=int, default=6, help="of each client in a round, one after the other")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/server.json"))
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine:
-        run_engine(args.engine, args.clients, args.tokens)
+        run_engine(args.engine, args.clients)
         return
     with tempfile.TemporaryDirectory() as folder:
         model = save_model_in(Path(folder))
-        rows = measure(model, args.clients, args.tokens, args.rounds)
+        rows = measure(model, args.clients, args.tokens, args.requests, args.rounds)
         seconds = [startup_seconds(model) for _ in range(STARTS + 1)][1:]
         rows.append(row("server-startup-seconds", median(seconds), "s", low=min(seconds), high=max(seconds), limit=4.0,
                         rounds=STARTS, page_cache="warm"))  # fmt: skip
@@ -67,91 +69,129 @@ def save_model_in(folder: Path) -> Path:
     return save_model(build_model(preset("kogia-demo"), seed=0), folder / "model", tokenizer)
 
 
-def measure(model: Path, clients: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Rounds of the engine and of the server by turns; the first one warms up."""
-    flags = ["--clients", str(clients), "--tokens", str(tokens), "--engine", str(model)]
+Lengths = list[list[int]]
+"""Tokens of each request of each client."""
+
+
+def lengths_of(clients: int, tokens: int, requests: int) -> Lengths:
+    """Half to one and a half times `tokens`, in another order for each client; `tokens` for one request."""
+    if requests == 1:
+        return [[tokens]] * clients
+    return [
+        [tokens // 2 + tokens * ((7 * client + 11 * number) % 16) // 15 for number in range(requests)]
+        for client in range(clients)
+    ]
+
+
+def measure(model: Path, clients: int, tokens: int, requests: int, rounds: int) -> list[dict[str, Any]]:
+    """Rounds of the engine and of the server by turns; the first ones warm up."""
+    flags = ["--clients", str(clients), "--engine", str(model)]
     engine = subprocess.Popen(
         [sys.executable, __file__, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     words = ["serve", str(model), "--port", "0", "--device", "cpu", "--draft-tokens", "0"]
     server = subprocess.Popen([sys.executable, "-m", "kogia.cli", *words], stderr=subprocess.PIPE, text=True)
-    assert engine.stdin and engine.stdout and server.stderr
+    assert server.stderr
+    rows, own = [], {"clients": clients, "tokens": tokens, "rounds": rounds}
     try:
         port = int(server.stderr.readline().split()[0].rpartition(":")[2])
-        bare, served, firsts = [], [], []
-        for number in range(rounds + 1):
-            engine.stdin.write("go\n")
-            engine.stdin.flush()
-            bare.append(float(engine.stdout.readline()))
-            rate, waits = ask_all(port, [QUESTION] * clients, tokens, number)
-            served.append(rate)
-            firsts += waits if number else []
+        for name, number_each in (("server-overhead-percent", requests), ("server-burst-overhead-percent", 1)):
+            lengths, bare, served, firsts = lengths_of(clients, tokens, number_each), [], [], []
+            for number in range(rounds + 1):
+                bare.append(ask_engine(engine, lengths, number))
+                rate, waits = ask_all(port, lengths, number)
+                served.append(rate)
+                firsts += waits if number else []
+            shares = [100 * (1 - with_http / without) for without, with_http in zip(bare[1:], served[1:])]
+            rows.append(row(
+                name, median(shares), "%", low=min(shares), high=max(shares), limit=BAR, requests=number_each,
+                engine_tokens_per_second=round(median(bare[1:]), 1),
+                server_tokens_per_second=round(median(served[1:]), 1), **own,
+            ))  # fmt: skip
     finally:
         for process in (engine, server):
             process.kill()
             process.wait()
-    shares = [100 * (1 - with_http / without) for without, with_http in zip(bare[1:], served[1:])]
-    own = {"clients": clients, "tokens": tokens, "rounds": rounds}
-    return [
-        row(
-            "server-overhead-percent", median(shares), "%", low=min(shares), high=max(shares), limit=BAR,
-            engine_tokens_per_second=round(median(bare[1:]), 1), server_tokens_per_second=round(median(served[1:]), 1),
-            **own,
-        ),
-        row("server-first-chunk-ms-p99", 1000 * quantiles(firsts, n=100)[98], "ms", low=1000 * min(firsts),
-            high=1000 * max(firsts), median=round(1000 * median(firsts), 2), **own),
-    ]  # fmt: skip
+    rows.append(row("server-first-chunk-ms-p99", 1000 * quantiles(firsts, n=100)[98], "ms", low=1000 * min(firsts),
+                    high=1000 * max(firsts), median=round(1000 * median(firsts), 2), **own))  # fmt: skip
+    return rows
 
 
-def run_engine(model: str, clients: int, tokens: int) -> None:
-    """Tokens per second of the engine alone, a line for every line that comes in."""
+def ask_engine(engine: subprocess.Popen[str], lengths: Lengths, number: int) -> float:
+    assert engine.stdin and engine.stdout
+    engine.stdin.write(json.dumps({"lengths": lengths, "number": number}) + "\n")
+    engine.stdin.flush()
+    return float(engine.stdout.readline())
+
+
+def run_engine(model: str, clients: int) -> None:
+    """Tokens per second of the engine alone, a line for every line that comes in; as many sequences at once."""
     from kogia.engine.request import SamplingParams
     from kogia.engine.threads import generation_threads
     from kogia.inference.llm import LLM
     from kogia.model.costs import num_params
     from kogia.text.chat import Message, render_prompt
 
-    llm = LLM(model, device="cpu")
+    llm = LLM(model, device="cpu", max_sequences=clients)
     prompt = render_prompt([Message("user", QUESTION)], llm.tokenizer).token_ids
     with generation_threads(None, num_params(llm.model.config)):
-        for number, _ in enumerate(sys.stdin):
-            each = [SamplingParams(max_tokens=tokens, ignore_eos=True, top_p=0.95, seed=number * 100 + i)
-                    for i in range(clients)]  # fmt: skip
+        for line in sys.stdin:
+            work = json.loads(line)
+            each = [
+                SamplingParams(max_tokens=tokens, ignore_eos=True, top_p=0.95, seed=seed_of(work["number"], client, i))
+                for i, turn in enumerate(zip(*work["lengths"], strict=True)) for client, tokens in enumerate(turn)
+            ]  # fmt: skip
             started = time.perf_counter()
-            llm.engine.generate([prompt] * clients, each)
-            print(clients * tokens / (time.perf_counter() - started), flush=True)
+            llm.engine.generate([prompt] * len(each), each)
+            print(sum(map(sum, work["lengths"])) / (time.perf_counter() - started), flush=True)
 
 
-def ask_all(port: int, questions: Sequence[str], tokens: int, number: int) -> tuple[float, list[float]]:
-    """(tokens per second of all streams, seconds to the first chunk with text of each) of a client per question. One
-    thread reads all sockets and looks at no more than it must: what is measured is the server."""
-    started, selector, clients = time.perf_counter(), selectors.DefaultSelector(), len(questions)
-    firsts, ends = [0.0] * clients, [b""] * clients
-    for client, question in enumerate(questions):
+def seed_of(number: int, client: int, request: int) -> int:
+    return (number * 100 + client) * 100 + request
+
+
+def ask_all(port: int, lengths: Lengths, number: int) -> tuple[float, list[float]]:
+    """(tokens per second of all streams, seconds to the first chunk with text of each client's first) of a client for
+    each list of lengths. One thread reads all sockets and looks at no more than it must: what is measured is the
+    server."""
+    started, selector, clients = time.perf_counter(), selectors.DefaultSelector(), len(lengths)
+    firsts, ends, answered = [0.0] * clients, [b""] * clients, [0] * clients
+
+    def ask(connection: socket.socket, client: int) -> None:
+        i = answered[client]
+        own = {"seed": seed_of(number, client, i), "max_tokens": lengths[client][i]}
+        connection.sendall(request({**BODY, "messages": [{"role": "user", "content": QUESTION}], **own}))
+
+    for client in range(clients):
         connection = socket.create_connection(("127.0.0.1", port))
-        own = {"messages": [{"role": "user", "content": question}], "seed": number * 100 + client}
-        connection.sendall(request({**BODY, **own, "max_tokens": tokens}))
+        ask(connection, client)
         selector.register(connection, selectors.EVENT_READ, client)
     while selector.get_map():
         for key, _ in selector.select():
             connection, client = key.fileobj, key.data
             assert isinstance(connection, socket.socket)
             part = connection.recv(1 << 16)
-            if not part:
-                selector.unregister(connection)
-                connection.close()
-            elif not firsts[client] and TEXT.search(part):
+            assert part, "the server has closed a connection"
+            if not firsts[client] and TEXT.search(part):
                 firsts[client] = time.perf_counter() - started
             ends[client] = (ends[client] + part)[-100:]
-    assert all(b"[DONE]" in end for end in ends), ends
-    return clients * tokens / (time.perf_counter() - started), firsts
+            if not ends[client].endswith(b"0\r\n\r\n"):
+                continue
+            assert b"[DONE]" in ends[client], ends[client]
+            ends[client], answered[client] = b"", answered[client] + 1
+            if answered[client] < len(lengths[client]):
+                ask(connection, client)
+            else:
+                selector.unregister(connection)
+                connection.close()
+    return sum(map(sum, lengths)) / (time.perf_counter() - started), firsts
 
 
 def request(body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
     )
     return head.encode() + data
 

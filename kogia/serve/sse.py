@@ -29,26 +29,29 @@ class EventStream(Response):
     def __init__(self, events: AsyncGenerator[bytes, None], keep_alive_seconds: float) -> None:
         super().__init__()
         self._events, self._seconds = events, keep_alive_seconds
-        self._sent = time.monotonic()
+        self._sent, self._has_ended = time.monotonic(), False
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"  # of proxies that would collect the chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._events):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             comments = asyncio.ensure_future(self._comment(send))
             try:
                 await until_gone(receive, self._pump(send))
             finally:
                 comments.cancel()
-        # to a client that has left this says nothing
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if not self._has_ended:  # to a client that has left this says nothing
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pump(self, send: Send) -> None:
+        """Head and end go out with the first chunk and the last, in one call of the system each."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for chunk in self._events:
             self._sent = time.monotonic()
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._has_ended = True
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _comment(self, send: Send) -> None:
         """Send a comment whenever nothing has been sent for so long."""
