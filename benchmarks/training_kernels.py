@@ -1,15 +1,16 @@
 """The kernels of a training step on one GPU: whether each is right, how fast, and what they are to whole steps.
 
-    python benchmarks/training_kernels.py [--parts check,time,step,profile] [--without NAME ...] [--out FILE]
+    python benchmarks/training_kernels.py [--parts check,time,step,host,profile] [--without NAME ...] [--out FILE]
 
 check    every kernel and its gradients beside the same formula in float64, on fresh random inputs and poisoned memory
 time     every kernel forward and backward, in bytes that it must move, beside the rate of a copy and its reference
 step     `train_step` of the models of benchmarks/training.py and training_fp8.py (`--shapes large-bf16 large-fp8` are
          twice as wide; with -dense, gradients of dense weights are in FP8 too) with all kernels, without any, and
          without each; before that, loss and gradients of one batch
+host     what a step of few tokens takes, which is about what the host needs for one
 profile  the kernels that take most of a step
 
-`--without` leaves kernels out of the parts step and profile. Results are added to the file; what fails is
+`--without` leaves kernels out of the parts step, host and profile. Results are added to the file; what fails is
 reported, and the rest goes on. Without a GPU all is tiny and runs in Triton's interpreter: to try the script.
 """
 
@@ -511,10 +512,31 @@ def profile(args: argparse.Namespace) -> None:
                 fp8.ROWS.append(row(f"profile-{name}-{each.key[:60]}", took, "ms", calls=each.count))
 
 
+def host(args: argparse.Namespace) -> None:
+    """What a step takes whose tokens take no time: about what the host needs for one."""
+    for name in args.shapes:
+        free()
+        shape, tokens, times = SHAPES[name], fp8.LENGTH // 16, []
+        state = shape.state()
+        with without(args.without):
+            for i in range(WARM_UP + STEPS):
+                ids = torch.randint(fp8.VOCAB, (shape.micro_batches, tokens), device=DEVICE)
+                work = [batch_of(each, tokens) for each in ids]
+                synchronize()
+                begin = time.perf_counter()
+                train_step(state, work, LOSS)
+                synchronize()
+                if i >= WARM_UP:
+                    times.append(1e3 * (time.perf_counter() - begin))
+        del state
+        record(f"host-{name}", median(times), "ms", low=min(times), high=max(times), tokens=tokens)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "check": check,
     "time": time_kernels,
     "step": step,
+    "host": host,
     "profile": profile,
 }
 
