@@ -36,20 +36,20 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._events):
-            comments = asyncio.ensure_future(self._comment(send))
-            try:
-                await until_gone(receive, self._pump(send))
-            finally:
-                comments.cancel()
+            await until_gone(receive, self._pump(send))
         if not self._has_ended:  # to a client that has left this says nothing
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pump(self, send: Send) -> None:
         """Head and end go out with the first chunk and the last, in one call of the system each."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in self._events:
-            self._sent = time.monotonic()
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        comments = asyncio.ensure_future(self._comment(send))
+        try:
+            async for chunk in self._events:
+                self._sent = time.monotonic()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        finally:
+            comments.cancel()
         self._has_ended = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
