@@ -213,7 +213,7 @@ def fp8_table() -> list[str]:
 
 
 def _fastest(rows: dict[str, dict[str, Any]]) -> str:
-    tried = [id for id in rows if re.match(r"grouped-fp8-r\d", id)]
+    tried = [id for id in rows if re.match(r"grouped-fp8-(r\d|roles)", id)]
     return max(tried, key=lambda id: rows[id]["value"])
 
 
@@ -271,11 +271,16 @@ def training_table() -> list[str]:
 def fp8_steps_table() -> list[str]:
     """Steps of training in FP8 beside steps in bf16."""
     rows = results("training_fp8_steps")
-    lines = _measured("training_fp8_steps") + _head("model", "bf16, ms a step (spread)", "FP8 (spread)", "ratio")
+    lines = _measured("training_fp8_steps") + _head(
+        "model", "gradients of weights in FP8", "bf16, ms a step (spread)", "FP8 (spread)", "ratio"
+    )
     shapes = {"wide": "2,048 wide, experts of 1,408", "large": "4,096 wide, experts of 2,048"}
     for shape, name in shapes.items():
-        bf16, fp8 = (rows[f"step-{shape}-{kind}-all"] for kind in ("bf16", "fp8-dense"))
-        lines.append(_line(name, _spread(bf16), _spread(fp8), f"{rows[f'train-fp8-ratio-{shape}']['value']:.2f}"))
+        bf16 = rows[f"step-{shape}-bf16-all"]
+        for kind in ("dense", "all"):
+            fp8 = rows[f"step-{shape}-fp8-{kind}-all"]
+            ratio = rows[f"train-fp8-ratio-{shape}-fp8-{kind}"]["value"]
+            lines.append(_line(name, kind, _spread(bf16), _spread(fp8), f"{ratio:.2f}"))
     return lines
 
 

@@ -1,11 +1,12 @@
 """Training in FP8 on one Hopper GPU: whether every kernel is right and how fast, and what a step takes.
 
-    python benchmarks/training_fp8.py [--parts check quantise dense grouped step] [--out FILE]
+    python benchmarks/training_fp8.py [--parts check quantise dense grouped outer step] [--out FILE]
 
 check     every kernel and whole layers against float64, on fresh random inputs and poisoned memory
 quantise  the rounding kernels, in TB/s of what they must move
 dense     cuBLAS with scales by block beside bf16, forward and for a gradient of a weight
 grouped   the experts' kernel with many tiles, beside bf16 and row-wise FP8 of PyTorch; 64 experts, 98,304 rows
+outer     gradients of experts' weights in bf16 and FP8, bringing rows into order; products in 16 bits beside CUTLASS
 step      `train_step` of a model of hidden size 2048 with 64 experts of 1408, FP8 beside bf16, each in its own process
 compiled  the same with layers compiled (FP8 products break their graphs)
 
@@ -49,7 +50,7 @@ from kogia.model.transformer import Transformer, build_model  # noqa: E402
 from kogia.ops import blockwise  # noqa: E402
 from kogia.ops.blockwise import Blocks, Rows, WeightForms, fp8_experts, fp8_linears  # noqa: E402
 from kogia.ops.dispatch import which  # noqa: E402
-from kogia.ops.linear import grouped_linear  # noqa: E402
+from kogia.ops.linear import grouped_linear, grouped_outer  # noqa: E402
 from kogia.ops.moe import mix_experts  # noqa: E402
 from kogia.ops.segments import segments_of  # noqa: E402
 from kogia.train.config import OptimConfig  # noqa: E402
@@ -69,7 +70,9 @@ ROWS: list[dict[str, Any]] = []
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["check", "quantise", "dense", "grouped", "step"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=["check", "quantise", "dense", "grouped", "outer", "step"]
+    )
     parser.add_argument("--seconds", type=float, default=100.0, help="after which grouped begins nothing more")
     parser.add_argument("--micro-batches", type=int, default=2, help="of a step, of 16,384 tokens each")
     parser.add_argument("--profile", type=Path, help="directory for the kernels of a step in FP8")
@@ -214,7 +217,7 @@ def differing(ours: Rows | Blocks, theirs: Rows | Blocks) -> float:
     """The share of codes that differ; infinite where scales do by more than a rounding."""
     if ours.codes.shape != theirs.codes.shape or not torch.allclose(ours.scale, theirs.scale, rtol=1e-6, atol=0):
         return float("inf")
-    return float((ours.codes.float() != theirs.codes.float()).float().mean())
+    return float((ours.codes.float() != theirs.codes.float()).float().mean()) if ours.codes.numel() else 0.0
 
 
 def check_activation() -> Found:
@@ -250,6 +253,7 @@ def check_dense() -> Found:
 
 
 def check_grouped() -> Found:
+    from kogia.ops.triton import hopper_grouped
     from kogia.ops.triton.grouped import TILE, tiled_product
 
     found: Found = {}
@@ -271,6 +275,56 @@ def check_grouped() -> Found:
             case = f"{len(counts)}x{width}x{depth}-{tile.rows}x{tile.columns}x{tile.parts}{'-flat' * tile.flatten}"
             found[case] = error(got[: sum(counts)], torch.cat(parts)), 5e-3
             found[f"{case}-nobody"] = float((~got.isfinite()).sum()), 0.0
+        for shape in shapes() if ON_GPU else ():
+            poison()
+            got = hopper_grouped.shaped_product(a, b, torch.tensor(counts, device=DEVICE), DTYPE, shape)
+            case = f"{len(counts)}x{width}x{depth}-{name_of(shape)}"
+            found[case] = error(got[: sum(counts)], torch.cat(parts)), 5e-3
+            found[f"{case}-nobody"] = float((~got.isfinite()).sum()), 0.0
+    return found
+
+
+def check_outer() -> Found:
+    found: Found = {}
+    cases: list[tuple[list[int], int, int]] = [([40, 0, 133, 1], 144, 48), ([0, 0, 5, 0], 16, 16)]
+    if ON_GPU:
+        cases += [([128] * 8, 2816, 2048), ([0, 777, 1, 300, 0, 0, 4096, 129], 200, 1408)]
+    for counts, height, width in cases:
+        routed, numbers = sum(counts) + 3, torch.tensor(counts, device=DEVICE)
+        x, dy, places = randn(50, width), randn(routed, height), torch.randint(50, (routed,), device=DEVICE)
+        dy[sum(counts) :] = 0
+        poison()
+        a, b = (blockwise.quantize_routed_columns(*each, numbers) for each in ((dy, None), (x, places)))
+        case = f"{len(counts)}x{height}x{width}"
+        parts = blockwise.quantize_routed_columns.reference(x, places, numbers).split()
+        found[f"{case}-rounding"] = max(differing(*each) for each in zip(b.split(), parts, strict=True)), 1e-3
+        poison()
+        got = blockwise.routed_outer(a, b, DTYPE)
+        pairs = zip(a.split(), b.split(), strict=True)
+        want = torch.stack([left.dense().double() @ right.dense().double().T for left, right in pairs])
+        found[case] = error(got, want), 5e-3
+        found[f"{case}-none"] = float(got[:-1][numbers[:-1] == 0].abs().sum()), 0.0
+    return found
+
+
+def check_halves() -> Found:
+    """The grouped product in 16 bits, with weights as they lie and transposed."""
+    if not ON_GPU:
+        return {}
+    from kogia.ops.triton.hopper_grouped import halves_product
+
+    found: Found = {}
+    for counts, width, depth in (([40, 0, 133, 1], 136, 192), ([0, 777, 1, 300, 0, 0, 4096, 129], 1408, 2048)):
+        routed, experts = sum(counts) + 3, len(counts)
+        x, numbers = randn(routed, depth), torch.tensor(counts, device=DEVICE)
+        for name, weight in (("", randn(experts, width, depth)), ("-turned", randn(experts, depth, width).mT)):
+            poison()
+            got, start = halves_product(x, weight, numbers), 0
+            for e, count in enumerate(counts):
+                part, want = got[start : start + count], x[start : start + count].double() @ weight[e].double().T
+                found[f"{experts}x{width}x{depth}{name}-{e}"] = error(part, want) if count else 0.0, 5e-3
+                start += count
+            found[f"{experts}x{width}x{depth}{name}-nobody"] = float((~got.isfinite()).sum()), 0.0
     return found
 
 
@@ -322,6 +376,8 @@ CHECKS: dict[str, Callable[[], Found]] = {
     "activation": check_activation,
     "dense": check_dense,
     "grouped": check_grouped,
+    "outer": check_outer,
+    "halves": check_halves,
     "layers": check_layers,
 }
 
@@ -402,8 +458,26 @@ def tiles() -> Iterator[Any]:
     yield replace(TILE, warps=4, stages=3)
 
 
+def shapes() -> Iterator[Any]:
+    """Of the kernel whose warps have roles, the likeliest first."""
+    from kogia.ops.triton.hopper_grouped import SHAPE
+
+    yield SHAPE
+    yield replace(SHAPE, stages=3)
+    yield replace(SHAPE, columns=64, stages=6)
+    yield replace(SHAPE, groups=2, stages=5, registers=168)
+    yield replace(SHAPE, groups=2, stages=6, registers=168)
+    yield replace(SHAPE, groups=2, stages=6, registers=168, columns=64)
+
+
+def name_of(settings: Any) -> str:
+    return "-".join(f"{k[0]}{v}" for k, v in asdict(settings).items())
+
+
 def grouped(args: argparse.Namespace) -> None:
+    from kogia.ops.triton import hopper_grouped
     from kogia.ops.triton.grouped import TILE, tiled_product
+    from kogia.ops.triton.hopper_grouped import SHAPE
 
     end, counts = time.perf_counter() + args.seconds, counts_of("even")
     work = 2.0 * ROUTED * WIDTH * DIM
@@ -414,28 +488,70 @@ def grouped(args: argparse.Namespace) -> None:
     attempt("grouped-rowwise-torch", partial(rowwise, x, weights[0], counts, work))
     a, stacks = blockwise.quantize_rows(x), [blockwise.quantize_weight(w).forward for w in weights]
     speeds: dict[Any, float] = {}
+    for shape in shapes() if ON_GPU else ():
+        name = f"grouped-fp8-roles-{name_of(shape)}"
+        calls = [partial(hopper_grouped.shaped_product, a, b, counts, DTYPE, shape) for b in stacks]
+        speed = attempt(name, partial(timed, name, work, "TFLOP/s", *calls, **asdict(shape)))
+        if speed is not None:
+            speeds[shape] = speed
     for tile in tiles():
         if time.perf_counter() > end:
             say(note="no time for more tiles; --seconds gives more")
             break
-        name = "grouped-fp8-" + "-".join(f"{k[0]}{v}" for k, v in asdict(tile).items())
+        name = f"grouped-fp8-{name_of(tile)}"
         calls = [partial(tiled_product, a, b, counts, DTYPE, tile) for b in stacks]
         speed = attempt(name, partial(timed, name, work, "TFLOP/s", *calls, **asdict(tile)))
         if speed is not None:
             speeds[tile] = speed
     if not speeds:
         return
-    best = max(speeds, key=lambda tile: speeds[tile])
-    record("fp8-grouped-tflops", speeds[best], "TFLOP/s", limit=700, default=speeds.get(TILE), **asdict(best))
+    best = max(speeds, key=lambda settings: speeds[settings])
+    default = speeds.get(SHAPE, speeds.get(TILE))
+    record("fp8-grouped-tflops", speeds[best], "TFLOP/s", limit=700, default=default, **asdict(best))
     ragged = counts_of("ragged")
-    calls = [partial(tiled_product, a, b, ragged, DTYPE, best) for b in stacks]
+    calls = [partial(tiled_product, a, b, ragged, DTYPE, TILE) for b in stacks]
     attempt("grouped-fp8-ragged", partial(timed, "grouped-fp8-ragged", work, "TFLOP/s", *calls))
+    both = [SHAPE, replace(SHAPE, groups=2, stages=5, registers=168)] if ON_GPU else []
+    for shape in both:
+        calls = [partial(hopper_grouped.shaped_product, a, b, ragged, DTYPE, shape) for b in stacks]
+        name = f"grouped-fp8-ragged-roles-{shape.groups}"
+        attempt(name, partial(timed, name, work, "TFLOP/s", *calls))
     for width, depth in ((2 * WIDTH, DIM), (DIM, WIDTH), (DIM, 2 * WIDTH)):
         y = blockwise.quantize_rows(randn(ROUTED, depth))
         b = blockwise.quantize_weight(randn(EXPERTS, width, depth)).forward
-        call, amount = partial(tiled_product, y, b, counts, DTYPE, best), 2.0 * ROUTED * width * depth
+        call, amount = partial(tiled_product, y, b, counts, DTYPE, TILE), 2.0 * ROUTED * width * depth
         name = f"grouped-fp8-{ROUTED}x{width}x{depth}"
         attempt(name, partial(timed, name, amount, "TFLOP/s", call))
+        for shape in both:
+            call = partial(hopper_grouped.shaped_product, y, b, counts, DTYPE, shape)
+            attempt(name, partial(timed, f"{name}-roles-{shape.groups}", amount, "TFLOP/s", call))
+
+
+def outer(args: argparse.Namespace) -> None:
+    """Gradients of the experts' weights, in bf16 and in FP8, and what comes before each: bringing rows into order."""
+    counts, work = counts_of("even"), 2.0 * ROUTED * WIDTH * DIM
+    x, dy, places = randn(TOKENS, DIM), randn(ROUTED, WIDTH), torch.randint(TOKENS, (ROUTED,), device=DEVICE)
+    ordered = x.index_select(0, places)
+    timed("outer-bf16", work, "TFLOP/s", partial(grouped_outer, dy, ordered, counts))
+    timed("outer-bf16-order", 4.0 * ordered.numel(), "TB/s", partial(torch.index_select, x, 0, places))
+    for name, rows, where in (("order", x, places), ("in-order", dy, None)):
+        call = partial(blockwise.quantize_routed_columns, rows, where, counts)
+        timed(f"outer-fp8-{name}", 3.0 * (ROUTED if where is not None else len(rows)) * rows.shape[1], "TB/s", call)
+    a, b = blockwise.quantize_routed_columns(dy, None, counts), blockwise.quantize_routed_columns(x, places, counts)
+    attempt("outer-fp8", partial(timed, "outer-fp8", work, "TFLOP/s", partial(blockwise.routed_outer, a, b, DTYPE)))
+    if ON_GPU:
+        from kogia.ops.aten.linear import grouped_linear as by_cutlass
+        from kogia.ops.triton.hopper_grouped import halves_product, shaped_outer
+
+        for width, depth in ((2 * WIDTH, DIM), (DIM, WIDTH), (WIDTH, DIM), (DIM, 2 * WIDTH)):
+            rows, stack = randn(ROUTED, depth), randn(EXPERTS, width, depth)
+            for name, weight in (("", stack), ("-turned", stack.mT.contiguous().mT)):
+                for who, call in (("cutlass", by_cutlass), ("roles", halves_product)):
+                    id, amount = f"grouped-16-{who}-{width}x{depth}{name}", 2.0 * ROUTED * width * depth
+                    attempt(id, partial(timed, id, amount, "TFLOP/s", partial(call, rows, weight, counts)))
+
+        call = partial(shaped_outer, a, b, DTYPE, 6)
+        attempt("outer-fp8-6-stages", partial(timed, "outer-fp8-6-stages", work, "TFLOP/s", call))
 
 
 def rowwise(x: Tensor, weight: Tensor, counts: Tensor, work: float) -> None:
@@ -552,6 +668,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "quantise": quantise,
     "dense": dense,
     "grouped": grouped,
+    "outer": outer,
     "step": step,
     "compiled": partial(step, compiled=True),
 }

@@ -386,9 +386,11 @@ SHAPES = {
     "wide-bf16": Shape(partial(state_fp8, fp8.model_config, None), 2, fp8.TOKENS),
     "wide-fp8": Shape(partial(state_fp8, fp8.model_config, "none"), 2, fp8.TOKENS),
     "wide-fp8-dense": Shape(partial(state_fp8, fp8.model_config, "dense"), 2, fp8.TOKENS),
+    "wide-fp8-all": Shape(partial(state_fp8, fp8.model_config, "all"), 2, fp8.TOKENS),
     "large-bf16": Shape(partial(state_fp8, large_config, None), 2, fp8.TOKENS),
     "large-fp8": Shape(partial(state_fp8, large_config, "none"), 2, fp8.TOKENS),
     "large-fp8-dense": Shape(partial(state_fp8, large_config, "dense"), 2, fp8.TOKENS),
+    "large-fp8-all": Shape(partial(state_fp8, large_config, "all"), 2, fp8.TOKENS),
 }
 """As benchmarks/training.py has it, with 16 sequences, as training_fp8.py has it, and larger."""
 
@@ -426,7 +428,7 @@ def step(args: argparse.Namespace) -> None:
     for name in args.shapes:
         if (a := medians.get(f"step-{name}-{own}")) and (b := medians.get(f"step-{name}-without-any")):
             record(f"step-{name}-gain", b / a, "ratio")
-    for name in ("wide-fp8", "wide-fp8-dense", "large-fp8", "large-fp8-dense"):
+    for name in (name for name in SHAPES if "-fp8" in name):
         plain = f"step-{name.split('-')[0]}-bf16-{own}"
         if (a := medians.get(f"step-{name}-{own}")) and (b := medians.get(plain)):
             record(f"train-fp8-ratio-{name}", b / a, "ratio", limit=1.15)

@@ -18,6 +18,7 @@ bits take, rounded once and not, as in the report, from the form by row.
 The functions here are the reference, at any width: they make the operands dense and multiply in float32.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,28 @@ class Rows:
         """Some of the rows, in that order. Codes are moved eight at a time."""
         words = self.codes.view(torch.int64).index_select(0, places)
         return Rows(words.view(self.codes.dtype), self.scale.index_select(1, places))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """Columns of rows in expert order, each expert's filled up with zeros to a multiple of 128."""
+
+    columns: Rows
+    """Groups beyond the last expert's mean nothing."""
+    firsts: Int[Tensor, " experts_and_one"]
+    """int32: the first group of each expert, and the end of the last one's."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.columns.device
+
+    def split(self) -> list[Rows]:
+        """Those of each expert; waits for `firsts`."""
+        ends = self.firsts.tolist()
+        return [
+            Rows(self.columns.codes[:, BLOCK * start : BLOCK * end], self.columns.scale[start:end])
+            for start, end in itertools.pairwise(ends)
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,7 +184,7 @@ def rows_outer(a: Rows, b: Rows, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     return product(a.dense(), b.dense()).to(dtype)
 
 
-@op(cuda=("kogia.ops.triton.grouped",))
+@op(cuda=("kogia.ops.triton.hopper_grouped", "kogia.ops.triton.grouped"))
 def grouped_product(
     a: Rows, b: Blocks, counts: Int[Tensor, " experts"], dtype: torch.dtype
 ) -> Float[Tensor, "routed out"]:
@@ -175,14 +198,25 @@ def grouped_product(
     return out.to(dtype)
 
 
-@op()
-def grouped_rows_outer(
-    a: Float[Tensor, "routed out"], b: Float[Tensor, "routed in"], counts: Int[Tensor, " experts"]
-) -> Float[Tensor, "experts out in"]:
-    """`grouped_outer` in FP8: groups of 128 rows begin anew with each expert."""
-    sizes = [*counts.tolist(), a.shape[0] - int(counts.sum())]
-    parts = zip(a.split(sizes)[:-1], b.split(sizes)[:-1], strict=True)
-    return torch.stack([rows_outer(quantize_columns(x), quantize_columns(y), a.dtype) for x, y in parts])
+@op(cuda=("kogia.ops.triton.blockwise",))
+def quantize_routed_columns(
+    x: Float[Tensor, "rows width"], places: Int[Tensor, " routed"] | None, counts: Int[Tensor, " experts"]
+) -> Routed:
+    """`quantize_columns` of the rows at `places`, or of all, in expert order; groups begin anew with each expert. Rows
+    beyond the sum of `counts` are the last expert's. The reference waits for `counts`."""
+    x = x if places is None else x.index_select(0, places)
+    sizes = counts.tolist()
+    sizes[-1] += len(x) - sum(sizes)
+    parts = [quantize_columns.reference(part) for part in x.split(sizes)]
+    codes = torch.cat([part.codes.view(torch.uint8) for part in parts], 1).view(parts[0].codes.dtype)
+    firsts = torch.tensor([0, *(len(part.scale) for part in parts)], dtype=torch.int32, device=x.device).cumsum(0)
+    return Routed(Rows(codes, torch.cat([part.scale for part in parts])), firsts.int())
+
+
+@op(cuda=("kogia.ops.triton.hopper_grouped",))
+def routed_outer(a: Routed, b: Routed, dtype: torch.dtype) -> Float[Tensor, "experts out in"]:
+    """a_e b_e^T over the groups of each expert: the gradient of a stack of weights. The reference waits."""
+    return torch.stack([rows_outer(x, y, dtype) for x, y in zip(a.split(), b.split(), strict=True)])
 
 
 @op(cuda=("kogia.ops.triton.blockwise",))
@@ -317,12 +351,21 @@ class _Experts(torch.autograd.Function):
         grad_both, grad_by_row, hidden, grad_rows = weighted_silu_mul_rows_backward(grad_hidden, both, by_row)
         grad_gate_up = grad_down = None
         if ctx.needs_input_grad[2]:
-            outer = grouped_rows_outer if fp8_gradient else grouped_outer
-            grad_down = outer(grads[0].index_select(0, token), hidden, counts)
-            grad_gate_up = outer(grad_both, x.index_select(0, token), counts).view(ctx.shape)
+            if fp8_gradient:
+                grad_down = _outer(grads[0], token, hidden, None, counts)
+                grad_gate_up = _outer(grad_both, None, x, token, counts).view(ctx.shape)
+            else:
+                grad_down = grouped_outer(grads[0].index_select(0, token), hidden, counts)
+                grad_gate_up = grouped_outer(grad_both, x.index_select(0, token), counts).view(ctx.shape)
         dx = sum_copies(grouped_product(grad_rows, gate_up.backward, counts, x.dtype), inverse, ctx.topk)
         grad_weights = grad_by_row.index_select(0, inverse).view(-1, ctx.topk)
         return dx, grad_weights, grad_gate_up, grad_down, None, None, None, None
+
+
+def _outer(a: Tensor, a_places: Tensor | None, b: Tensor, b_places: Tensor | None, counts: Tensor) -> Tensor:
+    """`grouped_outer` in FP8, of rows that are brought into expert order as they are rounded."""
+    of_a, of_b = quantize_routed_columns(a, a_places, counts), quantize_routed_columns(b, b_places, counts)
+    return routed_outer(of_a, of_b, a.dtype)
 
 
 def _padded(codes: Tensor) -> Tensor:

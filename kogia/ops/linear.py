@@ -51,7 +51,12 @@ def linears(x: Float[Tensor, "... in"], weights: Sequence[Float[Tensor, "_ in"]]
     return tuple(linear(x, weight) for weight in weights)
 
 
-@op(cpu=("kogia.ops.cpu.products",), any=("kogia.ops.aten.linear",), invariant=("kogia.ops.invariant.linear",))
+@op(
+    cuda=("kogia.ops.triton.hopper_grouped",),
+    cpu=("kogia.ops.cpu.products",),
+    any=("kogia.ops.aten.linear",),
+    invariant=("kogia.ops.invariant.linear",),
+)
 def grouped_linear(
     x: Float[Tensor, "routed in"], weight: Tensor | Packed, counts: Int[Tensor, " experts"]
 ) -> Float[Tensor, "routed out"]:

@@ -1,6 +1,7 @@
 """Products in FP8 for training: the reference beside float64, and when weights are rounded anew."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from kogia.ops.blockwise import (
     grouped_product,
     quantize_both,
     quantize_columns,
+    quantize_routed_columns,
     quantize_rows,
     quantize_weight,
+    routed_outer,
     rows_product,
 )
 from kogia.ops.moe import mix_experts
@@ -131,6 +134,23 @@ def test_a_layer_keeps_a_byte_a_number_and_nothing_where_its_weight_is_frozen():
         (y,) = fp8_linears(drawn(128, 256).requires_grad_(), [frozen], [WeightForms()], fp8_gradient=True)
     assert not kept
     y.sum().backward()
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 140, 1], [0, 0, 0, 0], [150, 0, 0, 0]], ids=str)
+def test_gradients_of_experts_are_products_of_their_own_rows_which_begin_a_group_of_their_own(counts):
+    routed, tokens = sum(counts) + 2, 40
+    a, b = drawn(routed, 48), drawn(tokens, 96, seed=1)
+    places = torch.randint(tokens, (routed,), generator=torch.Generator().manual_seed(2))
+    a[sum(counts) :] = 0  # of nobody's rows one of the two is zero
+    left, right = (quantize_routed_columns(x, p, torch.tensor(counts)) for x, p in ((a, None), (b, places)))
+    got = routed_outer(left, right, torch.float32)
+    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    want = torch.stack([a[i:j].double().T @ b[places[i:j]].double() for i, j in itertools.pairwise(ends)])
+    assert got.shape == (4, 48, 96)
+    for count, ours, theirs in zip(counts, got, want, strict=True):
+        assert error(ours, theirs) < 0.06 if count else not ours.any()
+    sizes = [-(-n // 128) for n in counts[:-1]] + [-(-(counts[-1] + 2) // 128)]
+    assert left.firsts.tolist() == [0, *itertools.accumulate(sizes)]
 
 
 @pytest.mark.parametrize("fp8_gradient", [False, True])

@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
-LAUNCHES = """
+SETUP = """
 import json
 import re
 import numpy as np
@@ -27,7 +28,8 @@ class Hopper:
 driver.set_active(Hopper())
 torch.cuda.is_available, torch.cuda.get_device_capability = (lambda: True), (lambda *_: (9, 0))
 found = {}
-PATTERNS = {"spills": "STL|LDL", "wide": "LDG[^ ]*128", "products": "[HQ]G?MMA", "waits": "ACQBULK"}
+PATTERNS = {"spills": "STL|LDL", "wide": "LDG[^ ]*128", "products": "[HQ]G?MMA", "waits": "ACQBULK",
+            "copies": "UTMALDG"}
 
 def note(*, fn, compile, is_manual_warmup, **_):
     if not is_manual_warmup:
@@ -39,6 +41,8 @@ knobs.runtime.jit_cache_hook = note
 def tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
+"""
+LAUNCHES = """
 from kogia.ops.segments import Segments
 from kogia.ops.adamw import Trained, TrainedGroup
 from kogia.ops.triton import adamw, blockwise, experts, latent_training, moe, norm, norm_training, prefill
@@ -85,6 +89,26 @@ with torch.no_grad():
     members = [Trained(weight, tensor(2048, 2048), *moments, tensor(**numbers), tensor(2048, 2048))]
     adamw.adamw(TrainedGroup(members), tensor(**numbers), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     adamw.added_up(tensor(2048, 2048), tensor(2048, 2048))
+"""
+ROLES = """
+from types import SimpleNamespace
+from kogia.ops.blockwise import Blocks, Routed, Rows
+from kogia.ops.triton import hopper_grouped
+
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+codes, numbers, rows = dict(dtype=torch.float8_e4m3fn), dict(dtype=torch.float32), 98304
+counts = tensor(64, dtype=torch.int64)
+weights = Blocks(tensor(64, 2816, 2048, **codes), tensor(64, 22, 16, **numbers))
+x = Rows(tensor(rows, 2048, **codes), tensor(16, rows, **numbers))
+hopper_grouped.grouped_product(x, weights, counts, torch.bfloat16)
+for stack in tensor(64, 2, 1408, 2048), tensor(64, 2048, 2816).transpose(1, 2):
+    hopper_grouped.halves_product(tensor(rows, 2048), stack, counts)
+groups = rows // 128 + 64
+columns = lambda width: Rows(tensor(width, groups * 128, **codes), tensor(groups, width, **numbers))
+a, b = (Routed(columns(width), tensor(65, dtype=torch.int32)) for width in (2816, 2048))
+hopper_grouped.routed_outer(a, b, torch.bfloat16)
+"""
+REPORT = """
 for function, variant in found:
     asm, metadata = (kernel := function.preload(variant)).asm, kernel.metadata
     found_in = {name: len(re.findall(pattern, asm["sass"])) for name, pattern in PATTERNS.items()}
@@ -96,15 +120,26 @@ MAY_SPILL = {"_gate_up"}
 """Some versions of Triton have no room for its weights; it waits for them anyway."""
 
 
-def test_kernels_assemble_for_a_hopper_gpu_fit_on_it_and_stay_in_registers():
+def assembled(launches: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LAUNCHES], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-W", "ignore", "-c", SETUP + launches + REPORT]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if "ptxas" in done.stderr and "Cannot find" in done.stderr:
         pytest.skip("this Triton comes without an assembler")
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_products_of_experts_by_warps_with_roles_assemble_for_a_hopper_gpu_and_stay_in_registers():
+    found = [each for each in assembled(ROLES) if each["name"] != "_plan"]
+    assert [each["name"] for each in found] == ["_grouped", "_halves", "_halves", "_outer"]
+    for each in found:
+        assert each["shared"] <= 227 * 1024 and not each["spills"], each
+        assert each["products"] and each["copies"], "tiles are copied by the copy engine, for the tensor cores"
+
+
+def test_kernels_assemble_for_a_hopper_gpu_fit_on_it_and_stay_in_registers():
+    found = assembled(LAUNCHES)
     for each in found:
         name = each["name"]
         assert each["shared"] <= 227 * 1024, each

@@ -142,6 +142,41 @@ TILES = [
 ]
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 140, 1], [0, 0, 0, 0], [128, 256, 0, 127], [0, 0, 0, 5]], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_columns_of_each_expert_are_rounded_to_fp8_from_a_group_of_their_own_on(counts, gathered):
+    routed, width = sum(counts) + 6, 200  # six rows are nobody's, and go to the last
+    x = spread(50 if gathered else routed, width)
+    places = torch.randint(50, (routed,), generator=torch.Generator().manual_seed(5)).to(DEVICE) if gathered else None
+    numbers = torch.tensor(counts, device=DEVICE)
+    assert triton_blockwise.quantize_routed_columns_supports(x, places, numbers) is None
+    got = triton_blockwise.quantize_routed_columns(x, places, numbers)
+    want = blockwise.quantize_routed_columns.reference(x, places, numbers)
+    assert torch.equal(got.firsts, want.firsts)
+    for ours, theirs in zip(got.split(), want.split(), strict=True):
+        same_codes(ours, theirs)
+
+
+@pytest.mark.parametrize("align", [1, 4])
+@pytest.mark.parametrize(
+    "counts", [[40, 0, 133, 1], [0, 0, 0, 0], [3, 64, 61, 1, 190], [0, 0, 5, 0], [1] * 37, [66, 2, 127]], ids=str
+)
+@pytest.mark.usefixtures("poisoned")
+def test_tiles_hold_every_row_of_every_expert_once_and_begin_where_they_may(counts, align):
+    rows, size, taken = sum(counts) + 3, 64, []  # three rows are nobody's, and go to the last
+    tiles, firsts, most = triton_grouped.planned(torch.tensor(counts, device=DEVICE), rows, size, align)
+    number, *flat = tiles.tolist()
+    assert number <= most and firsts.tolist()[-1] == number
+    for i in range(number):
+        expert, start, end = flat[3 * i : 3 * i + 3]
+        assert firsts[expert] <= i < firsts[expert + 1]
+        aligned = start - start % align
+        taken += [(row, expert) for row in range(aligned, aligned + size) if start <= row < end]
+    counts[-1] += 3
+    assert taken == list(enumerate(expert for expert, count in enumerate(counts) for _ in range(count)))
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("counts", [[40, 0, 133, 1], [0, 0, 5, 0], [0, 0, 0, 0]], ids=str)
 @pytest.mark.usefixtures("poisoned")

@@ -14,9 +14,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kogia.ops.blockwise import Blocks, Forms, Rows
+from kogia.ops.blockwise import Blocks, Forms, Routed, Rows
 from kogia.ops.triton.common import INTERPRETED, LAUNCH, PDL, cdiv, kernel, refusal, rows_refusal, wait_for_inputs
 from kogia.ops.triton.experts import weighted_silu_mul_backward, weighted_silu_mul_backward_supports
+from kogia.ops.triton.grouped import planned
 
 _GROUP = tl.constexpr(128)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -137,6 +138,46 @@ def _quantize_columns(
 
 
 @kernel
+def _quantize_routed(
+    x, places, tiles, codes, scale, width, x_row, padded_rows,
+    GATHER: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A tile of 128 rows of one expert and 128 columns, by column, as `_quantize_columns` turns them."""
+    wait_for_inputs(PDL)
+    block, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if block < tl.load(tiles):
+        start, end = tl.load(tiles + 2 + 3 * block), tl.load(tiles + 3 + 3 * block)
+        quad, column = tl.arange(0, _GROUP // 4), group * _GROUP + tl.arange(0, _GROUP)
+        inside = (column < width)[None, :]
+        row = start + 4 * quad
+        x0 = _routed_rows(x, places, row, end, column, inside, x_row, GATHER)
+        x1 = _routed_rows(x, places, row + 1, end, column, inside, x_row, GATHER)
+        x2 = _routed_rows(x, places, row + 2, end, column, inside, x_row, GATHER)
+        x3 = _routed_rows(x, places, row + 3, end, column, inside, x_row, GATHER)
+        largest = tl.maximum(_most(x0, x1), _most(x2, x3), propagate_nan=tl.PropagateNan.ALL)
+        by_column = _scale(tl.max(_magnitude(largest), 0), False)
+        factor = (1.0 / by_column)[None, :]
+        low = _byte(x0, factor, INTERPRET) | (_byte(x1, factor, INTERPRET) << 8)
+        words = low | (_byte(x2, factor, INTERPRET) << 16) | (_byte(x3, factor, INTERPRET) << 24)
+        to = codes.to(tl.pointer_type(tl.int32)) + column.to(tl.int64)[:, None] * (padded_rows // 4)
+        tl.store(to + (block * (_GROUP // 4) + quad)[None, :], tl.trans(words), (column < width)[:, None])
+        tl.store(scale + block * width + column, by_column, column < width)
+
+
+@kernel
+def _routed_rows(x, places, row, end, column, inside, x_row, GATHER: tl.constexpr):
+    there = row < end
+    at = tl.load(places + row, there, 0).to(tl.int64) if GATHER else row.to(tl.int64)
+    return tl.load(x + at[:, None] * x_row + column[None, :], there[:, None] & inside, 0.0)
+
+
+@kernel
+def _most(a, b):
+    a, b = tl.abs(a.to(tl.float32)), tl.abs(b.to(tl.float32))
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@kernel
 def _quantize_blocks(
     x, codes, scale, turned, turned_scale, rows, width, padded, padded_rows, groups, row_groups,
     INTERPRET: tl.constexpr, PDL: tl.constexpr,
@@ -188,6 +229,23 @@ def _turned(x: Tensor, rows: Rows | None, power_of_two: bool) -> Rows:
         **LAUNCH,
     )  # fmt: skip
     return turned
+
+
+def quantize_routed_columns(x: Tensor, places: Tensor | None, counts: Tensor) -> Routed:
+    rows, width = len(x) if places is None else len(places), x.shape[1]
+    tiles, firsts, most = planned(counts, rows, 128)
+    out = _empty_rows(width, 128 * most, x.device)
+    _quantize_routed[(most, cdiv(width, 128))](
+        x, x if places is None else places, tiles, out.codes, out.scale, width, x.stride(0), 128 * most,
+        GATHER=places is not None, INTERPRET=INTERPRETED, PDL=PDL, num_warps=8, maxnreg=_REGISTERS, **LAUNCH,
+    )  # fmt: skip
+    return Routed(out, firsts)
+
+
+def quantize_routed_columns_supports(x: Tensor, places: Tensor | None, counts: Tensor) -> str | None:
+    if places is not None and (reason := refusal(places, dtypes=(torch.int64,))):
+        return reason
+    return quantize_rows_supports(x) or refusal(counts, dtypes=(torch.int64,))
 
 
 def _empty_rows(rows: int, width: int, device: torch.device) -> Rows:

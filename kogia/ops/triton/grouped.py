@@ -52,21 +52,28 @@ TILE = Tile()
 
 
 @kernel
-def _plan(counts, tiles, num_rows, E: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`tiles` are how many there are, then expert, first row and end of each. Program e lists those of expert e; the
-    last expert has nobody's rows too."""
+def _plan(
+    counts, tiles, firsts, num_rows, E: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr
+):
+    """`tiles` are how many there are, then expert, first row and end of each; `firsts` where those of each expert
+    begin, and their end. Program e lists those of expert e; the last expert has nobody's rows too. Tiles lie `BLOCK_M`
+    apart from the multiple of `ALIGN` at or before an expert's first row."""
     e, every = tl.program_id(0), tl.arange(0, PADDED)
     count = tl.load(counts + every, every < E - 1, 0).to(tl.int32)
     count = tl.where(every == E - 1, num_rows - tl.sum(count, 0), count)
-    blocks = (count + BLOCK_M - 1) // BLOCK_M
+    before = (tl.cumsum(count, 0) - count) % ALIGN
+    blocks = tl.where(count > 0, (before + count + BLOCK_M - 1) // BLOCK_M, 0)
     first, start = tl.sum(tl.where(every < e, blocks, 0), 0), tl.sum(tl.where(every < e, count, 0), 0)
     own, end = tl.sum(tl.where(every == e, blocks, 0), 0), tl.sum(tl.where(every <= e, count, 0), 0)
+    aligned = start - start % ALIGN
+    tl.store(firsts + e, first)
     if e == 0:
         tl.store(tiles, tl.sum(blocks, 0))
+        tl.store(firsts + E, tl.sum(blocks, 0))
     for i in range(own):
         at = tiles + 1 + 3 * (first + i)
         tl.store(at, e)
-        tl.store(at + 1, start + i * BLOCK_M)
+        tl.store(at + 1, tl.maximum(start, aligned + i * BLOCK_M))
         tl.store(at + 2, end)
 
 
@@ -130,12 +137,7 @@ def tiled_product(a: Rows, b: Blocks, counts: Tensor, dtype: torch.dtype, tile: 
     """Two launches, no wait."""
     (rows, padded), (experts, width) = a.codes.shape, b.codes.shape[:2]
     out = torch.empty(rows, width, dtype=dtype, device=a.device)
-    most = cdiv(rows, tile.rows) + experts
-    tiles = torch.empty(1 + 3 * most, dtype=torch.int32, device=a.device)
-    _plan[(experts,)](
-        counts, tiles, rows, E=experts, PADDED=next_power_of_2(experts), BLOCK_M=tile.rows,
-        num_warps=1,
-    )  # fmt: skip
+    tiles, _, most = planned(counts, rows, tile.rows)
     across = cdiv(width, tile.columns * tile.parts)
     options = {} if tile.registers is None else {"maxnreg": tile.registers}
     _grouped[(min(most * across, tile.programs * _multiprocessors(a.device)),)](
@@ -146,6 +148,20 @@ def tiled_product(a: Rows, b: Blocks, counts: Tensor, dtype: torch.dtype, tile: 
         INTERPRET=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
     return out
+
+
+def planned(counts: Tensor, rows: int, tile_rows: int, align: int = 1) -> tuple[Tensor, Tensor, int]:
+    """(`tiles` and `firsts` of `_plan`, how many tiles there are at most)."""
+    experts = len(counts)
+    most = cdiv(rows + (align - 1) * experts, tile_rows) + experts
+    tiles, firsts = torch.empty(2 + 3 * most + experts, dtype=torch.int32, device=counts.device).split(
+        [1 + 3 * most, experts + 1]
+    )
+    _plan[(experts,)](
+        counts, tiles, firsts, rows,
+        E=experts, PADDED=next_power_of_2(experts), BLOCK_M=tile_rows, ALIGN=align, num_warps=1,
+    )  # fmt: skip
+    return tiles, firsts, most
 
 
 @cache
