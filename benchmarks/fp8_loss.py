@@ -5,7 +5,8 @@
 WORK has raw/ of `reproductions/kogia-nano/run.py pack`; what is made stands in WORK/fp8_loss: the data, with fewer
 generated documents than the recipe has, and one run for each precision and seed, which sets weights and order of data.
 Nothing is done twice, and a run that is told to stop goes on exactly: with --seconds the command ends in time with
-status 3, and the same command goes on. The result is written after every pair.
+status 3, and the same command goes on. The result is written after every pair; with --first-seed pairs of other seeds
+that stand in it, of as many tokens and the same settings, stay, so that machines and days can share the work.
 
 `fp8-loss-gap-percent` is what the training loss in FP8 lies above that in bfloat16, on the same batches over the last
 tenth of the steps, in percent of it: a mean over seeds with the 95% interval of pairs (Student's t).
@@ -57,7 +58,8 @@ TINY = ModelConfig(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many pairs")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tokens", type=float, help="of each run; default 1.05e8, on a CPU 40,960")
     parser.add_argument("--documents", type=int, help="generated ones; default 100,000, on a CPU 300")
     parser.add_argument("--weight-gradients", choices=("none", "dense", "all"), default="dense")
@@ -68,11 +70,14 @@ def main() -> int:
     until = None if args.seconds is None else time.monotonic() + args.seconds
     place = args.work / "fp8_loss"
     is_tiny = pick_device(args.device).type == "cpu"
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    args.tokens = args.tokens or (40_960 if is_tiny else 1.05e8)
+    earlier = earlier_pairs(args.out, seeds, args.tokens, args.weight_gradients) if args.first_seed else []
     if not (place / "data" / META).exists() and not called("prepare", data_of(args, place, is_tiny), place, until):
         print(f"{place / 'data'} is not done; the same command goes on")
         return MORE_TO_DO
     pairs: list[dict[str, Any]] = []
-    for seed in range(args.seeds):
+    for seed in seeds:
         runs = [run_of(args, place, precision, seed, is_tiny) for precision in PRECISIONS]
         for run in runs:
             if not is_done(run) and not called("pretrain", run, place, until):
@@ -80,10 +85,22 @@ def main() -> int:
                 return MORE_TO_DO
         pairs.append(pair(seed, runs))
         print(json.dumps(pairs[-1]), flush=True)
-        write_result(args.out, "FP8 beside bfloat16, losses of training", rows(pairs, runs[1]))
-    for each in rows(pairs, runs[1]):
+        found = rows(sorted([*earlier, *pairs], key=lambda pair: pair["seed"]), runs[1])
+        write_result(args.out, "FP8 beside bfloat16, losses of training", found)
+    for each in found:
         print(json.dumps(each))
     return 0
+
+
+def earlier_pairs(path: Path, seeds: range, tokens: float, weight_gradients: str) -> list[dict[str, Any]]:
+    """Those of other seeds in the result. Raises SystemExit if they were trained otherwise."""
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"][0] if path.exists() else {"pairs": []}
+    kept = [each for each in found["pairs"] if each["seed"] not in seeds]
+    if kept and found["weight_gradients"] != weight_gradients:
+        sys.exit(f"{path} has pairs with weight_gradients {found['weight_gradients']!r}; give another --out")
+    if any(abs(each["fp8"]["tokens"] - tokens) > 0.01 * tokens for each in kept):
+        sys.exit(f"{path} has pairs of {kept[0]['fp8']['tokens']:,} tokens each, not {tokens:,.0f}; give another --out")
+    return kept
 
 
 def data_of(args: argparse.Namespace, place: Path, is_tiny: bool) -> PrepareConfig:
@@ -109,7 +126,7 @@ def run_of(
     data = replace(config.data, sources=(SourceConfig(str(place / "data")),))
     if is_tiny:
         data, config = replace(data, batch_tokens=2048, max_seqlen=256), replace(config, model=TINY, threads=1)
-    steps = -(-int(args.tokens or (40_960 if is_tiny else 1.05e8)) // data.batch_tokens)
+    steps = -(-int(args.tokens) // data.batch_tokens)
     return replace(
         config, out=str(out), data=data, seed=seed, precision=precision, device=args.device, steps=steps, epochs=None,
         fp8=Fp8Config(weight_gradients=args.weight_gradients), optim=replace(config.optim, warmup_steps=steps // 10),

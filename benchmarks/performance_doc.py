@@ -79,6 +79,7 @@ def _file(name: str) -> dict[str, Any]:
 def engine_table(name: str) -> list[str]:
     rows = results(name)
     has_peer = any("peer" in row and row["peer"] for row in rows.values())
+    memory = rows["copy-tbps"]["value"] / results("engine_gpu")["copy-tbps"]["value"]
     more = ["vLLM 0.24", "ratio", "bar", "share of the limit"] if has_peer else ["ms a step", "of which the host"]
     lines = _measured(name) + _head("work", "tokens/s (spread)", *more)
     lines.append(_line("copy, read and written", f"{rows['copy-tbps']['value']:.2f} TB/s", *([""] * len(more))))
@@ -90,7 +91,8 @@ def engine_table(name: str) -> list[str]:
         else:
             ratio = rows[f"{id}-vs-vllm"]
             cells += [f"{row['peer']:,.0f}", f"{ratio['value']:.2f}", f"{ratio['limit']:.2f}"]
-            cells.append(f"{row['value'] / LIMITS[id]:.0%}")
+            limit = LIMITS[id] * (memory if id.startswith("decode") else 1)
+            cells.append(f"{row['value'] / limit:.0%}")
         lines.append(_line(*cells))
     return lines
 
