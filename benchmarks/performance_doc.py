@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md from the committed results, between its marks.
+"""Write the tables of docs/performance.md, and that of README.md, from the committed results, between their marks.
 
 python benchmarks/performance_doc.py
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-DOC = ROOT / "docs/performance.md"
+DOC, README = ROOT / "docs/performance.md", ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
 LIMITS = {
     "decode-bf16-b1": 866,
@@ -31,12 +31,23 @@ WORK = {
 
 
 def main() -> None:
-    DOC.write_text(written(DOC.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in (DOC, README):
+        page.write_text(written(page), encoding="utf-8")
 
 
-def written(text: str) -> str:
-    """`text` with each table as the results have it now."""
-    tables = {
+def written(page: Path) -> str:
+    """The page with each table as the results have it now."""
+    tables = {"speed": speed_table()} if page == README else performance_tables()
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
+        head, rest = text.split(begin)
+        text = head + "\n".join([begin, *table, end]) + rest.split(end)[1]
+    return text
+
+
+def performance_tables() -> dict[str, list[str]]:
+    return {
         "h200": engine_table("engine_gpu"),
         "alone": engine_table("engine_gpu_alone"),
         "long": long_table(),
@@ -55,11 +66,44 @@ def written(text: str) -> str:
         "cores": cores_table(),
         "host": host_table(),
     }
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: benchmarks/performance_doc.py -->", f"<!-- end of {name} -->"
-        head, rest = text.split(begin)
-        text = head + "\n".join([begin, *table, end]) + rest.split(end)[1]
-    return text
+
+
+def speed_table() -> list[str]:
+    """The figures that are asked for first, beside those of a peer in the same run."""
+    lines = _head("work", "where", "kogia, tokens/s", "peer", "ratio")
+    for name, where in (("engine_gpu", "H200"), ("engine_gpu_h100", "H100")):
+        rows = results(name)
+        for id in ("decode-bf16-b1", "decode-bf16-b64", "prefill-bf16"):
+            row, ratio = rows[id], rows[f"{id}-vs-vllm"]["value"]
+            lines.append(
+                _line(WORK[id], where, f"{row['value']:,.0f}", f"vLLM 0.24: {row['peer']:,.0f}", f"{ratio:.2f}")
+            )
+    for file, work, size in (("training", "1b", "1.2B"), ("training_16b_layers", "16b-layers", "4.6B")):
+        rows = results(file)
+        ours, peer = (best(rows, f"train-{work}-{who}") for who in ("ours", "peer"))
+        cells = [
+            f"training, {size} parameters",
+            "H200",
+            f"{ours['value']:,.0f}",
+            f"torchtitan 0.2.2: {peer['value']:,.0f}",
+        ]
+        lines.append(_line(*cells, f"{rows[f'train-{work}-ratio']['value']:.2f}"))
+    for name, where in (("engine_cpu", "Zen 5, one thread"), ("engine_cpu_slow", "Zen 4, one thread")):
+        rows = results(name)
+        for work, ours, peer, ratio in (
+            ("decode, batch 1", "bf16: decode-1", "llama bf16: decode-1", "cpu-bf16-b1-ratio"),
+            ("decode, batch 8, int8", "int8: decode-8", "llama q8_0: decode-8", "cpu-int8-b8-ratio"),
+        ):
+            cells = [f"{rows[ours]['value']:,.0f}", f"llama.cpp: {rows[peer]['value']:,.0f}"]
+            lines.append(_line(work, where, *cells, f"{rows[ratio]['value']:.2f}"))
+    return lines
+
+
+def best(rows: dict[str, dict[str, Any]], kind: str) -> dict[str, Any]:
+    """The fastest variant of a kind."""
+    return max(
+        (row for id, row in rows.items() if id.startswith(kind) and row.get("value")), key=lambda row: row["value"]
+    )
 
 
 def results(name: str) -> dict[str, dict[str, Any]]:
