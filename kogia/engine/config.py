@@ -1,7 +1,8 @@
 """Settings of the engine, and those of sampling that every program has. Torch-free."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -117,11 +118,18 @@ class SamplingConfig:
 
 def check_sampling(settings: Any) -> None:
     """Raise ValueError for a field of a dataclass that has a rule, another value than its default, and breaks it."""
-    for field in fields(settings):
-        holds, rule = _RULES.get(field.name, (lambda _: True, ""))
-        value = getattr(settings, field.name)
-        if value is not field.default and not holds(value):
-            raise ValueError(f"{field.name} = {value!r:.{_MOST_SHOWN}}: must be {rule}")
+    for name, default in _ruled(type(settings)):
+        value = getattr(settings, name)
+        if value is not default:
+            holds, rule = _RULES[name]
+            if not holds(value):
+                raise ValueError(f"{name} = {value!r:.{_MOST_SHOWN}}: must be {rule}")
+
+
+@cache
+def _ruled(settings: type[Any]) -> Sequence[tuple[str, Any]]:
+    """Fields of a dataclass that have a rule, with their defaults."""
+    return [(field.name, field.default) for field in fields(settings) if field.name in _RULES]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ class Stream:
         """Completions whose events are there."""
         self._error: BaseException | None = None
         self._waiting: list[asyncio.Future[None]] = []
-        """Of asyncio; resolved when there is news."""
+        """Of asyncio; resolved when there is news. Those who wait add theirs without a lock, and then look for news."""
 
     @property
     def is_done(self) -> bool:
@@ -82,7 +82,7 @@ class Stream:
         """Events as they come; the last one of each continuation carries its completion. Raises what a step raises."""
         while True:
             if not self._has_news():
-                self._loop.ask(self)
+                self._loop.ask((self,))
                 self._loop.wait(self._has_news)
             if not self._events:
                 return self._raise_error()
@@ -96,7 +96,8 @@ class Stream:
 
     def cancel(self) -> None:
         """Give up what is unfinished: it ends with reason "abort". Does nothing to what has ended."""
-        self._loop.cancel(self)
+        if self.unfinished:
+            self._loop.cancel(self)
 
     def stop_thinking(self) -> None:
         """Close the thoughts that are open: each answer follows. Takes effect with the next step."""
@@ -117,9 +118,12 @@ class Stream:
                 events.append(self._events.popleft())
         return events
 
-    def note_unasked(self, arrived: asyncio.Future[None]) -> None:
-        """Have a future of asyncio resolved by what comes though nobody waits for it: the end."""
-        self._loop.note_unasked(self, arrived)
+    async def next(self) -> None:
+        """Wait for what somebody else asks for, by `ask`, or for what comes though nobody does: the end."""
+        arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(arrived)
+        if not self._has_news():
+            await arrived
 
     def __await__(self) -> Generator[None, None, list[Completion]]:
         return self._all().__await__()
@@ -141,7 +145,8 @@ class Stream:
         self._loop.run_in_background()
         while not self._has_news():  # woken, too, for what another one who waits has taken
             arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._loop.ask(self, arrived)
+            self._waiting.append(arrived)
+            self._loop.ask((self,))
             if not self._has_news():
                 await arrived
 
@@ -162,6 +167,15 @@ class Stream:
         if event.completion is not None:
             self._num_ended += 1
             self._on_end(self)
+
+
+def ask(streams: Iterable[Stream]) -> None:
+    """Have news of streams, of whichever engines, delivered as soon as there is any."""
+    of: dict[StreamLoop, list[Stream]] = {}
+    for stream in streams:
+        of.setdefault(stream._loop, []).append(stream)
+    for loop, own in of.items():
+        loop.ask(own)
 
 
 class StreamLoop:
@@ -218,22 +232,12 @@ class StreamLoop:
             self._changed.notify_all()
         return handle
 
-    def ask(self, stream: Stream, arrived: asyncio.Future[None] | None = None) -> None:
-        """Have news of a stream delivered as soon as there is any, and a future of asyncio resolved then."""
+    def ask(self, streams: Iterable[Stream]) -> None:
+        """Have news of streams delivered as soon as there is any."""
         with self._lock:
-            if arrived is not None:
-                stream._waiting.append(arrived)
-            self._asked.append(stream)
+            self._asked += streams
             if self._turn is None:
                 self._exchange()
-
-    def note_unasked(self, stream: Stream, arrived: asyncio.Future[None]) -> None:
-        """See `Stream.note_unasked`."""
-        with self._lock:
-            if stream._has_news():
-                arrived.set_result(None)
-            else:
-                stream._waiting.append(arrived)
 
     def cancel(self, stream: Stream) -> None:
         """See `Stream.cancel`. While a step is under way it takes effect after it."""
@@ -319,6 +323,8 @@ class StreamLoop:
 
     def run_in_background(self) -> None:
         """Let a thread of the loop's own run steps as long as anything is unfinished."""
+        if self._thread is not None:
+            return  # it ends with the last request, under the lock that brings new ones
         with self._lock:
             if self._thread is None and self._streams:
                 self._thread = threading.Thread(target=self._drive, name="kogia-steps", daemon=True)
@@ -449,14 +455,16 @@ class StreamLoop:
     def _wake(self) -> None:
         """Tell asyncio of what has been delivered: one call for all who wait in an event loop."""
         waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-        for stream in self._heard:
-            for arrived in stream._waiting:
+        told = {stream: len(stream._waiting) for stream in self._heard}  # others may be added meanwhile
+        for stream, count in told.items():
+            for arrived in stream._waiting[:count]:
                 waiting.setdefault(arrived.get_loop(), []).append(arrived)
         for running, futures in waiting.items():
             with suppress(RuntimeError):  # that event loop is closed: nobody waits in it any more
                 running.call_soon_threadsafe(_resolve, futures)
         while self._heard:
-            self._heard.pop()._waiting = []
+            stream = self._heard.pop()
+            del stream._waiting[: told.pop(stream, 0)]
 
 
 def _resolve(futures: Iterable[asyncio.Future[None]]) -> None:

@@ -171,7 +171,7 @@ async def messages(body: MessagesBody, request: Request, caller: Caller = Depend
 @router.post("/v1/messages/count_tokens")
 @router.post("/anthropic/v1/messages/count_tokens")
 async def count_tokens(body: Conversed, request: Request, caller: Caller = Depends(authenticate)) -> dict[str, int]:
-    body.check_known()
+    body.passed_over()
     served = await request.app.state.server.find(body.model)
     return {"input_tokens": len((await turn_prompt(served, body.turn, caller)).token_ids)}
 

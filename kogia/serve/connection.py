@@ -5,13 +5,14 @@ What a client can make a connection hold is bounded, and so is how many there ar
 
 import asyncio
 import resource
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from kogia.serve.errors import ApiError, response_to
+from kogia.serve.sse import WRITE, Write
 
 HEAD_SECONDS = 20.0
 """For the head of a request to arrive, once a connection is open."""
@@ -102,6 +103,21 @@ class Protocol(H11Protocol):
             if self._crumbs >= MOST_CRUMBS:
                 self.transport.abort()
         self._watch()
+
+    def handle_events(self) -> None:
+        cycle = self.cycle
+        super().handle_events()
+        if self.cycle is not cycle:
+            write: Write = partial(self._write, self.cycle)
+            cast(dict[str, Any], self.cycle.scope)["extensions"] = {WRITE: write}
+
+    def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
+        """See `sse.Write`: h11 knows that an answer of unknown length is in chunks, and nothing of each of them."""
+        is_plain = cycle.scope["method"] == "HEAD" or cycle.scope["http_version"] != "1.1"
+        if is_plain or not data or cycle.disconnected or self.flow.write_paused:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

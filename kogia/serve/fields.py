@@ -96,11 +96,13 @@ class Body(Part):
     instead: ClassVar[Mapping[str, str]] = {}
     """Fields that would change what is asked for and that nothing here obeys, with what to do."""
 
-    def check_known(self) -> None:
-        """Raise 400 for a field that must not be passed over."""
-        name = next((name for name in self.unknown if name in self.instead), None)
+    def passed_over(self) -> list[str]:
+        """The names without a meaning here. Raises 400 for one that must have one."""
+        names = self.unknown
+        name = next((name for name in names if name in self.instead), None)
         if name is not None:
             raise ApiError(f"{name}: {self.instead[name]}", param=name)
+        return names
 
     def has(self, name: str) -> bool:
         """Whether the client has given a value."""

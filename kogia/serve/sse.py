@@ -13,6 +13,11 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+WRITE = "kogia.write"
+"""Extension of a scope: a `Write`."""
+Write = Callable[[bytes], bool]
+"""Sends part of an answer whose head is sent and whose length nobody knows, or leaves it to `send`: False. A call to
+`send` passes through all that lies between a route and its connection, which takes longer than to make a chunk."""
 
 
 def encode(value: Mapping[str, Any], event: str | None = None) -> bytes:
@@ -36,18 +41,20 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._events):
-            await until_gone(receive, self._pump(send))
+            await until_gone(receive, self._pump(scope, send))
         if not self._has_ended:  # to a client that has left this says nothing
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, scope: Scope, send: Send) -> None:
         """Head and end go out with the first chunk and the last, in one call of the system each."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        write: Write = scope.get("extensions", {}).get(WRITE, _leave)
         comments = asyncio.ensure_future(self._comment(send))
         try:
             async for chunk in self._events:
                 self._sent = time.monotonic()
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if not write(chunk):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:
             comments.cancel()
         self._has_ended = True
@@ -64,21 +71,41 @@ class EventStream(Response):
                 await asyncio.sleep(wait)
 
 
+def _leave(_: bytes) -> bool:
+    return False
+
+
 async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T | None:
-    """What `work` brings; None, and it is cancelled, if the client leaves before."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
+    """What `work` brings; None, and it is cancelled, if the client leaves before.
+
+    Nobody watches for that before the work first waits: what waits for nothing costs no more than a call.
+    """
+    own, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert own is not None, "it is awaited in a task"
+    watching: asyncio.Task[None] | None = None
+    has_left = False
+
+    async def watch() -> None:
+        nonlocal has_left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        has_left = True
+        own.cancel()
+
+    def begin() -> None:
+        nonlocal watching
+        watching = loop.create_task(watch())
+
+    beginning = loop.call_soon(begin)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        return await work
+    except asyncio.CancelledError:
+        if has_left and own.cancelling() == 1:
+            return None
+        raise
     finally:
-        for each in (task, gone):
-            if not each.done():
-                each.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await each
-
-
-async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        beginning.cancel()
+        if has_left:
+            own.uncancel()
+        elif watching is not None:
+            watching.cancel()

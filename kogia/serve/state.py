@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kogia import log
-from kogia.engine.loop import Stream
+from kogia.engine.loop import Stream, ask
 from kogia.engine.request import SamplingParams
 from kogia.serve.access import Caller, Keys
 from kogia.serve.config import ServeConfig
@@ -111,8 +111,8 @@ class ServerState:
         """Told of everything that is asked, with its headers."""
         self.on_exchange: list[Callable[[Exchange], None]] = []
         """Told of everything that was asked, when its answer is sent."""
-        self._resting: list[asyncio.Future[None]] = []
-        """Those of streams that wait for `next_chunks`."""
+        self._resting: list[Stream] = []
+        """Those that wait for `next_chunks`."""
         self._ignored: set[tuple[str, str]] = set()
 
     async def find(self, name: str | None) -> ServedModel:
@@ -146,19 +146,14 @@ class ServerState:
     async def next_chunks(self, stream: Stream) -> None:
         """Wait until the streams send what has come: all at once, so that engine and event loop are each disturbed
         once for all of them. One that ends does not wait."""
-        loop = asyncio.get_running_loop()
-        rested = loop.create_future()
         if not self._resting:
-            loop.call_later(self.chunk_seconds, self._send_chunks)
-        self._resting.append(rested)
-        stream.note_unasked(rested)
-        await rested
+            asyncio.get_running_loop().call_later(self.chunk_seconds, self._send_chunks)
+        self._resting.append(stream)
+        await stream.next()
 
     def _send_chunks(self) -> None:
         resting, self._resting = self._resting, []
-        for each in resting:
-            if not each.done():
-                each.set_result(None)
+        ask(each for each in resting if not each.has_ended)
 
     def begin(self, running: Running) -> None:
         self.running[running.id] = running
@@ -212,8 +207,8 @@ class ServerState:
     def note_ignored(self, where: str, body: Body) -> None:
         """Say once of each field that it has no effect here, of a thousand in all. Raises 400 for those that must have
         one."""
-        body.check_known()
-        fresh = [name for name in body.unknown if (where, name) not in self._ignored][: 1000 - len(self._ignored)]
+        fresh = [name for name in body.passed_over() if (where, name) not in self._ignored]
+        fresh = fresh[: 1000 - len(self._ignored)]
         if fresh:
             self._ignored |= {(where, name) for name in fresh}
             log.info(

@@ -429,6 +429,69 @@ def test_readers_at_any_line_find_the_last_event_of_what_has_ended_and_the_compl
     assert sorted(end.token_ids for end in ends) == sorted(end.token_ids for end in stream.result())
 
 
+def test_who_takes_news_while_they_are_handed_over_and_waits_again_hears_of_the_next(engine):
+    """In another thread's event loop, before one after the other of the lines that the loop runs from there."""
+    stream = engine.submit([5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
+    readers, waits, num_lines = asyncio.new_event_loop(), [], 0
+    thread = threading.Thread(target=readers.run_forever, daemon=True)
+    thread.start()
+
+    async def take() -> None:
+        await stream.arrived()
+        waits.append(asyncio.ensure_future(stream.next()))
+        await asyncio.sleep(0)
+
+    def look(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != loop_module.__file__:
+            return None
+        if event == "line" and stream._events:
+            nonlocal num_lines
+            num_lines += 1
+            if num_lines > len(waits) % 40:
+                num_lines = 0
+                asyncio.run_coroutine_threadsafe(take(), readers).result(20)
+        return look
+
+    async def all_heard() -> int:
+        return len(await asyncio.wait_for(asyncio.gather(*waits), 20))
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        while not stream.has_ended:
+            loop_module.ask([stream])
+            seen = engine.loop.num_steps
+            engine.loop.wait(lambda seen=seen: engine.loop.num_steps > seen)
+    finally:
+        sys.settrace(before)
+    assert asyncio.run_coroutine_threadsafe(all_heard(), readers).result(30) > 40
+    readers.call_soon_threadsafe(readers.stop)
+    thread.join(5)
+    readers.close()
+
+
+def test_who_waits_for_what_another_asks_for_hears_of_that_and_of_the_end_unasked(engine):
+    async def main() -> tuple[bool, int]:
+        stream = engine.submit([5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
+        other = engine.submit([7], PARAMS)
+        await stream.arrived()
+        waiting = asyncio.ensure_future(stream.next())
+        await asyncio.sleep(0)
+        loop_module.ask([other, stream])
+        await asyncio.wait_for(waiting, 20)
+        had_news, num_waits = bool(await stream.arrived()), 0
+        await other
+        while not stream.has_ended:
+            await asyncio.wait_for(stream.next(), 20)
+            num_waits += 1
+        assert [event.completion is not None for event in await stream.arrived()][-1]
+        return had_news, num_waits
+
+    had_news, num_waits = asyncio.run(main())
+    assert had_news and num_waits <= 2
+    assert_empty(engine)
+
+
 @contextmanager
 def interrupted_at(line: int, package: Path) -> Iterator[None]:
     """Ctrl-C before the `line`-th line that runs in files of `package`.

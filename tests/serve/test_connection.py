@@ -197,6 +197,29 @@ def test_a_half_closed_connection_ends_cleanly(server):
     assert until(lambda: not server.state.running)
 
 
+@pytest.mark.parametrize(("version", "is_chunked"), [("1.0", False), ("1.1", True)])
+def test_a_stream_is_in_chunks_for_those_who_know_them(server, version, is_chunked):
+    request = whole({"messages": HELLO, "stream": True, "max_tokens": 20, "ignore_eos": True}, "Connection: close")
+    answer = b""
+    with connect(server) as client:
+        client.sendall(request.replace(b"HTTP/1.1", f"HTTP/{version}".encode(), 1))
+        while part := client.recv(65536):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert status(answer) == 200 and (b"transfer-encoding: chunked" in head.lower()) == is_chunked
+    text = b""
+    while is_chunked:
+        size, _, body = body.partition(b"\r\n")
+        if size == b"0":
+            assert body == b"\r\n"
+            break
+        length = int(size, 16)
+        text, body = text + body[:length], body[length:].removeprefix(b"\r\n")
+    events = (text or body).split(b"\n\n")
+    assert events.pop() == b"" and events[-1] == b"data: [DONE]" and len(events) > 2
+    assert all(json.loads(event.removeprefix(b"data: "))["choices"] for event in events[:-1])
+
+
 class Taken(asyncio.Transport):
     """Keeps what is written, each call by itself."""
 
