@@ -25,7 +25,7 @@ def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -
     return a @ b.T
 
 
-@op(cuda=("kogia.ops.aten.linear",))
+@op(cuda=("kogia.ops.aten.linear",), cpu=("kogia.ops.cpu.products",))
 def add_product(
     total: Float[Tensor, "rows columns"], a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]
 ) -> Float[Tensor, "rows columns"]:

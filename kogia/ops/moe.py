@@ -426,7 +426,7 @@ def silu_mul(gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"])
     return F.silu(gate) * up
 
 
-@op(cuda=("kogia.ops.triton.experts",))
+@op(cuda=("kogia.ops.triton.experts",), cpu=("kogia.ops.cpu.moe",))
 def weighted_silu_mul(
     both: Float[Tensor, "routed gate_and_up"], weights: Float[Tensor, " routed"]
 ) -> Float[Tensor, "routed width"]:
@@ -435,7 +435,7 @@ def weighted_silu_mul(
     return (F.silu(gate) * up).mul_(weights[:, None]).to(both.dtype)
 
 
-@op(cuda=("kogia.ops.triton.experts",))
+@op(cuda=("kogia.ops.triton.experts",), cpu=("kogia.ops.cpu.moe",))
 def weighted_silu_mul_backward(
     grad: Float[Tensor, "routed width"], both: Float[Tensor, "routed gate_and_up"], weights: Float[Tensor, " routed"]
 ) -> tuple[Float[Tensor, "routed gate_and_up"], Float[Tensor, " routed"], Float[Tensor, "routed width"]]:

@@ -142,6 +142,29 @@ def test_products_of_many_rows_equal_those_in_float64_as_the_numbers_lie(rows, c
     assert distance(cpu_products.product(strided, b), strided.double() @ b.double().T) < ROUNDED[torch.float32]
 
 
+@pytest.mark.parametrize("rows", [1, 12, 96, 130, 500])
+def test_products_are_the_same_in_any_number_of_threads(rows, monkeypatch):
+    a, b = draw(rows, 300, dtype=torch.float32), draw(96, 300, seed=1, dtype=torch.float32)
+    made = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        made.append(cpu_products.product(a, b))
+    assert torch.equal(made[1], made[0]) and torch.equal(made[2], made[0])
+    assert distance(made[0], a.double() @ b.double().T) < ROUNDED[torch.float32]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spread", [False, True])
+def test_products_are_added_to_what_is_there(spread):
+    a, b, total = (draw(*shape, dtype=torch.float32) for shape in ((90, 256), (72, 256), (90, 144)))
+    total = total[:, :72] if spread else total[:, :72].contiguous()
+    want = total.double() + a.double() @ b.double().T
+    assert cpu_products.add_product_supports(total, a, b) is None
+    assert cpu_products.add_product(total, a, b) is total
+    assert distance(total, want) < ROUNDED[torch.float32]
+    assert "side by side" in str(cpu_products.add_product_supports(total.T.contiguous().T, a, b))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_of_products_of_many_rows_equal_those_in_float64(bias):
     x, weight = draw(5, 60, 72, dtype=torch.float32), draw(90, 72, seed=1, dtype=torch.float32)
@@ -248,6 +271,27 @@ def test_the_inside_of_a_feed_forward_part_is_the_references(shape, dtype):
     gate, up = draw(*shape, dtype=dtype), draw(*shape, seed=1, dtype=dtype)
     assert cpu_moe.silu_mul_supports(gate, up) is None
     torch.testing.assert_close(cpu_moe.silu_mul(gate, up), moe.silu_mul.reference(gate, up))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "width"), [(0, 5), (3, 1), (70, 64), (300, 77)])
+def test_weighted_insides_of_experts_and_their_gradients_equal_those_in_float64(rows, width):
+    both, weights, grad = (draw(*shape, dtype=torch.float32) for shape in ((rows, 2 * width), (rows,), (rows, width)))
+    both *= 3
+    both[:1, 0] = -200.0
+    assert cpu_moe.weighted_silu_mul_supports(both, weights) is None
+    assert cpu_moe.weighted_silu_mul_backward_supports(grad, both, weights) is None
+    exact = both.double().requires_grad_(), weights.double().requires_grad_()
+    with torch.enable_grad():
+        gate, up = exact[0].chunk(2, -1)
+        want = torch.nn.functional.silu(gate) * up * exact[1][:, None]
+    slopes = torch.autograd.grad(want, exact, grad.double())
+    grad_both, grad_weights, hidden = cpu_moe.weighted_silu_mul_backward(grad, both, weights)
+    pairs = [(cpu_moe.weighted_silu_mul(both, weights), want), (hidden, want), (grad_both, slopes[0])]
+    for got, wanted in [*pairs, (grad_weights, slopes[1])]:
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert "contiguous" in str(cpu_moe.weighted_silu_mul_supports(both[:, ::2], weights)) or rows < 2
+    assert "float64" in str(cpu_moe.weighted_silu_mul_supports(both.double(), weights))
 
 
 @given(st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40)), min_size=1, max_size=9))
@@ -442,6 +486,28 @@ def test_norms_are_those_of_the_reference(shape, dtype):
     torch.testing.assert_close(normed, norm.rms_norm.reference(total, weight, 1e-3))
     assert cpu_norm.residual_sum_supports(x, delta) is None
     assert torch.equal(cpu_norm.residual_sum(x, delta), x + delta)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (1, 1), (64, 96), (3, 50, 77)])
+@pytest.mark.parametrize("across", [False, True])
+def test_gradients_of_norms_equal_those_in_float64(shape, across):
+    x, delta, grad, grad_total = (draw(*shape, seed=seed, dtype=torch.float32) for seed in range(4))
+    x = lying(x, across) if x.ndim == 2 else x
+    weight = draw(shape[-1], dtype=torch.float32)
+    tensors = [each.requires_grad_() for each in (x, delta, weight)]
+    exact = [each.detach().double().requires_grad_() for each in tensors]
+    assert cpu_norm.rms_norm_supports(x, weight, 1e-3) is None
+    assert cpu_norm.add_rms_norm_supports(x, delta, weight, 1e-3) is None
+    found = [cpu_norm.rms_norm(x, weight, 1e-3)], [norm.rms_norm.reference(exact[0], exact[2], 1e-3)]
+    both = cpu_norm.add_rms_norm(*tensors, 1e-3), norm.add_rms_norm.reference(*exact, 1e-3)
+    for (got, want), upstream, of in ((found, [grad], (0, 2)), (both, [grad_total, grad], (0, 1, 2))):
+        slopes = torch.autograd.grad(got, [tensors[i] for i in of], upstream)
+        wanted = torch.autograd.grad(want, [exact[i] for i in of], [each.double() for each in upstream])
+        for one, other in zip((*got, *slopes), (*want, *wanted), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    assert "float32" in str(cpu_norm.rms_norm_supports(exact[0], exact[2], 1e-3))
+    alone = torch.autograd.grad(cpu_norm.add_rms_norm(*tensors, 1e-3)[0].sum(), x)[0]
+    assert torch.equal(alone, torch.ones_like(alone)), "what is only added up has no other gradient"
 
 
 @torch.no_grad()

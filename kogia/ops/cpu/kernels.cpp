@@ -435,7 +435,7 @@ struct ProductArgs {
 };
 
 constexpr int64_t INNER = 256;  // numbers of a row after which sums go to memory: blocks of both sides stay in caches
-constexpr int64_t PANELS = 10;  // PANEL_ROWS rows each that a thread takes at once
+constexpr int64_t PANELS = 10;  // PANEL_ROWS rows each that a thread takes at once, at most
 
 // sums[m][n] of M rows and V registers of columns; where `a` is ALONG, a row's numbers lie side by side.
 template <int M, int V, bool ALONG>
@@ -492,24 +492,29 @@ template <bool ALONG> void product_rows(const ProductArgs& a, const float* b, in
 // Columns of `b` side by side, and zeros where they do not fill two registers.
 const float* side_by_side(const ProductArgs& a, int64_t width) {
     float* out = scratch<float, 11>(width * a.inner);
-    for (int64_t n = 0; n < width; n += LANES) {
-        int64_t many = std::clamp<int64_t>(a.columns - n, 0, LANES);
-        const float* from = a.b + n * a.b_row;
-        for (int64_t k = 0; k < a.inner; k++) {
+    spread(width / LANES, LANES * a.inner, a.threads, [&](int64_t block) {
+        const int64_t n = block * LANES, many = std::clamp<int64_t>(a.columns - n, 0, LANES);
+        const int64_t row = a.b_row, step = a.b_inner, inner = a.inner;
+        const float* from = a.b + n * row;
+        for (int64_t k = 0; k < inner; k++) {
             float* to = out + k * width + n;
-            for (int64_t j = 0; j < many; j++) to[j] = from[j * a.b_row + k * a.b_inner];
+            for (int64_t j = 0; j < many; j++) to[j] = from[j * row + k * step];
             for (int64_t j = many; j < LANES; j++) to[j] = 0;
         }
-    }
+    });
     return out;
 }
 
 void product_of_many(const ProductArgs& a) {
+    if (!a.rows) return;
     int64_t width = (a.columns + 2 * LANES - 1) / (2 * LANES) * 2 * LANES, step = a.b_inner;
     const float* b = a.b;
     if (a.b_row != 1 || a.columns % LANES) b = side_by_side(a, width), step = width;
-    const int64_t part = PANEL_ROWS * PANELS;
-    parallel((a.rows + part - 1) / part, a.threads, [&](int64_t i) {
+    // shares of one size for all threads: gradients of weights have few rows
+    const int64_t threads = std::max<int64_t>(1, a.threads), count = (a.rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    const int64_t rounds = (count + PANELS * threads - 1) / (PANELS * threads);
+    const int64_t part = PANEL_ROWS * ((count + rounds * threads - 1) / (rounds * threads));
+    parallel((a.rows + part - 1) / part, threads, [&](int64_t i) {
         int64_t first = i * part, last = std::min(a.rows, first + part);
         if (a.a_inner == 1) product_rows<true>(a, b, step, first, last);
         else product_rows<false>(a, b, step, first, last);
@@ -776,6 +781,42 @@ template <class T> void norm(const NormArgs& a) {
         }
         norm_row(x, row(a.weight, 0), a.dim, float(a.eps), reinterpret_cast<T*>(a.out) + r * a.out_row);
     });
+}
+
+struct NormBackwardArgs {
+    const float* grad;  // of `out`
+    const float* x;     // what was normed
+    const float* weight;
+    const float* added;  // to the gradient of x; null without
+    float* grad_x;
+    float* shares;  // [blocks, dim]: of the gradient of the weight
+    int64_t rows, dim;
+    double eps;
+    int64_t threads;
+};
+
+constexpr int64_t NORM_ROWS = 64;  // of a block, whatever the number of threads
+
+void norm_backward(const NormBackwardArgs& a, int64_t block) {
+    const int64_t dim = a.dim;
+    const float* weight = a.weight;
+    float* share = a.shares + block * dim;
+    std::fill(share, share + dim, 0.0f);
+    for (int64_t r = block * NORM_ROWS; r < std::min(a.rows, (block + 1) * NORM_ROWS); r++) {
+        const float* x = a.x + r * dim;
+        const float* grad = a.grad + r * dim;
+        float* out = a.grad_x + r * dim;
+        const float factor = 1.0f / std::sqrt(inner(x, x, dim) / float(dim) + float(a.eps));
+        for (int64_t i = 0; i < dim; i++) out[i] = grad[i] * weight[i];
+        const float mean = inner(out, x, dim) * factor / float(dim);
+        for (int64_t i = 0; i < dim; i++) {
+            float normed = x[i] * factor;
+            share[i] += grad[i] * normed;
+            out[i] = (out[i] - normed * mean) * factor;
+        }
+        if (const float* added = a.added ? a.added + r * dim : nullptr)
+            for (int64_t i = 0; i < dim; i++) out[i] += added[i];
+    }
 }
 
 struct SumArgs {
@@ -1689,11 +1730,52 @@ void silu_mul_backward(const SiluArgs& a) {
         const float* grad = a.grad + r * a.width;
         float* grad_gate = a.grad_gate + r * a.width;
         float* grad_up = a.grad_up + r * a.width;
-        for (int64_t i = 0; i < a.width; i++) {
+        const int64_t width = a.width;
+        for (int64_t i = 0; i < width; i++) {
             float gate = gates[i], sigmoid = 1.0f / (1.0f + exponential(-gate));
             grad_up[i] = grad[i] * gate * sigmoid;
             grad_gate[i] = grad[i] * ups[i] * sigmoid * (1.0f + gate * (1.0f - sigmoid));
         }
+    });
+}
+
+// Of experts in training: rows [gate ; up] without gaps, and a weight for each.
+struct WeightedSiluArgs {
+    const float* both;
+    const float* weights;
+    float* out;
+    int64_t rows, width, threads;
+    const float* grad;  // of `out`
+    float* grad_both;
+    float* grad_weights;
+};
+
+void weighted_silu_mul(const WeightedSiluArgs& a) {
+    spread(a.rows, a.width, a.threads, [&](int64_t r) {
+        const int64_t width = a.width;
+        const float *gates = a.both + 2 * r * width, *ups = gates + width;
+        const float weight = a.weights[r];
+        float* out = a.out + r * width;
+        for (int64_t i = 0; i < width; i++)
+            out[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i] * weight;
+    });
+}
+
+void weighted_silu_mul_backward(const WeightedSiluArgs& a) {
+    spread(a.rows, a.width, a.threads, [&](int64_t r) {
+        const int64_t width = a.width;
+        const float *gates = a.both + 2 * r * width, *ups = gates + width, *grad = a.grad + r * width;
+        const float weight = a.weights[r];
+        float *out = a.out + r * width, *grad_gates = a.grad_both + 2 * r * width, *grad_ups = grad_gates + width;
+        for (int64_t i = 0; i < width; i++) {
+            float gate = gates[i], up = ups[i], sigmoid = 1.0f / (1.0f + exponential(-gate));
+            float activated = gate * sigmoid, weighted = grad[i] * weight;
+            out[i] = activated * up;
+            grad_ups[i] = weighted * activated;
+            grad_gates[i] = weighted * up * sigmoid * (1.0f + gate * (1.0f - sigmoid));
+        }
+        a.grad_weights[r] = inner(grad, out, width);
+        for (int64_t i = 0; i < width; i++) out[i] *= weight;
     });
 }
 
@@ -1738,8 +1820,9 @@ void logprob_row(const LogprobArgs& a, int64_t r) {
 
 void logprob_row_backward(const LogprobArgs& a, int64_t r) {
     float* x = a.logits + r * a.vocab;
-    float grad = a.grad[r], lse = a.lse[r];
-    for (int64_t i = 0; i < a.vocab; i++) x[i] = exponential(x[i] - lse) * -grad;
+    const float grad = a.grad[r], lse = a.lse[r];
+    const int64_t vocab = a.vocab;
+    for (int64_t i = 0; i < vocab; i++) x[i] = exponential(x[i] - lse) * -grad;
     x[a.targets[r]] += grad;
 }
 
@@ -1778,6 +1861,10 @@ void kogia_route(const RouteArgs* a) {
 }
 
 void kogia_norm(const NormArgs* a) { a->dtype == BFLOAT16 ? norm<bf16>(*a) : norm<float>(*a); }
+
+void kogia_norm_backward(const NormBackwardArgs* a) {
+    parallel((a->rows + NORM_ROWS - 1) / NORM_ROWS, a->threads, [&](int64_t i) { norm_backward(*a, i); });
+}
 
 void kogia_sum(const SumArgs* a) { a->dtype == BFLOAT16 ? sum_of_both<bf16>(*a) : sum_of_both<float>(*a); }
 
@@ -1829,6 +1916,10 @@ void kogia_uniforms(const UniformArgs* a) {
 }
 
 void kogia_silu_mul_backward(const SiluArgs* a) { silu_mul_backward(*a); }
+
+void kogia_weighted_silu_mul(const WeightedSiluArgs* a) { weighted_silu_mul(*a); }
+
+void kogia_weighted_silu_mul_backward(const WeightedSiluArgs* a) { weighted_silu_mul_backward(*a); }
 
 void kogia_logprob(const LogprobArgs* a) {
     spread(a->rows, a->vocab, a->threads, [&](int64_t r) { logprob_row(*a, r); });

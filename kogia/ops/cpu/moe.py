@@ -23,6 +23,8 @@ from kogia.ops.packed import Packed
 _mix_experts = Kernel("kogia_mix_experts", "7q 2q 5q5q q 5q5q5q 3q")
 _silu_mul = Kernel("kogia_silu_mul", "9q 3q")
 _silu_mul_backward = Kernel("kogia_silu_mul_backward", "9q 3q")
+_weighted_silu_mul = Kernel("kogia_weighted_silu_mul", "6q 3q")
+_weighted_silu_mul_backward = Kernel("kogia_weighted_silu_mul_backward", "6q 3q")
 _route = Kernel("kogia_route", "5q 3q 5q d 8q")
 
 
@@ -182,6 +184,33 @@ def silu_mul_supports(gate: Tensor, up: Tensor) -> str | None:
         return f"it takes tensors of one of {tuple(DTYPES)}, not {gate.dtype} and {up.dtype}"
     needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     return plain_refusal(gate, up) if needs_grad else None
+
+
+def weighted_silu_mul(both: Tensor, weights: Tensor) -> Tensor:
+    rows, width = both.shape[0], both.shape[1] // 2
+    out = torch.empty(rows, width)
+    _weighted_silu_mul(*_weighted_fields(both, weights, out), 0, 0, 0)
+    return out
+
+
+def weighted_silu_mul_supports(both: Tensor, weights: Tensor) -> str | None:
+    return refusal(both, weights, dtypes=(torch.float32,)) or plain_refusal(both, weights)
+
+
+def weighted_silu_mul_backward(grad: Tensor, both: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass, sums in float32."""
+    out, grad_both, grad_weights = torch.empty(grad.shape), torch.empty(both.shape), torch.empty(weights.shape)
+    made = grad_both.data_ptr(), grad_weights.data_ptr()
+    _weighted_silu_mul_backward(*_weighted_fields(both, weights, out), grad.data_ptr(), *made)
+    return grad_both, grad_weights, out
+
+
+def _weighted_fields(both: Tensor, weights: Tensor, out: Tensor) -> tuple[int, ...]:
+    return both.data_ptr(), weights.data_ptr(), out.data_ptr(), *out.shape, torch.get_num_threads()
+
+
+def weighted_silu_mul_backward_supports(grad: Tensor, both: Tensor, weights: Tensor) -> str | None:
+    return refusal(grad, both, weights, dtypes=(torch.float32,)) or plain_refusal(grad, both, weights)
 
 
 def _activation_refusal(activation: Activation) -> str | None:

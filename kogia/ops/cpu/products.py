@@ -19,11 +19,15 @@ WORTH = 1 << 18
 
 def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
     """Of rows, or of transposed ones, as they lie in memory."""
+    return _write(a, b, torch.empty(a.shape[0], b.shape[0]))
+
+
+def _write(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> Tensor:
+    """`product` into `out`, or added to what that holds; its rows may lie apart."""
     a, b = (each if 1 in each.stride() else each.contiguous() for each in (a, b))
-    out = torch.empty(a.shape[0], b.shape[0])
     _product(
         a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(),
-        out.data_ptr(), out.stride(0), 0, *out.shape, a.shape[1], torch.get_num_threads(),
+        out.data_ptr(), out.stride(0), adds, *out.shape, a.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -32,6 +36,16 @@ def product_supports(a: Tensor, b: Tensor) -> str | None:
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return "it has no backward of its own"
     return _refusal(a, b, size=a.numel() * b.shape[0])
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return _write(a, b, total, adds=True)
+
+
+def add_product_supports(total: Tensor, a: Tensor, b: Tensor) -> str | None:
+    if total.stride(1) != 1:
+        return "it adds to rows whose numbers lie side by side"
+    return product_supports(a, b) or plain_refusal(total)
 
 
 class _Product(torch.autograd.Function):
@@ -70,14 +84,28 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sizes = sizes
-        return torch.cat([multiply(rows, matrix) for rows, matrix in zip(x.split(sizes), weight, strict=True)])
+        return _by_expert(x, weight, sizes)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        parts = list(zip(grads[0].split(ctx.sizes), x.split(ctx.sizes), strict=True))
-        grad_x = torch.cat([multiply(grad, matrix.T) for (grad, _), matrix in zip(parts, weight, strict=True)])
-        return grad_x, torch.stack([multiply(grad.T, rows.T) for grad, rows in parts]), None
+        return _by_expert(grads[0], weight.mT, ctx.sizes), _outer(grads[0], x, ctx.sizes), None
+
+
+def _by_expert(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    """Rows of each expert times its matrix of [experts, out, in]."""
+    out = torch.empty(x.shape[0], weight.shape[1])
+    for rows, matrix, place in zip(x.split(sizes), weight, out.split(sizes), strict=True):
+        _write(rows, matrix, place)
+    return out
+
+
+def _outer(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
+    """a_e^T b_e; zeros of who has no rows."""
+    out = torch.zeros(len(sizes), a.shape[1], b.shape[1])
+    for rows, others, place in zip(a.split(sizes), b.split(sizes), out, strict=True):
+        _write(rows.T, others.T, place)
+    return out
 
 
 def grouped_linear(
@@ -99,9 +127,8 @@ def grouped_outer(
     a: Float[Tensor, "routed out"], b: Float[Tensor, "routed in"], counts: Int[Tensor, " experts"]
 ) -> Float[Tensor, "experts out in"]:
     """One product per expert."""
-    sizes = [*counts.tolist(), a.shape[0] - int(counts.sum())]
-    parts = zip(a.split(sizes)[:-1], b.split(sizes)[:-1], strict=True)
-    return torch.stack([multiply(part.T, rows.T) for part, rows in parts])
+    sizes: list[int] = counts.tolist()
+    return _outer(a[: sum(sizes)], b[: sum(sizes)], sizes)
 
 
 def grouped_outer_supports(a: Tensor, b: Tensor, counts: Tensor) -> str | None:
