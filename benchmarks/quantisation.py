@@ -83,7 +83,7 @@ BEHIND = 20_000
 """Characters that are passed over in each held-out or calibration book; none in mere pieces of them."""
 AT_ONCE, SIDE_BY_SIDE = 16, 4
 """Tokens of a sequence that an engine reads at a time, and sequences."""
-CALIBRATION = 16, 1200
+CALIBRATION = 64, 4000
 """Books, and characters of each."""
 BEGIN, END = "<!-- figures: benchmarks/results/quantisation.json -->", "<!-- end of figures -->"
 

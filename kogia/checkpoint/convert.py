@@ -29,7 +29,7 @@ from kogia.checkpoint.directory import (
     split_shards,
     stored_tensors,
 )
-from kogia.checkpoint.folds import Fold
+from kogia.checkpoint.folds import HEAD_COPY, Fold
 from kogia.checkpoint.gguf_file import is_gguf
 from kogia.checkpoint.gguf_tokenizer import load_tokenizer
 from kogia.checkpoint.gguf_write import Output, plan_gguf, write_gguf
@@ -222,7 +222,7 @@ def plan(
 
 def _layer_of(name: str) -> str:
     """The layer whose format a weight takes on: the MTP modules' copies of the head that of the head."""
-    return "lm_head" if name.endswith(".shared_head.head.weight") else module_of(name)
+    return "lm_head" if name.endswith(HEAD_COPY) else module_of(name)
 
 
 def _target(weight: Weight, dtype: str | None) -> torch.dtype:
@@ -277,8 +277,8 @@ def _pack(step: Step, start: int, stop: int, planned: Mapping[str, StoredTensor]
     rows = rows if step.fold is None else step.fold.of(rows, start)
     check_packable(step.source, rows, step.format)
     options: dict[str, Any] = {"asymmetric": True} if step.asymmetric else {}
-    if step.fold is not None and step.fold.importance is not None and step.format == "int4":
-        options["importance"] = step.fold.importance
+    if step.fold is not None and step.format == "int4":
+        options |= {"importance": step.fold.importance, "spread": step.fold.spread}
     done = 0
     for name, part in parts_on_disk(step.source.name, FORMATS[step.format].pack(rows, **options)):
         if name.endswith(SHAPE):

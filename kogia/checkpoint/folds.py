@@ -8,6 +8,10 @@ rounding of large columns counts for less. Every s_j is a power of two, so that 
 
 alpha is the one of `ALPHAS` with the least sum_j E[x_j^2] * sum_i (Q(W s) / s - W)_ij^2 over the weights that read the
 channels; 0 changes nothing. Where an indexer reads the same channels, they stay as they are.
+
+In int4 the columns of a weight are then rounded one after the other, and those behind make up for the error of each, as
+far as what they are multiplied with goes together (GPTQ, arXiv 2210.17323). What a text of so many tokens says of that
+is mixed with that nothing goes together: E[x x^T] is drawn towards its diagonal by in / (in + rows seen).
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,8 +31,26 @@ ALPHAS = tuple(i / 10 for i in range(11))
 _MOST_DOUBLINGS = 8.0
 _SEARCH_ROWS = 512  # of each weight that alpha is searched on: rows are rounded one by one
 
-Moments = Mapping[str, Float[Tensor, " in"]]
-"""Weight, by its name on disk -> E[x_j^2] of what it is multiplied with, float32 on the CPU."""
+HEAD_COPY = ".shared_head.head.weight"
+"""What a prediction module's copy of the head ends with."""
+_LEAST_DRAWN = 0.01
+"""Share of the way to the diagonal, however long the text was."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """Of what a weight is multiplied with, in float32 on the CPU."""
+
+    squares: Float[Tensor, " in"]
+    """E[x_j^2]"""
+    products: Float[Tensor, "in in"] | None = None
+    """E[x x^T]; None where they were not asked for, or are too many. Weights that read the same have the same one."""
+    num_rows: int = 0
+    """That were seen."""
+
+
+Moments = Mapping[str, Moment]
+"""By the name of the weight on disk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +63,8 @@ class Fold:
     """[in]"""
     importance: Tensor | None = None
     """[in]: E[x_j^2] of what the multiplied weight meets; int4 scales are chosen by it."""
+    spread: Tensor | None = None
+    """[in, in]: how columns behind make up for the error of each, see `ops.integers.quantize_nibbles`."""
 
     def of(self, part: Tensor, start: int) -> Tensor:
         """Rows of the tensor, from `start` on, multiplied."""
@@ -51,7 +75,7 @@ class Fold:
 
     def then(self, rows: Tensor | None, columns: Tensor | None) -> "Fold":
         """This one and another."""
-        return Fold(_product(self.rows, rows), _product(self.columns, columns), self.importance)
+        return replace(self, rows=_product(self.rows, rows), columns=_product(self.columns, columns))
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -134,22 +158,49 @@ def search_folds(model: Transformer, moments: Moments, format: str, *, asymmetri
         ]
         if not rounded:
             continue
-        moment = torch.stack([moments[name] for name in rounded]).mean(0)
+        moment = torch.stack([moments[name].squares for name in rounded]).mean(0)
         losses = {}
         for alpha in ALPHAS:
             scale = scales(_per_channel(moment, channels.shared), alpha)
             columns = scale if channels.shared is None else scale[channels.shared]
-            losses[alpha] = sum(_loss(weights[name], moments[name], columns, format, options) for name in rounded)
+            losses[alpha] = sum(
+                _loss(weights[name], moments[name].squares, columns, format, options) for name in rounded
+            )
         _fold(folds, channels, scales(_per_channel(moment, channels.shared), min(losses, key=lambda a: losses[a])))
     if format == "int4":
-        for name in moments:
+        made: dict[tuple[int, int], Tensor | None] = {}  # experts share theirs
+        for name, moment in moments.items():
             fold = folds.get(name, Fold())
-            folds[name] = replace(fold, importance=_importance(moments[name], fold.columns))
+            key = id(moment.products), id(fold.columns)
+            if key not in made:
+                made[key] = _spread(moment, fold.columns)
+            folds[name] = replace(fold, importance=_importance(moment.squares, fold.columns), spread=made[key])
+        for name in weights:
+            if name.endswith(HEAD_COPY) and "lm_head.weight" in folds:
+                folds[name] = folds["lm_head.weight"]
     return folds
 
 
-def _importance(moment: Tensor, columns: Tensor | None) -> Tensor:
-    return moment if columns is None else moment / columns**2
+def _importance(squares: Tensor, columns: Tensor | None) -> Tensor:
+    return squares if columns is None else squares / columns**2
+
+
+def _spread(moment: Moment, columns: Tensor | None) -> Float[Tensor, "in in"] | None:
+    """The upper Cholesky factor of the inverse of what is known of E[x x^T]; None where nothing is."""
+    if moment.products is None:
+        return None
+    products = moment.products.double()
+    if columns is not None:
+        products = products / (columns[:, None] * columns).double()
+    own, width = products.diagonal().clone(), len(products)
+    middle = own[own > 0].mean() if bool((own > 0).any()) else own.new_ones(())
+    drawn = max(_LEAST_DRAWN, width / (width + moment.num_rows))
+    products = products * ((1 - drawn) / middle)
+    products.diagonal().copy_(torch.where(own > 0, own / middle, 1.0))
+    lower, trouble = torch.linalg.cholesky_ex(products)
+    if int(trouble):
+        return None
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
 
 
 def _shape(weights: Mapping[str, object], name: str) -> tuple[int, ...]:

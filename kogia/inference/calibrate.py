@@ -1,13 +1,15 @@
 """What the weights of a model are multiplied with on a text: the measurements of activation-aware rounding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from kogia.checkpoint.folds import Moments
+from kogia import log
+from kogia.checkpoint.folds import Moment, Moments
 from kogia.data.config import SourceConfig
 from kogia.data.sources import read_source
 from kogia.model.linear import Linear
@@ -21,6 +23,8 @@ from kogia.text.tokenizer import Tokenizer
 NUM_TOKENS = 1 << 16
 """Of the text that are read at most."""
 Hook = Callable[[torch.nn.Module, tuple[Any, ...]], None]
+MOST_PRODUCTS = 1 << 30
+"""Numbers of float32: 4 GiB, and as many again while a checkpoint is rounded."""
 _LENGTH = 512
 _BATCH_TOKENS = 4096
 
@@ -58,31 +62,69 @@ def _packed(sequences: Sequence[Sequence[int]]) -> Iterator[PackedTokens]:
 
 
 class _Sums:
-    """Of squares, by the name of the weight on disk."""
+    """By the name of the weight on disk. What several weights read is summed once."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+    def __init__(self, with_products: Set[str]) -> None:
+        self.with_products = with_products
+        self.readers: dict[str, tuple[str, ...]] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.products: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, x: Tensor, *names: str) -> None:
-        total = x.detach().float().square().sum(0).cpu()
-        for name in names:
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-            self.counts[name] = self.counts.get(name, 0) + len(x)
+    def add(self, x: Float[Tensor, "rows in"], *names: str) -> None:
+        """Rows that all of `names` are multiplied with; the first one stands for them."""
+        x, first = x.detach().float(), names[0]
+        self.readers[first] = names
+        self.counts[first] = self.counts.get(first, 0) + len(x)
+        _add(self.squares, first, x.square().sum(0))
+        if first in self.with_products:
+            _add(self.products, first, x.T @ x)
 
-    def moments(self) -> Moments:
-        return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+    def moments(self) -> Iterator[tuple[str, Moment]]:
+        for first, names in self.readers.items():
+            if count := self.counts[first]:
+                products = self.products.pop(first).div_(count) if first in self.products else None
+                moment = Moment(self.squares[first] / count, products, count)
+                yield from ((name, moment) for name in names)
+
+
+def _add(sums: dict[str, Tensor], name: str, more: Tensor) -> None:
+    sums[name] = sums[name].add_(more.cpu()) if name in sums else more.cpu()
 
 
 @torch.no_grad()
-def measure_moments(model: Transformer, batches: Iterator[PackedTokens]) -> Moments:
-    """Run a dense model over the batches. What no token met, as experts that none was sent to, has no entry."""
-    sums = _Sums()
+def measure_moments(model: Transformer, batches: Iterator[PackedTokens], *, products: bool = False) -> Moments:
+    """Run a dense model over the batches. What no token met, as experts that none was sent to, has no entry.
+
+    With `products` E[x x^T] are measured as well, as far as `MOST_PRODUCTS` goes.
+    """
+    sums = _Sums(_with_products(model) if products else frozenset())
     with _watched(model, sums):
         for batch in batches:
             batch = batch.to(model.device)
             model.logits(model(batch))
     return dict(sums.moments())
+
+
+def _with_products(model: Transformer) -> Set[str]:
+    """Weights that stand for an input, those of each expert's last matrix at the end."""
+    widths: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            num_experts, dim, width = module.down_proj.weight.shape
+            widths[f"{name}.0.gate_proj.weight"] = dim
+            last |= {f"{name}.{i}.down_proj.weight": width for i in range(num_experts)}
+        elif isinstance(module, Linear) and ".experts." not in name:
+            widths[f"{name}.weight"] = module.weight.shape[-1]
+    chosen, left = [], MOST_PRODUCTS
+    for name, width in (widths | last).items():
+        if width * width <= left:
+            chosen.append(name)
+            left -= width * width
+    if missing := len(widths | last) - len(chosen):
+        log.info(f"errors of {missing} weights are not made up for: their inputs' products would take too much memory")
+    return frozenset(chosen)
 
 
 @contextmanager

@@ -28,13 +28,14 @@ def folds_for(config: ConvertConfig) -> dict[str, Fold]:
     """What the weights are to be multiplied by before they are rounded."""
     assert config.calibration is not None and config.quantize is not None, "ConvertConfig says so"
     found = find_model(config.src, quantize="none")
-    if found.stored.formats:
+    if coarse := sorted(found.stored.formats - {"fp8"}):
         raise ValueError(
-            f"{found.directory}: holds {' and '.join(sorted(found.stored.formats))} weights, which have been rounded "
-            "already; calibrate with the checkpoint that they were made of"
+            f"{found.directory}: holds {' and '.join(coarse)} weights, which have been rounded already; calibrate with "
+            "the checkpoint that they were made of"
         )
     model, tokenizer, _ = found.open()
-    moments = measure_moments(model, calibration_batches(config.calibration, tokenizer, model.config.max_position))
+    batches = calibration_batches(config.calibration, tokenizer, model.config.max_position)
+    moments = measure_moments(model, batches, products=config.quantize == "int4")
     folds = search_folds(model, moments, config.quantize, asymmetric=config.asymmetric)
     log.info(f"calibrated on {config.calibration}: {len(folds)} tensors are scaled")
     return folds

@@ -50,12 +50,18 @@ def dequantize_rows(
 
 @op(cuda=("kogia.ops.triton.integers",))
 def quantize_nibbles(
-    weight: Float[Tensor, "*stack out in"], *, asymmetric: bool = False, importance: Float[Tensor, " in"] | None = None
+    weight: Float[Tensor, "*stack out in"],
+    *,
+    asymmetric: bool = False,
+    importance: Float[Tensor, " in"] | None = None,
+    spread: Float[Tensor, "in in"] | None = None,
 ) -> tuple[UInt8[Tensor, "*stack out half"], Float[Tensor, "*stack out groups"], Tensor | None]:
     """(pairs of int4 codes, bfloat16 scales, zeros 0..15 where `asymmetric`).
 
     Of `SHRINKS` scales each group has the one with the least squared error, after its rounding to bfloat16;
-    errors of column j count `importance[j]` times.
+    errors of column j count `importance[j]` times. With `spread` columns are rounded one after the other, and those
+    behind make up for the error of each (GPTQ, arXiv 2210.17323, algorithm 1): it is the upper Cholesky factor of the
+    inverse of E[x x^T], x being what the weight is multiplied with.
     Raises ValueError for rows that no group divides.
     """
     group = group_size(weight.shape[-1])
@@ -68,8 +74,12 @@ def quantize_nibbles(
     rows, codes, scales = (each.view(-1, each.shape[-1]) for each in (weight.contiguous(), data, scale))
     for part in _parts(rows):
         groups = rows[part].float().unflatten(-1, (-1, group))
-        best, at = _best_scales(groups, asymmetric, None if importance is None else importance.view(-1, group))
-        u = _codes(groups, best, at).flatten(-2).to(torch.uint8)
+        weights = None if importance is None else importance.view(-1, group)
+        if spread is None:
+            best, at = _best_scales(groups, asymmetric, weights)
+            u = _codes(groups, best, at).flatten(-2).to(torch.uint8)
+        else:
+            best, at, u = _made_up_for(groups, asymmetric, weights, spread)
         codes[part] = u[:, ::2] | u[:, 1::2] << 4
         scales[part] = best
         if zero is not None:
@@ -111,6 +121,35 @@ def _best_scales(
         least = torch.where(better, error, least)
         best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
     return best.bfloat16(), best_zero
+
+
+def _made_up_for(
+    groups: Float[Tensor, "rows groups g"],
+    asymmetric: bool,
+    importance: Float[Tensor, "groups g"] | None,
+    spread: Float[Tensor, "in in"],
+) -> tuple[Tensor, Tensor, UInt8[Tensor, "rows in"]]:
+    """(scales, zeros, codes) of columns that are rounded in turn: each group's scale is chosen when its turn comes."""
+    rows, num_groups, group = groups.shape
+    left = groups.flatten(1).T.contiguous()  # a column of the weight is a row here, which lies together
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    scales = torch.empty(rows, num_groups, dtype=torch.bfloat16, device=left.device)
+    zeros = torch.empty(rows, num_groups, device=left.device)
+    for i in range(num_groups):
+        start, stop = i * group, (i + 1) * group
+        part, errors = left[start:stop], torch.empty(group, rows, device=left.device)
+        weights = None if importance is None else importance[i : i + 1]
+        best, at = _best_scales(part.T[:, None], asymmetric, weights)
+        scales[:, i], zeros[:, i] = best[:, 0], at[:, 0]
+        scale, zero = best.float()[:, 0], at[:, 0]
+        for j in range(group):
+            column, row = part[j], spread[start + j, start:stop]
+            code = torch.addcdiv(zero, column, scale).round_().clamp_(0, _INT4_MAX)
+            codes[start + j] = code
+            errors[j] = column.sub(code.sub_(zero).mul_(scale)).div_(row[j])
+            part[j + 1 :].addr_(row[j + 1 :], errors[j], alpha=-1)
+        left[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
+    return scales, zeros, codes.T
 
 
 def _scale_and_zero(low: Tensor, high: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:

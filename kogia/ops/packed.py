@@ -93,8 +93,10 @@ def _unpack_int8(packed: Packed, dtype: torch.dtype) -> Tensor:
     return integers.dequantize_rows(packed.data, packed.scale, dtype)
 
 
-def _pack_int4(weight: Tensor, *, asymmetric: bool = False, importance: Tensor | None = None) -> Packed:
-    data, scale, zero = integers.quantize_nibbles(weight, asymmetric=asymmetric, importance=importance)
+def _pack_int4(
+    weight: Tensor, *, asymmetric: bool = False, importance: Tensor | None = None, spread: Tensor | None = None
+) -> Packed:
+    data, scale, zero = integers.quantize_nibbles(weight, asymmetric=asymmetric, importance=importance, spread=spread)
     return Packed(data, scale, zero, "int4")
 
 

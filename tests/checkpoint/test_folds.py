@@ -108,7 +108,7 @@ def test_moments_are_the_mean_squares_of_what_each_weight_is_given(config):
             else [f"{name}.weight"]
         )
         for each in names:
-            torch.testing.assert_close(moments[each], want, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(moments[each].squares, want, rtol=1e-4, atol=1e-6)
 
 
 def test_the_inputs_of_an_experts_last_matrix_are_those_of_its_tokens_alone():
@@ -126,9 +126,63 @@ def test_the_inputs_of_an_experts_last_matrix_are_those_of_its_tokens_alone():
         inner = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
         name = f"model.layers.1.mlp.experts.{i}.down_proj.weight"
         if len(rows):
-            torch.testing.assert_close(moments[name], inner.square().mean(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(moments[name].squares, inner.square().mean(0), rtol=1e-4, atol=1e-6)
         else:
             assert name not in moments
+
+
+def test_products_are_the_means_of_what_goes_together_and_experts_share_what_they_read():
+    model, seen = uneven(GROUPS), {}
+    handles = [
+        module.register_forward_pre_hook(lambda m, x, name=name: seen.setdefault(name, []).append(x[0]))
+        for name, module in model.named_modules()
+        if name.endswith(("o_proj", "mlp.experts"))
+    ]
+    moments = measure_moments(model, iter(BATCHES), products=True)
+    for handle in handles:
+        handle.remove()
+    for name, inputs in seen.items():
+        x, first = torch.cat(inputs).double(), f"{name}.0.gate_proj" if name.endswith("experts") else name
+        moment = moments[f"{first}.weight"]
+        torch.testing.assert_close(moment.products, (x.T @ x / len(x)).float(), rtol=1e-4, atol=1e-5)
+        assert moment.num_rows == len(x)
+    experts = [moments[f"model.layers.1.mlp.experts.{i}.{part}_proj.weight"] for i in (0, 3) for part in ("gate", "up")]
+    assert len({id(each.products) for each in experts}) == 1
+    assert all(moment.products is None for moment in measure_moments(model, iter(BATCHES)).values())
+
+
+def test_products_that_memory_does_not_hold_are_done_without_and_it_is_said(monkeypatch, capsys):
+    from kogia.inference import calibrate
+
+    model = uneven(GROUPS)
+    everything = measure_moments(model, iter(BATCHES), products=True)
+    monkeypatch.setattr(calibrate, "MOST_PRODUCTS", 3 * GROUPS.dim**2)
+    some = measure_moments(model, iter(BATCHES), products=True)
+    assert "are not made up for" in capsys.readouterr().err
+    held = {id(moment.products): moment.products for moment in some.values() if moment.products is not None}
+    assert 0 < sum(each.numel() for each in held.values()) <= 3 * GROUPS.dim**2
+    assert everything.keys() == some.keys()
+    folds = search_folds(model, some, "int4")
+    assert any(fold.spread is None for fold in folds.values()) and any(
+        fold.spread is not None for fold in folds.values()
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_and_dead_channels_still_tell_how_to_make_up_for_errors(rows):
+    from kogia.checkpoint import folds
+
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0)) * 1e6
+    x[:, 5] = 0
+    moment = folds.Moment(x.square().mean(0), x.T @ x / rows, rows)
+    spread = folds._spread(moment, torch.exp2(torch.arange(64.0) % 5 - 2))
+    assert spread is not None and bool(spread.isfinite().all())
+    weight = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    packed = FORMATS["int4"].pack(weight, spread=spread)
+    moved = packed.dense(torch.float32) - weight
+    assert moved.norm() < 0.25 * weight.norm(), "what is hardly known moves nothing far"
+    nothing = folds.Moment(torch.zeros(64), torch.zeros(64, 64), rows)
+    assert torch.equal(folds._spread(nothing, None), torch.eye(64))
 
 
 def weighted_error(model: Transformer, moments, folds, format: str) -> float:
@@ -138,11 +192,11 @@ def weighted_error(model: Transformer, moments, folds, format: str) -> float:
         if name in moments and FORMATS[format].takes(tuple(weight.shape)):
             fold = folds.get(name, Fold())
             scaled = fold.of(weight.detach(), 0)
-            options = {} if fold.importance is None else {"importance": fold.importance}
+            options = {} if fold.importance is None else {"importance": fold.importance, "spread": fold.spread}
             back = FORMATS[format].pack(scaled, **options).dense(torch.float32)
             undone = Fold(*(None if each is None else 1 / each for each in (fold.rows, fold.columns)))
             error = (undone.of(back, 0) - weight).double()
-            total += float(error.square().sum(0) @ moments[name].double())
+            total += float(error.square().sum(0) @ moments[name].squares.double())
     return total
 
 
@@ -177,9 +231,10 @@ def test_scales_are_powers_of_two_about_1_and_leave_dead_channels_alone():
 def test_a_folded_and_rounded_checkpoint_is_what_rounding_the_folded_one_gives(tmp_path):
     model = uneven(GROUPS, torch.bfloat16)
     source = save_model(model, tmp_path / "source")
-    folds = search_folds(load_model(source, dtype=torch.float32), measure_moments(model, iter(BATCHES)), "int4")
+    moments = measure_moments(model, iter(BATCHES), products=True)
+    folds = search_folds(load_model(source, dtype=torch.float32), moments, "int4")
     at_once = convert(source, tmp_path / "at-once", quantize="int4", folds=folds)
     folded = convert(source, tmp_path / "folded", folds=folds)
-    importance = {name: Fold(importance=fold.importance) for name, fold in folds.items()}
+    importance = {name: replace(fold, rows=None, columns=None) for name, fold in folds.items()}
     again = convert(folded, tmp_path / "again", quantize="int4", folds=importance)
     assert_same(load_model(at_once, quantize="stored"), load_model(again, quantize="stored"))

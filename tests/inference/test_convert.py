@@ -97,6 +97,20 @@ def test_a_text_that_is_none_is_refused_before_the_model_runs(source, tmp_path, 
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_checkpoint_published_in_fp8_is_calibrated(source, text, tmp_path):
+    published = convert(source, tmp_path / "published", quantize="fp8")
+    words = ["convert", str(published), str(tmp_path / "t"), "--quantize", "int4", "--calibration", str(text)]
+    assert main(words) == 0
+    assert any(name.endswith("weight_packed") for name in stored(tmp_path / "t"))
+    dense = load_model(published)
+    errors = []
+    for directory in (tmp_path / "t", convert(published, tmp_path / "plain", quantize="int4")):
+        model, batch = load_model(directory), next(calibration_batches(str(text), train_bpe([WORDS], 300), 128))
+        with torch.no_grad():
+            errors.append(float((model.logits(model(batch)) - dense.logits(dense(batch))).square().mean()))
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_what_is_rounded_already_is_not_calibrated(source, text, tmp_path, capsys):
     packed = convert(source, tmp_path / "packed", quantize="int8")
     words = ["convert", str(packed), str(tmp_path / "t"), "--quantize", "int4", "--calibration", str(text)]

@@ -101,6 +101,49 @@ def test_columns_that_count_for_more_have_smaller_errors(asymmetric):
     assert torch.equal(ones.data, FORMATS["int4"].pack(weight, asymmetric=asymmetric).data)
 
 
+def related(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Rows whose numbers go together, as activations do, in float64."""
+    few = drawn(rows, 8, seed=seed).double() @ drawn(8, columns, seed=seed + 1).double()
+    return few + 0.3 * drawn(rows, columns, seed=seed + 2).double()
+
+
+def spread_of(products: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.cholesky(torch.linalg.inv(products), upper=True).float()
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("columns", [32, 96, 256])
+def test_columns_behind_make_up_for_the_error_of_each_as_solving_for_them_does(columns, asymmetric):
+    weight, x = drawn(7, columns, seed=3), related(4 * columns, columns)
+    products = x.T @ x / len(x)
+    packed = FORMATS["int4"].pack(weight, asymmetric=asymmetric, spread=spread_of(products))
+    group, left = columns // packed.scale.shape[-1], weight.double()
+    for j in range(columns):
+        # of all values of the columns behind, those with the least error of the whole product, this one being rounded
+        scale = packed.scale[:, j // group].double()
+        zero = 8.0 if packed.zero is None else packed.zero[:, j // group].double()
+        rounded = ((left[:, j] / scale).round() + zero).clamp(0, 15).sub(zero) * scale
+        error = (rounded - left[:, j])[:, None]
+        left[:, j] = rounded
+        if j + 1 < columns:
+            behind = products[j + 1 :, j + 1 :]
+            left[:, j + 1 :] -= error * torch.linalg.solve(behind, products[j + 1 :, j])
+    torch.testing.assert_close(packed.dense(torch.float64), left, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_errors_that_are_made_up_for_are_smaller_where_inputs_go_together_and_as_they_were_where_they_do_not(
+    asymmetric,
+):
+    weight, x = drawn(40, 256, seed=5), related(2000, 256)
+    plain = FORMATS["int4"].pack(weight, asymmetric=asymmetric)
+    better = FORMATS["int4"].pack(weight, asymmetric=asymmetric, spread=spread_of(x.T @ x / len(x)))
+    errors = [((each.dense(torch.float64) - weight) @ x.T).square().sum() for each in (plain, better)]
+    assert errors[1] < 0.5 * errors[0]
+    alone = FORMATS["int4"].pack(weight, asymmetric=asymmetric, spread=torch.eye(256))
+    assert torch.equal(alone.data, plain.data) and torch.equal(alone.scale, plain.scale)
+
+
 def test_zeros_save_numbers_of_one_sign_a_bit():
     weight = drawn(16, 128).abs() + 1
     errors = [

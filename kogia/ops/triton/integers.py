@@ -77,9 +77,10 @@ def _quantize(
 
 
 def quantize_nibbles(
-    weight: Tensor, *, asymmetric: bool = False, importance: Tensor | None = None
+    weight: Tensor, *, asymmetric: bool = False, importance: Tensor | None = None, spread: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One launch."""
+    assert spread is None, "see quantize_nibbles_supports"
     *front, columns = weight.shape
     group = group_size(columns)
     assert group is not None, "see quantize_nibbles_supports"
@@ -99,8 +100,10 @@ _BLOCK = 16
 
 
 def quantize_nibbles_supports(
-    weight: Tensor, *, asymmetric: bool = False, importance: Tensor | None = None
+    weight: Tensor, *, asymmetric: bool = False, importance: Tensor | None = None, spread: Tensor | None = None
 ) -> str | None:
+    if spread is not None:
+        return "it rounds all columns at once, and errors are made up for one column after the other"
     if group_size(weight.shape[-1]) is None:
         return "no group divides its rows"
     return refusal(weight, dtypes=(*DTYPES, torch.float32))
