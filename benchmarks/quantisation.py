@@ -189,7 +189,9 @@ def calibration_text(args: argparse.Namespace) -> Path:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         documents = read_source(SourceConfig(args.text, num=books))
-        pieces = [{"text": document.text[BEHIND : BEHIND + length]} for document in documents]
+        texts = [document.text for document in documents]
+        begins = [BEHIND if len(text) >= BEHIND + length else 0 for text in texts]
+        pieces = [{"text": text[i : i + length]} for i, text in zip(begins, texts, strict=True)]
         file.write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
     return file
 
