@@ -71,8 +71,8 @@ def main() -> int:
     place = args.work / "fp8_loss"
     is_tiny = pick_device(args.device).type == "cpu"
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    args.tokens = args.tokens or (40_960 if is_tiny else 1.05e8)
-    earlier = earlier_pairs(args.out, seeds, args.tokens, args.weight_gradients) if args.first_seed else []
+    tokens = tokens_of(args, is_tiny)
+    earlier = earlier_pairs(args.out, seeds, tokens, args.weight_gradients) if args.first_seed else []
     if not (place / "data" / META).exists() and not called("prepare", data_of(args, place, is_tiny), place, until):
         print(f"{place / 'data'} is not done; the same command goes on")
         return MORE_TO_DO
@@ -90,6 +90,11 @@ def main() -> int:
     for each in found:
         print(json.dumps(each))
     return 0
+
+
+def tokens_of(args: argparse.Namespace, is_tiny: bool) -> float:
+    """Of each run."""
+    return args.tokens or (40_960 if is_tiny else 1.05e8)
 
 
 def earlier_pairs(path: Path, seeds: range, tokens: float, weight_gradients: str) -> list[dict[str, Any]]:
@@ -126,7 +131,7 @@ def run_of(
     data = replace(config.data, sources=(SourceConfig(str(place / "data")),))
     if is_tiny:
         data, config = replace(data, batch_tokens=2048, max_seqlen=256), replace(config, model=TINY, threads=1)
-    steps = -(-int(args.tokens) // data.batch_tokens)
+    steps = -(-int(tokens_of(args, is_tiny)) // data.batch_tokens)
     return replace(
         config, out=str(out), data=data, seed=seed, precision=precision, device=args.device, steps=steps, epochs=None,
         fp8=Fp8Config(weight_gradients=args.weight_gradients), optim=replace(config.optim, warmup_steps=steps // 10),
