@@ -60,7 +60,8 @@ class ConvertConfig:
     """int4 with a zero per 128 columns, for numbers that lie on one side of 0."""
     calibration: str | None = None
     """Text or rows, as `kogia pretrain` reads them, that a model of int8 or int4 weights is made for: the dense model
-    runs on the first 65,536 tokens, and weights that meet large numbers are rounded more finely. None is without."""
+    runs on the first 65,536 tokens, weights that meet large numbers are rounded more finely, and in int4 columns
+    make up for each other's errors (GPTQ). None is without."""
     shard_gib: float = 5.0
     """Largest size of one weight file; 0 writes a single file."""
     overwrite: bool = False

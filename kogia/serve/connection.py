@@ -109,7 +109,7 @@ class Protocol(H11Protocol):
         super().handle_events()
         if self.cycle is not cycle:
             write: Write = partial(self._write, self.cycle)
-            cast(dict[str, Any], self.cycle.scope)["extensions"] = {WRITE: write}
+            cast(dict[str, Any], self.cycle.scope).setdefault("extensions", {})[WRITE] = write
 
     def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
         """See `sse.Write`: h11 knows that an answer of unknown length is in chunks, and nothing of each of them."""
