@@ -120,10 +120,11 @@ class Stream:
 
     async def next(self) -> None:
         """Wait for what somebody else asks for, by `ask`, or for what comes though nobody does: the end."""
-        arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(arrived)
-        if not self._has_news():
-            await arrived
+        while not self._has_news():  # woken, too, for what this one has taken while it was handed over
+            arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(arrived)
+            if not self._has_news():
+                await arrived
 
     def __await__(self) -> Generator[None, None, list[Completion]]:
         return self._all().__await__()
@@ -196,8 +197,8 @@ class StreamLoop:
         """Whose thoughts are to be closed."""
         self._num_pausing = 0
         """Who wait for a pause: the loop's own thread, which would take its next turn at once, lets them go first."""
-        self._asked: list[Stream] = []
-        """Those that somebody waits for."""
+        self._asked: dict[Stream, None] = {}
+        """Those that somebody waits for, until news of theirs come."""
         self._heard: list[Stream] = []
         """Those with news that asyncio has not been told of."""
         self._turn: object | None = None
@@ -235,7 +236,7 @@ class StreamLoop:
     def ask(self, streams: Iterable[Stream]) -> None:
         """Have news of streams delivered as soon as there is any."""
         with self._lock:
-            self._asked += streams
+            self._asked.update(dict.fromkeys(streams))
             if self._turn is None:
                 self._exchange()
 
@@ -416,12 +417,13 @@ class StreamLoop:
         arrivals, self._arrivals = self._arrivals, []
         departures, self._departures = self._departures, []
         to_answer, self._to_answer = self._to_answer, []
-        asked, self._asked = self._asked, []
+        asked, self._asked = self._asked, {}
         self._engine.queue(arrivals)
         for request_id in to_answer:
             self._engine.stop_thinking(request_id)
         for stream in asked:
-            self._report(stream.unfinished)
+            if not stream._events:  # else who asks has them before it: they came as it did
+                self._report(stream.unfinished)
         self._report(departures)
         for request in departures:
             completion = self._engine.abort(request.id)
@@ -442,6 +444,7 @@ class StreamLoop:
         stream = self._streams.get(event.request_id)
         if stream is None:
             return  # of a request that was added without this loop
+        self._asked.pop(stream, None)
         self._heard.append(stream)
         stream._take(event)
         if event.completion is not None:

@@ -436,9 +436,13 @@ def test_who_takes_news_while_they_are_handed_over_and_waits_again_hears_of_the_
     thread = threading.Thread(target=readers.run_forever, daemon=True)
     thread.start()
 
+    async def has_news_after_waiting() -> bool:
+        await stream.next()
+        return stream._has_news()
+
     async def take() -> None:
         await stream.arrived()
-        waits.append(asyncio.ensure_future(stream.next()))
+        waits.append(asyncio.ensure_future(has_news_after_waiting()))
         await asyncio.sleep(0)
 
     def look(frame: FrameType, event: str, _: object) -> Any:
@@ -452,8 +456,8 @@ def test_who_takes_news_while_they_are_handed_over_and_waits_again_hears_of_the_
                 asyncio.run_coroutine_threadsafe(take(), readers).result(20)
         return look
 
-    async def all_heard() -> int:
-        return len(await asyncio.wait_for(asyncio.gather(*waits), 20))
+    async def all_heard() -> list[bool]:
+        return await asyncio.wait_for(asyncio.gather(*waits), 20)
 
     before = sys.gettrace()
     sys.settrace(look)
@@ -464,7 +468,8 @@ def test_who_takes_news_while_they_are_handed_over_and_waits_again_hears_of_the_
             engine.loop.wait(lambda seen=seen: engine.loop.num_steps > seen)
     finally:
         sys.settrace(before)
-    assert asyncio.run_coroutine_threadsafe(all_heard(), readers).result(30) > 40
+    heard = asyncio.run_coroutine_threadsafe(all_heard(), readers).result(30)
+    assert len(heard) > 40 and all(heard)
     readers.call_soon_threadsafe(readers.stop)
     thread.join(5)
     readers.close()
@@ -490,6 +495,36 @@ def test_who_waits_for_what_another_asks_for_hears_of_that_and_of_the_end_unaske
     had_news, num_waits = asyncio.run(main())
     assert had_news and num_waits <= 2
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("moment", ["before the step", "within the step", "with its news there"])
+def test_one_who_asks_is_brought_news_once_whenever_that_is(engine, moment):
+    stream = engine.submit([5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
+
+    def ask(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is loop_module.StreamLoop._release.__code__ and event == "call" and not stream._events:
+            loop_module.ask([stream])
+
+    def run_steps(count: int) -> None:
+        last = engine.loop.num_steps + count
+        engine.loop.wait(lambda: engine.loop.num_steps >= last)
+
+    if moment == "before the step":
+        loop_module.ask([stream])
+    before = sys.gettrace()
+    sys.settrace(ask if moment == "within the step" else before)
+    try:
+        engine.loop.wait(lambda: bool(stream._events))
+    finally:
+        sys.settrace(before)
+    if moment == "with its news there":
+        loop_module.ask([stream])
+    assert asyncio.run(stream.arrived())
+    run_steps(5)
+    assert not stream._events
+    loop_module.ask([stream])
+    assert len(asyncio.run(stream.arrived())) == 1
+    stream.cancel()
 
 
 @contextmanager
