@@ -2,8 +2,10 @@
 
     python benchmarks/server.py [--clients 16] [--tokens 300] [--requests 6] [--rounds 9]
 
-The demonstration's model with random weights, on a CPU. Server and clients are two processes, the bare engine
-is a third, which waits while the others run; rounds take turns, so that both see the same machine. In a round each
+Two models, on a CPU: the demonstration's with random weights, whose step takes less than a millisecond, so that HTTP
+shows, and kogia-nano, which `kogia serve` takes where no path is given, for a third of the rounds. Server and clients
+are two processes, the bare engine is a third, which waits while the others run; rounds take turns, so that both see the
+same machine. In a round each
 client streams chat completions over one connection, one after the other, of half to one and a half times --tokens, so
 that they begin and end at different times, and reads every chunk; the engine gets the same requests, and runs as many
 at once. Tokens per second count from the first request to the last token. `server-burst-overhead-percent` is the same
@@ -31,6 +33,7 @@ from urllib.request import urlopen
 from result import row, write_result
 
 VOCAB, BAR, STARTS = 526, 10.0, 5
+NANO = Path(__file__).parents[1] / "checkpoints" / "kogia-nano"
 QUESTION = "numbers 4 6 15 target 17"
 BODY = {"ignore_eos": True, "stream": True, "temperature": 1.0}
 TEXT = re.compile(rb'"(?:reasoning_)?content": ?"[^"]')
@@ -51,7 +54,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = save_model_in(Path(folder))
-        rows = measure(model, args.clients, args.tokens, args.requests, args.rounds)
+        rows = measure(model, "server", args.clients, args.tokens, args.requests, args.rounds)
+        rows += measure(NANO, "server-nano", args.clients, args.tokens, args.requests, max(args.rounds // 3, 2))
         seconds = [startup_seconds(model) for _ in range(STARTS + 1)][1:]
         rows.append(row("server-startup-seconds", median(seconds), "s", low=min(seconds), high=max(seconds), limit=4.0,
                         rounds=STARTS, page_cache="warm"))  # fmt: skip
@@ -83,8 +87,8 @@ def lengths_of(clients: int, tokens: int, requests: int) -> Lengths:
     ]
 
 
-def measure(model: Path, clients: int, tokens: int, requests: int, rounds: int) -> list[dict[str, Any]]:
-    """Rounds of the engine and of the server by turns; the first ones warm up."""
+def measure(model: Path, prefix: str, clients: int, tokens: int, requests: int, rounds: int) -> list[dict[str, Any]]:
+    """Rounds of the engine and of the server by turns; the first ones warm up. Ids of rows begin with `prefix`."""
     flags = ["--clients", str(clients), "--engine", str(model)]
     engine = subprocess.Popen(
         [sys.executable, __file__, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -95,7 +99,7 @@ def measure(model: Path, clients: int, tokens: int, requests: int, rounds: int) 
     rows, own = [], {"clients": clients, "tokens": tokens, "rounds": rounds}
     try:
         port = int(server.stderr.readline().split()[0].rpartition(":")[2])
-        for name, number_each in (("server-overhead-percent", requests), ("server-burst-overhead-percent", 1)):
+        for name, number_each in (("overhead-percent", requests), ("burst-overhead-percent", 1)):
             lengths, bare, served, firsts = lengths_of(clients, tokens, number_each), [], [], []
             for number in range(rounds + 1):
                 bare.append(ask_engine(engine, lengths, number))
@@ -104,15 +108,15 @@ def measure(model: Path, clients: int, tokens: int, requests: int, rounds: int) 
                 firsts += waits if number else []
             shares = [100 * (1 - with_http / without) for without, with_http in zip(bare[1:], served[1:])]
             rows.append(row(
-                name, median(shares), "%", low=min(shares), high=max(shares), limit=BAR, requests=number_each,
-                engine_tokens_per_second=round(median(bare[1:]), 1),
+                f"{prefix}-{name}", median(shares), "%", low=min(shares), high=max(shares), limit=BAR,
+                requests=number_each, engine_tokens_per_second=round(median(bare[1:]), 1),
                 server_tokens_per_second=round(median(served[1:]), 1), **own,
             ))  # fmt: skip
     finally:
         for process in (engine, server):
             process.kill()
             process.wait()
-    rows.append(row("server-first-chunk-ms-p99", 1000 * quantiles(firsts, n=100)[98], "ms", low=1000 * min(firsts),
+    rows.append(row(f"{prefix}-first-chunk-ms-p99", 1000 * quantiles(firsts, n=100)[98], "ms", low=1000 * min(firsts),
                     high=1000 * max(firsts), median=round(1000 * median(firsts), 2), **own))  # fmt: skip
     return rows
 
