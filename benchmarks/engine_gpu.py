@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -241,33 +242,42 @@ def prompt_steps(engine: Any, decoding: int) -> Iterator[tuple[str, float, dict[
 
 
 def host_share(engine: Any, batch: int) -> dict[str, float]:
-    """Milliseconds of a decode step: all of it, and those the host is busy planning, launching and settling."""
+    """Milliseconds of a decode step: all of it, those the host is busy planning, launching and settling, and those of
+    them in which the driver starts graphs."""
     for prompt in prompts_of(batch, 512):
         engine.add(prompt, params_of(200))
     for _ in range(40):
         engine.step()
     from kogia.engine import runner
 
-    waits = 0.0
-    wait = runner.Flight.wait
-
-    def timed_wait(self: Any) -> Any:
-        nonlocal waits
-        begin = time.perf_counter()
-        result = wait(self)
-        waits += time.perf_counter() - begin
-        return result
-
-    runner.Flight.wait = timed_wait
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(30):
-        engine.step()
-    total = time.perf_counter() - start
-    runner.Flight.wait = wait
+    with timed_calls(runner.Flight, "wait") as waits, timed_calls(torch.cuda.CUDAGraph, "replay") as starts:
+        start = time.perf_counter()
+        for _ in range(30):
+            engine.step()
+        total = time.perf_counter() - start
     while engine.num_unfinished:
         engine.step()
-    return {"step_ms": round(total / 30 * 1e3, 3), "host_ms": round((total - waits) / 30 * 1e3, 3)}
+    seconds = {"step_ms": total, "host_ms": total - sum(waits), "graph_start_ms": sum(starts)}
+    return {name: round(each / 30 * 1e3, 3) for name, each in seconds.items()}
+
+
+@contextmanager
+def timed_calls(owner: type, name: str) -> Iterator[list[float]]:
+    """Seconds of every call of a method within the block."""
+    method, found = getattr(owner, name), []
+
+    def timed_method(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = method(*args)
+        found.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, timed_method)
+    try:
+        yield found
+    finally:
+        setattr(owner, name, method)
 
 
 def profile(engine: Any, batch: int) -> None:
