@@ -9,7 +9,8 @@ Where to plug in (docs/server.md has more):
 
 * `app.create_app(state)` builds the application from a `ServerState` (state.py): models by name, keys, what runs,
   whether it is loading, ready or draining. `process.py` is the command: it loads, says when it is ready, and drains.
-* One file per API, each with `router = APIRouter(...)`; `app.py` lists them. Routes that need a key take
+* One file per API, each with `router = APIRouter(...)`; `app.py` lists them. FastAPI describes the routes and finds
+  them, but for those that generate, which `strict.Shortcut` calls. Routes that need a key take
   `caller: Caller = Depends(authenticate)` (access.py), the one place where limits per key belong; what concerns bytes
   and headers, before any route, is `guard.py`.
 * Requests are pydantic models on `fields.Body`, whose numbers are bounded; `sampling.py` has what they share and makes

@@ -99,11 +99,11 @@ async def authenticate(request: Request) -> Caller:
     The dependency of every route that does work: what a caller may use is checked here, too. It waits for nothing; a
     coroutine, as others are given a thread.
     """
-    return _authenticate(request)
+    return _authenticate(request.app.state.server.keys, request.headers)
 
 
-def _authenticate(request: Request) -> Caller:
-    caller = request.app.state.server.keys.find(_key(request.headers))
+def _authenticate(keys: Keys, headers: Mapping[str, str]) -> Caller:
+    caller = keys.find(_key(headers))
     if caller is None:
         raise _no_key("key")
     if (exchange := current.get()) is not None:
@@ -111,16 +111,23 @@ def _authenticate(request: Request) -> Caller:
     return caller
 
 
-def authenticate_by_path(request: Request) -> None:
+def authenticate_by_path(path: str, headers: Mapping[str, str], keys: Keys, admin_keys: Keys) -> None:
     """What the route that the path leads to will ask for, before anything else of a request is read."""
-    manages = request.url.path.startswith(f"{ADMIN_PREFIX}/") and request.app.state.server.admin_keys.callers
-    (authenticate_admin if manages else _authenticate)(request)
+    if path.startswith(f"{ADMIN_PREFIX}/") and admin_keys.callers:
+        _authenticate_admin(keys, admin_keys, headers)
+    else:
+        _authenticate(keys, headers)
 
 
-def authenticate_admin(request: Request) -> Caller:
+async def authenticate_admin(request: Request) -> Caller:
     """The operator behind a request. Raises 403 for a user's key, 401 for what is none."""
-    state, key = request.app.state.server, _key(request.headers)
-    admin, user = state.admin_keys.find(key), state.keys.find(key)
+    state = request.app.state.server
+    return _authenticate_admin(state.keys, state.admin_keys, request.headers)
+
+
+def _authenticate_admin(keys: Keys, admin_keys: Keys, headers: Mapping[str, str]) -> Caller:
+    key = _key(headers)
+    admin, user = admin_keys.find(key), keys.find(key)
     if admin is None and user not in (None, ANYBODY):
         raise ApiError("this key is a user's: what manages the server takes one of --admin-key-file", 403)
     if admin is None:

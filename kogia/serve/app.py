@@ -5,6 +5,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp
 
 from kogia.serve import (
     admin,
@@ -20,11 +21,13 @@ from kogia.serve import (
 )
 from kogia.serve.access import Caller, authenticate
 from kogia.serve.document import openapi
-from kogia.serve.errors import ApiError, answer_api_error, answer_validation, response_to
+from kogia.serve.errors import ApiError, answer_api_error, answer_validation, internal, response_to
+from kogia.serve.exchange import current
 from kogia.serve.guard import Guard
 from kogia.serve.metrics import Metrics
 from kogia.serve.page import files, kept, routes
 from kogia.serve.state import ServerState
+from kogia.serve.strict import Shortcut
 
 ROUTERS = (
     openai_chat.router,
@@ -43,7 +46,7 @@ ROUTERS = (
 """Those that are asked most first: an address is held against each route in turn."""
 
 
-def create_app(state: ServerState) -> FastAPI:
+def create_app(state: ServerState) -> ASGIApp:
     """Routes find `state` as `request.app.state.server`."""
     app = FastAPI(title="kogia", openapi_url=None, redirect_slashes=False)
     app.state.server = state
@@ -56,13 +59,20 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(RequestValidationError, answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(Guard, state=state)
-    return app
+    app.add_exception_handler(Exception, _answer_fault)
+    return Guard(Shortcut(app, ROUTERS), state)
 
 
 async def openapi_document(request: Request, caller: Caller = Depends(authenticate)) -> JSONResponse:
     """What the server takes and answers. Takes a key where the server has keys."""
     return JSONResponse(openapi(request.app, has_keys=bool(request.app.state.server.keys.callers)))
+
+
+async def _answer_fault(request: Request, error: Exception) -> JSONResponse:
+    """What the guard answers, too, to what is raised past FastAPI; it writes the log in either case."""
+    exchange = current.get()
+    assert exchange is not None, "the guard has begun one"
+    return response_to(internal(exchange.id), request.url.path)
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:

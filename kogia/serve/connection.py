@@ -25,6 +25,8 @@ MOST_CRUMBS = 64 << 10
 MOST_UNSENT = 64 << 10
 """Bytes that wait for the end of a go of the event loop."""
 MOST_CONNECTIONS = 4096
+FRAMING = (b"content-length", b"transfer-encoding", b"connection")
+"""Headers by which h11 tells where an answer ends, and whether another one may follow."""
 FILES_LEFT = 128
 """Files that connections leave to the rest of the process."""
 
@@ -68,6 +70,19 @@ class CountingTransport:
         return self._num_written - self.num_waiting
 
 
+class Connection(h11.Connection):
+    """Looks through the headers of an answer once: h11 does so three times where the answer is of unknown length."""
+
+    def send(self, event: h11.Event) -> Any:
+        if not isinstance(event, h11.Response):
+            return super().send(event)
+        framing, others = [], []
+        for header in event.headers:
+            (framing if header[0] in FRAMING else others).append(header)
+        head = super().send(h11.Response(status_code=event.status_code, headers=framing, reason=event.reason))
+        return head.removesuffix(b"\r\n") + b"".join(b"%b: %b\r\n" % header for header in others) + b"\r\n"
+
+
 class Protocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
     _since = 0.0
@@ -78,6 +93,10 @@ class Protocol(H11Protocol):
     """Bytes that the client had taken when `look` was called last."""
     _taken = 0.0
     """When it was last seen to have taken some, or all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = Connection(h11.SERVER, self.config.h11_max_incomplete_event_size or MOST_UNSENT)
 
     @property
     def is_idle(self) -> bool:

@@ -8,10 +8,9 @@ import asyncio
 import re
 import traceback
 import uuid
+from collections.abc import Mapping
 from urllib.parse import unquote
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kogia import log
@@ -32,10 +31,10 @@ MOST_URL_BYTES = 2048
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _KEY_NAMES = ("key=", "x-api-key=", "authorization=", "api_key=", "api-key=", "apikey=", "token=", "access_token=")
 SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
 }
 
 
@@ -54,13 +53,15 @@ class Guard:
         current.set(exchange)
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}  # its answer, of which the server below sends no more than the head
+        # of two headers of a name the first one; a dict, as Starlette's goes through all of them at each look
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
         for listener in self._state.on_begin:
-            listener(exchange, Headers(scope=scope))
-        transfer = _Transfer(exchange, scope, receive, send)
+            listener(exchange, headers)
+        transfer = _Transfer(exchange, scope, headers, receive, send)
         try:
-            self._check(scope)
-            if transfer.has_body:
-                authenticate_by_path(Request(scope))  # nothing is read of those who have no key
+            self._check(scope, headers)
+            if transfer.has_body:  # nothing is read of those who have no key
+                authenticate_by_path(scope["path"], headers, self._state.keys, self._state.admin_keys)
             await transfer.read_body()
             exchange.size = transfer.size
             self._hold(transfer)
@@ -89,21 +90,20 @@ class Guard:
             transfer.held = transfer.size
             self._held += transfer.held
 
-    def _check(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
+    def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
         if "content-length" in headers and "transfer-encoding" in headers:
             raise ApiError("content-length and transfer-encoding contradict each other: send one of them", 400)
         if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
             raise ApiError(f"content-encoding = {shown(coding)}: must be identity; send the body as it is", 415)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             raise ApiError(f"the headers must have at most {MOST_HEADER_BYTES:,} bytes", 431)
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
+        host, num_hosts = headers.get("host", ""), sum(name == b"host" for name, _ in scope["headers"])
+        if num_hosts != 1 or not _HOST.fullmatch(host):
             raise ApiError("the Host header must be there once, as name or name:port", 400)
-        if not self._state.keys.callers and not self._is_own(hosts[0]):
-            raise ApiError(f"Host {hosts[0]}: without keys this server answers to its own machine's names only", 403)
+        if not self._state.keys.callers and not self._is_own(host):
+            raise ApiError(f"Host {host}: without keys this server answers to its own machine's names only", 403)
         origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2].lower() != hosts[0].lower():
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             raise ApiError("pages of other origins may not ask this server", 403)
         query = scope["query_string"].decode("latin-1").lower()
         if len(scope["raw_path"]) + len(query) > MOST_URL_BYTES:
@@ -119,9 +119,11 @@ class Guard:
 class _Transfer:
     """One request on its way in and its answer on the way out."""
 
-    def __init__(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, exchange: Exchange, scope: Scope, headers: Mapping[str, str], receive: Receive, send: Send
+    ) -> None:
         self._exchange = exchange
-        self._scope, self._receive, self._send = scope, receive, send
+        self._scope, self._headers, self._receive, self._send = scope, headers, receive, send
         self._body: bytes | None = None
         self._is_read = False
         self.size = 0
@@ -133,12 +135,11 @@ class _Transfer:
 
     @property
     def has_body(self) -> bool:
-        headers = Headers(scope=self._scope)
-        return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        return "transfer-encoding" in self._headers or self._headers.get("content-length", "0") != "0"
 
     async def read_body(self) -> None:
         """Raises 413 for one that is too large, 408 for one that does not arrive."""
-        length = Headers(scope=self._scope).get("content-length", "0")
+        length = self._headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
             raise _too_large()
         try:
@@ -170,12 +171,12 @@ class _Transfer:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._has_begun, self._exchange.status = True, message["status"]
-            headers = MutableHeaders(raw=message.setdefault("headers", []))
-            headers["x-request-id"] = self._exchange.id
+            own = {b"x-request-id": self._exchange.id.encode(), **SECURITY_HEADERS}
             if self._exchange.notes:
-                headers["x-kogia-notes"] = "; ".join(self._exchange.notes.values())
-            for name, value in SECURITY_HEADERS.items():
-                headers.setdefault(name, value)
+                own[b"x-kogia-notes"] = "; ".join(self._exchange.notes.values()).encode("latin-1")
+            given = message.get("headers", [])
+            names = {name for name, _ in given}
+            message["headers"] = [*given, *(header for header in own.items() if header[0] not in names)]
         await self._send(message)
 
     async def refuse(self, error: ApiError) -> None:

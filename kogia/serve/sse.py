@@ -35,6 +35,8 @@ class EventStream(Response):
         super().__init__()
         self._events, self._seconds = events, keep_alive_seconds
         self._sent, self._has_ended = time.monotonic(), False
+        self._commenting: asyncio.Future[None] | None = None
+        """Where `Write` does not take the comment."""
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"  # of proxies that would collect the chunks
@@ -49,26 +51,31 @@ class EventStream(Response):
         """Head and end go out with the first chunk and the last, in one call of the system each."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         write: Write = scope.get("extensions", {}).get(WRITE, _leave)
-        comments = asyncio.ensure_future(self._comment(send))
+        self._comment_later(self._seconds, write, send)
         try:
             async for chunk in self._events:
                 self._sent = time.monotonic()
                 if not write(chunk):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:
-            comments.cancel()
+            self._timer.cancel()
+            if self._commenting is not None:
+                self._commenting.cancel()
         self._has_ended = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _comment(self, send: Send) -> None:
-        """Send a comment whenever nothing has been sent for so long."""
-        while True:
-            wait = self._sent + self._seconds - time.monotonic()
-            if wait <= 0:
-                self._sent = time.monotonic()
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            else:
-                await asyncio.sleep(wait)
+    def _comment_later(self, seconds: float, write: Write, send: Send) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._comment, write, send)
+
+    def _comment(self, write: Write, send: Send) -> None:
+        """Send a comment if nothing has been sent for so long. By a timer: most streams end before a task had a use."""
+        wait = self._sent + self._seconds - time.monotonic()
+        if wait <= 0:
+            self._sent, wait = time.monotonic(), self._seconds
+            if not write(KEEP_ALIVE) and (self._commenting is None or self._commenting.done()):
+                message = {"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True}
+                self._commenting = asyncio.ensure_future(send(message))
+        self._comment_later(wait, write, send)
 
 
 def _leave(_: bytes) -> bool:

@@ -1,15 +1,25 @@
-"""How bodies are read: as JSON in UTF-8, at most 200 deep, without NaN; and that nothing is done for those who left."""
+"""How bodies are read: as JSON in UTF-8, at most 200 deep, without NaN; and that nothing is done for those who left.
 
-from collections.abc import Callable, Coroutine
-from typing import Any
+What generates is called past FastAPI, whose way from an address to a call takes as long as all that such a call does
+until the engine has its request. FastAPI describes these routes (`document.py`), and finds and calls all others.
+"""
 
+from collections.abc import Callable, Coroutine, Iterable
+from functools import cached_property
+from inspect import signature
+from typing import Any, get_type_hints
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from kogia.serve.errors import ApiError, shown
+from kogia.serve.access import authenticate
+from kogia.serve.errors import ApiError, shown, validation
 from kogia.serve.sse import until_gone
 
 MOST_PARTS = 2**19
@@ -45,11 +55,61 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def strict(given: Request) -> Response:
-            request = StrictRequest(given.scope, given.receive)  # one alone reads the body, which comes once
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            body = await request.body()  # what is received behind it is that the client has left
-            if request.method == "POST" and kind != "application/json" and body:
-                raise ApiError(f"content-type = {shown(kind)}: must be application/json", 415)
-            return await until_gone(request.receive, handle(request)) or Unsent()
+            return await _strictly(StrictRequest(given.scope, given.receive), handle)  # which alone reads the body
 
         return strict
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it can be called without FastAPI: it has a body and a caller, and nothing else."""
+        return list(signature(self.endpoint).parameters) == ["body", "request", "caller"]
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do what FastAPI would with a plain route. Raises what that answers, as ApiError."""
+        response = await _strictly(StrictRequest(scope, receive), self._call)
+        await response(scope, receive, send)
+
+    async def _call(self, request: Request) -> Response:
+        caller = await authenticate(request)
+        if not await request.body():
+            raise ApiError("the body is missing")
+        given = await request.json()
+        try:
+            body = self._body_model.model_validate(given)
+        except ValidationError as error:
+            found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
+            raise validation(RequestValidationError(found, body=given)) from None
+        answer = await self.endpoint(body, request, caller)
+        return answer if isinstance(answer, Response) else JSONResponse(answer)
+
+    @cached_property
+    def _body_model(self) -> type[BaseModel]:
+        return get_type_hints(self.endpoint)["body"]
+
+
+class Shortcut:
+    """Calls the plain route at an address, past the search for it; what is at others goes its usual way."""
+
+    def __init__(self, app: FastAPI, routers: Iterable[APIRouter]) -> None:
+        routes = [route for router in routers for route in router.routes if isinstance(route, StrictRoute)]
+        plain = [route for route in routes if route.is_plain]
+        self._app, self._routes = (
+            app,
+            {(method, route.path): route for route in plain for method in route.methods or ()},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get((scope["method"], scope["path"]))
+        if route is None:
+            await self._app(scope, receive, send)
+        else:
+            scope.update(app=self._app, route=route)
+            await route.answer(scope, receive, send)
+
+
+async def _strictly(request: StrictRequest, handle: Callable[[Request], Coroutine[Any, Any, Response]]) -> Response:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = await request.body()  # what is received behind it is that the client has left
+    if request.method == "POST" and kind != "application/json" and body:
+        raise ApiError(f"content-type = {shown(kind)}: must be application/json", 415)
+    return await until_gone(request.receive, handle(request)) or Unsent()
