@@ -50,7 +50,7 @@ from kogia.train.guard import Guard, heed
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, mtp_losses
 from kogia.train.optim import build_optimizer
-from kogia.train.precision import memory_settings, multiply_in
+from kogia.train.precision import memory_settings, multiply_in, rounds_products
 from kogia.train.rates import REINFORCING, rate_line, settle_rate
 from kogia.train.run_dir import RECIPE, check_run_dir, hold_run_dir, open_run_dir, record_settings, was_measured
 from kogia.train.step import Loss, TrainState, train_step
@@ -168,6 +168,7 @@ def build_planned(plan: Plan, stack: ExitStack) -> Run:
         bias_update_speed=config.bias_update_speed,
         last_checkpoint=checkpoint,
         guard=guard,
+        rounds_products=rounds_products(config),
     )
     run = Run(config, out, tokenizer, state, Engine(model, tokenizer, config.engine), sources, guard, reference)
     if checkpoint is not None:
@@ -342,10 +343,11 @@ def build_batches(
         b.to(model.device) for b in policy_batches(rollout, rows, advantages, weights, config.micro_batch_tokens)
     ]
     batches = [b for b in batches if b.num_loss_tokens]
-    if config.updates_per_rollout > 1 or config.loss.rollout_is_cap is not None:
-        batches = [replace(b, old_logprobs=scored(model, b, config.temperature)) for b in batches]
-    if run.reference is not None:
-        batches = [replace(b, reference_logprobs=scored(run.reference, b, config.temperature)) for b in batches]
+    with run.state.products():
+        if config.updates_per_rollout > 1 or config.loss.rollout_is_cap is not None:
+            batches = [replace(b, old_logprobs=scored(model, b, config.temperature)) for b in batches]
+        if run.reference is not None:
+            batches = [replace(b, reference_logprobs=scored(run.reference, b, config.temperature)) for b in batches]
     return batches, denominator
 
 

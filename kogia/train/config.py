@@ -118,9 +118,10 @@ class LoopConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in and is saved as; of bfloat16 weights the optimiser keeps float32 masters."""
-    precision: Literal["dtype", "fp8"] = "dtype"
-    """What layers multiply in while they are trained: `dtype`, or FP8 as DeepSeek-V3 does. Weights, the optimiser,
-    validation and checkpoints stay as `dtype` has them. It pays on Hopper GPUs, for wide layers (docs/training.md)."""
+    precision: Literal["dtype", "bfloat16", "fp8"] = "dtype"
+    """What layers multiply in while they are trained: `dtype`; bfloat16, of float32 weights on a CPU with instructions
+    for it, on others `dtype`; or FP8 as DeepSeek-V3 does. Weights, the optimiser, validation and checkpoints stay as
+    `dtype` has them. FP8 pays on Hopper GPUs, for wide layers (docs/training.md)."""
     fp8: Fp8Config = Fp8Config()
     recompute: Recompute = "none"
     """Saves memory for time: what of each layer is not kept for the backward pass, which does it again. Routers choose

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kogia.model.transformer import Transformer
+from kogia.ops.linear import rounded_products
 from kogia.train.config import OptimConfig
 from kogia.train.optim import Optimizer
 from kogia.train.schedule import STEADY, Ramp, learning_rate
@@ -77,6 +79,12 @@ class TrainState:
     """Micro-batches of each step, as far as schedules go by them."""
     guard: Judge | None = None
     """What tells good steps from bad ones; None ends the run at a step that is not finite."""
+    rounds_products: bool = False
+    """Whether float32 products of its passes may be made of bfloat16."""
+
+    def products(self) -> AbstractContextManager[None]:
+        """Within it they are made as the state says."""
+        return rounded_products() if self.rounds_products else nullcontext()
 
     @property
     def done(self) -> float:
@@ -104,8 +112,9 @@ def train_step(
     state.optimizer.zero_grad()
     results = []
     for batch in batches:
-        loss = loss_fn(model, batch)
-        (loss.total / divisor).backward()
+        with state.products():
+            loss = loss_fn(model, batch)
+            (loss.total / divisor).backward()
         results.append(replace(loss, total=loss.total.detach()))
     norm = state.optimizer.gradient_norm()
     loads = _total_loads(results)

@@ -52,7 +52,7 @@ from kogia.train.indexer import prepare_indexer, with_indexer
 from kogia.train.interrupt import GracefulStop
 from kogia.train.loss import LossWeights, balance_of, supervised_loss, validation_loss
 from kogia.train.optim import build_optimizer
-from kogia.train.precision import memory_settings, multiply_in
+from kogia.train.precision import memory_settings, multiply_in, rounds_products
 from kogia.train.routing_log import RoutingLog
 from kogia.train.run_dir import RECIPE, hold_run_dir, open_run_dir, record_settings, was_measured
 from kogia.train.schedule import Ramp
@@ -130,7 +130,16 @@ def build_planned(plan: Plan) -> Run:
     routing = RoutingLog(out, num_steps)
     average = Average(model, config.average_decay) if config.average_decay else None
     multiply_in(config, model)
-    state = TrainState(model, optimizer, config.optim, num_steps, last_checkpoint=checkpoint, ramp=ramp, guard=guard)
+    state = TrainState(
+        model,
+        optimizer,
+        config.optim,
+        num_steps,
+        last_checkpoint=checkpoint,
+        ramp=ramp,
+        guard=guard,
+        rounds_products=rounds_products(config),
+    )
     speed = measured_speed(config, model.config, device)
     run = Run(config, out, tokenizer, state, loader, _validation(config, shards["val"]), guard, routing, speed, average)
     _describe(plan, shards, loader, num_steps, speed)
@@ -368,6 +377,7 @@ def forecast_step(config: SupervisedConfig, model: ModelConfig, device: torch.de
         average = Average(drawn, config.average_decay) if config.average_decay else None
         multiply_in(config, drawn)
         state = TrainState(drawn, optimizer, config.optim, num_steps=1000, guard=Guard(config.guard))
+        state.rounds_products = rounds_products(config)
 
         def step(batches: Sequence[Batch]) -> None:
             train_step(state, batches, loss_for_step(config, state, batches))

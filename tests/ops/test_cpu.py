@@ -50,8 +50,8 @@ PACKINGS = [None, "int8", "int4", "int4 asymmetric"]
 
 
 @pytest.fixture(autouse=True, params=LEVELS)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as compiled for an instruction set; memory that is not initialised holds NaN."""
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels as compiled for an instruction set, which is returned; memory that is not initialised holds NaN."""
     compiled = build.load(request.param)
     for module in MODULES:
         for kernel in vars(module).values():
@@ -61,6 +61,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
                 monkeypatch.setattr(kernel, "function", function)
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    return request.param
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -140,6 +141,41 @@ def test_products_of_many_rows_equal_those_in_float64_as_the_numbers_lie(rows, c
     assert torch.equal(cpu_products.product(a[rows // 2 :], b), got[rows // 2 :]), "a row's result is its own"
     strided = draw(rows, 2 * width, dtype=torch.float32)[:, ::2]
     assert distance(cpu_products.product(strided, b), strided.double() @ b.double().T) < ROUNDED[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "width"), [(1, 1, 1), (12, 32, 256), (7, 48, 97), (250, 526, 97), (33, 17, 513), (500, 96, 300)]
+)
+@pytest.mark.parametrize("a_across", [False, True])
+@pytest.mark.parametrize("b_across", [False, True])
+def test_rounded_products_are_those_in_float64_of_numbers_in_bfloat16_where_the_processor_can(
+    rows, columns, width, a_across, b_across, kernels, monkeypatch
+):
+    a, b = draw(rows, width, dtype=torch.float32), draw(columns, width, seed=1, dtype=torch.float32)
+    want = a.double() @ b.double().T
+    if "BF16" in kernels:
+        want = a.bfloat16().double() @ b.bfloat16().double().T
+        assert distance(want, a.double() @ b.double().T) < ROUNDED[BF16] or width == 1
+    made = []
+    with linear.rounded_products():
+        for threads in (1, 2):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            made.append(cpu_products.product(lying(a, a_across), lying(b, b_across)))
+        assert torch.equal(cpu_products.product(a[rows // 2 :], b), made[0][rows // 2 :]), "a row's result is its own"
+        total = torch.ones(rows, columns)
+        assert distance(cpu_products.add_product(total, a, b), want + 1) < ROUNDED[torch.float32]
+    assert torch.equal(*made)
+    assert distance(made[0], want) < ROUNDED[torch.float32]
+    assert distance(cpu_products.product(a, b), a.double() @ b.double().T) < ROUNDED[torch.float32], "outside as before"
+
+
+def test_gradients_of_rounded_products_are_rounded_products(kernels):
+    x, weight = draw(300, 72, dtype=torch.float32), draw(90, 72, seed=1, dtype=torch.float32)
+    upstream, tensors = draw(300, 90, seed=2, dtype=torch.float32), (x.requires_grad_(), weight.requires_grad_())
+    with linear.rounded_products():
+        got = torch.autograd.grad(cpu_products.linear(*tensors), tensors, upstream)
+    g, x, weight = ((t.bfloat16() if "BF16" in kernels else t).detach().double() for t in (upstream, x, weight))
+    assert all(distance(*pair) < ROUNDED[torch.float32] for pair in zip(got, (g @ weight, g.T @ x), strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 12, 96, 130, 500])

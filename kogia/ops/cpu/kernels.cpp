@@ -432,23 +432,30 @@ struct ProductArgs {
     int64_t out_row;  // stride
     int64_t adds;     // to what `out` holds
     int64_t rows, columns, inner, threads;
+    int64_t rounds;  // to bfloat16 what is multiplied
 };
 
 constexpr int64_t INNER = 256;  // numbers of a row after which sums go to memory: blocks of both sides stay in caches
 constexpr int64_t PANELS = 10;  // PANEL_ROWS rows each that a thread takes at once, at most
 
+// Rows of one side of a product from some place on; of halves, two neighbours along the inner axis are one number.
+template <class T> struct Side {
+    const T* at;
+    int64_t row, inner;  // strides
+};
+
 // sums[m][n] of M rows and V registers of columns; where `a` is ALONG, a row's numbers lie side by side.
-template <int M, int V, bool ALONG>
-void panel(const float* a, int64_t stride, const float* b, int64_t b_step, int64_t inner, bool first, float* out,
+template <int M, int V, bool ALONG, class T>
+void panel(const T* a, int64_t stride, const T* b, int64_t b_step, int64_t inner, bool first, float* out,
            int64_t out_stride) {
     Floats sums[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sums[m][v] = first ? zeros() : load(out + m * out_stride + v * LANES);
     for (int64_t k = 0; k < inner; k++) {
-        Floats columns[V];
+        decltype(load(b)) columns[V];
         for (int v = 0; v < V; v++) columns[v] = load(b + k * b_step + v * LANES);
         for (int m = 0; m < M; m++) {
-            Floats x = all(ALONG ? a[m * stride + k] : a[k * stride + m]);
+            auto x = all(ALONG ? a[m * stride + k] : a[k * stride + m]);
             for (int v = 0; v < V; v++) sums[m][v] = multiply_add(x, columns[v], sums[m][v]);
         }
     }
@@ -456,37 +463,46 @@ void panel(const float* a, int64_t stride, const float* b, int64_t b_step, int64
         for (int v = 0; v < V; v++) store(out + m * out_stride + v * LANES, sums[m][v]);
 }
 
-// `valid` of V registers of columns, for up to M rows from `row` on.
-template <int M, int V, bool ALONG>
-void panels(const ProductArgs& a, const float* b, int64_t b_step, int64_t row, int64_t last, int64_t c, int64_t k) {
-    int64_t stride = ALONG ? a.a_row : a.a_inner, inner = std::min(INNER, a.inner - k);
-    int64_t valid = std::min<int64_t>(V * LANES, a.columns - c);
-    bool first = k == 0 && !a.adds;
+// `valid` columns of V registers, for the first `rows` rows of `a`, up to M at once.
+template <int M, int V, bool ALONG, class T>
+void panels(Side<T> a, const T* b, int64_t b_step, int64_t rows, int64_t valid, int64_t inner, bool first, float* out,
+            int64_t out_row) {
+    const int64_t stride = ALONG ? a.row : a.inner;
     float spare[M * V * LANES];
-    for (; row + M <= last; row += M) {
-        const float* from = a.a + row * a.a_row + k * a.a_inner;
-        float* out = a.out + row * a.out_row + c;
+    for (; rows >= M; rows -= M, a.at += M * a.row, out += M * out_row) {
         if (valid == V * LANES) {
-            panel<M, V, ALONG>(from, stride, b, b_step, inner, first, out, a.out_row);
+            panel<M, V, ALONG>(a.at, stride, b, b_step, inner, first, out, out_row);
             continue;
         }
         for (int m = 0; m < M && !first; m++)
-            std::copy(out + m * a.out_row, out + m * a.out_row + valid, spare + m * V * LANES);
-        panel<M, V, ALONG>(from, stride, b, b_step, inner, first, spare, V * LANES);
+            std::copy(out + m * out_row, out + m * out_row + valid, spare + m * V * LANES);
+        panel<M, V, ALONG>(a.at, stride, b, b_step, inner, first, spare, V * LANES);
         for (int m = 0; m < M; m++)
-            std::copy(spare + m * V * LANES, spare + m * V * LANES + valid, out + m * a.out_row);
+            std::copy(spare + m * V * LANES, spare + m * V * LANES + valid, out + m * out_row);
     }
     if constexpr (M > 1)
-        if (row < last) panels<M / 2, V, ALONG>(a, b, b_step, row, last, c, k);
+        if (rows) panels<M / 2, V, ALONG>(a, b, b_step, rows, valid, inner, first, out, out_row);
+}
+
+// A block of the inner axis: all columns of `rows` rows, whose sums begin at `out`.
+template <bool ALONG, class T>
+void product_block(const ProductArgs& p, Side<T> a, const T* b, int64_t b_step, int64_t rows, int64_t inner, bool first,
+                   float* out) {
+    for (int64_t c = 0; c < p.columns; c += 2 * LANES) {
+        const int64_t left = p.columns - c;
+        if (left > LANES)
+            panels<PANEL_ROWS, 2, ALONG>(a, b + c, b_step, rows, std::min<int64_t>(left, 2 * LANES), inner, first, out + c,
+                                         p.out_row);
+        else panels<PANEL_ROWS, 1, ALONG>(a, b + c, b_step, rows, left, inner, first, out + c, p.out_row);
+    }
 }
 
 template <bool ALONG> void product_rows(const ProductArgs& a, const float* b, int64_t b_step, int64_t first, int64_t last) {
-    for (int64_t k = 0; k < a.inner; k += INNER)
-        for (int64_t c = 0; c < a.columns; c += 2 * LANES) {
-            const float* at = b + k * b_step + c;
-            if (c + LANES < a.columns) panels<PANEL_ROWS, 2, ALONG>(a, at, b_step, first, last, c, k);
-            else panels<PANEL_ROWS, 1, ALONG>(a, at, b_step, first, last, c, k);
-        }
+    for (int64_t k = 0; k < a.inner; k += INNER) {
+        const Side<float> rows{a.a + first * a.a_row + k * a.a_inner, a.a_row, a.a_inner};
+        product_block<ALONG>(a, rows, b + k * b_step, b_step, last - first, std::min(INNER, a.inner - k),
+                             k == 0 && !a.adds, a.out + first * a.out_row);
+    }
 }
 
 // Columns of `b` side by side, and zeros where they do not fill two registers.
@@ -505,21 +521,93 @@ const float* side_by_side(const ProductArgs& a, int64_t width) {
     return out;
 }
 
+// Rows that one thread takes at once, in shares of one size for all threads: gradients of weights have few.
+int64_t rows_at_once(const ProductArgs& a) {
+    const int64_t threads = std::max<int64_t>(1, a.threads), count = (a.rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    const int64_t rounds = (count + PANELS * threads - 1) / (PANELS * threads);
+    return PANEL_ROWS * ((count + rounds * threads - 1) / (rounds * threads));
+}
+
 void product_of_many(const ProductArgs& a) {
     if (!a.rows) return;
     int64_t width = (a.columns + 2 * LANES - 1) / (2 * LANES) * 2 * LANES, step = a.b_inner;
     const float* b = a.b;
     if (a.b_row != 1 || a.columns % LANES) b = side_by_side(a, width), step = width;
-    // shares of one size for all threads: gradients of weights have few rows
-    const int64_t threads = std::max<int64_t>(1, a.threads), count = (a.rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    const int64_t rounds = (count + PANELS * threads - 1) / (PANELS * threads);
-    const int64_t part = PANEL_ROWS * ((count + rounds * threads - 1) / (rounds * threads));
-    parallel((a.rows + part - 1) / part, threads, [&](int64_t i) {
+    const int64_t part = rows_at_once(a);
+    parallel((a.rows + part - 1) / part, a.threads, [&](int64_t i) {
         int64_t first = i * part, last = std::min(a.rows, first + part);
         if (a.a_inner == 1) product_rows<true>(a, b, step, first, last);
         else product_rows<false>(a, b, step, first, last);
     });
 }
+
+#if defined(__AVX512BF16__)
+// The same of numbers rounded to bfloat16, and sums in float32. Two neighbours along the inner axis are multiplied by one
+// instruction, so they lie side by side; behind the last of an odd number is a zero.
+
+// `count` numbers of a row, in pairs.
+void pair_along(const float* x, int64_t count, Pair* out) {
+    for (int64_t k = 0; k < count; k += 2 * LANES)
+        store(out + k / 2, halves(load(x + k, count - k), load(x + k + LANES, count - k - LANES)), (count + 1 - k) / 2);
+}
+
+// Of two rows, what stands in one place of both. `second` may be null, for zeros.
+void pair_across(const float* first, const float* second, int64_t count, Pair* out) {
+    for (int64_t i = 0; i < count; i += LANES)
+        store(out + i, interleaved(load(first + i, count - i), second ? load(second + i, count - i) : zeros()), count - i);
+}
+
+// `count` numbers along the inner axis, of `rows` rows that lie side by side along the other.
+void pairs_across(const float* x, int64_t inner, int64_t count, int64_t rows, Pair* out, int64_t out_step) {
+    for (int64_t k = 0; k < count; k += 2)
+        pair_across(x + k * inner, k + 1 < count ? x + (k + 1) * inner : nullptr, rows, out + k / 2 * out_step);
+}
+
+// Columns of `b` side by side, in pairs along the inner axis.
+const Pair* paired(const ProductArgs& a, int64_t width) {
+    const int64_t steps = (a.inner + 1) / 2;
+    Pair* out = scratch<Pair, 16>(width * steps);
+    if (a.b_row == 1) {
+        constexpr int64_t MANY = 32;
+        spread((a.inner + MANY - 1) / MANY, MANY * width, a.threads, [&](int64_t i) {
+            const int64_t k = i * MANY;
+            pairs_across(a.b + k * a.b_inner, a.b_inner, std::min(MANY, a.inner - k), a.columns, out + k / 2 * width, width);
+        });
+        return out;
+    }
+    spread((a.columns + LANES - 1) / LANES, LANES * a.inner, a.threads, [&](int64_t block) {
+        const int64_t n = block * LANES, many = std::min<int64_t>(LANES, a.columns - n);
+        Pair* rows = scratch<Pair, 17>(LANES * steps);
+        for (int64_t j = 0; j < many; j++) pair_along(a.b + (n + j) * a.b_row, a.inner, rows + j * steps);
+        for (int64_t k = 0; k < steps; k++)
+            for (int64_t j = 0; j < many; j++) out[k * width + n + j] = rows[j * steps + k];
+    });
+    return out;
+}
+
+void product_of_halves(const ProductArgs& a) {
+    if (!a.rows) return;
+    const int64_t width = (a.columns + 2 * LANES - 1) / (2 * LANES) * 2 * LANES, part = rows_at_once(a);
+    const Pair* b = paired(a, width);
+    parallel((a.rows + part - 1) / part, a.threads, [&](int64_t i) {
+        const int64_t row = i * part, rows = std::min(part, a.rows - row);
+        Pair* mine = scratch<Pair, 18>(part * INNER / 2);
+        for (int64_t k = 0; k < a.inner; k += INNER) {
+            const int64_t count = std::min(INNER, a.inner - k), steps = (count + 1) / 2;
+            const float* from = a.a + row * a.a_row + k * a.a_inner;
+            const bool first = k == 0 && !a.adds;
+            float* out = a.out + row * a.out_row;
+            if (a.a_inner == 1) {
+                for (int64_t r = 0; r < rows; r++) pair_along(from + r * a.a_row, count, mine + r * steps);
+                product_block<true>(a, Side<Pair>{mine, steps, 1}, b + k / 2 * width, width, rows, steps, first, out);
+            } else {
+                pairs_across(from, a.a_inner, count, rows, mine, part);
+                product_block<false>(a, Side<Pair>{mine, 1, part}, b + k / 2 * width, width, rows, steps, first, out);
+            }
+        }
+    });
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------- experts
 
@@ -1171,7 +1259,7 @@ constexpr int64_t BLOCK = 64;  // queries at once
 // out = a b, or added to it, of a.rows x inner numbers and inner x columns that lie side by side.
 void multiply(const float* a, int64_t a_row, int64_t a_inner, const float* b, int64_t b_step, int64_t rows,
               int64_t columns, int64_t inner, float* out, int64_t out_row, bool adds = false) {
-    ProductArgs args{a, a_row, a_inner, b, 1, b_step, out, out_row, adds, rows, columns, inner, 1};
+    ProductArgs args{a, a_row, a_inner, b, 1, b_step, out, out_row, adds, rows, columns, inner, 1, 0};
     if (a_inner == 1) product_rows<true>(args, b, b_step, 0, rows);
     else product_rows<false>(args, b, b_step, 0, rows);
 }
@@ -1839,7 +1927,12 @@ void kogia_replay(void* const* table, int64_t count) {
 
 void kogia_linear(const LinearArgs* a) { a->dtype == BFLOAT16 ? linear<bf16>(*a) : linear<float>(*a); }
 
-void kogia_product(const ProductArgs* a) { product_of_many(*a); }
+void kogia_product(const ProductArgs* a) {
+#if defined(__AVX512BF16__)
+    if (a->rounds) return product_of_halves(*a);
+#endif
+    product_of_many(*a);
+}
 
 void kogia_varlen_forward(const VarlenArgs* a) {
     parallel(a->seqs * a->key_heads, a->threads, [&](int64_t i) { varlen_forward(*a, place_of(*a, i)); });

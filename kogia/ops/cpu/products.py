@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kogia.ops.cpu.common import Kernel, plain_refusal
+from kogia.ops.linear import are_rounded
 from kogia.ops.linear import product as multiply
 from kogia.ops.packed import Packed
 
-_product = Kernel("kogia_product", "3q 3q 3q 4q")
+_product = Kernel("kogia_product", "3q 3q 3q 5q")
 WORTH = 1 << 18
 """Multiplications below which what stands around the kernel costs more than it gains."""
 
@@ -27,7 +28,7 @@ def _write(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> Tensor:
     a, b = (each if 1 in each.stride() else each.contiguous() for each in (a, b))
     _product(
         a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(),
-        out.data_ptr(), out.stride(0), adds, *out.shape, a.shape[1], torch.get_num_threads(),
+        out.data_ptr(), out.stride(0), adds, *out.shape, a.shape[1], torch.get_num_threads(), are_rounded(),
     )  # fmt: skip
     return out
 

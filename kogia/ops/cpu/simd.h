@@ -74,6 +74,24 @@ inline Floats operands(const float* p) { return load(p); }
 template <class T> constexpr int PARTS = 1;
 template <int K> inline Halves part_of(Halves x) { return x; }
 inline Floats dot(Floats sums, Halves a, Halves b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
+
+// Two bfloat16, the first in the lower half. A register of them is made from, and adds up to, LANES numbers at a time.
+struct Pair { uint32_t bits; };
+inline Halves all(Pair x) { return _mm512_set1_epi32(int(x.bits)); }
+inline Halves load(const Pair* p) { return _mm512_loadu_si512(p); }
+inline Floats multiply_add(Halves a, Halves b, Floats c) { return dot(c, a, b); }
+inline __mmask16 first_lanes(int64_t count) {
+    return count >= LANES ? __mmask16(0xFFFF) : count > 0 ? __mmask16((1u << count) - 1) : __mmask16(0);
+}
+inline Floats load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
+inline void store(Pair* p, Halves x, int64_t count) { _mm512_mask_storeu_epi32(p, first_lanes(count), x); }
+// One behind the other, rounded; and each number beside the one in its place.
+inline Halves halves(Floats first, Floats second) { return (Halves)_mm512_cvtne2ps_pbh(second, first); }
+inline Halves interleaved(Floats first, Floats second) {
+    const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                            20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(places, halves(first, second));
+}
 #else
 template <class T> constexpr int PARTS = sizeof(T) == 2 ? 2 : 1;
 template <int K> inline Floats part_of(Halves x) {
