@@ -81,7 +81,7 @@ class Part(BaseModel):
         for field, value in vars(self).items():
             if field in sent:  # of some fifty, most are not
                 inner = value if isinstance(value, list) else (value,)
-                names += [f"{field}.{name}" for part in inner if isinstance(part, Part) for name in part.unknown]
+                names += [f"{field}.{name}" for part in inner for name in getattr(part, "unknown", ())]
         return list(dict.fromkeys(names))
 
     @property

@@ -6,7 +6,7 @@ makes its answer of that: so the two cannot differ.
 
 import asyncio
 import contextlib
-import uuid
+import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +96,7 @@ def _piece(index: int, event: TokenEvent, reasoning: str, read: Read) -> Piece:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}{uuid.uuid4().hex}"
+    return f"{prefix}{os.urandom(16).hex()}"
 
 
 async def run(

@@ -5,10 +5,11 @@ answer an `x-request-id`.
 """
 
 import asyncio
+import os
 import re
 import traceback
-import uuid
 from collections.abc import Mapping
+from itertools import chain
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,7 +50,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(f"req_{uuid.uuid4().hex}", scope["method"], self._state.clock())
+        exchange = Exchange(f"req_{os.urandom(16).hex()}", scope["method"], self._state.clock())
         current.set(exchange)
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}  # its answer, of which the server below sends no more than the head
@@ -95,9 +96,9 @@ class Guard:
             raise ApiError("content-length and transfer-encoding contradict each other: send one of them", 400)
         if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
             raise ApiError(f"content-encoding = {shown(coding)}: must be identity; send the body as it is", 415)
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+        if sum(map(len, chain.from_iterable(scope["headers"]))) > MOST_HEADER_BYTES:
             raise ApiError(f"the headers must have at most {MOST_HEADER_BYTES:,} bytes", 431)
-        host, num_hosts = headers.get("host", ""), sum(name == b"host" for name, _ in scope["headers"])
+        host, num_hosts = headers.get("host", ""), [name for name, _ in scope["headers"]].count(b"host")
         if num_hosts != 1 or not _HOST.fullmatch(host):
             raise ApiError("the Host header must be there once, as name or name:port", 400)
         if not self._state.keys.callers and not self._is_own(host):
@@ -108,7 +109,7 @@ class Guard:
         query = scope["query_string"].decode("latin-1").lower()
         if len(scope["raw_path"]) + len(query) > MOST_URL_BYTES:
             raise ApiError(f"the address must have at most {MOST_URL_BYTES} bytes", 414)
-        if any(unquote(part).startswith(_KEY_NAMES) for part in query.split("&")):
+        if query and any(unquote(part).startswith(_KEY_NAMES) for part in query.split("&")):
             raise ApiError("keys in addresses end up in logs: send it as `Authorization: Bearer KEY`", 400)
 
     def _is_own(self, host: str) -> bool:

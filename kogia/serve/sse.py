@@ -26,10 +26,15 @@ def encode(value: Mapping[str, Any], event: str | None = None) -> bytes:
     return b"%sdata: %s\n\n" % (head, to_json(value, inf_nan_mode="null"))
 
 
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # of proxies that would collect the chunks
+)
+
+
 class EventStream(Response):
     """Sends what a generator of events yields. The generator is closed in any case: it frees what it holds."""
-
-    media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], keep_alive_seconds: float) -> None:
         super().__init__()
@@ -37,9 +42,9 @@ class EventStream(Response):
         self._sent, self._has_ended = time.monotonic(), False
         self._commenting: asyncio.Future[None] | None = None
         """Where `Write` does not take the comment."""
-        del self.headers["content-length"]
-        self.headers["cache-control"] = "no-cache"
-        self.headers["x-accel-buffering"] = "no"  # of proxies that would collect the chunks
+
+    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
+        self.raw_headers = list(HEADERS)  # no length, which nobody knows
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._events):

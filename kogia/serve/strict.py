@@ -28,17 +28,21 @@ MOST_PARTS = 2**19
 
 class StrictRequest(Request):
     async def json(self) -> Any:
-        """The body. Raises 400 where it is no JSON object, or one nested too deep or of too many parts."""
-        body = await self.body()
-        if body.count(b"[") + body.count(b"{") > MOST_PARTS:
-            raise ApiError(f"the body has too many lists and objects: must have at most {MOST_PARTS:,} brackets")
-        try:
-            value = from_json(body, allow_inf_nan=False)
-        except ValueError as error:
-            raise ApiError(f"the body is no JSON that will do: {error}") from None
-        if not isinstance(value, dict):
-            raise ApiError("the body must be a JSON object")
-        return value
+        """Raises 400 as `json_object`."""
+        return json_object(await self.body())
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """What a body says. Raises 400 where it is no JSON object, or one nested too deep or of too many parts."""
+    if body.count(b"[") + body.count(b"{") > MOST_PARTS:
+        raise ApiError(f"the body has too many lists and objects: must have at most {MOST_PARTS:,} brackets")
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(f"the body is no JSON that will do: {error}") from None
+    if not isinstance(value, dict):
+        raise ApiError("the body must be a JSON object")
+    return value
 
 
 class Unsent(Response):
@@ -55,7 +59,9 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def strict(given: Request) -> Response:
-            return await _strictly(StrictRequest(given.scope, given.receive), handle)  # which alone reads the body
+            request = StrictRequest(given.scope, given.receive)  # one alone reads the body, which comes once
+            _check_kind(request, await request.body())  # what is received behind it is that the client has left
+            return await until_gone(request.receive, handle(request)) or Unsent()
 
         return strict
 
@@ -66,14 +72,17 @@ class StrictRoute(APIRoute):
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Do what FastAPI would with a plain route. Raises what that answers, as ApiError."""
-        response = await _strictly(StrictRequest(scope, receive), self._call)
+        request = Request(scope, receive)
+        body = await request.body()
+        _check_kind(request, body)
+        response = await until_gone(receive, self._call(request, body)) or Unsent()
         await response(scope, receive, send)
 
-    async def _call(self, request: Request) -> Response:
+    async def _call(self, request: Request, content: bytes) -> Response:
         caller = await authenticate(request)
-        if not await request.body():
+        if not content:
             raise ApiError("the body is missing")
-        given = await request.json()
+        given = json_object(content)
         try:
             body = self._body_model.model_validate(given)
         except ValidationError as error:
@@ -107,9 +116,8 @@ class Shortcut:
             await route.answer(scope, receive, send)
 
 
-async def _strictly(request: StrictRequest, handle: Callable[[Request], Coroutine[Any, Any, Response]]) -> Response:
+def _check_kind(request: Request, body: bytes) -> None:
+    """Raise 415 for a body that is posted as something else than JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    body = await request.body()  # what is received behind it is that the client has left
     if request.method == "POST" and kind != "application/json" and body:
         raise ApiError(f"content-type = {shown(kind)}: must be application/json", 415)
-    return await until_gone(request.receive, handle(request)) or Unsent()
