@@ -40,7 +40,9 @@ def listen(config: ServeConfig) -> socket.socket:
     """A socket at the address of the server. Raises OSError that names it."""
     host = config.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # where the protocol is named asyncio sets TCP_NODELAY: else a chunk waits for the client's system to confirm the
+    # one before, which it puts off for up to 40 ms
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, config.port))

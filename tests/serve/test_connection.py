@@ -20,11 +20,21 @@ JSON = {"content-type": "application/json"}
 def narrow(server) -> socket.socket:
     """A client whose connection holds next to nothing on its way, so that it is soon felt to take nothing."""
     client = connect(server, receive_bytes=4096)
+    other_end(server, client).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return client
+
+
+def other_end(server, client: socket.socket):
+    """The server's socket of a connection."""
     own = client.getsockname()
     assert until(lambda: any(each.client == own for each in connections(server)))
     (theirs,) = [each for each in connections(server) if each.client == own]
-    theirs.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    return client
+    return theirs.transport.get_extra_info("socket")
+
+
+def test_a_chunk_does_not_wait_until_its_client_has_confirmed_the_one_before(server):
+    with connect(server) as client:
+        assert other_end(server, client).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def connections(server) -> list:
