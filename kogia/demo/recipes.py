@@ -88,6 +88,7 @@ def eval_config(config: DemoConfig, run: Path) -> EvalConfig:
         name="heldout",
         out=str(run / "evals"),
         engine=rl.engine,
+        engines=rl.engines,
         device=config.device,
         threads=config.threads,
         quiet=config.quiet,

@@ -1,7 +1,7 @@
 """Settings of the engine, and those of sampling that every program has. Torch-free."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -232,6 +232,16 @@ class EngineConfig:
     words of its own a model may answer as if it still thought."""
     prune: PruneConfig | None = None
     """Bounds what long contexts cost by dropping little-attended rows (latent attention only); None keeps them all."""
+
+    def share(self, number: int) -> "EngineConfig":
+        """Of each of several engines that are to take as much as this one together."""
+        blocks, memory = self.num_blocks, self.cache_memory_bytes
+        return replace(
+            self,
+            max_sequences=-(-self.max_sequences // number),
+            num_blocks=None if blocks is None else max(1, blocks // number),
+            cache_memory_bytes=None if memory is None else memory // number,
+        )
 
     def __post_init__(self) -> None:
         least = {"block_size": 1, "max_batch_tokens": 1, "max_sequences": 1, "num_draft_tokens": 0, "num_blocks": 1}

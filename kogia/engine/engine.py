@@ -9,9 +9,9 @@ The model is the trainer's own `Transformer`, used without gradients; nothing of
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
 
@@ -187,7 +187,31 @@ class Engine:
 
         If anything fails, Ctrl-C included, nothing of this call stays in the engine.
         """
-        return self.loop.generate(prompts, params, on_progress)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} SamplingParams: give one for all, or one each")
+        total, before = sum(own.n for own in each), self.totals().num_generated_tokens
+
+        def report(num_ended: int) -> None:
+            if on_progress is not None:
+                on_progress(num_ended, total, self.totals().num_generated_tokens - before)
+
+        done = dict(self.complete(zip(prompts, each, strict=True), on_step=report))
+        return [done[place] for place in range(len(prompts))]
+
+    def complete(
+        self,
+        requests: Iterable[tuple[Prompt | Sequence[int], SamplingParams]],
+        *,
+        ahead: int | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """`StreamLoop.complete`."""
+        return self.loop.complete(requests, ahead=ahead, on_step=on_step)
+
+    def totals(self) -> EngineStats:
+        """A copy of `stats`, of all that work together."""
+        return replace(self.stats, steps_by_tokens=list(self.stats.steps_by_tokens))
 
     def requests(
         self, prompt: Prompt | Sequence[int], params: SamplingParams, *, stream: bool = False

@@ -303,25 +303,6 @@ class StreamLoop:
             for stream in under_way:
                 self.cancel(stream)
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt | Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams],
-        on_progress: OnProgress | None = None,
-    ) -> list[list[Completion]]:
-        """Continue every prompt to the end: `n` completions each, in order of the prompts."""
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(each)} SamplingParams: give one for all, or one each")
-        total, before = sum(own.n for own in each), self._engine.num_generated_tokens
-
-        def report(num_ended: int) -> None:
-            if on_progress is not None:
-                on_progress(num_ended, total, self._engine.num_generated_tokens - before)
-
-        done = dict(self.complete(zip(prompts, each, strict=True), on_step=report))
-        return [done[place] for place in range(len(prompts))]
-
     def run_in_background(self) -> None:
         """Let a thread of the loop's own run steps as long as anything is unfinished."""
         if self._thread is not None:

@@ -90,6 +90,9 @@ class EvalConfig(FilteredSamplingConfig):
     batch_questions: int = 8
     """Questions checked and written to disk at a time; an interruption costs these and what is under way."""
     engine: EngineConfig = EngineConfig()
+    engines: int = 1
+    """Engines side by side on a CPU, each in a thread of its own, which share what `engine` grants: a small model
+    generates faster so than with its kernels shared out."""
     verify_workers: int = 2
     """Processes that check answers."""
     verify_timeout: float = 5.0
@@ -112,7 +115,7 @@ class EvalConfig(FilteredSamplingConfig):
         check_finite(self)
         super().__post_init__()
         check_tasks(self.tasks, self.task_options)
-        check_least(self, 1, "num_questions", "batch_questions", "threads")
+        check_least(self, 1, "num_questions", "batch_questions", "threads", "engines")
         check_verification(self.verify_workers, self.verify_timeout)
         check_numbers_of_experts(self.active_experts, self.engine.active_experts)
         if self.num_samples < 1 and not (self.num_samples == 0 and self.greedy):

@@ -11,6 +11,7 @@ from kogia import log
 from kogia.checkpoint.open import Found, check_thinking_switch, find_model
 from kogia.engine.config import FilteredSamplingConfig
 from kogia.engine.engine import Engine, EngineStats
+from kogia.engine.group import build_engine
 from kogia.engine.limits import Longest, check_activation, check_engine, longest_sequence
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
@@ -74,13 +75,14 @@ def plan_evaluation(config: EvalConfig) -> Plan:
         quantize=config.quantize,
         weights=not config.dry_run,
     )
-    check_engine(found.config, config.engine, found.dtype)
+    share = config.engine.share(config.engines)
+    check_engine(found.config, share, found.dtype)
     for number in config.active_experts:
         check_activation(found.config, number, None)
     for each in variants(config) if config.resume else ():
         for spec, task in tasks.items():
             SampleFiles(out, file_name(each, spec), _settings(each, str(found.directory), task)).check()
-    longest = longest_sequence(found.config, config.engine, found.dtype)
+    longest = longest_sequence(found.config, share, found.dtype)
     problems = {spec: _problems(task, found.tokenizer, longest, config) for spec, task in tasks.items()}
     return Plan(found, tasks, problems, earlier)
 
@@ -104,7 +106,7 @@ def evaluate_tasks(config: EvalConfig) -> list[dict[str, Any]]:
 def evaluate_planned(config: EvalConfig, plan: Plan) -> list[dict[str, Any]]:
     """The same after the checks."""
     model, tokenizer, directory = plan.found.open()
-    engine, out = Engine(model, tokenizer, config.engine), output_directory(config)
+    engine, out = build_engine(model, tokenizer, config.engine, config.engines), output_directory(config)
     summaries = []
     for spec, task in plan.tasks.items():
         options = config.task_options.get(spec, {})
@@ -171,7 +173,7 @@ def evaluate(
             stored, rows = finished
             spent = {key: stored.get(key) for key in SPENT}
             return EvalResult(about | _scores(config, rows, earlier) | spent, rows)
-        before = replace(engine.stats)
+        before = engine.totals()
         rows = [] if files is None else files.begin(resume=config.resume)
         with engine.deterministic():
             about["deterministic"] = engine.is_deterministic
@@ -188,7 +190,7 @@ def evaluate(
 
 def _spent(config: EvalConfig, engine: Engine, before: EngineStats) -> dict[str, Any]:
     """What sampling cost since the engine's totals were `before`."""
-    now = engine.stats
+    now = engine.totals()
     drafted, seconds = now.num_drafted - before.num_drafted, now.seconds - before.seconds
     tokens = now.num_generated_tokens - before.num_generated_tokens
     number = _active_experts(config)
@@ -272,11 +274,11 @@ def _rows(
     have = {(row["problem_id"], row["sample"] == GREEDY) for row in kept}
     passes = _passes(config)
     num_done, total = len(have), len(passes) * len(problems)
-    tokens_at_start = engine.stats.num_generated_tokens
+    tokens_at_start = engine.totals().num_generated_tokens
 
     def report(done: int, _total: int, _tokens: int) -> None:
         if on_progress is not None:
-            on_progress(num_done + done, total, engine.stats.num_generated_tokens - tokens_at_start)
+            on_progress(num_done + done, total, engine.totals().num_generated_tokens - tokens_at_start)
 
     for params, greedy in passes:
         left = [problem for problem in problems if (problem.id, greedy) not in have]

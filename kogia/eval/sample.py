@@ -143,7 +143,7 @@ def _complete(
     on_progress: Progress | None,
 ) -> Iterator[tuple[Problem, Prompt, list[Completion]]]:
     """Each problem with its completions as soon as all of them are there; the engine is kept full to the end."""
-    before, prompts = engine.num_generated_tokens, []
+    before, prompts = engine.totals().num_generated_tokens, []
     num_done, everything = 0, []
 
     def requests() -> Iterator[tuple[list[int], SamplingParams]]:
@@ -153,9 +153,9 @@ def _complete(
 
     def report(_: int) -> None:
         if on_progress is not None:
-            on_progress(num_done, len(problems), engine.num_generated_tokens - before)
+            on_progress(num_done, len(problems), engine.totals().num_generated_tokens - before)
 
-    for place, completions in engine.loop.complete(requests(), ahead=2 * engine.config.max_sequences, on_step=report):
+    for place, completions in engine.complete(requests(), ahead=2 * engine.config.max_sequences, on_step=report):
         num_done += 1
         everything += completions
         yield problems[place], prompts[place], completions

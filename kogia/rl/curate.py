@@ -24,6 +24,7 @@ from kogia import log
 from kogia.checkpoint.open import Found, check_thinking_switch, find_model
 from kogia.config import from_dict, to_dict
 from kogia.engine.engine import Engine
+from kogia.engine.group import build_engine
 from kogia.engine.limits import Longest, check_engine, longest_sequence
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
@@ -77,7 +78,9 @@ def curate_found(config: CurateConfig, found: Found) -> dict[str, Any]:
     """The same after the checks."""
     with closing(Record(config)) as record:
         model, tokenizer, directory = found.open()
-        return _curate(Engine(model, tokenizer, config.engine), tokenizer, config, record, str(directory))
+        return _curate(
+            build_engine(model, tokenizer, config.engine, config.engines), tokenizer, config, record, str(directory)
+        )
 
 
 def check(config: CurateConfig) -> Found:
@@ -93,8 +96,9 @@ def check(config: CurateConfig) -> Found:
         quantize=config.quantize,
         weights=not config.dry_run,
     )
-    check_engine(found.config, config.engine, found.dtype)
-    longest = longest_sequence(found.config, config.engine, found.dtype)
+    share = config.engine.share(config.engines)
+    check_engine(found.config, share, found.dtype)
+    longest = longest_sequence(found.config, share, found.dtype)
     for task in tasks.values():
         _problems(task, found.tokenizer, longest, config)
     return found
@@ -151,10 +155,10 @@ def _answer(
     on_progress: Progress,
 ) -> Iterator[list[Answered]]:
     """The samples that problems lack, a batch of problems at a time; those that lack equally many go together."""
-    num_done, tokens_at_start = 0, engine.num_generated_tokens
+    num_done, tokens_at_start = 0, engine.totals().num_generated_tokens
 
     def report(done: int, _total: int, _tokens: int) -> None:
-        on_progress(num_done + done, len(problems), engine.num_generated_tokens - tokens_at_start)
+        on_progress(num_done + done, len(problems), engine.totals().num_generated_tokens - tokens_at_start)
 
     rounds: dict[int, list[Problem]] = {}
     for problem in problems:

@@ -24,6 +24,7 @@ from kogia.checkpoint.open import Found, check_thinking_switch, find_model
 from kogia.checkpoint.resume import ResumeState, load_train_state, restore_random, save_checkpoint, seed_random
 from kogia.config import to_dict
 from kogia.engine.engine import Engine
+from kogia.engine.group import build_engine
 from kogia.engine.limits import Longest, check_engine, longest_sequence
 from kogia.engine.request import SamplingParams
 from kogia.engine.threads import generation_threads
@@ -126,8 +127,9 @@ def plan_run(config: RLConfig) -> Plan:
     weights = not config.dry_run
     with resuming_from(checkpoint):
         found = find_model(source, device=config.device, dtype=config.dtype, quantize="none", weights=weights)
-    check_engine(found.config, config.engine, found.dtype)
-    longest = longest_sequence(found.config, config.engine, found.dtype)
+    share = config.engine.share(config.engines)
+    check_engine(found.config, share, found.dtype)
+    longest = longest_sequence(found.config, share, found.dtype)
     chosen = [(spec, task, _training_problems(task, found.tokenizer, longest, config)) for spec, task in tasks.items()]
     optim = settle_rate(config.optim, REINFORCING, found.config)
     rate = rate_line(config.optim, optim, REINFORCING, found.config)
@@ -170,7 +172,8 @@ def build_planned(plan: Plan, stack: ExitStack) -> Run:
         guard=guard,
         rounds_products=rounds_products(config),
     )
-    run = Run(config, out, tokenizer, state, Engine(model, tokenizer, config.engine), sources, guard, reference)
+    engine = build_engine(model, tokenizer, config.engine, config.engines)
+    run = Run(config, out, tokenizer, state, engine, sources, guard, reference)
     if checkpoint is not None:
         restore(run, checkpoint)
         record_settings(config)
