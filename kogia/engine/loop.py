@@ -57,6 +57,8 @@ class Stream:
         self._requests = requests
         self._on_end = on_end
         self._events: deque[TokenEvent] = deque()
+        self.has_ended = False
+        """Nothing more will come: `result` does not wait."""
         self._num_ended = 0
         """Completions whose events are there."""
         self._error: BaseException | None = None
@@ -72,11 +74,6 @@ class Stream:
     def unfinished(self) -> list[Request]:
         """Those without a completion."""
         return [request for request in self._requests if request.id not in self.completions]
-
-    @property
-    def has_ended(self) -> bool:
-        """Nothing more will come: `result` does not wait."""
-        return self.is_done or self._error is not None
 
     def __iter__(self) -> Iterator[TokenEvent]:
         """Events as they come; the last one of each continuation carries its completion. Raises what a step raises."""
@@ -167,6 +164,7 @@ class Stream:
         self._events.append(event)
         if event.completion is not None:
             self._num_ended += 1
+            self.has_ended = self.has_ended or self.is_done
             self._on_end(self)
 
 
@@ -433,7 +431,7 @@ class StreamLoop:
 
     def _fail(self, stream: Stream, error: BaseException) -> None:
         """Let it raise an error where it would wait."""
-        stream._error = error
+        stream._error, stream.has_ended = error, True
         self._heard.append(stream)
 
     def _wake(self) -> None:

@@ -31,12 +31,29 @@ FILES_LEFT = 128
 """Files that connections leave to the rest of the process."""
 
 
+class Outbox:
+    """Sends what was written in one go of the event loop behind it, for all connections of a server."""
+
+    def __init__(self) -> None:
+        self._waiting: list[CountingTransport] = []
+
+    def add(self, transport: "CountingTransport") -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._waiting.append(transport)
+
+    def _send(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for transport in waiting:
+            transport.send()
+
+
 class CountingTransport:
     """A transport that knows how much was written to it. What is written in one go of the event loop, as the end of a
     stream is piece by piece, is sent in one: each call of the system lets another thread have Python meanwhile."""
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
+    def __init__(self, transport: asyncio.Transport, outbox: Outbox) -> None:
+        self._transport, self._outbox = transport, outbox
         self._num_written = 0
         self._unsent = bytearray()
 
@@ -46,16 +63,16 @@ class CountingTransport:
     def write(self, data: bytes) -> None:
         self._num_written += len(data)
         if not self._unsent:
-            self._loop.call_soon(self._send)
+            self._outbox.add(self)
         self._unsent += data
         if len(self._unsent) > MOST_UNSENT:
-            self._send()
+            self.send()
 
     def close(self) -> None:
-        self._send()
+        self.send()
         self._transport.close()
 
-    def _send(self) -> None:
+    def send(self) -> None:
         data, self._unsent = self._unsent, bytearray()
         if data and not self._transport.is_closing():
             self._transport.write(data)
@@ -94,8 +111,9 @@ class Protocol(H11Protocol):
     _taken = 0.0
     """When it was last seen to have taken some, or all."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, outbox: Outbox, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._outbox = outbox
         self.conn = Connection(h11.SERVER, self.config.h11_max_incomplete_event_size or MOST_UNSENT)
 
     @property
@@ -104,7 +122,7 @@ class Protocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._counting = CountingTransport(transport, self.loop)
+        self._counting = CountingTransport(transport, self._outbox)
         super().connection_made(cast(asyncio.Transport, self._counting))
         self._since = self._taken = self.loop.time()
         self._watch()
@@ -126,14 +144,13 @@ class Protocol(H11Protocol):
     def handle_events(self) -> None:
         cycle = self.cycle
         super().handle_events()
-        if self.cycle is not cycle:
+        if self.cycle is not cycle and self.scope["method"] != "HEAD" and self.scope["http_version"] == "1.1":
             write: Write = partial(self._write, self.cycle)
             cast(dict[str, Any], self.cycle.scope).setdefault("extensions", {})[WRITE] = write
 
     def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
         """See `sse.Write`: h11 knows that an answer of unknown length is in chunks, and nothing of each of them."""
-        is_plain = cycle.scope["method"] == "HEAD" or cycle.scope["http_version"] != "1.1"
-        if is_plain or not data or cycle.disconnected or self.flow.write_paused:
+        if not data or cycle.disconnected or self.flow.write_paused:
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True

@@ -5,7 +5,9 @@ import gc
 import signal
 import socket
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 
@@ -14,7 +16,7 @@ from kogia.serve.access import Keys
 from kogia.serve.access_log import access_log
 from kogia.serve.app import create_app
 from kogia.serve.config import ServeConfig
-from kogia.serve.connection import IDLE_SECONDS, Protocol
+from kogia.serve.connection import IDLE_SECONDS, Outbox, Protocol
 from kogia.serve.guard import MOST_HEADER_BYTES
 from kogia.serve.loading import size
 from kogia.serve.models import Models
@@ -60,7 +62,7 @@ class Process(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(state),
-                http=Protocol,
+                http=cast(Any, partial(Protocol, outbox=Outbox())),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -12,7 +12,7 @@ import pytest
 from serve.asks import HELLO, post, refusal, until
 from serve.sockets import CHAT, connect, head, is_closed, raw, status
 
-from kogia.serve.connection import MOST_UNSENT, CountingTransport, most_connections
+from kogia.serve.connection import MOST_UNSENT, CountingTransport, Outbox, most_connections
 
 JSON = {"content-type": "application/json"}
 
@@ -253,13 +253,14 @@ class Taken(asyncio.Transport):
 
 def test_what_is_written_in_one_go_is_sent_in_one_and_nothing_is_lost_at_the_end():
     async def go() -> Taken:
-        taken = Taken()
-        transport = CountingTransport(taken, asyncio.get_running_loop())
+        taken, outbox = Taken(), Outbox()
+        transport, other = CountingTransport(taken, outbox), CountingTransport(Taken(), outbox)
         for piece in (b"one ", b"two ", b"three "):
             transport.write(piece)
+            other.write(piece)
         assert transport.num_waiting == 14 and transport.num_taken == 0 and not taken.writes
         await asyncio.sleep(0)
-        assert taken.writes == [b"one two three "] and transport.num_taken == 14
+        assert taken.writes == [b"one two three "] and transport.num_taken == other.num_taken == 14
         transport.write(b"x" * MOST_UNSENT)
         transport.write(b"y")
         assert len(taken.writes) == 2, "what is large does not wait"
