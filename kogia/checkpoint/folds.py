@@ -11,7 +11,9 @@ channels; 0 changes nothing. Where an indexer reads the same channels, they stay
 
 In int4 the columns of a weight are then rounded one after the other, and those behind make up for the error of each, as
 far as what they are multiplied with goes together (GPTQ, arXiv 2210.17323). What a text of so many tokens says of that
-is mixed with that nothing goes together: E[x x^T] is drawn towards its diagonal by in / (in + rows seen).
+is mixed with that nothing goes together and all columns are alike: E[x x^T] is drawn towards a multiple of the identity
+by in / (in + rows seen), and 1% at least, as GPTQ does. Without that, columns that are multiplied with little would
+make up for more than their codes can hold. What errors of a column count for is drawn as far.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +36,7 @@ _SEARCH_ROWS = 512  # of each weight that alpha is searched on: rows are rounded
 HEAD_COPY = ".shared_head.head.weight"
 """What a prediction module's copy of the head ends with."""
 _LEAST_DRAWN = 0.01
-"""Share of the way to the diagonal, however long the text was."""
+"""Share of the way to a multiple of the identity, however long the text was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +176,7 @@ def search_folds(model: Transformer, moments: Moments, format: str, *, asymmetri
             key = id(moment.products), id(fold.columns)
             if key not in made:
                 made[key] = _spread(moment, fold.columns)
-            folds[name] = replace(fold, importance=_importance(moment.squares, fold.columns), spread=made[key])
+            folds[name] = replace(fold, importance=_known_importance(moment, fold.columns), spread=made[key])
         for name in weights:
             if name.endswith(HEAD_COPY) and "lm_head.weight" in folds:
                 folds[name] = folds["lm_head.weight"]
@@ -185,6 +187,17 @@ def _importance(squares: Tensor, columns: Tensor | None) -> Tensor:
     return squares if columns is None else squares / columns**2
 
 
+def _share_drawn(moment: Moment) -> float:
+    width = len(moment.squares)
+    return max(_LEAST_DRAWN, width / (width + moment.num_rows))
+
+
+def _known_importance(moment: Moment, columns: Tensor | None) -> Tensor:
+    """Drawn towards its mean, as what is known of E[x x^T] is."""
+    importance, drawn = _importance(moment.squares, columns), _share_drawn(moment)
+    return importance * (1 - drawn) + importance.mean() * drawn
+
+
 def _spread(moment: Moment, columns: Tensor | None) -> Float[Tensor, "in in"] | None:
     """The upper Cholesky factor of the inverse of what is known of E[x x^T]; None where nothing is."""
     if moment.products is None:
@@ -192,11 +205,10 @@ def _spread(moment: Moment, columns: Tensor | None) -> Float[Tensor, "in in"] | 
     products = moment.products.double()
     if columns is not None:
         products = products / (columns[:, None] * columns).double()
-    own, width = products.diagonal().clone(), len(products)
+    own, drawn = products.diagonal(), _share_drawn(moment)
     middle = own[own > 0].mean() if bool((own > 0).any()) else own.new_ones(())
-    drawn = max(_LEAST_DRAWN, width / (width + moment.num_rows))
     products = products * ((1 - drawn) / middle)
-    products.diagonal().copy_(torch.where(own > 0, own / middle, 1.0))
+    products.diagonal().add_(drawn)
     lower, trouble = torch.linalg.cholesky_ex(products)
     if int(trouble):
         return None

@@ -1,6 +1,6 @@
 """What the weights of a model are multiplied with on a text: the measurements of activation-aware rounding."""
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kogia import log
-from kogia.checkpoint.folds import Moment, Moments
+from kogia.checkpoint.folds import Moment, Moments, channels_of
+from kogia.checkpoint.layout import disk_weights
 from kogia.data.config import SourceConfig
 from kogia.data.sources import read_source
 from kogia.model.linear import Linear
@@ -98,43 +99,62 @@ def measure_moments(model: Transformer, batches: Iterator[PackedTokens], *, prod
 
     With `products` E[x x^T] are measured as well, as far as `MOST_PRODUCTS` goes.
     """
-    sums = _Sums(_with_products(model) if products else frozenset())
-    with _watched(model, sums):
+    readers = _readers(model)
+    sums = _Sums(_with_products(model, readers) if products else frozenset())
+    with _watched(model, readers, sums):
         for batch in batches:
             batch = batch.to(model.device)
             model.logits(model(batch))
     return dict(sums.moments())
 
 
-def _with_products(model: Transformer) -> Set[str]:
-    """Weights that stand for an input, those of each expert's last matrix at the end."""
-    widths: dict[str, int] = {}
-    last: dict[str, int] = {}
+Readers = Mapping[str, tuple[str, ...]]
+"""Of each input the weights that read it, by the first of them."""
+
+
+def _readers(model: Transformer) -> Readers:
+    """Those of all inputs that a text is run through, those of each expert's last matrix at the end. Prediction modules
+    are not run."""
+    config, stored = model.config, dict(disk_weights(model))
+    together = {name: channels.readers for channels in channels_of(config) for name in channels.readers}
+    unused = tuple(f"model.layers.{config.num_layers + k}." for k in range(config.num_mtp_layers))
+    firsts: dict[str, tuple[str, ...]] = {}
+    last: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
+        if name.startswith(unused):
+            continue
         if isinstance(module, Experts):
-            num_experts, dim, width = module.down_proj.weight.shape
-            widths[f"{name}.0.gate_proj.weight"] = dim
-            last |= {f"{name}.{i}.down_proj.weight": width for i in range(num_experts)}
-        elif isinstance(module, Linear) and ".experts." not in name:
-            widths[f"{name}.weight"] = module.weight.shape[-1]
+            parts = [f"{name}.{i}" for i in range(len(module.down_proj.weight))]
+            weights = tuple(f"{part}.{each}_proj.weight" for part in parts for each in ("gate", "up"))
+            firsts[weights[0]] = together.get(weights[0], weights)
+            last |= {f"{part}.down_proj.weight": (f"{part}.down_proj.weight",) for part in parts}
+        elif isinstance(module, Linear) and f"{name}.weight" in stored:
+            readers = together.get(f"{name}.weight", (f"{name}.weight",))
+            firsts[readers[0]] = readers
+    return firsts | last
+
+
+def _with_products(model: Transformer, readers: Readers) -> Set[str]:
+    """The first readers of inputs whose products are summed."""
+    shapes = {name: weight.shape[-1] for name, weight in disk_weights(model) if name in readers}
     chosen, left = [], MOST_PRODUCTS
-    for name, width in (widths | last).items():
-        if width * width <= left:
-            chosen.append(name)
-            left -= width * width
-    if missing := len(widths | last) - len(chosen):
+    for first in readers:
+        if (size := shapes[first] ** 2) <= left:
+            chosen.append(first)
+            left -= size
+    if missing := sum(len(names) for first, names in readers.items() if first not in chosen):
         log.info(f"errors of {missing} weights are not made up for: their inputs' products would take too much memory")
     return frozenset(chosen)
 
 
 @contextmanager
-def _watched(model: Transformer, sums: _Sums) -> Iterator[None]:
+def _watched(model: Transformer, readers: Readers, sums: _Sums) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            handles.append(module.register_forward_pre_hook(_watch_experts(name, sums)))
-        elif isinstance(module, Linear) and ".experts." not in name:
-            handles.append(module.register_forward_pre_hook(_watch_linear(name, sums)))
+            handles.append(module.register_forward_pre_hook(_watch_experts(name, readers, sums)))
+        elif f"{name}.weight" in readers and isinstance(module, Linear):
+            handles.append(module.register_forward_pre_hook(_watch_linear(readers[f"{name}.weight"], sums)))
     try:
         yield
     finally:
@@ -142,22 +162,21 @@ def _watched(model: Transformer, sums: _Sums) -> Iterator[None]:
             handle.remove()
 
 
-def _watch_linear(name: str, sums: _Sums) -> Hook:
+def _watch_linear(names: tuple[str, ...], sums: _Sums) -> Hook:
     def hook(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        sums.add(inputs[0].flatten(0, -2), f"{name}.weight")
+        sums.add(inputs[0].flatten(0, -2), *names)
 
     return hook
 
 
-def _watch_experts(name: str, sums: _Sums) -> Hook:
+def _watch_experts(name: str, readers: Readers, sums: _Sums) -> Hook:
     """Gate and up matrices of all experts have the moments of all tokens, since one norm is behind them all."""
 
     def hook(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, Experts)
         x, expert_ids = inputs[0], inputs[1]
-        experts = range(len(module.down_proj.weight))
-        sums.add(x, *(f"{name}.{i}.{part}_proj.weight" for i in experts for part in ("gate", "up")))
-        for i in experts:
+        sums.add(x, *readers[f"{name}.0.gate_proj.weight"])
+        for i in range(len(module.down_proj.weight)):
             gate, up = module.gate_up_proj.weight[i]
             rows = x[(expert_ids == i).any(-1)]
             sums.add(silu_mul(linear(rows, gate), linear(rows, up)), f"{name}.{i}.down_proj.weight")

@@ -37,5 +37,8 @@ def folds_for(config: ConvertConfig) -> dict[str, Fold]:
     batches = calibration_batches(config.calibration, tokenizer, model.config.max_position)
     moments = measure_moments(model, batches, products=config.quantize == "int4")
     folds = search_folds(model, moments, config.quantize, asymmetric=config.asymmetric)
-    log.info(f"calibrated on {config.calibration}: {len(folds)} tensors are scaled")
+    scaled = sum(fold.rows is not None or fold.columns is not None for fold in folds.values())
+    made_up = sum(fold.spread is not None for fold in folds.values())
+    errors = f", errors of {made_up} weights are made up for" if made_up else ""
+    log.info(f"calibrated on {config.calibration}: {scaled} tensors are scaled{errors}")
     return folds
