@@ -136,10 +136,10 @@ def _readers(model: Transformer) -> Readers:
 
 def _with_products(model: Transformer, readers: Readers) -> Set[str]:
     """The first readers of inputs whose products are summed."""
-    shapes = {name: weight.shape[-1] for name, weight in disk_weights(model) if name in readers}
+    widths = {name: weight.shape[-1] for name, weight in disk_weights(model) if isinstance(weight, Tensor)}
     chosen, left = [], MOST_PRODUCTS
     for first in readers:
-        if (size := shapes[first] ** 2) <= left:
+        if (size := widths[first] ** 2) <= left:
             chosen.append(first)
             left -= size
     if missing := sum(len(names) for first, names in readers.items() if first not in chosen):

@@ -563,6 +563,36 @@ def test_sums_of_tensors_that_are_not_alike_are_refused_with_the_reason():
     assert "no backward" in str(cpu_norm.residual_sum_supports(draw(2, 8), draw(2, 8).requires_grad_()))
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("lies", ["apart", "as one", "behind others"])
+def test_weights_of_norms_may_lie_as_they_like(lies, with_gradients):
+    x, delta = (draw(5, 32, seed=i, dtype=torch.float32).requires_grad_(with_gradients) for i in range(2))
+    memory = draw(64, seed=2, dtype=torch.float32)
+    weight = {"apart": memory[::2], "as one": memory[:1].expand(32), "behind others": memory[3:35]}[lies]
+    torch.testing.assert_close(norm.rms_norm(x, weight, 1e-3), norm.rms_norm.reference(x, weight, 1e-3))
+    found, wanted = (each(x, delta, weight, 1e-3) for each in (norm.add_rms_norm, norm.add_rms_norm.reference))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_kernels_read_nothing_behind_tensors_that_are_too_small(with_gradients):
+    """Their references say what is wrong with such shapes, or take them."""
+    x, other = (draw(8, 32, seed=i, dtype=torch.float32).requires_grad_(with_gradients) for i in range(2))
+    small, few, right = (draw(size, dtype=torch.float32) for size in (16, 3, 32))
+    assert "vector of 32" in str(cpu_norm.rms_norm_supports(x, small, 1e-3))
+    assert "vector of 32" in str(cpu_norm.add_rms_norm_supports(x, other, small, 1e-3))
+    assert "not alike" in str(cpu_norm.add_rms_norm_supports(x, other[:1], right, 1e-3))
+    with torch.no_grad():
+        assert "vector of 32" in str(cpu_norm.paired_norms_supports(x, other, (right, small), 1e-3))
+        assert "not alike" in str(cpu_norm.paired_norms_supports(x, other[:4], (right, right), 1e-3))
+        assert "vector of 8" in str(cpu_moe.weighted_silu_mul_supports(x, few))
+        assert "vector of 8" in str(cpu_moe.weighted_silu_mul_backward_supports(x[:, :16].contiguous(), x, few))
+        assert "shape (8, 16)" in str(
+            cpu_products.add_product_supports(torch.zeros(8, 32), x, draw(16, 32, dtype=torch.float32))
+        )
+    assert "not alike" in str(cpu_moe.silu_mul_supports(x, other[:1]))
+
+
 ROUTERS = [
     {"score": "sigmoid", "num_groups": 1, "topk_groups": 1},
     {"score": "softmax", "num_groups": 1, "topk_groups": 1},

@@ -93,6 +93,13 @@ def plain_refusal(*tensors: Tensor) -> str | None:
     return None
 
 
+def vector_refusal(vector: Tensor, length: int) -> str | None:
+    """Why a kernel that reads so many numbers from the first one on cannot take a tensor, or None."""
+    if vector.shape != (length,):
+        return f"it takes a vector of {length} numbers, not shape {tuple(vector.shape)}"
+    return None if vector.is_contiguous() else f"it takes numbers side by side, not {vector.stride(0)} apart"
+
+
 def refusal(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> str | None:
     """Why a kernel cannot take these tensors, or None: of `dtypes`, contiguous, no gradients."""
     for tensor in tensors:

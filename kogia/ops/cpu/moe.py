@@ -13,6 +13,7 @@ from kogia.ops.cpu.common import (
     address,
     plain_refusal,
     refusal,
+    vector_refusal,
     weight_fields,
     weight_refusal,
     weight_width,
@@ -180,6 +181,8 @@ def _silu_fields(gate: Tensor, up: Tensor, out: Tensor | None = None) -> tuple[i
 def silu_mul_supports(gate: Tensor, up: Tensor) -> str | None:
     if gate.ndim != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         return "it takes rows whose numbers lie side by side"
+    if gate.shape != up.shape:
+        return f"{tuple(gate.shape)} and {tuple(up.shape)} are not alike"
     if gate.dtype not in DTYPES or up.dtype != gate.dtype:
         return f"it takes tensors of one of {tuple(DTYPES)}, not {gate.dtype} and {up.dtype}"
     needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
@@ -194,7 +197,11 @@ def weighted_silu_mul(both: Tensor, weights: Tensor) -> Tensor:
 
 
 def weighted_silu_mul_supports(both: Tensor, weights: Tensor) -> str | None:
-    return refusal(both, weights, dtypes=(torch.float32,)) or plain_refusal(both, weights)
+    return (
+        refusal(both, weights, dtypes=(torch.float32,))
+        or plain_refusal(both, weights)
+        or vector_refusal(weights, len(both))
+    )
 
 
 def weighted_silu_mul_backward(grad: Tensor, both: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +217,7 @@ def _weighted_fields(both: Tensor, weights: Tensor, out: Tensor) -> tuple[int, .
 
 
 def weighted_silu_mul_backward_supports(grad: Tensor, both: Tensor, weights: Tensor) -> str | None:
-    return refusal(grad, both, weights, dtypes=(torch.float32,)) or plain_refusal(grad, both, weights)
+    return refusal(grad, dtypes=(torch.float32,)) or weighted_silu_mul_supports(both, weights)
 
 
 def _activation_refusal(activation: Activation) -> str | None:

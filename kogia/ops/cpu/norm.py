@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kogia.ops.cpu.common import DTYPES, Kernel, address, alike_refusal, plain_refusal
+from kogia.ops.cpu.common import DTYPES, Kernel, address, alike_refusal, plain_refusal, vector_refusal
 
 _norm = Kernel("kogia_norm", "9q d q")
 _backward = Kernel("kogia_norm_backward", "8q d q")
@@ -89,7 +89,8 @@ def _normalise(x: Tensor, weight: Tensor, eps: float, out: Tensor, out_row: int)
 
 
 def rms_norm_supports(x: Tensor, weight: Tensor, eps: float) -> str | None:
-    return plain_refusal(x, weight) if _takes_gradients(x, weight) else alike_refusal(x, weight)
+    takes = plain_refusal if _takes_gradients(x, weight) else alike_refusal
+    return takes(x, weight) or vector_refusal(weight, x.shape[-1])
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -109,9 +110,10 @@ def _added_and_normed(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> t
 
 
 def add_rms_norm_supports(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> str | None:
-    if not _takes_gradients(x, delta, weight):
-        return alike_refusal(x, delta, weight)
-    return plain_refusal(x, delta, weight) if x.shape == delta.shape else f"{x.shape} and {delta.shape} are not alike"
+    if x.shape != delta.shape:
+        return f"{x.shape} and {delta.shape} are not alike"
+    takes = plain_refusal if _takes_gradients(x, delta, weight) else alike_refusal
+    return takes(x, delta, weight) or vector_refusal(weight, x.shape[-1])
 
 
 def residual_sum(x: Tensor, delta: Tensor, *more: Tensor) -> Tensor:
@@ -137,4 +139,7 @@ def paired_norms(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor], 
 
 
 def paired_norms_supports(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor], eps: float) -> str | None:
-    return alike_refusal(first, second, *weights)
+    if first.shape != second.shape:
+        return f"{first.shape} and {second.shape} are not alike"
+    reasons = (vector_refusal(each, first.shape[-1]) for each in weights)
+    return alike_refusal(first, second, *weights) or next((each for each in reasons if each), None)

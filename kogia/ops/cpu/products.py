@@ -46,6 +46,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def add_product_supports(total: Tensor, a: Tensor, b: Tensor) -> str | None:
     if total.stride(1) != 1:
         return "it adds to rows whose numbers lie side by side"
+    if total.shape != (len(a), len(b)):
+        return f"it adds to a matrix of shape {(len(a), len(b))}, not {tuple(total.shape)}"
     return product_supports(a, b) or plain_refusal(total)
 
 
