@@ -246,16 +246,25 @@ def load_table() -> list[str]:
 def fp8_table() -> list[str]:
     """Products in FP8 beside bf16."""
     products, steps = results("training_fp8_products"), results("training_fp8")
-    lines = _measured("training_fp8") + _head("product", "bf16, TFLOP/s (spread)", "FP8 (spread)", "ratio")
-    pairs = [("64 experts, 98,304 x 1,408 x 2,048", steps["grouped-bf16"], steps[_fastest(steps)])]
+    lines = _head("product", "bf16, TFLOP/s (spread)", "FP8 (spread)", "ratio", "commit, date")
+    pairs = [("64 experts, 98,304 x 1,408 x 2,048", steps["grouped-bf16"], steps[_fastest(steps)], "training_fp8")]
     for shape in ("16384x10944x2048", "16384x2048x10944", "16384x3072x2048"):
         dense, outer = (
             [products[f"{kind}-{dtype}-{shape}"] for dtype in ("bf16", "fp8")] for kind in ("dense", "outer")
         )
-        pairs += [(f"dense, {shape.replace('x', ' x ')}", *dense), (f"its weight's gradient, {shape[6:]}", *outer)]
+        file = "training_fp8_products"
+        pairs += [
+            (f"dense, {shape.replace('x', ' x ')}", *dense, file),
+            (f"its weight's gradient, {shape[6:]}", *outer, file),
+        ]
     return lines + [
-        _line(name, _spread(bf16), _spread(fp8), f"{fp8['value'] / bf16['value']:.2f}") for name, bf16, fp8 in pairs
+        _line(name, _spread(bf16), _spread(fp8), f"{fp8['value'] / bf16['value']:.2f}", _when(file))
+        for name, bf16, fp8, file in pairs
     ]
+
+
+def _when(file: str) -> str:
+    return f"{_file(file)['commit'][:7]}, {_file(file)['date']}"
 
 
 def _fastest(rows: dict[str, dict[str, Any]]) -> str:
@@ -267,17 +276,13 @@ def kernel_table() -> list[str]:
     lines = _head("kernel", "case", "us", "TB/s", "TFLOP/s", "error", "commit, date")
     files = {"prefill": "kernels_gpu", "attention": "kernels_gpu_attention", "experts": "kernels_gpu_experts"}
     for name, file in files.items():
-        measured = f"{_file(file)['commit'][:7]}, {_file(file)['date']}"
         for id, row in results(file).items():
             if not id.startswith(name) or not row["value"]:
                 continue
             case = id.partition("-")[2]
             rates = [f"{row[k]:.2f}" if k in row else "" for k in ("tbps", "tflops")]
-            lines.append(
-                _line(
-                    name, case, f"{row['value']:.1f}", *rates, f"{row['error']:.4f}" if "error" in row else "", measured
-                )
-            )
+            error = f"{row['error']:.4f}" if "error" in row else ""
+            lines.append(_line(name, case, f"{row['value']:.1f}", *rates, error, _when(file)))
     return lines
 
 
