@@ -45,7 +45,7 @@ def join_rope(
     return torch.cat((nope, rope.expand(-1, nope.shape[1], -1)), -1)
 
 
-@op(cuda=("kogia.ops.triton.latent_training",))
+@op(cuda=("kogia.ops.triton.latent_training",), cpu=("kogia.ops.cpu.latent_training",))
 def latent_and_key(
     kv: Float[Tensor, "tokens rank_rope"],
     weight: Float[Tensor, " rank"],
@@ -58,7 +58,7 @@ def latent_and_key(
     return rms_norm(latent, weight, eps), rotate_interleaved(key[:, None], cos, sin)
 
 
-@op(cuda=("kogia.ops.triton.latent_training",))
+@op(cuda=("kogia.ops.triton.latent_training",), cpu=("kogia.ops.cpu.latent_training",))
 def rotate_query(
     q: Float[Tensor, "tokens heads nope_rope"],
     cos: Float[Tensor, "tokens half"],
@@ -70,7 +70,7 @@ def rotate_query(
     return join_rope(q_nope, q_rope, cos, sin)
 
 
-@op(cuda=("kogia.ops.triton.latent_training",))
+@op(cuda=("kogia.ops.triton.latent_training",), cpu=("kogia.ops.cpu.latent_training",))
 def keys_and_values(
     both: Float[Tensor, "keys heads nope_v"], key: Float[Tensor, "keys 1 rope"], nope: int
 ) -> tuple[Float[Tensor, "keys heads nope_rope"], Float[Tensor, "keys heads v"]]:

@@ -321,7 +321,7 @@ def _added(total: Tensor, parts: Iterable[Tensor]) -> Tensor:
     return total
 
 
-@op(cuda=("kogia.ops.triton.experts",))
+@op(cuda=("kogia.ops.triton.experts",), cpu=("kogia.ops.cpu.moe",))
 def sum_copies(
     y: Float[Tensor, "routed dim"], inverse: Int[Tensor, " routed"], topk: int
 ) -> Float[Tensor, "tokens dim"]:

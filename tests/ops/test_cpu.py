@@ -31,6 +31,7 @@ from kogia.ops.cpu import common
 from kogia.ops.cpu import drafts as cpu_drafts
 from kogia.ops.cpu import embed as cpu_embed
 from kogia.ops.cpu import latent as cpu_latent
+from kogia.ops.cpu import latent_training as cpu_latent_training
 from kogia.ops.cpu import linear as cpu_linear
 from kogia.ops.cpu import logprob as cpu_logprob
 from kogia.ops.cpu import moe as cpu_moe
@@ -41,8 +42,8 @@ from kogia.ops.cpu import sample as cpu_sample
 from kogia.ops.cpu import varlen as cpu_varlen
 
 MODULES = (
-    cpu_attention, cpu_drafts, cpu_embed, cpu_latent, cpu_linear, cpu_logprob, cpu_moe, cpu_norm, cpu_products,
-    cpu_rope, cpu_sample, cpu_varlen,
+    cpu_attention, cpu_drafts, cpu_embed, cpu_latent, cpu_latent_training, cpu_linear, cpu_logprob, cpu_moe, cpu_norm,
+    cpu_products, cpu_rope, cpu_sample, cpu_varlen,
 )  # fmt: skip
 BF16 = torch.bfloat16
 LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.level()) :]
@@ -846,6 +847,75 @@ def test_attention_without_a_cache_shows_what_is_no_number_where_it_is_seen_and_
     assert "multiple of 16 numbers side by side, not 24" in str(supports(q[..., :24], k, v, segments, scale=1.0))
     assert "float32, not torch.bfloat16" in str(supports(q, k.bfloat16(), v, segments, scale=1.0))
     assert "within sequences" in str(supports(q, k, v, segments, scale=1.0, keys=segments))
+
+
+def same_with_gradients(ours: Callable[..., Any], formula: Callable[..., Any], *tensors: Tensor) -> None:
+    """Results and gradients, of results weighed anyhow, against a formula in float64."""
+    found = []
+    for function, each in ((ours, tensors), (formula, [t.double() for t in tensors])):
+        leaves = [t.detach().clone().requires_grad_() for t in each]
+        made = function(*leaves)
+        made = made if isinstance(made, tuple) else (made,)
+        weights = [draw(*m.shape, seed=9, dtype=torch.float32).to(m.dtype) for m in made]
+        total = sum((m * w).sum() for m, w in zip(made, weights, strict=True))
+        found.append([*made, *torch.autograd.grad(total, leaves)])
+    assert all(distance(*pair) < ROUNDED[torch.float32] for pair in zip(*found, strict=True))
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "nope", "rope", "v"), [(1, 1, 16, 8, 16), (5, 3, 16, 8, 32), (1200, 2, 4, 2, 8)]
+)
+def test_queries_keys_and_values_of_training_and_their_gradients_equal_those_in_float64(tokens, heads, nope, rope, v):
+    angles = draw(tokens, rope // 2, dtype=torch.float32)
+    cos, sin = angles.cos(), angles.sin()
+
+    def query(x: Tensor) -> Tensor:  # rows that lie apart
+        return x[:, 4:].unflatten(1, (heads, -1))
+
+    wide_rows = draw(tokens, heads * (nope + rope) + 4, dtype=torch.float32)
+    assert cpu_latent_training.rotate_query_supports(query(wide_rows), cos, sin, nope) is None
+    same_with_gradients(
+        lambda x: cpu_latent_training.rotate_query(query(x), cos, sin, nope),
+        lambda x: torch.cat((query(x)[..., :nope], turned(query(x)[..., nope:], cos, sin)), -1),
+        wide_rows,
+    )
+    kv, weight = draw(tokens, 24 + rope, dtype=torch.float32), draw(24, seed=1, dtype=torch.float32)
+    assert cpu_latent_training.latent_and_key_supports(kv, weight, cos, sin, 1e-5) is None
+    same_with_gradients(
+        lambda kv, weight: cpu_latent_training.latent_and_key(kv, weight, cos, sin, 1e-5),
+        lambda kv, weight: (
+            kv[:, :24] * (kv[:, :24].square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight,
+            turned(kv[:, None, 24:], cos, sin),
+        ),
+        kv,
+        weight,
+    )
+    both, key = (draw(*shape, dtype=torch.float32) for shape in ((tokens, heads, nope + v), (tokens, 1, rope)))
+    assert cpu_latent_training.keys_and_values_supports(both, key, nope) is None
+    same_with_gradients(
+        lambda both, key: cpu_latent_training.keys_and_values(both, key, nope),
+        lambda both, key: (torch.cat((both[..., :nope], key.expand(-1, heads, -1)), -1), both[..., nope:]),
+        both,
+        key,
+    )
+    assert "float32" in str(cpu_latent_training.rotate_query_supports(query(wide_rows.bfloat16()), cos, sin, nope))
+    assert "contiguous" in str(cpu_latent_training.keys_and_values_supports(torch.ones(2, 3, 25)[..., 1:], key, nope))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("tokens", "topk", "dim"), [(0, 2, 8), (1, 1, 5), (7, 3, 96), (900, 2, 33)])
+def test_copies_of_tokens_are_summed_by_gathering_them(tokens, topk, dim):
+    y = draw(tokens * topk, dim, dtype=torch.float32)
+    inverse = torch.randperm(tokens * topk, generator=torch.Generator().manual_seed(0))
+    assert cpu_moe.sum_copies_supports(y, inverse, topk) is None
+    got, want = cpu_moe.sum_copies(y, inverse, topk), y.double()[inverse].view(tokens, topk, dim).sum(1)
+    assert got.shape == want.shape and (not tokens or distance(got, want) < ROUNDED[torch.float32])
 
 
 @torch.no_grad()

@@ -1364,6 +1364,84 @@ void varlen_backward(const VarlenArgs& a, const Place& at) {
         }
 }
 
+// ------------------------------------------------------------------------- queries and keys of two parts, in training
+
+// [nope ; rope] of tokens and heads, of which the second part is turned by its token's angles, or back.
+struct TurnArgs {
+    const float* x;
+    int64_t token, head;  // strides
+    int64_t tokens, heads, nope, half;
+    const float* cos;
+    const float* sin;
+    int64_t back;
+    float* out;
+    int64_t out_token, out_head;  // strides
+    int64_t threads;
+};
+
+void turn(const TurnArgs& a, int64_t t) {
+    const float* cos = a.cos + t * a.half;
+    const float* sin = a.sin + t * a.half;
+    const float sign = a.back ? -1.0f : 1.0f;
+    for (int64_t h = 0; h < a.heads; h++) {
+        const float* x = a.x + t * a.token + h * a.head;
+        float* out = a.out + t * a.out_token + h * a.out_head;
+        std::copy(x, x + a.nope, out);
+        for (int64_t i = 0; i < a.half; i++) {
+            const float even = x[a.nope + 2 * i], odd = x[a.nope + 2 * i + 1], turned = sign * sin[i];
+            out[a.nope + 2 * i] = even * cos[i] - odd * turned;
+            out[a.nope + 2 * i + 1] = even * turned + odd * cos[i];
+        }
+    }
+}
+
+// k = [the first part of `both` ; the key that all heads share]; backward from the gradients of k and of the second part.
+struct KeysArgs {
+    float* both;  // [tokens, heads, nope + v], or its gradient
+    float* key;   // [tokens, rope], or its gradient
+    float* k;     // [tokens, heads, nope + rope], or its gradient
+    const float* grad_v;  // [tokens, heads, v]
+    int64_t tokens, heads, nope, rope, v, threads;
+};
+
+void join_keys(const KeysArgs& a, int64_t t) {
+    for (int64_t h = t * a.heads; h < (t + 1) * a.heads; h++) {
+        const float* both = a.both + h * (a.nope + a.v);
+        float* k = a.k + h * (a.nope + a.rope);
+        std::copy(both, both + a.nope, k);
+        std::copy(a.key + t * a.rope, a.key + (t + 1) * a.rope, k + a.nope);
+    }
+}
+
+void join_keys_backward(const KeysArgs& a, int64_t t) {
+    float* key = a.key + t * a.rope;
+    std::fill(key, key + a.rope, 0.0f);
+    for (int64_t h = t * a.heads; h < (t + 1) * a.heads; h++) {
+        float* both = a.both + h * (a.nope + a.v);
+        const float* k = a.k + h * (a.nope + a.rope);
+        std::copy(k, k + a.nope, both);
+        std::copy(a.grad_v + h * a.v, a.grad_v + (h + 1) * a.v, both + a.nope);
+        for (int64_t i = 0; i < a.rope; i++) key[i] += k[a.nope + i];
+    }
+}
+
+// out[t] = sum_j y[inverse[t * topk + j]]
+struct CopiesArgs {
+    const float* y;
+    const int64_t* inverse;
+    int64_t tokens, topk, dim;
+    float* out;
+    int64_t threads;
+};
+
+void sum_copies(const CopiesArgs& a, int64_t t) {
+    const int64_t* rows = a.inverse + t * a.topk;
+    float* out = a.out + t * a.dim;
+    std::copy(a.y + rows[0] * a.dim, a.y + (rows[0] + 1) * a.dim, out);
+    for (int64_t j = 1; j < a.topk; j++)
+        for (int64_t i = 0; i < a.dim; i++) out[i] += a.y[rows[j] * a.dim + i];
+}
+
 // --------------------------------------------------------------------------------------------------------- sampling
 
 struct SampleArgs {
@@ -1932,6 +2010,22 @@ void kogia_product(const ProductArgs* a) {
     if (a->rounds) return product_of_halves(*a);
 #endif
     product_of_many(*a);
+}
+
+void kogia_turn(const TurnArgs* a) {
+    spread(a->tokens, a->heads * (a->nope + 2 * a->half), a->threads, [&](int64_t t) { turn(*a, t); });
+}
+
+void kogia_join_keys(const KeysArgs* a) {
+    spread(a->tokens, a->heads * (a->nope + a->rope), a->threads, [&](int64_t t) { join_keys(*a, t); });
+}
+
+void kogia_join_keys_backward(const KeysArgs* a) {
+    spread(a->tokens, a->heads * (a->nope + a->v), a->threads, [&](int64_t t) { join_keys_backward(*a, t); });
+}
+
+void kogia_sum_copies(const CopiesArgs* a) {
+    spread(a->tokens, a->topk * a->dim, a->threads, [&](int64_t t) { sum_copies(*a, t); });
 }
 
 void kogia_varlen_forward(const VarlenArgs* a) {

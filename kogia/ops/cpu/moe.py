@@ -26,6 +26,7 @@ _silu_mul = Kernel("kogia_silu_mul", "9q 3q")
 _silu_mul_backward = Kernel("kogia_silu_mul_backward", "9q 3q")
 _weighted_silu_mul = Kernel("kogia_weighted_silu_mul", "6q 3q")
 _weighted_silu_mul_backward = Kernel("kogia_weighted_silu_mul_backward", "6q 3q")
+_sum_copies = Kernel("kogia_sum_copies", "2q 3q 2q")
 _route = Kernel("kogia_route", "5q 3q 5q d 8q")
 
 
@@ -218,6 +219,18 @@ def _weighted_fields(both: Tensor, weights: Tensor, out: Tensor) -> tuple[int, .
 
 def weighted_silu_mul_backward_supports(grad: Tensor, both: Tensor, weights: Tensor) -> str | None:
     return refusal(grad, dtypes=(torch.float32,)) or weighted_silu_mul_supports(both, weights)
+
+
+def sum_copies(y: Tensor, inverse: Tensor, topk: int) -> Tensor:
+    """One pass: what is gathered goes nowhere else."""
+    tokens, dim = len(inverse) // topk, y.shape[1]
+    out = torch.empty(tokens, dim)
+    _sum_copies(y.data_ptr(), inverse.data_ptr(), tokens, topk, dim, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def sum_copies_supports(y: Tensor, inverse: Tensor, topk: int) -> str | None:
+    return plain_refusal(y) or refusal(y) or refusal(inverse, dtypes=(torch.int64,))
 
 
 def _activation_refusal(activation: Activation) -> str | None:

@@ -28,7 +28,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        return *_gradients(grads[0], x, weight, ctx.eps), None
+        return *norm_gradients(grads[0], x, weight, ctx.eps), None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -45,11 +45,11 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         total, weight = ctx.saved_tensors
-        grad_x, grad_weight = _gradients(grads[1], total, weight, ctx.eps, grads[0].contiguous())
+        grad_x, grad_weight = norm_gradients(grads[1], total, weight, ctx.eps, grads[0].contiguous())
         return grad_x, grad_x, grad_weight, None
 
 
-def _gradients(
+def norm_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(of x, plus `added`; of the weight)."""
