@@ -114,7 +114,9 @@ class Protocol(H11Protocol):
     def __init__(self, *args: Any, outbox: Outbox, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._outbox = outbox
-        self.conn = Connection(h11.SERVER, self.config.h11_max_incomplete_event_size or MOST_UNSENT)
+        most = self.config.h11_max_incomplete_event_size
+        assert most is not None, "Process sets it"
+        self.conn = Connection(h11.SERVER, most)
 
     @property
     def is_idle(self) -> bool:

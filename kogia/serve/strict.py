@@ -102,13 +102,11 @@ class Shortcut:
     def __init__(self, app: FastAPI, routers: Iterable[APIRouter]) -> None:
         routes = [route for router in routers for route in router.routes if isinstance(route, StrictRoute)]
         plain = [route for route in routes if route.is_plain]
-        self._app, self._routes = (
-            app,
-            {(method, route.path): route for route in plain for method in route.methods or ()},
-        )
+        self._routes = {(method, route.path): route for route in plain for method in route.methods or ()}
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._routes.get((scope["method"], scope["path"]))
+        route = self._routes.get((scope.get("method", ""), scope.get("path", "")))
         if route is None:
             await self._app(scope, receive, send)
         else:
