@@ -905,7 +905,16 @@ def test_queries_keys_and_values_of_training_and_their_gradients_equal_those_in_
         key,
     )
     assert "float32" in str(cpu_latent_training.rotate_query_supports(query(wide_rows.bfloat16()), cos, sin, nope))
-    assert "contiguous" in str(cpu_latent_training.keys_and_values_supports(torch.ones(2, 3, 25)[..., 1:], key, nope))
+    assert "not by angles of shape" in str(
+        cpu_latent_training.rotate_query_supports(query(wide_rows), cos, sin, nope + 2)
+    )
+    assert "side by side" in str(cpu_latent_training.latent_and_key_supports(kv, torch.ones(48)[::2], cos, sin, 1e-5))
+    assert "no key" in str(
+        cpu_latent_training.keys_and_values_supports(torch.ones(3, 2, 24), torch.ones(2, 1, 8), nope)
+    )
+    assert "contiguous" in str(
+        cpu_latent_training.keys_and_values_supports(torch.ones(2, 3, 25)[..., 1:], torch.ones(2, 1, 8), nope)
+    )
 
 
 @torch.no_grad()

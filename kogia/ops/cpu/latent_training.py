@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kogia.ops.cpu.common import Kernel, address, plain_refusal, refusal
+from kogia.ops.cpu.common import Kernel, address, plain_refusal, refusal, vector_refusal
 from kogia.ops.cpu.norm import norm_gradients, rms_norm
 
 _turn = Kernel("kogia_turn", "3q 4q 2q q 3q q")
@@ -42,7 +42,7 @@ def rotate_query(q: Tensor, cos: Tensor, sin: Tensor, nope: int) -> Tensor:
 
 
 def rotate_query_supports(q: Tensor, cos: Tensor, sin: Tensor, nope: int) -> str | None:
-    return plain_refusal(q) or _angles_refusal(cos, sin)
+    return plain_refusal(q) or _angles_refusal(cos, sin, len(q), q.shape[2] - nope)
 
 
 class _Latent(torch.autograd.Function):
@@ -72,7 +72,11 @@ def latent_and_key(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: fl
 
 
 def latent_and_key_supports(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> str | None:
-    return plain_refusal(kv, weight) or _angles_refusal(cos, sin)
+    return (
+        plain_refusal(kv, weight)
+        or vector_refusal(weight, len(weight))
+        or _angles_refusal(cos, sin, len(kv), kv.shape[1] - len(weight))
+    )
 
 
 class _KeysAndValues(torch.autograd.Function):
@@ -98,11 +102,16 @@ def keys_and_values(both: Tensor, key: Tensor, nope: int) -> tuple[Tensor, Tenso
 
 
 def keys_and_values_supports(both: Tensor, key: Tensor, nope: int) -> str | None:
+    if key.shape[:2] != (len(both), 1):
+        return f"{tuple(key.shape)} is no key for all heads of {len(both)} tokens"
     for each in (both, key):
         if not each.is_contiguous():
             return f"it takes contiguous tensors, not strides {each.stride()} of shape {tuple(each.shape)}"
     return plain_refusal(both, key)
 
 
-def _angles_refusal(cos: Tensor, sin: Tensor) -> str | None:
+def _angles_refusal(cos: Tensor, sin: Tensor, tokens: int, rope: int) -> str | None:
+    for each in (cos, sin):
+        if each.shape != (tokens, rope // 2) or rope % 2:
+            return f"it turns {tokens} tokens' {rope} numbers, in pairs, not by angles of shape {tuple(each.shape)}"
     return refusal(cos, sin, dtypes=(torch.float32,))
