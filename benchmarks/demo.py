@@ -88,7 +88,7 @@ def demo_rows(out: Path, seed: int) -> list[dict[str, Any]]:
     rows = [
         points(f"demo-lift-points-seed{seed}", lift["pass@1"], overlap=overlap(cold["pass@1"], grpo["pass@1"])),
         points(f"demo-greedy-lift-points-seed{seed}", lift["greedy"]),
-        row(f"demo-seconds-seed{seed}", summary["seconds"], "s", limit=720),
+        row(f"demo-seconds-seed{seed}", summary["seconds"], "s", limit=540),
         row(f"demo-peak-gib-seed{seed}", summary["peak_memory_bytes"] / 2**30, "GiB", limit=3),
     ]
     for name, stage in stages.items():
